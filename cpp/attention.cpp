@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Who does which part: cuts a call into blocks of query rows that share a key and value head, gives each
+// thread its scratch memory, and lets the kernel attend. Called by src/bindings.cpp; calls the kernel's
+// table (kernel.h) through parallel_for.
+#include "attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "kernel.h"
+#include "parallel.h"
+
+namespace fastattn {
+namespace {
+
+constexpr int kMaxQueryTile = 64;
+constexpr double kFlopsPerSecond = 50e9;  // of one thread, roughly: only to tell small calls apart
+
+int64_t size_of(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::kBool:
+            return 1;
+        case Dtype::kFloat16:
+        case Dtype::kBFloat16:
+            return 2;
+        case Dtype::kFloat32:
+            return 4;
+        default:
+            return 8;
+    }
+}
+
+// The element [batch][head][row][0]; null stays null.
+void* at(const Array& array, int64_t batch_offset, int64_t head, int64_t row) {
+    if (array.data == nullptr) return nullptr;
+    const int64_t offset = batch_offset + head * array.head_stride + row * array.row_stride;
+    return static_cast<char*>(array.data) + offset * size_of(array.dtype);
+}
+
+// The rows of a group are (query, head of the group) pairs, query by query: all that share a key and
+// value head, so that a block is full even if queries are few, and as narrow as can be in positions.
+class Call {
+public:
+    explicit Call(const AttentionArgs& args)
+        : args_(args),
+          functions_(args.query.dtype == Dtype::kFloat64 ? kernel().float64 : kernel().float32),
+          group_(args.q_heads / std::max<int64_t>(args.kv_heads, 1)),
+          rows_(args.q_len * group_),
+          blocks_((rows_ + functions_.query_tile - 1) / functions_.query_tile) {
+        batch_ = 1;
+        for (const int64_t size : args.batch_shape) batch_ *= size;
+        items_ = batch_ * args.kv_heads * blocks_;
+        Block block = shared_block();
+        block.row_count = int(std::min<int64_t>(rows_, functions_.query_tile));
+        scratch_bytes_ = (functions_.scratch_bytes(block) + kScratchAlignment - 1) /
+                         kScratchAlignment * kScratchAlignment;
+        const double pairs = double(batch_) * double(args.q_heads) * double(args.q_len) *
+                             double(std::min(args.kv_len, visible_at_most()));
+        const double flops = 2 * pairs * double(args.head_dim + args.value_head_dim + 16);
+        threads_ = team_size(items_, flops / kFlopsPerSecond);
+    }
+
+    bool run(Interrupt interrupt) const {
+        if (items_ == 0) return true;
+        std::unique_ptr<char, decltype(&std::free)> scratch(
+            static_cast<char*>(
+                std::aligned_alloc(kScratchAlignment, scratch_bytes_ * size_t(threads_))),
+            &std::free);
+        if (scratch == nullptr) throw std::bad_alloc();
+        return parallel_for(
+            items_, threads_, interrupt, [&](int64_t item, int worker, const Stop& stop) {
+                with_block(item, [&](Block& block) {
+                    block.scratch = scratch.get() + size_t(worker) * scratch_bytes_;
+                    block.stop = stop;
+                    functions_.attend(block);
+                });
+            });
+    }
+
+    Plan plan() const {
+        TileCounts counts{};
+        for (int64_t item = 0; item < items_; ++item) {
+            with_block(item, [&](Block& block) { functions_.count(block, counts); });
+        }
+        Plan plan;
+        plan.query_tile = functions_.query_tile;
+        plan.key_tile = functions_.key_tile;
+        plan.threads = threads_;
+        plan.tiles = counts.skipped + counts.computed;
+        plan.tiles_skipped = counts.skipped;
+        plan.tiles_edge = counts.edge;
+        plan.pairs_computed = counts.pairs;
+        plan.scratch_bytes = items_ == 0 ? 0 : scratch_bytes_ * size_t(threads_);
+        return plan;
+    }
+
+private:
+    // Keys that a window leaves to a row.
+    int64_t visible_at_most() const {
+        if (args_.left == kUnlimited || args_.right == kUnlimited) return args_.kv_len;
+        return args_.left + args_.right + 1;
+    }
+
+    Block shared_block() const {
+        Block block{};
+        block.key_stride = args_.key.row_stride;
+        block.value_stride = args_.value.row_stride;
+        block.head_dim = args_.head_dim;
+        block.value_head_dim = args_.value_head_dim;
+        block.kv_len = args_.kv_len;
+        block.mask_dtype = args_.mask.dtype;
+        block.bias_dtype = args_.bias.dtype;
+        block.mask_stride = args_.mask.col_stride;
+        block.bias_stride = args_.bias.col_stride;
+        block.scale = args_.scale;
+        block.softcap = args_.softcap;
+        block.alibi = args_.alibi_slopes != nullptr;
+        return block;
+    }
+
+    int64_t offset(const Array& array, int64_t batch) const {
+        int64_t offset = 0;
+        for (size_t axis = array.batch_strides.size(); axis-- > 0;) {
+            offset += batch % args_.batch_shape[axis] * array.batch_strides[axis];
+            batch /= args_.batch_shape[axis];
+        }
+        return offset;
+    }
+
+    // Late blocks first: under a causal mask they are the long ones, and what ends last is short.
+    template <class Use>
+    void with_block(int64_t item, const Use& use) const {
+        const int64_t first = (blocks_ - 1 - item % blocks_) * functions_.query_tile;
+        const int64_t kv_head = item / blocks_ % args_.kv_heads;
+        const int64_t batch = item / blocks_ / args_.kv_heads;
+        const int64_t query = offset(args_.query, batch), out = offset(args_.out, batch),
+                      lse = offset(args_.lse, batch), mask = offset(args_.mask, batch),
+                      bias = offset(args_.bias, batch);
+        const int64_t length = args_.kv_lengths ? args_.kv_lengths[batch] : args_.kv_len;
+        const int64_t position = args_.query_offset ? args_.query_offset[batch] : 0;
+        Row rows[kMaxQueryTile];
+        Block block = shared_block();
+        block.rows = rows;
+        block.row_count = int(std::min<int64_t>(rows_ - first, functions_.query_tile));
+        block.key = at(args_.key, offset(args_.key, batch), kv_head, 0);
+        block.value = at(args_.value, offset(args_.value, batch), kv_head, 0);
+        for (int r = 0; r < block.row_count; ++r) {
+            const int64_t i = (first + r) / group_;
+            const int64_t head = kv_head * group_ + (first + r) % group_;
+            Row& row = rows[r];
+            row.query = at(args_.query, query, head, i);
+            row.out = at(args_.out, out, head, i);
+            row.lse = at(args_.lse, lse, head, i);
+            row.mask = at(args_.mask, mask, head, i);
+            row.bias = at(args_.bias, bias, head, i);
+            row.position = i + position;
+            row.begin = args_.left == kUnlimited ? 0 : row.position - args_.left;
+            row.end = args_.right == kUnlimited ? length : row.position + args_.right + 1;
+            row.begin = std::clamp<int64_t>(row.begin, 0, length);
+            row.end = std::clamp<int64_t>(row.end, row.begin, length);
+            row.slope = args_.alibi_slopes ? args_.alibi_slopes[batch * args_.q_heads + head] : 0;
+            row.sink =
+                args_.sinks ? args_.sinks[head] : -std::numeric_limits<double>::infinity();
+        }
+        use(block);
+    }
+
+    const AttentionArgs& args_;
+    const Functions& functions_;
+    const int64_t group_, rows_, blocks_;
+    int64_t batch_, items_;
+    size_t scratch_bytes_;
+    int threads_;
+};
+
+}  // namespace
+
+bool attention(const AttentionArgs& args, Interrupt interrupt) { return Call(args).run(interrupt); }
+
+Plan plan_attention(const AttentionArgs& args) { return Call(args).plan(); }
+
+}  // namespace fastattn

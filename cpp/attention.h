@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The C++ door: what a caller of the attention library says, and nothing about how it is done.
+// Called by src/bindings.cpp. attention() is in attention.cpp, the rest in the file its comment names.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fastattn {
+
+enum class Dtype : uint8_t { kBool, kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+// An array of shape batch_shape + (heads, rows, cols). Strides are in elements; 0 repeats an axis
+// without a copy, negative ones walk backwards.
+struct Array {
+    void* data = nullptr;  // the element at index 0 of every axis; null: not given
+    Dtype dtype = Dtype::kFloat32;
+    std::vector<int64_t> batch_strides;  // one per batch axis
+    int64_t head_stride = 0, row_stride = 0, col_stride = 0;
+};
+
+constexpr int64_t kUnlimited = -1;
+
+// One call. query, key, value and out share a dtype, float32 or float64, which is also the type of
+// lse and of all arithmetic. Their last axis is contiguous. Trusted: the caller has checked it.
+struct AttentionArgs {
+    Array query, key, value, out;
+    Array lse;         // cols absent; null: not asked for
+    Array mask, bias;  // (..., q_heads, q_len, kv_len)
+    std::vector<int64_t> batch_shape;
+    int64_t q_heads = 0, kv_heads = 0, q_len = 0, kv_len = 0, head_dim = 0, value_head_dim = 0;
+    const double* alibi_slopes = nullptr;   // (batch, q_heads)
+    const double* sinks = nullptr;          // (q_heads)
+    const int64_t* query_offset = nullptr;  // (batch); null: 0
+    const int64_t* kv_lengths = nullptr;    // (batch); null: kv_len
+    double scale = 1.0;
+    double softcap = 0.0;  // 0: off
+    // Query i sees key j iff -left <= j - (i + query_offset) <= right; causality is right = 0.
+    int64_t left = kUnlimited, right = kUnlimited;
+};
+
+// What a call does, counted instead of computed.
+struct Plan {
+    int query_tile = 0, key_tile = 0, threads = 0;
+    int64_t tiles = 0, tiles_skipped = 0, tiles_edge = 0;
+    int64_t pairs_computed = 0;  // (query, key) pairs inside the tiles that are computed
+    size_t scratch_bytes = 0;    // all threads together
+};
+
+// Asks the caller's environment whether to give up (Ctrl-C). Called now and then, on the calling
+// thread only.
+struct Interrupt {
+    bool (*requested)() = nullptr;
+};
+
+// False: interrupted, out and lse are unfinished. Throws std::bad_alloc before anything is written.
+bool attention(const AttentionArgs& args, Interrupt interrupt);
+Plan plan_attention(const AttentionArgs& args);
+
+// Instruction sets (dispatch.cpp).
+std::vector<std::string> isas();            // in this build, best first
+std::vector<std::string> supported_isas();  // those that this CPU can run
+std::string isa();                          // in use; throws std::invalid_argument, std::runtime_error
+void set_isa(const std::string& name);      // "": back to FASTATTN_ISA, or the best
+
+// Threads (parallel.cpp).
+void set_num_threads(int threads);
+int get_num_threads();
+
+// The machine's limits, measured with all threads (limits.cpp).
+double measure_fma(Dtype dtype, double seconds);         // FLOP/s
+double measure_read(int64_t bytes, int repeats);         // bytes/s, the median of the repeats
+
+}  // namespace fastattn

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Which variant of the kernel runs: the best that this CPU can run, or the one that FASTATTN_ISA names.
+// variants.inc is written by CMake, a line per variant, best first, with the CPU features that its
+// objects were compiled for: the flags and the check cannot differ.
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "kernel.h"
+
+namespace fastattn {
+namespace {
+
+struct Variant {
+    const Kernel* kernel;
+    std::string missing;  // the CPU features that it needs and that are not here
+};
+
+std::vector<Variant> detect() {
+    std::vector<Variant> variants;
+#define FASTATTN_FEATURE(feature) \
+    if (!__builtin_cpu_supports(feature)) missing += missing.empty() ? feature : ", " feature;
+#define FASTATTN_VARIANT(name, features)               \
+    {                                                  \
+        std::string missing;                           \
+        features variants.push_back({&kernel_##name, missing}); \
+    }
+#include "variants.inc"
+#undef FASTATTN_VARIANT
+#undef FASTATTN_FEATURE
+    return variants;
+}
+
+// Leaked on purpose: a call may still run while the process exits.
+const std::vector<Variant>& variants() {
+    static const std::vector<Variant>* const all = new std::vector<Variant>(detect());
+    return *all;
+}
+
+const Kernel& find(const std::string& name) {
+    std::string choices;
+    for (const Variant& variant : variants()) {
+        if (name == variant.kernel->isa) {
+            if (variant.missing.empty()) return *variant.kernel;
+            throw std::runtime_error("this CPU cannot run FASTATTN_ISA='" + name + "' (missing " +
+                                     variant.missing + ")");
+        }
+        choices = variant.kernel->isa + (choices.empty() ? "" : ", " + choices);
+    }
+    throw std::invalid_argument("FASTATTN_ISA='" + name + "' is not one of: " + choices);
+}
+
+const Kernel& choose() {
+    const char* forced = std::getenv("FASTATTN_ISA");
+    if (forced != nullptr && *forced != '\0') return find(forced);
+    for (const Variant& variant : variants()) {
+        if (variant.missing.empty()) return *variant.kernel;
+    }
+    throw std::runtime_error("this build has no kernel for this CPU");
+}
+
+std::atomic<const Kernel*> current{nullptr};
+
+}  // namespace
+
+const Kernel& kernel() {
+    const Kernel* chosen = current.load(std::memory_order_acquire);
+    if (chosen == nullptr) {
+        chosen = &choose();
+        current.store(chosen, std::memory_order_release);
+    }
+    return *chosen;
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const Variant& variant : variants()) names.push_back(variant.kernel->isa);
+    return names;
+}
+
+std::vector<std::string> supported_isas() {
+    std::vector<std::string> names;
+    for (const Variant& variant : variants()) {
+        if (variant.missing.empty()) names.push_back(variant.kernel->isa);
+    }
+    return names;
+}
+
+std::string isa() { return kernel().isa; }
+
+void set_isa(const std::string& name) { current.store(name.empty() ? nullptr : &find(name)); }
+
+}  // namespace fastattn

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The table that every instruction-set variant fills: one block of query rows against all the keys
+// that they see. attention.cpp and limits.cpp call through it; kernel.cpp fills it, once per variant.
+//
+// Rules for code that is compiled with instruction-set flags (kernel.cpp, kernel_*.h, vec*.h). An
+// inline function that is compiled twice with different flags is merged by the linker, and an old
+// CPU then meets an illegal instruction; hence
+//   1. everything is in an anonymous namespace, headers included;
+//   2. no containers, no <algorithm>, no <cmath>, no OpenMP, no exceptions;
+//   3. no vector constants with static storage;
+//   4. no link-time optimisation;
+//   5. each object exports one symbol, its table. tests/test_build.py asks nm.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention.h"
+
+namespace fastattn {
+
+// One query row: a lane of the block.
+struct Row {
+    const void* query;
+    void* out;
+    void* lse;                // null: not asked for
+    const void* mask;         // the row's first element; null: none
+    const void* bias;         // likewise
+    int64_t begin, end;       // the keys that causality, window and length leave; begin <= end
+    int64_t position;         // of the query among the keys, for ALiBi
+    double slope;             // ALiBi
+    double sink;              // -inf: none
+};
+
+// Asked once per key tile; true: stop, the result is not wanted any more.
+struct Stop {
+    bool (*requested)(void* context);
+    void* context;
+};
+
+// Rows that share one key and value head.
+struct Block {
+    const Row* rows;
+    int row_count;  // 1 .. query_tile
+    const void* key;
+    const void* value;
+    int64_t key_stride, value_stride;  // from one key to the next, in elements
+    int64_t head_dim, value_head_dim, kv_len;
+    Dtype mask_dtype, bias_dtype;
+    int64_t mask_stride, bias_stride;  // likewise
+    double scale, softcap;
+    bool alibi;
+    void* scratch;  // scratch_bytes(), aligned to kScratchAlignment
+    Stop stop;
+};
+
+constexpr size_t kScratchAlignment = 64;
+
+struct TileCounts {
+    int64_t skipped, edge, computed;  // tiles
+    int64_t pairs;
+};
+
+// The functions for one element type.
+struct Functions {
+    int query_tile, key_tile;
+    size_t (*scratch_bytes)(const Block&);  // of the sizes and row_count alone
+    void (*attend)(const Block&);
+    void (*count)(const Block&, TileCounts&);
+    double (*fma)(int64_t rounds);  // runs fused multiply-adds in registers, returns their FLOPs
+};
+
+struct Kernel {
+    const char* isa;
+    Functions float32, float64;
+    double (*read)(const void* data, int64_t bytes);  // reads every cache line
+};
+
+#define FASTATTN_VARIANT(name, features) extern const Kernel kernel_##name;
+#include "variants.inc"
+#undef FASTATTN_VARIANT
+
+// The variant in use (dispatch.cpp).
+const Kernel& kernel();
+
+}  // namespace fastattn

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What happens to a tile of scores between the two products: softcap, bias, mask, ALiBi, and the edges
+// that causality, window and length cut. Each is a pass of its own over the tile, so that they all
+// compose, and a tile that needs none is left alone. Called by kernel.cpp.
+#pragma once
+
+#include "kernel.h"
+#include "vec.h"
+
+namespace fastattn {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634074;
+
+struct Span {
+    int64_t begin, end;  // keys
+    int64_t size() const { return end - begin; }
+};
+
+// How many of a tile's pairs are seen; kAll also says that its scores need no pass.
+enum class Seen { kNone, kSome, kAll };
+
+template <class T>
+constexpr T kInfinity = T(__builtin_inf());
+template <class T>
+constexpr T kLowest = T(sizeof(T) == 4 ? -0x1.fffffep127 : -0x1.fffffffffffffp1023);
+
+struct Float16 {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline bool hides(bool x) { return !x; }
+inline bool hides(float x) { return x == -kInfinity<float>; }
+inline bool hides(double x) { return x == -kInfinity<double>; }
+inline bool hides(Float16 x) { return x.bits == 0xfc00; }
+inline bool hides(BFloat16 x) { return x.bits == 0xff80; }
+
+inline float from_bits(uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+}
+inline uint32_t to_bits(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+// The number that an element of a mask or bias adds to a score.
+template <class T>
+T added(bool x) {
+    return x ? T(0) : -kInfinity<T>;
+}
+template <class T>
+T added(float x) {
+    return x;
+}
+template <class T>
+T added(double x) {
+    if (sizeof(T) == 8 || x - x != 0) return T(x);  // Inf and NaN stay
+    constexpr double highest = -double(kLowest<T>);  // only Inf may become Inf
+    return T(x > highest ? highest : x < -highest ? -highest : x);
+}
+template <class T>
+T added(BFloat16 x) {
+    return from_bits(uint32_t(x.bits) << 16);
+}
+template <class T>
+T added(Float16 x) {
+    // The product moves the exponent's bias, subnormals included; Inf and NaN get all exponent bits.
+    const float magnitude = from_bits(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
+    const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+    return from_bits(to_bits(magnitude) | special | uint32_t(x.bits & 0x8000) << 16);
+}
+
+// visit(pointer to the element type); the pointer is null.
+template <class Visit>
+auto with_element(Dtype dtype, const Visit& visit) {
+    switch (dtype) {
+        case Dtype::kBool:
+            return visit(static_cast<const bool*>(nullptr));
+        case Dtype::kFloat16:
+            return visit(static_cast<const Float16*>(nullptr));
+        case Dtype::kBFloat16:
+            return visit(static_cast<const BFloat16*>(nullptr));
+        case Dtype::kFloat64:
+            return visit(static_cast<const double*>(nullptr));
+        default:
+            return visit(static_cast<const float*>(nullptr));
+    }
+}
+
+// Does the stretch of a row hold a hidden, a seen element?
+template <class Element>
+void look(const Element* from, int64_t stride, int64_t count, bool& any_hidden, bool& any_seen) {
+    constexpr int64_t piece = 64;  // an early answer, and loops that are vectorised whole
+    for (; count > 0 && !(any_hidden && any_seen); from += piece * stride, count -= piece) {
+        const int64_t n = count < piece ? count : piece;
+        int hidden = 0;
+        if (stride == 1) {
+            for (int64_t j = 0; j < n; ++j) hidden += hides(from[j]);
+        } else {
+            for (int64_t j = 0; j < n; ++j) hidden += hides(from[j * stride]);
+        }
+        any_hidden |= hidden > 0;
+        any_seen |= hidden < n;
+    }
+}
+
+// A mask or a bias, as the rows of a block see it.
+template <class T, int Columns>
+class RowArray {
+    using V = Vec<T>;
+    static constexpr int lanes = V::lanes, width = Columns * lanes;
+
+    const void* rows[width];  // element [row][0]; lanes without a row repeat the block's last
+    const Dtype dtype;
+    const int64_t stride;
+
+public:
+    const bool given;
+
+    RowArray(const Block& block, const void* Row::*array, Dtype type, int64_t key_stride)
+        : dtype(type), stride(key_stride), given(block.rows[0].*array != nullptr) {
+        if (!given) return;
+        for (int i = 0; i < width; ++i) {
+            rows[i] = block.rows[i < block.row_count ? i : block.row_count - 1].*array;
+        }
+    }
+
+    // Which pairs the array leaves. A float array changes what it does not hide: never kAll.
+    Seen classify(Span keys) const {
+        if (!given) return Seen::kAll;
+        return with_element(dtype, [&](auto* element) {
+            bool any_hidden = dtype != Dtype::kBool, any_seen = false;
+            for (int i = 0; i < width && !(any_hidden && any_seen); ++i) {
+                if (i > 0 && rows[i] == rows[i - 1]) continue;
+                const auto* row = static_cast<decltype(element)>(rows[i]);
+                look(row + keys.begin * stride, stride, keys.size(), any_hidden, any_seen);
+            }
+            return !any_seen ? Seen::kNone : any_hidden ? Seen::kSome : Seen::kAll;
+        });
+    }
+
+    // scores += log2(e) * the array. staging: (lanes, keys.size() rounded up to lanes).
+    void add_to(T* scores, Span keys, T* staging) const {
+        const int64_t count = keys.size(), pitch = (count + lanes - 1) / lanes * lanes;
+        for (int c = 0; c < Columns; ++c) {
+            const void* const* group = rows + c * lanes;
+            bool same = true;
+            for (int i = 1; i < lanes; ++i) same &= group[i] == group[0];
+            for (int i = 0; i < (same ? 1 : lanes); ++i) stage(group[i], keys, staging + i * pitch);
+            T* column = scores + c * lanes;
+            if (same) {
+                for (int64_t j = 0; j < count; ++j) add(column + j * width, V(staging[j]));
+                continue;
+            }
+            for (int64_t first = 0; first < count; first += lanes) {
+                V square[lanes];
+#pragma GCC unroll 16
+                for (int i = 0; i < lanes; ++i) square[i] = V::load(staging + i * pitch + first);
+                transpose<T>(square);
+                const int64_t n = count - first < lanes ? count - first : lanes;
+                for (int64_t j = 0; j < n; ++j) add(column + (first + j) * width, square[j]);
+            }
+        }
+    }
+
+private:
+    void stage(const void* row, Span keys, T* to) const {
+        with_element(dtype, [&](auto* element) {
+            const auto* from = static_cast<decltype(element)>(row) + keys.begin * stride;
+            const int64_t count = keys.size();
+            if (stride == 1) {
+                for (int64_t j = 0; j < count; ++j) to[j] = added<T>(from[j]);
+            } else {
+                for (int64_t j = 0; j < count; ++j) to[j] = added<T>(from[j * stride]);
+            }
+        });
+    }
+
+    // Only -inf hides: a sum that overflows stops at the lowest number, so that a row whose every key
+    // has a huge negative bias is still the mean of what it sees.
+    static void add(T* scores, V array) {
+        const V hidden = -kInfinity<T>, score = V::load(scores);
+        const V sum = max(V(kLowest<T>), fma(array, V(T(kLog2e)), score));
+        select<T>((array == hidden) | (score == hidden), hidden, sum).store(scores);
+    }
+};
+
+// All that stands between the scores of a block and its softmax.
+template <class T, int Columns>
+class ScorePasses {
+    using V = Vec<T>;
+    static constexpr int lanes = V::lanes, width = Columns * lanes;
+
+    const Block& block;
+    const RowArray<T, Columns> mask, bias;
+    int64_t inner_begin = 0, inner_end;  // the keys inside every row's interval
+
+public:
+    int64_t begin, end = 0;  // the keys inside some row's interval
+
+    explicit ScorePasses(const Block& b)
+        : block(b),
+          mask(b, &Row::mask, b.mask_dtype, b.mask_stride),
+          bias(b, &Row::bias, b.bias_dtype, b.bias_stride),
+          inner_end(b.kv_len),
+          begin(b.kv_len) {
+        for (int i = 0; i < block.row_count; ++i) {
+            const Row& row = block.rows[i];
+            if (row.begin > inner_begin) inner_begin = row.begin;
+            if (row.end < inner_end) inner_end = row.end;
+            if (row.begin >= row.end) continue;
+            if (row.begin < begin) begin = row.begin;
+            if (row.end > end) end = row.end;
+        }
+    }
+
+    // The keys of a tile that some row's interval holds.
+    Span span(int64_t tile) const {
+        const int64_t last = tile + kKeyTile;
+        return {tile > begin ? tile : begin, last < end ? last : end};
+    }
+
+    Seen classify(Span keys) const {
+        const Seen by_mask = mask.classify(keys);
+        if (by_mask == Seen::kNone) return Seen::kNone;
+        const Seen by_bias = bias.classify(keys);
+        if (by_bias == Seen::kNone) return Seen::kNone;
+        const bool plain = by_mask == Seen::kAll && by_bias == Seen::kAll && block.softcap == 0 &&
+                           !block.alibi && keys.begin >= inner_begin && keys.end <= inner_end;
+        return plain ? Seen::kAll : Seen::kSome;
+    }
+
+    // scores: (keys, width), scale (or scale / softcap) applied, in base 2 (with softcap: not yet).
+    void apply(T* scores, Span keys, T* staging) const {
+        const int64_t count = keys.size();
+        if (block.softcap != 0) {
+            const V cap = T(block.softcap * kLog2e);
+            for (int64_t i = 0; i < count * width; i += lanes) {
+                (cap * tanh(V::load(scores + i))).store(scores + i);
+            }
+        }
+        if (bias.given) bias.add_to(scores, keys, staging);
+        if (mask.given) mask.add_to(scores, keys, staging);
+        if (block.alibi) add_alibi(scores, keys);
+        if (keys.begin < inner_begin || keys.end > inner_end) cut_edges(scores, keys);
+    }
+
+private:
+    const Row& row_of_lane(int lane) const {
+        return block.rows[lane < block.row_count ? lane : block.row_count - 1];
+    }
+
+    void add_alibi(T* scores, Span keys) const {
+        T slope[width], first[width];  // first: key keys.begin as seen from the query
+        for (int i = 0; i < width; ++i) {
+            const Row& row = row_of_lane(i);
+            slope[i] = T(-row.slope * kLog2e);
+            first[i] = T(keys.begin - row.position);
+        }
+        for (int64_t j = 0; j < keys.size(); ++j, scores += width) {
+            for (int c = 0; c < width; c += lanes) {
+                const V distance = abs(V::load(first + c) + V(T(j)));
+                fma(V::load(slope + c), distance, V::load(scores + c)).store(scores + c);
+            }
+        }
+    }
+
+    void cut_edges(T* scores, Span keys) const {
+        T low[width], high[width];  // each row's interval, counted from keys.begin
+        for (int i = 0; i < width; ++i) {
+            const Row& row = row_of_lane(i);
+            low[i] = T(row.begin < keys.begin ? 0 : row.begin < keys.end ? row.begin - keys.begin
+                                                                        : keys.size());
+            high[i] = T(row.end < keys.begin ? 0 : row.end < keys.end ? row.end - keys.begin
+                                                                     : keys.size());
+        }
+        const V hidden = -kInfinity<T>;
+        for (int64_t j = 0; j < keys.size(); ++j, scores += width) {
+            const V key = T(j);
+            for (int c = 0; c < width; c += lanes) {
+                const auto seen = (key >= V::load(low + c)) & (key < V::load(high + c));
+                select<T>(seen, V::load(scores + c), hidden).store(scores + c);
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace fastattn

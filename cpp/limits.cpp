@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The machine's limits, against which the benchmark measures: multiply-adds in registers, and reading
+// memory. Measured with the variant in use and all threads.
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "kernel.h"
+#include "parallel.h"
+
+namespace fastattn {
+namespace {
+
+double now() {
+    using namespace std::chrono;
+    return duration<double>(steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+double measure_fma(Dtype dtype, double seconds) {
+    const Functions& functions =
+        dtype == Dtype::kFloat64 ? kernel().float64 : kernel().float32;
+    const int threads = get_num_threads();
+    std::vector<double> rates;
+    int64_t rounds = 10000;
+    const double end = now() + seconds;
+    do {
+        std::vector<double> flops(size_t(threads), 0.0);
+        const double start = now();
+        parallel_for(threads, threads, {}, [&](int64_t item, int, const Stop&) {
+            flops[size_t(item)] = functions.fma(rounds);
+        });
+        const double took = now() - start;
+        if (took < 2e-3) {  // so long that starting the threads does not count
+            rounds *= 2;
+            continue;
+        }
+        double all = 0;
+        for (const double part : flops) all += part;
+        rates.push_back(all / took);
+    } while (now() < end || rates.empty());
+    std::nth_element(rates.begin(), rates.begin() + long(rates.size() / 2), rates.end());
+    return rates[rates.size() / 2];
+}
+
+double measure_read(int64_t bytes, int repeats) {
+    constexpr int64_t piece = 1 << 20;
+    const int64_t pieces = std::max<int64_t>(bytes / piece, 1);
+    std::unique_ptr<char, decltype(&std::free)> data(
+        static_cast<char*>(std::aligned_alloc(4096, size_t(pieces * piece))), &std::free);
+    if (data == nullptr) throw std::bad_alloc();
+    std::memset(data.get(), 0, size_t(pieces * piece));
+    const int threads = int(std::min<int64_t>(pieces, get_num_threads()));
+    std::vector<double> rates;
+    for (int i = 0; i < std::max(repeats, 1); ++i) {
+        const double start = now();
+        parallel_for(pieces, threads, {}, [&](int64_t item, int, const Stop&) {
+            volatile double sink = kernel().read(data.get() + item * piece, piece);
+            (void)sink;
+        });
+        rates.push_back(double(pieces * piece) / (now() - start));
+    }
+    std::nth_element(rates.begin(), rates.begin() + long(rates.size() / 2), rates.end());
+    return rates[rates.size() / 2];
+}
+
+}  // namespace fastattn

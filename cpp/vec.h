@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Vec<T>: as many T as one register of the instruction set being compiled holds, and the few
+// operations that the kernel needs. Plain arithmetic, comparisons and shuffles are the compiler's
+// vector extensions, the same for every instruction set; what they cannot say (fused multiply-add,
+// rounding, scaling by a power of two, the NaN rule of max) is in vec_<isa>.h.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX512F__)
+#include "vec_avx512.h"
+#elif defined(__AVX2__)
+#include "vec_avx2.h"
+#else
+#include "vec_generic.h"
+#endif
+
+namespace fastattn {
+namespace {
+
+template <class T>
+struct Register;
+template <>
+struct Register<float> {
+    typedef float Native __attribute__((vector_size(kVectorBytes)));
+    typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
+    using Int = int32_t;
+};
+template <>
+struct Register<double> {
+    typedef double Native __attribute__((vector_size(kVectorBytes)));
+    typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
+    using Int = int64_t;
+};
+
+template <class T>
+struct Vec {
+    static constexpr int lanes = kVectorBytes / sizeof(T);
+    using Int = typename Register<T>::Int;
+    using Native = typename Register<T>::Native;
+    using Mask = typename Register<T>::Mask;  // per lane all bits or none
+
+    Native v;
+
+    Vec() = default;
+    Vec(Native native) : v(native) {}
+    Vec(T x) : v(x - Native{}) {}
+
+    static Vec load(const T* from) {
+        Vec x;
+        __builtin_memcpy(&x.v, from, sizeof x.v);
+        return x;
+    }
+    void store(T* to) const { __builtin_memcpy(to, &v, sizeof v); }
+
+    friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+    friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+    friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+    friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+    friend Mask operator<(Vec a, Vec b) { return a.v < b.v; }
+    friend Mask operator>=(Vec a, Vec b) { return a.v >= b.v; }
+    friend Mask operator==(Vec a, Vec b) { return a.v == b.v; }
+};
+
+template <class T>
+Vec<T> select(typename Vec<T>::Mask mask, Vec<T> yes, Vec<T> no) {
+    return mask ? yes.v : no.v;
+}
+
+template <class T>
+Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+    return isa::fma(a.v, b.v, c.v);
+}
+
+// The larger one; the second where either is NaN.
+template <class T>
+Vec<T> max(Vec<T> a, Vec<T> b) {
+    return isa::max(a.v, b.v);
+}
+
+template <class T>
+Vec<T> abs(Vec<T> x) {
+    return max(x, Vec<T>(T(0)) - x);
+}
+
+// p * 2^n for an integer n in [-150, 100] (float) or [-1075, 1000] (double), rounded once.
+template <class T>
+Vec<T> times_power_of_two(Vec<T> p, Vec<T> n) {
+    return isa::times_power_of_two(p.v, n.v);
+}
+
+// (2^f - 1) / f for |f| <= 1/2: minimax polynomials of the relative error of 1 + f q(f), which is
+// 3e-9 and 2e-17. That form makes 2^0 exactly 1.
+inline Vec<float> exp2_slope(Vec<float> f) {
+    Vec<float> q = 1.559467816e-4f;
+    q = fma(q, f, Vec<float>(1.34066439e-3f));
+    q = fma(q, f, Vec<float>(9.617692973e-3f));
+    q = fma(q, f, Vec<float>(5.550310551e-2f));
+    q = fma(q, f, Vec<float>(2.402265278e-1f));
+    return fma(q, f, Vec<float>(6.93147215e-1f));
+}
+inline Vec<double> exp2_slope(Vec<double> f) {
+    Vec<double> q = 4.078071929588336665e-10;
+    q = fma(q, f, Vec<double>(7.0725704128144235096e-9));
+    q = fma(q, f, Vec<double>(1.0180647659234138888e-7));
+    q = fma(q, f, Vec<double>(1.3215442675329822143e-6));
+    q = fma(q, f, Vec<double>(1.5252727385193868197e-5));
+    q = fma(q, f, Vec<double>(1.540353044157213033e-4));
+    q = fma(q, f, Vec<double>(1.3333558153439964747e-3));
+    q = fma(q, f, Vec<double>(9.6181291076070023796e-3));
+    q = fma(q, f, Vec<double>(5.5504108664790394552e-2));
+    q = fma(q, f, Vec<double>(2.4022650695910098007e-1));
+    return fma(q, f, Vec<double>(6.9314718055994569675e-1));
+}
+
+template <class T>
+constexpr T smallest_exponent = sizeof(T) == 4 ? T(-150) : T(-1075);  // 2^this rounds to 0
+
+// 2^x for x <= 100: exactly 1 at 0, exactly 0 at -inf, NaN stays.
+template <class T>
+Vec<T> exp2(Vec<T> x) {
+    x = max(Vec<T>(smallest_exponent<T>), x);
+    const Vec<T> n = isa::round(x.v);
+    const Vec<T> f = x - n;
+    return times_power_of_two(fma(exp2_slope(f), f, Vec<T>(T(1))), n);
+}
+
+// tanh(x) = e / (e + 2) with e = exp(2x) - 1, computed without cancellation near 0.
+template <class T>
+Vec<T> tanh(Vec<T> x) {
+    const Vec<T> bound = T(60), one = T(1);
+    Vec<T> y = x * Vec<T>(T(2.8853900817779268147));  // 2 log2(e)
+    y = max(Vec<T>(T(0)) - bound, y);
+    y = select<T>(bound < y, bound, y);
+    const Vec<T> n = isa::round(y.v);
+    const Vec<T> f = y - n;
+    const Vec<T> power = times_power_of_two(one, n);
+    const Vec<T> e = fma(exp2_slope(f) * f, power, power - one);
+    return e / (e + Vec<T>(T(2)));
+}
+
+// Swaps rows and columns of a square of registers: each pass interleaves the upper half of the rows
+// with the lower half, and log2(lanes) perfect shuffles make a transpose.
+template <class T>
+[[gnu::always_inline]] inline void transpose(Vec<T> (&rows)[Vec<T>::lanes]) {
+    constexpr int n = Vec<T>::lanes;
+#pragma GCC unroll 4
+    for (int pass = 1; pass < n; pass *= 2) {
+        Vec<T> next[n];
+#pragma GCC unroll 8
+        for (int i = 0; i < n / 2; ++i) {
+            next[2 * i] = isa::zip_low(rows[i].v, rows[i + n / 2].v);
+            next[2 * i + 1] = isa::zip_high(rows[i].v, rows[i + n / 2].v);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) rows[i] = next[i];
+    }
+}
+
+}  // namespace
+}  // namespace fastattn

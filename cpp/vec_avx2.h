@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// AVX2 with FMA: registers of 32 bytes, 16 of them. See vec.h for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace fastattn {
+namespace {
+
+constexpr int kVectorBytes = 32;
+constexpr int kColumns = 3;        // vectors of queries in a full block
+constexpr int64_t kKeyTile = 128;  // keys per tile
+
+// Rows of the micro-kernel: 4 x 3 accumulators, 3 vectors of queries and 1 broadcast in 16 registers.
+constexpr int micro_rows(int columns) { return columns == 3 ? 4 : columns == 2 ? 6 : 8; }
+
+namespace isa {
+inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+inline __m256 max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+inline __m256d max(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
+inline __m256 round(__m256 x) { return _mm256_round_ps(x, 8); }
+inline __m256d round(__m256d x) { return _mm256_round_pd(x, 8); }
+
+// The exponent field is built 24 (float) or 53 (double) too high, so that it is never subnormal, and
+// a last product brings it down with the one rounding that a subnormal result needs.
+inline __m256 times_power_of_two(__m256 p, __m256 n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127 + 24));
+    const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+    return _mm256_mul_ps(_mm256_mul_ps(p, power), _mm256_set1_ps(0x1p-24f));
+}
+inline __m256d times_power_of_two(__m256d p, __m256d n) {
+    // Adding 1.5 * 2^52 leaves the integer n in the low bits.
+    const __m256i bits = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(0x1.8p52)));
+    const __m256i exponent = _mm256_add_epi64(bits, _mm256_set1_epi64x(1023 + 53));
+    const __m256d power = _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52));
+    return _mm256_mul_pd(_mm256_mul_pd(p, power), _mm256_set1_pd(0x1p-53));
+}
+
+inline __m256 zip_low(__m256 a, __m256 b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+inline __m256 zip_high(__m256 a, __m256 b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
+inline __m256d zip_low(__m256d a, __m256d b) {
+    return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
+}
+inline __m256d zip_high(__m256d a, __m256d b) {
+    return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
+}
+}  // namespace isa
+
+}  // namespace
+}  // namespace fastattn

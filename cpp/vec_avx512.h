@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// AVX-512: registers of 64 bytes, 32 of them. See vec.h for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace fastattn {
+namespace {
+
+constexpr int kVectorBytes = 64;
+constexpr int kColumns = 3;        // vectors of queries in a full block
+constexpr int64_t kKeyTile = 128;  // keys per tile
+
+// Rows of the micro-kernel: 8 x 3 accumulators, 3 vectors of queries and 1 broadcast in 32 registers.
+constexpr int micro_rows(int columns) { return columns == 3 ? 8 : columns == 2 ? 12 : 16; }
+
+namespace isa {
+inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+inline __m512 max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+inline __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
+inline __m512 round(__m512 x) { return _mm512_roundscale_ps(x, 8); }
+inline __m512d round(__m512d x) { return _mm512_roundscale_pd(x, 8); }
+inline __m512 times_power_of_two(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
+inline __m512d times_power_of_two(__m512d p, __m512d n) { return _mm512_scalef_pd(p, n); }
+
+inline __m512 zip_low(__m512 a, __m512 b) {
+    return _mm512_permutex2var_ps(
+        a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+}
+inline __m512 zip_high(__m512 a, __m512 b) {
+    return _mm512_permutex2var_ps(
+        a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+}
+inline __m512d zip_low(__m512d a, __m512d b) {
+    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+}
+inline __m512d zip_high(__m512d a, __m512d b) {
+    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
+}
+}  // namespace isa
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Any CPU: registers of 16 bytes, written with the compiler's vector extensions alone (SSE2 on
+// x86-64, NEON on aarch64). The definition of every operation; start here to add an instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+namespace {
+
+constexpr int kVectorBytes = 16;
+constexpr int kColumns = 3;        // vectors of queries in a full block
+constexpr int64_t kKeyTile = 128;  // keys per tile
+
+// Rows of the micro-kernel: 4 x 3 accumulators and the operands in 16 registers.
+constexpr int micro_rows(int columns) { return columns == 3 ? 3 : columns == 2 ? 4 : 8; }
+
+namespace isa {
+typedef float Float __attribute__((vector_size(kVectorBytes)));
+typedef double Double __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Int32 __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Int64 __attribute__((vector_size(kVectorBytes)));
+
+// Rounded twice: not every CPU has a fused one.
+inline Float fma(Float a, Float b, Float c) { return a * b + c; }
+inline Double fma(Double a, Double b, Double c) { return a * b + c; }
+
+// The larger one; the second where either is NaN.
+inline Float max(Float a, Float b) { return a > b ? a : b; }
+inline Double max(Double a, Double b) { return a > b ? a : b; }
+
+// To the nearest integer, for |x| < 2^22 (float), 2^51 (double): the sum has no fraction bits left.
+inline Float round(Float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+inline Double round(Double x) { return (x + 0x1.8p52) - 0x1.8p52; }
+
+// The exponent field is built 24 (float) or 53 (double) too high, so that it is never subnormal, and
+// a last product brings it down with the one rounding that a subnormal result needs.
+inline Float times_power_of_two(Float p, Float n) {
+    const Int32 exponent = __builtin_convertvector(n, Int32) + (127 + 24);
+    return p * (Float)(exponent << 23) * 0x1p-24f;
+}
+inline Double times_power_of_two(Double p, Double n) {
+    // Adding 1.5 * 2^52 leaves the integer n in the low bits.
+    const Int64 exponent = (Int64)(n + 0x1.8p52) + (1023 + 53);
+    return p * (Double)(exponent << 52) * 0x1p-53;
+}
+
+// The low (high) halves of a and b, one element of each in turn.
+inline Float zip_low(Float a, Float b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline Float zip_high(Float a, Float b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+inline Double zip_low(Double a, Double b) { return __builtin_shufflevector(a, b, 0, 2); }
+inline Double zip_high(Double a, Double b) { return __builtin_shufflevector(a, b, 1, 3); }
+}  // namespace isa
+
+}  // namespace
+}  // namespace fastattn

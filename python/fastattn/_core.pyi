@@ -1,0 +1,53 @@
+from typing import Any
+
+from numpy.typing import NDArray
+
+__version__: str
+
+def attention(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    out: NDArray[Any] | None,
+    lse: NDArray[Any] | None,
+    batch_shape: tuple[int, ...],
+    mask: NDArray[Any] | None,
+    bias: NDArray[Any] | None,
+    alibi_slopes: NDArray[Any] | None,
+    sinks: NDArray[Any] | None,
+    query_offset: NDArray[Any] | None,
+    kv_lengths: NDArray[Any] | None,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    /,
+) -> None: ...
+def explain(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    out: NDArray[Any] | None,
+    lse: NDArray[Any] | None,
+    batch_shape: tuple[int, ...],
+    mask: NDArray[Any] | None,
+    bias: NDArray[Any] | None,
+    alibi_slopes: NDArray[Any] | None,
+    sinks: NDArray[Any] | None,
+    query_offset: NDArray[Any] | None,
+    kv_lengths: NDArray[Any] | None,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    /,
+) -> dict[str, Any]: ...
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def supported_isas() -> list[str]: ...
+def set_isa(name: str | None, /) -> None: ...
+def set_num_threads(threads: int, /) -> None: ...
+def get_num_threads() -> int: ...
+def probe_fma(dtype_name: str, seconds: float, /) -> float: ...
+def probe_read(megabytes: int, repeats: int, /) -> float: ...
+def build_info() -> dict[str, Any]: ...

@@ -148,9 +148,13 @@ private:
         block.row_count = int(std::min<int64_t>(rows_ - first, functions_.query_tile));
         block.key = at(args_.key, offset(args_.key, batch), kv_head, 0);
         block.value = at(args_.value, offset(args_.value, batch), kv_head, 0);
-        for (int r = 0; r < block.row_count; ++r) {
-            const int64_t i = (first + r) / group_;
-            const int64_t head = kv_head * group_ + (first + r) % group_;
+        const int64_t first_head = kv_head * group_;
+        int64_t i = first / group_, head = first_head + first % group_;
+        for (int r = 0; r < block.row_count; ++r, ++head) {
+            if (head == first_head + group_) {
+                head = first_head;
+                ++i;
+            }
             Row& row = rows[r];
             row.query = at(args_.query, query, head, i);
             row.out = at(args_.out, out, head, i);

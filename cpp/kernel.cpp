@@ -209,13 +209,14 @@ private:
     }
 
     void find_tile_max(Span keys) {
-        for (int c = 0; c < Columns; ++c) {
-            V largest = -kInfinity<T>;
-            for (int64_t j = 0; j < keys.size(); ++j) {
-                largest = max(V::load(scores + j * width + c * lanes), largest);
+        V largest[Columns];
+        for (int c = 0; c < Columns; ++c) largest[c] = -kInfinity<T>;
+        for (int64_t i = 0; i < keys.size() * width; i += width) {
+            for (int c = 0; c < Columns; ++c) {
+                largest[c] = max(V::load(scores + i + c * lanes), largest[c]);
             }
-            tile_max[c] = largest;
         }
+        for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
     }
 
     // scores = P^T = exp2(S^T - row_max); a NaN score makes a NaN.
@@ -246,13 +247,13 @@ private:
     // finite are added to the rows that see them, here.
     bool set_nonfinite_apart(const T* value, Span keys) {
         bool found = false;
-        for (int64_t j = 0; j < keys.size() && !found; ++j) {
-            found = !all_finite(value + j * block.value_stride);
-        }
+        passes.hidden_keys(keys, [&](int64_t first, int64_t last) {
+            found |= !all_finite(value + (first - keys.begin) * block.value_stride, last - first);
+        });
         if (!found) return false;
         for (int64_t j = 0; j < keys.size(); ++j) {
             const T* from = value + j * block.value_stride;
-            const bool finite = all_finite(from);
+            const bool finite = all_finite(from, 1);
             for (int64_t d = 0; d < value_head_dim; ++d) {
                 staging[j * value_head_dim + d] = finite ? from[d] : T(0);
                 if (from[d] - from[d] == 0) continue;
@@ -266,16 +267,20 @@ private:
         return true;
     }
 
-    bool all_finite(const T* row) const {
-        using Int = typename V::Int;
-        constexpr Int exponent = sizeof(T) == 4 ? Int(0x7f800000) : Int(0x7ff0000000000000);
-        int special = 0;
-        for (int64_t d = 0; d < value_head_dim; ++d) {
-            Int bits;
-            __builtin_memcpy(&bits, row + d, sizeof bits);
-            special |= (bits & exponent) == exponent;
+    bool all_finite(const T* row, int64_t rows) const {
+        typename V::Mask finite = V(T(0)) == V(T(0));
+        bool rest_finite = true;
+        for (; rows > 0; --rows, row += block.value_stride) {
+            int64_t d = 0;
+            for (; d + lanes <= value_head_dim; d += lanes) {
+                const V x = V::load(row + d);
+                finite &= x - x == V(T(0));
+            }
+            for (; d < value_head_dim; ++d) rest_finite &= row[d] - row[d] == 0;
         }
-        return special == 0;
+        typename V::Int all = -1;
+        for (int i = 0; i < lanes; ++i) all &= finite[i];
+        return rest_finite && all != 0;
     }
 
     // total += acc, and a new group begins.

@@ -219,6 +219,22 @@ public:
             if (row.begin < begin) begin = row.begin;
             if (row.end > end) end = row.end;
         }
+        // An edge that must be cut anyway moves out to a whole step of the micro-kernel.
+        constexpr int64_t step = micro_rows(Columns);
+        if (begin < inner_begin) begin = begin / step * step;
+        if (end > inner_end) {
+            end = (end + step - 1) / step * step;
+            if (end > block.kv_len) end = block.kv_len;
+        }
+    }
+
+    // Calls visit(first, last) for the keys of a tile that may be hidden from some row.
+    template <class Visit>
+    void hidden_keys(Span keys, const Visit& visit) const {
+        if (mask.given || bias.given) return visit(keys.begin, keys.end);
+        const int64_t head = clamp(inner_begin, keys), tail = clamp(inner_end, keys);
+        visit(keys.begin, head);
+        visit(tail > head ? tail : head, keys.end);
     }
 
     // The keys of a tile that some row's interval holds.
@@ -276,19 +292,23 @@ private:
         T low[width], high[width];  // each row's interval, counted from keys.begin
         for (int i = 0; i < width; ++i) {
             const Row& row = row_of_lane(i);
-            low[i] = T(row.begin < keys.begin ? 0 : row.begin < keys.end ? row.begin - keys.begin
-                                                                        : keys.size());
-            high[i] = T(row.end < keys.begin ? 0 : row.end < keys.end ? row.end - keys.begin
-                                                                     : keys.size());
+            low[i] = T(clamp(row.begin, keys) - keys.begin);
+            high[i] = T(clamp(row.end, keys) - keys.begin);
         }
-        const V hidden = -kInfinity<T>;
-        for (int64_t j = 0; j < keys.size(); ++j, scores += width) {
-            const V key = T(j);
-            for (int c = 0; c < width; c += lanes) {
-                const auto seen = (key >= V::load(low + c)) & (key < V::load(high + c));
-                select<T>(seen, V::load(scores + c), hidden).store(scores + c);
+        hidden_keys(keys, [&](int64_t first, int64_t last) {
+            for (int64_t j = first - keys.begin; j < last - keys.begin; ++j) {
+                const V key = T(j);
+                for (int c = 0; c < width; c += lanes) {
+                    const auto seen = (key >= V::load(low + c)) & (key < V::load(high + c));
+                    T* score = scores + j * width + c;
+                    select<T>(seen, V::load(score), V(-kInfinity<T>)).store(score);
+                }
             }
-        }
+        });
+    }
+
+    static int64_t clamp(int64_t key, Span keys) {
+        return key < keys.begin ? keys.begin : key < keys.end ? key : keys.end;
     }
 };
 

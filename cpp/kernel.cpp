@@ -28,22 +28,36 @@ constexpr double kLn2 = 0.69314718055994530942;
 // Sums stay short, for accuracy: over one tile, then over this many tiles, then over such groups.
 constexpr int64_t kGroup = 64 * kKeyTile;  // keys
 
-// sum[r][c] += over k < depth: a[r * a_row + k * a_step] * b[k][c], a row of b being Columns vectors.
-template <class T, int Rows, int Columns>
+// For c in [First, Last), sum[r][c] += over k < depth: a[r * a_row + k * a_step] * b[k][c], a row of b
+// being Columns vectors.
+template <int First, int Last, class T, int Rows, int Columns>
 [[gnu::always_inline]] inline void multiply(const T* a, int64_t a_row, int64_t a_step, const T* b,
                                             int64_t depth, Vec<T> (&sum)[Rows][Columns]) {
     constexpr int lanes = Vec<T>::lanes;
     for (int64_t k = 0; k < depth; ++k, a += a_step, b += Columns * lanes) {
         Vec<T> column[Columns];
 #pragma GCC unroll 4
-        for (int c = 0; c < Columns; ++c) column[c] = Vec<T>::load(b + c * lanes);
+        for (int c = First; c < Last; ++c) column[c] = Vec<T>::load(b + c * lanes);
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
             const Vec<T> scalar = a[r * a_row];
 #pragma GCC unroll 4
-            for (int c = 0; c < Columns; ++c) sum[r][c] = fma(scalar, column[c], sum[r][c]);
+            for (int c = First; c < Last; ++c) sum[r][c] = fma(scalar, column[c], sum[r][c]);
         }
     }
+}
+
+// visit<First, Last>(begin, end): the stretches of a tile's keys between two cuts, each with the vectors
+// that may see it (ScorePasses::find_cuts).
+template <int Columns, int Index = 0, class Visit>
+[[gnu::always_inline]] inline void between_cuts(const int64_t (&cuts)[2 * Columns],
+                                                const Visit& visit) {
+    constexpr int first = Index < Columns ? 0 : Index - Columns + 1;
+    constexpr int last = Index < Columns ? Index + 1 : Columns;
+    if (cuts[Index] < cuts[Index + 1]) {
+        visit.template operator()<first, last>(cuts[Index], cuts[Index + 1]);
+    }
+    if constexpr (Index + 2 < 2 * Columns) between_cuts<Columns, Index + 1>(cuts, visit);
 }
 
 // step<Rows>(row) over [row, count) in steps of Rows, then of half as many, and so on.
@@ -74,6 +88,7 @@ class BlockAttention {
 
     V row_max[Columns], row_sum[Columns], total_sum[Columns], total_max[Columns];
     V tile_max[Columns], rescale[Columns];
+    int64_t cuts[2 * Columns];  // of the tile: see ScorePasses::find_cuts
     bool has_total = false;
 
     static int64_t score_rows(const Block& b) { return b.kv_len < kKeyTile ? b.kv_len : kKeyTile; }
@@ -169,6 +184,7 @@ private:
     void attend(Span keys, Seen seen) {
         const T* value = static_cast<const T*>(block.value) + keys.begin * block.value_stride;
         int64_t value_stride = block.value_stride;
+        passes.find_cuts(keys, cuts);
         compute_scores(keys);
         if (seen == Seen::kSome) {
             passes.apply(scores, keys, staging);
@@ -181,7 +197,10 @@ private:
         softmax(keys);
         in_steps<micro_rows(Columns)>(0, value_head_dim, [&]<int Rows>(int64_t d) {
             V sum[Rows][Columns] = {};
-            multiply(value + d, 1, value_stride, scores, keys.size(), sum);
+            between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
+                multiply<First, Last>(value + begin * value_stride + d, 1, value_stride,
+                                      scores + begin * width, end - begin, sum);
+            });
             for (int r = 0; r < Rows; ++r) {
                 for (int c = 0; c < Columns; ++c) {
                     T* out = acc + (d + r) * width + c * lanes;
@@ -195,15 +214,19 @@ private:
         const T* key = static_cast<const T*>(block.key) + keys.begin * block.key_stride;
         V largest[Columns];
         for (int c = 0; c < Columns; ++c) largest[c] = -kInfinity<T>;
-        in_steps<micro_rows(Columns)>(0, keys.size(), [&]<int Rows>(int64_t j) {
-            V sum[Rows][Columns] = {};
-            multiply(key + j * block.key_stride, block.key_stride, 1, query, head_dim, sum);
-            for (int r = 0; r < Rows; ++r) {
-                for (int c = 0; c < Columns; ++c) {
-                    sum[r][c].store(scores + (j + r) * width + c * lanes);
-                    largest[c] = max(sum[r][c], largest[c]);
+        between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
+            in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
+                V sum[Rows][Columns] = {};
+                multiply<First, Last>(key + j * block.key_stride, block.key_stride, 1, query,
+                                      head_dim, sum);
+                for (int r = 0; r < Rows; ++r) {
+                    for (int c = 0; c < Columns; ++c) {
+                        if (c < First || c >= Last) sum[r][c] = -kInfinity<T>;
+                        sum[r][c].store(scores + (j + r) * width + c * lanes);
+                        largest[c] = max(sum[r][c], largest[c]);
+                    }
                 }
-            }
+            });
         });
         for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
     }

@@ -201,6 +201,7 @@ class ScorePasses {
     const Block& block;
     const RowArray<T, Columns> mask, bias;
     int64_t inner_begin = 0, inner_end;  // the keys inside every row's interval
+    int64_t first_key[Columns], last_key[Columns];  // inside the interval of some row of a vector
 
 public:
     int64_t begin, end = 0;  // the keys inside some row's interval
@@ -211,8 +212,14 @@ public:
           bias(b, &Row::bias, b.bias_dtype, b.bias_stride),
           inner_end(b.kv_len),
           begin(b.kv_len) {
+        for (int c = 0; c < Columns; ++c) {
+            first_key[c] = block.kv_len;
+            last_key[c] = 0;
+        }
         for (int i = 0; i < block.row_count; ++i) {
             const Row& row = block.rows[i];
+            if (row.begin < first_key[i / lanes]) first_key[i / lanes] = row.begin;
+            if (row.end > last_key[i / lanes]) last_key[i / lanes] = row.end;
             if (row.begin > inner_begin) inner_begin = row.begin;
             if (row.end < inner_end) inner_end = row.end;
             if (row.begin >= row.end) continue;
@@ -241,6 +248,28 @@ public:
     Span span(int64_t tile) const {
         const int64_t last = tile + kKeyTile;
         return {tile > begin ? tile : begin, last < end ? last : end};
+    }
+
+    // Positions grow with the rows: the first keys of a tile may matter to the first vectors alone, the
+    // last ones to the last. cuts: where the next vector comes in, then where one drops out.
+    void find_cuts(Span keys, int64_t (&cuts)[2 * Columns]) const {
+        constexpr int64_t step = micro_rows(Columns);
+        const int64_t count = keys.size();
+        cuts[0] = 0;
+        cuts[2 * Columns - 1] = count;
+        for (int c = 1; c < Columns; ++c) {
+            const int64_t in = (clamp(first_key[c], keys) - keys.begin) / step * step;
+            int64_t out = (clamp(last_key[c - 1], keys) - keys.begin + step - 1) / step * step;
+            if (out > count) out = count;
+            cuts[c] = in;
+            cuts[Columns - 1 + c] = out;
+        }
+        bool ordered = true;
+        for (int i = 1; i < 2 * Columns; ++i) ordered &= cuts[i - 1] <= cuts[i];
+        for (int c = 1; c < Columns && !ordered; ++c) {  // a window narrower than the block
+            cuts[c] = 0;
+            cuts[Columns - 1 + c] = count;
+        }
     }
 
     Seen classify(Span keys) const {

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is this a valid question? Every rule about the arguments of an attention call, once.
+
+Called by `_attention.py` before anything is computed; calls nothing. Rules are checked in the order of
+the arguments, and an error says which argument, the rule, and what was given. What comes back is in the
+form that `_core` takes; a valid array is passed on as it is, strides and all.
+
+A small call must not spend its time here: the fast path asks of each array only whether it is plainly
+in order (`floats`), remembers the verdict on shapes (`sizes`), and looks at no argument that is absent.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+ndarray = np.ndarray
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
+UNLIMITED = -1
+FARTHEST = 2**61  # positions beyond are refused or, in a window, no different
+OVERLAP_WORK = 10_000  # candidate solutions that numpy.shares_memory may look at
+
+
+class Sizes(NamedTuple):
+    """What the shapes of query, key and value say together."""
+
+    batch_shape: tuple[int, ...]
+    q_heads: int
+    q_len: int
+    kv_len: int
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    scale: float
+    has_pairs: bool
+
+
+class Options(NamedTuple):
+    """The arguments of a call beside query, key and value, as the core takes them and in its order."""
+
+    mask: Array | None
+    bias: Array | None
+    alibi_slopes: Array | None
+    sinks: Array | None
+    query_offset: Array | None
+    kv_lengths: Array | None
+    scale: float
+    softcap: float
+    left: int
+    right: int
+
+
+def check(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    bias: Any,
+    scale: Any,
+    is_causal: Any,
+    query_offset: Any,
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    kv_lengths: Any,
+    dropout_p: Any,
+    seed: Any,
+) -> tuple[Array, Array, Array, Sizes, tuple[Any, ...]]:
+    """Check every argument that says what to compute; the last item is an `Options`, as a tuple."""
+    query, key, value = floats("query", query), floats("key", key), floats("value", value)
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        name, other = ("key", key) if key.dtype != query.dtype else ("value", value)
+        raise TypeError(f"{name} must have the dtype of query, {query.dtype}, not {other.dtype}")
+    known = sizes(query.shape, key.shape, value.shape)
+    left = right = UNLIMITED
+    if mask is not None:
+        mask = pair_array("mask", mask, ("bool", *FLOAT_NAMES), known)
+    if bias is not None:
+        bias = pair_array("bias", bias, FLOAT_NAMES, known)
+    scale = known.scale if scale is None else finite_number("scale", scale)
+    if is_causal is not False:
+        is_causal = boolean("is_causal", is_causal)
+    if window is not None:
+        left, right = window_sides(window)
+    if is_causal:
+        right = 0
+    offset = query_offset
+    if query_offset is not None:
+        offset = per_batch("query_offset", query_offset, known, -FARTHEST, FARTHEST)
+    elif known.q_len != known.kv_len and (
+        left != UNLIMITED or right != UNLIMITED or alibi_slopes is not None
+    ):
+        argument = "is_causal" if is_causal else "alibi_slopes" if window is None else "window"
+        raise ValueError(
+            f"query_offset must be given with {argument} if q_len differs from kv_len (0: the first "
+            f"query stands at the first key; kv_len - q_len: the last at the last), "
+            f"got q_len={known.q_len}, kv_len={known.kv_len}"
+        )
+    softcap = 0.0 if softcap is None else positive_number("softcap", softcap)
+    if alibi_slopes is not None:
+        alibi_slopes = slopes_per_head(alibi_slopes, known)
+    if sinks is not None:
+        sinks = logits_per_head("sinks", sinks, known.q_heads)
+    if kv_lengths is not None:
+        kv_lengths = per_batch("kv_lengths", kv_lengths, known, 0, known.kv_len)
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        no_dropout(dropout_p)
+    if seed is not None:
+        whole_number("seed", seed)
+    options = (mask, bias, alibi_slopes, sinks, offset, kv_lengths, scale, softcap, left, right)
+    return query, key, value, known, options
+
+
+def floats(name: str, x: Any) -> Array:
+    """Return query, key or value as the core takes it: x itself, unless it cannot be read in place."""
+    if type(x) is ndarray and (x.dtype is FLOAT32 or x.dtype is FLOAT64) and x.flags.carray:
+        return x
+    array = as_array(name, x, "float32 or float64")
+    if array.dtype.name not in ("float32", "float64"):
+        raise TypeError(f"{name} must be an array of float32 or float64, not {array.dtype.name}")
+    contiguous = array.shape[-1:] <= (1,) or array.strides[-1] == array.itemsize
+    if contiguous and array.flags.aligned and array.dtype.isnative:
+        return array
+    return copied(array, array.ndim - 1)
+
+
+def as_array(name: str, x: Any, kinds: str) -> Array:
+    """Return the array that x is or stands for."""
+    array: Any = None
+    if not isinstance(x, ndarray) or not isinstance(x, np.ma.MaskedArray | np.matrix):
+        try:
+            array = np.asarray(x)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be an array of {kinds}: {error}") from error
+    if array is None or (array is not x and array.dtype.kind not in "biufcV"):
+        raise TypeError(f"{name} must be an array of {kinds}, not {type(x).__name__}")
+    return array
+
+
+def copied(array: Array, axes: int) -> Array:
+    """Return an aligned, C-contiguous copy; what is repeated along the first axes is copied once."""
+    once = tuple(slice(1) if stride == 0 else slice(None) for stride in array.strides[:axes])
+    copy = np.array(array[once], dtype=array.dtype.newbyteorder("="), order="C")
+    return np.broadcast_to(copy, array.shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def sizes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> Sizes:
+    """Return what the three shapes say together, if they fit."""
+    for name, shape in (("query", query), ("key", key), ("value", value)):
+        if len(shape) < 2:
+            raise ValueError(
+                f"{name} must have 2 axes or more, (batch, heads, length, head_dim) or the last of "
+                f"these, got {name}.shape={shape}"
+            )
+    q_len, head_dim = query[-2:]
+    kv_len, value_head_dim = value[-2:]
+    q_heads, kv_heads, value_heads = (shape[-3] if shape[2:] else 1 for shape in (query, key, value))
+    if head_dim < 1:
+        raise ValueError(f"query must have a head_dim of 1 or more, got query.shape={query}")
+    both = f"(key.shape={key}, query.shape={query})"
+    if key[-1] != head_dim:
+        raise ValueError(f"key has head_dim {key[-1]} but query has head_dim {head_dim} {both}")
+    if q_heads != 0 and (kv_heads == 0 or q_heads % kv_heads != 0):
+        raise ValueError(
+            f"q_heads must be a multiple of kv_heads, got q_heads={q_heads}, kv_heads={kv_heads} {both}"
+        )
+    both = f"(value.shape={value}, key.shape={key})"
+    if kv_len != key[-2]:
+        raise ValueError(f"value has kv_len {kv_len} but key has kv_len {key[-2]} {both}")
+    if value_heads != kv_heads:
+        raise ValueError(f"value has {value_heads} heads but key has {kv_heads} {both}")
+    try:
+        batch_shape = np.broadcast_shapes(query[:-3], key[:-3], value[:-3])
+    except ValueError:
+        raise ValueError(
+            "the batch axes of query, key and value must broadcast, "
+            f"got query.shape={query}, key.shape={key}, value.shape={value}"
+        ) from None
+    heads = (q_heads,) if max(len(query), len(key), len(value)) > 2 else ()
+    lse_shape = (*batch_shape, *heads, q_len)
+    return Sizes(
+        batch_shape=batch_shape,
+        q_heads=q_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        out_shape=(*lse_shape, value_head_dim),
+        lse_shape=lse_shape,
+        scale=1 / math.sqrt(head_dim),
+        has_pairs=0 not in lse_shape and kv_len > 0,
+    )
+
+
+def pair_array(name: str, x: Any, dtypes: tuple[str, ...], known: Sizes) -> Array:
+    """Return a mask or bias, never expanded."""
+    kinds = ", ".join(dtypes[:-1]) + " or " + dtypes[-1]
+    array = as_array(name, x, kinds)
+    if array.dtype.name not in dtypes:
+        raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
+    whole = (*known.batch_shape, known.q_heads, known.q_len, known.kv_len)
+    fits = zip(reversed(array.shape), reversed(whole), strict=False)
+    if array.ndim > len(whole) or not all(n in (1, m) for n, m in fits):
+        raise ValueError(
+            f"{name} must broadcast to (batch, q_heads, q_len, kv_len) = {whole}, "
+            f"got {name}.shape={array.shape}"
+        )
+    if array.flags.aligned and array.dtype.isnative:
+        return array
+    return copied(array, array.ndim)
+
+
+def per_head(name: str, x: Any, *shapes: tuple[int, ...]) -> Array:
+    """Return numbers of one of the shapes, the last of which they are repeated to fill, as float64."""
+    kinds = ", ".join(FLOAT_NAMES[:-1]) + " or " + FLOAT_NAMES[-1]
+    array = as_array(name, x, kinds)
+    if array.dtype.name not in FLOAT_NAMES:
+        raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
+    if array.shape not in shapes:
+        rule = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise ValueError(f"{name} must have shape {rule}, got {name}.shape={array.shape}")
+    return np.array(np.broadcast_to(array, shapes[-1]), dtype=np.float64, order="C")
+
+
+def slopes_per_head(x: Any, known: Sizes) -> Array:
+    """Return alibi_slopes, one per batch element and head."""
+    array = per_head(
+        "alibi_slopes", x, (known.q_heads,), (*known.batch_shape, known.q_heads)
+    )
+    wrong = array[~np.isfinite(array)]
+    if wrong.size:
+        raise ValueError(f"alibi_slopes must be finite, got {wrong[0]}")
+    return array
+
+
+def logits_per_head(name: str, x: Any, q_heads: int) -> Array:
+    """Return sinks, one per head; -inf is none."""
+    array = per_head(name, x, (q_heads,))
+    wrong = array[np.isnan(array) | (array == np.inf)]
+    if wrong.size:
+        raise ValueError(f"{name} must be finite or -inf, got {wrong[0]}")
+    return array
+
+
+def per_batch(name: str, x: Any, known: Sizes, low: int, high: int) -> Array:
+    """Return integers in low..high, one per batch element."""
+    kinds = "integers, or an int"
+    if isinstance(x, numbers.Integral) and not isinstance(x, bool):
+        array, least, most = np.asarray(0), int(x), int(x)
+    else:
+        array = as_array(name, x, kinds)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
+        least, most = (int(array.min()), int(array.max())) if array.size else (low, high)
+    if least < low or most > high:
+        rule = f"0..kv_len = 0..{high}" if low == 0 else "-2**61..2**61"
+        raise ValueError(f"{name} must be within {rule}, got {least if least < low else most}")
+    if isinstance(x, numbers.Integral):
+        return np.full(known.batch_shape, least, np.int64)
+    try:
+        return np.array(np.broadcast_to(array, known.batch_shape), dtype=np.int64, order="C")
+    except ValueError:
+        raise ValueError(
+            f"{name} must broadcast to the batch shape {known.batch_shape}, "
+            f"got {name}.shape={array.shape}"
+        ) from None
+
+
+def window_sides(window: Any) -> tuple[int, int]:
+    """Return how many keys a query sees to its left and to its right."""
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"window must be a pair (left, right) of integers or None, not {window!r}"
+        ) from None
+    sides = [UNLIMITED, UNLIMITED]
+    for i, side in enumerate((left, right)):
+        if side is None:
+            continue
+        if not isinstance(side, numbers.Integral) or isinstance(side, bool):
+            raise TypeError(
+                f"window must be a pair (left, right) of integers or None, not {window!r}"
+            )
+        if side < 0:
+            raise ValueError(f"window must be a pair of integers >= 0 or None, got {window!r}")
+        sides[i] = min(int(side), FARTHEST)
+    return sides[0], sides[1]
+
+
+def finite_number(name: str, x: Any) -> float:
+    """Return x as a float."""
+    if not isinstance(x, numbers.Real) or isinstance(x, bool):
+        raise TypeError(f"{name} must be a number, not {type(x).__name__}")
+    try:
+        number = float(x)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {name}={x}")
+    return number
+
+
+def positive_number(name: str, x: Any) -> float:
+    """Return x as a float."""
+    number = finite_number(name, x)
+    if number <= 0:
+        raise ValueError(f"{name} must be > 0 (None: off), got {name}={x}")
+    return number
+
+
+def whole_number(name: str, x: Any) -> int:
+    """Return x as an int."""
+    if not isinstance(x, numbers.Integral) or isinstance(x, bool):
+        raise TypeError(f"{name} must be an int, not {type(x).__name__}")
+    return int(x)
+
+
+def boolean(name: str, x: Any) -> bool:
+    """Return x as a bool."""
+    if not isinstance(x, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, not {type(x).__name__}")
+    return bool(x)
+
+
+def no_dropout(dropout_p: Any) -> None:
+    """Accept 0 alone."""
+    if not isinstance(dropout_p, numbers.Real) or isinstance(dropout_p, bool):
+        raise TypeError(f"dropout_p must be a number, not {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be within [0, 1), got dropout_p={dropout_p}")
+    if dropout_p != 0:
+        raise NotImplementedError(
+            f"dropout_p other than 0 is not supported yet, got dropout_p={dropout_p}"
+        )
+
+
+def result_array(
+    out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: tuple[Any, ...]
+) -> Array:
+    """Return out, if the result can be written there while the inputs are read."""
+    if not isinstance(out, ndarray) or isinstance(out, np.ma.MaskedArray | np.matrix):
+        raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
+    if out.dtype != dtype:
+        raise TypeError(f"out must have the dtype of the result, {dtype}, not {out.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out must have the shape of the result, {shape}, got out.shape={out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    if not out.flags.aligned:
+        raise ValueError("out must be aligned, got a misaligned array")
+    if shape[-1] > 1 and out.strides[-1] != out.itemsize:
+        raise ValueError(
+            f"out must be contiguous along its last axis, got out.strides={out.strides}"
+        )
+    if out.size and overlaps_itself(out):
+        raise ValueError(f"out must not overlap itself, got out.strides={out.strides}")
+    for x in inputs:
+        if isinstance(x, ndarray) and may_share_memory(out, x):
+            raise ValueError("out must not overlap an input, got an array that shares its memory")
+    return out
+
+
+def overlaps_itself(array: Array) -> bool:
+    """Return whether any axis steps less far than the axes inside it reach."""
+    reach = array.itemsize
+    axes = zip(map(abs, array.strides), array.shape, strict=True)
+    for stride, size in sorted(axis for axis in axes if axis[1] > 1):
+        if stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def may_share_memory(a: Array, b: Array) -> bool:
+    """Return whether the arrays overlap, yes if that is hard to tell."""
+    try:
+        return np.shares_memory(a, b, max_work=OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each library is asked for a case, at its best.
+
+Called by worker.py, in a process that holds one library alone. Every library gets the layout
+that is natural to it (the conversion is not counted), its fastest operator that expresses the
+case, and what need not be repeated (building, compiling, binding a dense mask) is done before
+the clock starts. A library that cannot express a case says so with Unsupported.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastattn.bench.cases import Array, Case, Inputs, seen_by_position
+
+
+class Unsupported(Exception):
+    """The library has no way to express the case; the message says what is missing."""
+
+
+class Prepared(NamedTuple):
+    """A case ready to be timed: `call()`, then `to_numpy(result)` in fastattn's layout."""
+
+    call: Callable[[], Any]
+    to_numpy: Callable[[Any], Array]
+    how: str  # the operator that was chosen, for the report
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Environment that holds every library to `threads`, set before its process starts."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC")
+    return dict.fromkeys(names, str(threads))  # NPROC is XLA's (jax)
+
+
+def _all_masks(case: Case, inputs: Inputs) -> Array | None:
+    """Fold causality and window into one mask, for a library that knows dense masks alone."""
+    if not case.is_causal and case.window is None:
+        return inputs.mask
+    seen = seen_by_position(case)[None, None]
+    if inputs.mask is None:
+        return seen
+    if inputs.mask.dtype == bool:
+        return seen & inputs.mask
+    return np.where(seen, inputs.mask, inputs.mask.dtype.type(-np.inf))
+
+
+def _additive(mask: Array, dtype: str) -> Array:
+    """Turn a bool mask into one to be added."""
+    if mask.dtype != bool:
+        return mask
+    return np.where(mask, 0, -np.inf).astype(dtype)
+
+
+def _tokens_first(x: Array) -> Array:
+    """(batch, heads, seq, dim) to a contiguous (batch, seq, heads, dim)."""
+    return np.ascontiguousarray(x.transpose(0, 2, 1, 3))
+
+
+def _fastattn(case: Case, inputs: Inputs, threads: int) -> Prepared:
+    import fastattn
+
+    fastattn.set_num_threads(threads)
+    query, key, value, mask = inputs
+    options: dict[str, Any] = {}
+    if mask is not None:
+        options["mask"] = mask
+    if case.is_causal:
+        options["is_causal"] = True
+    if case.window is not None:
+        options["window"] = case.window
+
+    def call() -> Array:
+        return fastattn.attention(query, key, value, **options)  # type: ignore[return-value]
+
+    return Prepared(call, lambda out: out, "fastattn.attention")
+
+
+def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
+    """softmax(Q K^T) V with matmul, without a copy that can be spared; threads as BLAS has them."""
+    query, key, value, _ = inputs
+    kv_heads = key.shape[1]
+    grouped = (case.batch, kv_heads, case.groups, case.q_len, case.head_dim)
+    queries = query.reshape(grouped) * query.dtype.type(case.head_dim**-0.5)
+    keys, values = key[:, :, None].swapaxes(-1, -2), value[:, :, None]
+    mask = _all_masks(case, inputs)
+    if mask is not None:
+        mask = _additive(mask, case.dtype)
+        heads = mask.shape[1]
+        mask = mask.reshape(
+            mask.shape[0], *((1, 1) if heads == 1 else grouped[1:3]), *mask.shape[2:]
+        )
+
+    def call() -> Array:
+        scores = queries @ keys
+        if mask is not None:
+            scores += mask
+        scores -= scores.max(-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(-1, keepdims=True)
+        return scores @ values
+
+    return Prepared(call, lambda out: out.reshape(case.output_shape), "softmax(Q @ K.T) @ V")
+
+
+def _torch(case: Case, inputs: Inputs, threads: int) -> Prepared:
+    import torch
+
+    torch.set_num_threads(threads)
+    query, key, value = (torch.from_numpy(x) for x in inputs[:3])
+    options: dict[str, Any] = {}
+    if case.is_causal and case.window is None and inputs.mask is None:
+        options["is_causal"] = True
+    else:
+        mask = _all_masks(case, inputs)
+        if mask is not None:
+            options["attn_mask"] = torch.from_numpy(mask)
+    if case.groups > 1:
+        options["enable_gqa"] = True
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return attention(query, key, value, **options)
+
+    how = f"scaled_dot_product_attention({', '.join(options)})"
+    return Prepared(call, lambda out: np.asarray(out), how)
+
+
+def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
+    import jax
+
+    if case.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    operands = {
+        name: jax.numpy.asarray(_tokens_first(x))
+        for name, x in zip(("query", "key", "value"), inputs[:3], strict=True)
+    }
+    if inputs.mask is not None:
+        name = "mask" if inputs.mask.dtype == bool else "bias"
+        operands[name] = jax.numpy.asarray(inputs.mask)
+
+    def attention(operands: dict[str, Any]) -> Any:
+        return jax.nn.dot_product_attention(
+            **operands, is_causal=case.is_causal, local_window_size=case.window
+        )
+
+    compiled = jax.jit(attention).lower(operands).compile()
+
+    def call() -> Any:
+        return compiled(operands).block_until_ready()
+
+    return Prepared(
+        call, lambda out: np.asarray(out).transpose(0, 2, 1, 3), "jax.nn.dot_product_attention"
+    )
+
+
+def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
+    import openvino
+    from openvino import opset13 as op
+
+    if case.dtype != "float32":
+        raise Unsupported(f"computes {case.dtype} in float32")
+    query, key, value, _ = inputs
+    is_causal = case.is_causal and case.window is None and inputs.mask is None
+    mask = inputs.mask if is_causal else _all_masks(case, inputs)
+    heads = key.shape[1]
+    grouped = case.groups > 1
+    # The operator wants as many key heads as query heads. Where no row is told from another the
+    # queries of a group fold into one long query, which is free; elsewhere the model repeats K, V.
+    folded = grouped and not is_causal and mask is None
+    if folded:
+        query = query.reshape(case.batch, heads, case.groups * case.q_len, case.head_dim)
+    arrays = [query, key, value] + ([] if mask is None else [mask])
+    parameters = [op.parameter(x.shape, openvino.Type(x.dtype)) for x in arrays]
+
+    def repeated(x: Any) -> Any:
+        batch, heads, tokens, dim = x.shape
+        wide = op.constant(np.array([batch, heads, case.groups, tokens, dim]))
+        flat = op.constant(np.array([batch, heads * case.groups, tokens, dim]))
+        ahead = op.unsqueeze(x, op.constant(np.array([2])))
+        return op.reshape(op.broadcast(ahead, wide, "BIDIRECTIONAL"), flat, False)
+
+    operands: list[Any] = list(parameters)
+    if grouped and not folded:
+        operands[1:3] = [repeated(x) for x in parameters[1:3]]
+    result = op.scaled_dot_product_attention(*operands, causal=is_causal)
+    hints = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    model = openvino.Core().compile_model(openvino.Model([result], parameters), "CPU", hints)
+    request = model.create_infer_request()
+    for i, x in enumerate(arrays):
+        request.set_input_tensor(i, openvino.Tensor(x, shared_memory=True))
+
+    def call() -> Any:
+        request.infer()
+        return request.get_output_tensor(0)
+
+    how = "opset13.scaled_dot_product_attention"
+    if grouped:
+        how += " (group folded into q_len)" if folded else " (K and V repeated)"
+    return Prepared(call, lambda out: out.data.reshape(case.output_shape), how)
+
+
+class _OnnxModel(NamedTuple):
+    """One operator that expresses the case, with the arrays that it reads."""
+
+    operator: str
+    inputs: list[str]  # "" for one that is left out
+    arrays: dict[str, Array]
+    outputs: dict[str, tuple[int, ...]]
+    attributes: dict[str, Any]
+    domain: str = "com.microsoft"
+    in_place: tuple[tuple[str, str], ...] = ()  # outputs that live in an input's memory
+
+
+def _onnx_group_query(case: Case, inputs: Inputs) -> _OnnxModel | None:
+    """GroupQueryAttention: causal always, with a left window and a cache written in place."""
+    left, right = case.window if case.window is not None else (-1, -1)
+    bottom_row = case.q_len == 1  # sees every key of its cache, as causality at the end does
+    if case.dtype != "float32" or inputs.mask is not None or right > 0:
+        return None
+    if not (case.is_causal or right == 0 or (bottom_row and case.window is None)):
+        return None
+    kv_heads, past = inputs.key.shape[1], case.kv_len - case.q_len
+    flat, cache = (case.batch, case.q_len, -1), inputs.key.shape
+    arrays = {
+        "query": _tokens_first(inputs.query).reshape(flat),
+        "key": _tokens_first(inputs.key[:, :, past:]).reshape(flat),
+        "value": _tokens_first(inputs.value[:, :, past:]).reshape(flat),
+    }
+    names = ["query", "key", "value", "", "", "lengths", "total"]
+    in_place: tuple[tuple[str, str], ...] = ()
+    if past:
+        arrays |= {"past_key": inputs.key.copy(), "past_value": inputs.value.copy()}
+        names[3:5] = ["past_key", "past_value"]
+        in_place = (("all_keys", "past_key"), ("all_values", "past_value"))
+    arrays["lengths"] = np.full(case.batch, case.kv_len - 1, np.int32)
+    arrays["total"] = np.array([case.kv_len], np.int32)
+    outputs = {"out": arrays["query"].shape, "all_keys": cache, "all_values": cache}
+    attributes = {
+        "num_heads": case.q_heads,
+        "kv_num_heads": kv_heads,
+        # counts the query itself
+        "local_window_size": -1 if left < 0 else left + 1,
+    }
+    return _OnnxModel(
+        "GroupQueryAttention", names, arrays, outputs, attributes, in_place=in_place
+    )
+
+
+def _onnx_multi_head(case: Case, inputs: Inputs) -> _OnnxModel | None:
+    """MultiHeadAttention: as many key heads as query heads; any mask, as one that is added."""
+    if case.dtype != "float32" or case.groups > 1:
+        return None
+    flat = (case.batch, -1, case.q_heads * case.head_dim)
+    arrays = {
+        name: _tokens_first(x).reshape(flat)
+        for name, x in zip(("query", "key", "value"), inputs[:3], strict=True)
+    }
+    names = ["query", "key", "value"]
+    attributes: dict[str, Any] = {"num_heads": case.q_heads}
+    if case.lengths and not case.is_causal and case.window is None:
+        seen = np.arange(case.kv_len) < np.array(case.lengths)[:, None]
+        arrays["padding"] = seen.astype(np.int32)
+        names += ["", "padding"]
+    elif case.is_causal and case.window is None and inputs.mask is None:
+        attributes["unidirectional"] = 1
+    else:
+        mask = _all_masks(case, inputs)
+        if mask is not None:
+            arrays["added"] = _additive(mask, case.dtype)
+            names += ["", "", "added"]
+    return _OnnxModel(
+        "MultiHeadAttention", names, arrays, {"out": arrays["query"].shape}, attributes
+    )
+
+
+def _onnx_attention(case: Case, inputs: Inputs) -> _OnnxModel | None:
+    """Attention of opset 23: any heads, float64 too; a mask has all rows, heads broadcast."""
+    arrays = dict(zip(("query", "key", "value"), inputs[:3], strict=True))
+    names = ["query", "key", "value"]
+    is_causal = case.is_causal and case.window is None and inputs.mask is None
+    mask = inputs.mask if is_causal else _all_masks(case, inputs)
+    if mask is not None:
+        rows = (*mask.shape[:2], case.q_len, case.kv_len)
+        arrays["mask"] = np.ascontiguousarray(np.broadcast_to(mask, rows))
+        names.append("mask")
+    return _OnnxModel(
+        "Attention",
+        names,
+        arrays,
+        {"out": inputs.query.shape},
+        {"is_causal": int(is_causal)},
+        domain="",
+    )
+
+
+def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Callable[[], Any]:
+    import onnxruntime
+    from onnx import helper
+
+    types = helper.np_dtype_to_tensor_dtype
+    declared = [
+        helper.make_tensor_value_info(name, types(x.dtype), x.shape)
+        for name, x in model.arrays.items()
+    ]
+    results = [
+        helper.make_tensor_value_info(name, types(np.dtype(case.dtype)), shape)
+        for name, shape in model.outputs.items()
+    ]
+    node = helper.make_node(
+        model.operator, model.inputs, list(model.outputs), domain=model.domain, **model.attributes
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph([node], "case", declared, results)
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    binding = session.io_binding()
+    held = {k: onnxruntime.OrtValue.ortvalue_from_numpy(x) for k, x in model.arrays.items()}
+    for name, x in held.items():
+        binding.bind_ortvalue_input(name, x)
+    shared = dict(model.in_place)
+    for name in model.outputs:
+        if name in shared:
+            binding.bind_ortvalue_output(name, held[shared[name]])
+        else:
+            binding.bind_output(name, "cpu")
+
+    def call() -> Any:
+        session.run_with_iobinding(binding)
+        return binding
+
+    return call
+
+
+def _onnxruntime(case: Case, inputs: Inputs, threads: int) -> Prepared:
+    """Try each operator that can express the case, and keep the fastest."""
+    best: tuple[float, _OnnxModel] | None = None
+    failures = []
+    builders = (_onnx_group_query, _onnx_multi_head, _onnx_attention)
+    models = [m for build in builders if (m := build(case, inputs)) is not None]
+    for model in models:
+        try:
+            call = _onnx_session(model, case, threads)
+            if len(models) == 1:
+                best = (0.0, model)
+                break
+            seconds = _seconds(call)
+        except Exception as error:  # the next operator may do it; all reasons are reported
+            failures.append(f"{model.operator}: {error}")
+            continue
+        if best is None or seconds < best[0]:
+            best = (seconds, model)
+    if best is None:
+        raise RuntimeError("; ".join(failures))
+    model = best[1]
+    # A session of its own, so that nothing of the trials lies in its memory pool.
+    call = _onnx_session(model, case, threads)
+
+    def to_numpy(binding: Any) -> Array:
+        out: Array = binding.get_outputs()[0].numpy()
+        if model.domain:
+            out = out.reshape(case.batch, case.q_len, case.q_heads, case.head_dim)
+            out = out.transpose(0, 2, 1, 3)
+        return out
+
+    return Prepared(call, to_numpy, model.operator)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Time the second call, or the first where that took long."""
+    for _ in range(2):
+        begin = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - begin
+        if seconds > 0.5:
+            break
+    return seconds
+
+
+# In the order in which a report shows them.
+PREPARE: dict[str, Callable[[Case, Inputs, int], Prepared]] = {
+    "fastattn": _fastattn,
+    "torch": _torch,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "jax": _jax,
+    "numpy": _numpy,
+}
+NEEDS = {"onnxruntime": ("onnxruntime", "onnx")}
+
+
+def missing(library: str) -> list[str]:
+    """Name the modules that `library` needs and this Python lacks."""
+    needed = NEEDS.get(library, (library,))
+    return [name for name in needed if importlib.util.find_spec(name) is None]

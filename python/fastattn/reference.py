@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What attention is: the definition, in NumPy, as short as the formula.
+
+Everything else in the package is tested against it, and it is the place to look up what an argument
+means. It builds arrays of q_len x kv_len and checks little; for work, use `fastattn.attention`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+    compute_dtype: DTypeLike | None = None,
+) -> Any:
+    """Return softmax(scale * query @ key.T + ...) @ value, by definition.
+
+    Parameters
+    ----------
+    query, key, value, mask, ..., return_lse, out
+        As for `fastattn.attention`; query, key and value may also be float16 or bfloat16.
+    compute_dtype : dtype, optional
+        Compute everything in this dtype, as a plain program would: a yardstick for rounding errors.
+        None: compute in float64. The result has the query's dtype either way.
+
+    Returns
+    -------
+    out : ndarray of shape (batch, q_heads, q_len, value_head_dim)
+    lse : ndarray of shape (batch, q_heads, q_len), only if return_lse
+        float64 for a float64 query, else float32.
+    """
+    if dropout_p != 0:
+        raise NotImplementedError(
+            f"dropout_p other than 0 is not supported yet, got dropout_p={dropout_p}"
+        )
+    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
+    probs, seen, lse = _softmax(
+        query,
+        key,
+        dtype,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        is_causal=is_causal,
+        query_offset=query_offset,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+    )
+    values = _repeat_heads(value.astype(dtype), probs.shape[-3])
+    finite = np.isfinite(values)
+    with np.errstate(all="ignore"):
+        result = probs @ np.where(finite, values, 0)
+        # 0 * NaN is NaN: what is not finite reaches the rows that see its key, and no others.
+        for j in np.flatnonzero(~finite.all(axis=(*range(values.ndim - 2), -1))):
+            special = np.where(finite[..., j, :], 0, values[..., j, :])
+            result = result + np.where(seen[..., j, None], special[..., None, :], 0)
+        lse = np.broadcast_to(lse, result.shape[:-1])
+        if max(query.ndim, key.ndim, value.ndim) == 2:
+            result, lse = result[0], lse[0]
+        result = result.astype(query.dtype)
+        lse = lse.astype(np.float64 if query.dtype == np.float64 else np.float32)
+    if out is not None:
+        out[...] = result
+        result = out
+    return (result, lse) if return_lse else result
+
+
+def attention_weights(
+    query: ArrayLike, key: ArrayLike, *, compute_dtype: DTypeLike | None = None, **options: Any
+) -> NDArray[Any]:
+    """Return the probabilities with which `attention` weighs the values.
+
+    Parameters
+    ----------
+    query, key, compute_dtype, **options
+        As for `attention`.
+
+    Returns
+    -------
+    ndarray of shape (batch, q_heads, q_len, kv_len) and the query's dtype
+        A row sums to 1; to less with sinks; to 0 if it sees no key.
+    """
+    query, key = np.asarray(query), np.asarray(key)
+    dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
+    probs = _softmax(query, key, dtype, **options)[0]
+    return (probs[0] if max(query.ndim, key.ndim) == 2 else probs).astype(query.dtype)
+
+
+def _softmax(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    dtype: np.dtype[Any],
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return the probabilities, which pairs are seen, and the log-sum-exp; never without heads."""
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    positional = is_causal or window is not None or alibi_slopes is not None
+    if query_offset is None and positional and q_len != kv_len:
+        raise ValueError(
+            "query_offset must be given with is_causal, window or alibi_slopes if q_len differs from "
+            f"kv_len, got q_len={q_len}, kv_len={kv_len}"
+        )
+    queries = _with_heads(query.astype(dtype))
+    keys = _repeat_heads(key.astype(dtype), queries.shape[-3])
+    offsets = np.asarray(0 if query_offset is None else query_offset)[..., None, None, None]
+    positions = np.arange(kv_len)
+    distance = positions - (np.arange(q_len)[:, None] + offsets)  # > 0: the key is in the future
+
+    with np.errstate(all="ignore"):
+        scores = (query.shape[-1] ** -0.5 if scale is None else float(scale)) * (
+            queries @ keys.swapaxes(-1, -2)
+        )
+        if softcap is not None:
+            scores = float(softcap) * np.tanh(scores / float(softcap))
+        seen = np.ones_like(scores, dtype=bool)
+        for array in (bias, mask):
+            if array is None:
+                continue
+            array = np.asarray(array)
+            if array.dtype == bool:
+                seen = seen & array
+            else:
+                seen = seen & (array.astype(np.float64) != -np.inf)
+                scores = scores + array.astype(dtype)
+        if alibi_slopes is not None:
+            slopes = np.asarray(alibi_slopes).astype(dtype)[..., None, None]
+            scores = scores - slopes * np.abs(distance).astype(dtype)
+        left, right = (None, None) if window is None else window
+        if is_causal:
+            seen = seen & (distance <= 0)
+        if left is not None:
+            seen = seen & (distance >= -left)
+        if right is not None:
+            seen = seen & (distance <= right)
+        if kv_lengths is not None:
+            seen = seen & (positions < np.asarray(kv_lengths)[..., None, None, None])
+
+        scores = np.where(seen, scores, -np.inf)
+        row_max = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
+        row_max = np.where(seen.any(axis=-1, keepdims=True), row_max, 0)
+        exps = np.where(seen, np.exp(scores - row_max), 0).astype(dtype)
+        row_sum = exps.sum(axis=-1, keepdims=True)
+        lse = np.log(row_sum) + row_max
+        denominator = row_sum
+        if sinks is not None:
+            denominator = row_sum + np.exp(np.asarray(sinks).astype(dtype)[:, None, None] - row_max)
+        probs = exps / np.where(row_sum == 0, 1, denominator)
+    return probs, np.broadcast_to(seen, probs.shape), lse[..., 0]
+
+
+def _with_heads(array: NDArray[Any]) -> NDArray[Any]:
+    """Return the array with an axis for heads."""
+    return array.reshape((1,) * (3 - array.ndim) + array.shape)
+
+
+def _repeat_heads(array: NDArray[Any], q_heads: int) -> NDArray[Any]:
+    """Return the array with each head repeated for the query heads that share it."""
+    array = _with_heads(array)
+    return array.repeat(q_heads // max(array.shape[-3], 1), axis=-3)

@@ -101,7 +101,7 @@ AttentionArgs arguments(const py::array& query, const py::array& key, const py::
     args.value_head_dim = axis_size(value, 0);
     require(query.ndim() >= 2 && key.ndim() >= 2 && value.ndim() >= 2, "arrays need two axes");
     require(args.head_dim >= 1, "head_dim must be at least 1");
-    require(args.kv_heads >= 1 && args.q_heads % args.kv_heads == 0,
+    require(args.q_heads == 0 || (args.kv_heads >= 1 && args.q_heads % args.kv_heads == 0),
             "q_heads must be a multiple of kv_heads");
     int64_t batch = 1;
     for (const int64_t size : batch_shape) batch *= size;

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact softmax attention, as fast as the CPU allows.
+
+The one function is `attention`; `reference` is its definition.
+"""
+
+from fastattn import reference
+from fastattn._attention import (
+    attention,
+    attention_weights,
+    explain,
+    scaled_dot_product_attention,
+)
+from fastattn._core import __version__
+from fastattn._machine import (
+    get_num_threads,
+    info,
+    set_num_threads,
+    warn_of_unknown_variables,
+)
+from fastattn._merge import merge
+
+__all__ = [
+    "__version__",
+    "attention",
+    "attention_weights",
+    "explain",
+    "get_num_threads",
+    "info",
+    "merge",
+    "reference",
+    "scaled_dot_product_attention",
+    "set_num_threads",
+]
+
+warn_of_unknown_variables()
+del warn_of_unknown_variables

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention calls: check the arguments, make room for the result, let the kernel fill it.
+
+The rules are in `_arguments.py`, the meaning in `reference.py`, the work in `_core` (src/bindings.cpp).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+
+from fastattn import _core, reference
+from fastattn._arguments import boolean, check, result_array
+from fastattn._report import Report
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    return_lse: Literal[False] = False,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]: ...
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    return_lse: Literal[True],
+    out: NDArray[Any] | None = None,
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
+    """Compute exact softmax attention, ``softmax(scale * query @ key.T + ...) @ value``.
+
+    The scores are never held as a q_len x kv_len array: tiles of keys pass by while a running maximum
+    and sum are kept for each query [1]_. Every combination of arguments runs in one fused kernel, and
+    pairs that is_causal, window, kv_lengths or a whole tile of the mask exclude cost nothing.
+
+    Parameters
+    ----------
+    query : array of shape (batch, q_heads, q_len, head_dim)
+        float32 or float64; key and value share the dtype. Axis -3 is heads; the axes before it are
+        batch, any number of them, and broadcast without a copy. 2-D is one head, 3-D is
+        (heads, length, head_dim). Any strides; a last axis that is not contiguous is copied once.
+    key : array of shape (batch, kv_heads, kv_len, head_dim)
+        q_heads is a multiple of kv_heads; query head h reads key head ``h // (q_heads // kv_heads)``
+        (grouped-query and multi-query attention; keys and values are never repeated).
+    value : array of shape (batch, kv_heads, kv_len, value_head_dim)
+    mask : array, broadcastable to (batch, q_heads, q_len, kv_len), optional
+        bool: True = attend. A float dtype: added to the scores; -inf masks the pair. Never expanded.
+    bias : array, broadcastable to (batch, q_heads, q_len, kv_len), optional
+        A float dtype: added to the scores, beside mask.
+    scale : float, optional
+        1 / sqrt(head_dim) unless given.
+    is_causal : bool
+        Query i, at position ``i + query_offset``, sees key j iff j <= that position.
+    query_offset : int, or array of int broadcastable to the batch shape, optional
+        Position of the first query among the keys, negative too. Must be given with is_causal, window
+        or alibi_slopes if q_len != kv_len (else 0): 0 aligns the first query with the first key,
+        kv_len - q_len the last with the last.
+    window : (left, right), optional
+        Key j is seen iff ``-left <= j - position <= right``; None is unlimited.
+    softcap : float > 0, optional
+        Scores become ``softcap * tanh(scores / softcap)``, before mask and bias.
+    alibi_slopes : array of shape (q_heads,) or (batch, q_heads), optional
+        Adds ``-slope * |j - position|`` to the scores [2]_.
+    sinks : array of shape (q_heads,), optional
+        A logit for each head that joins the softmax's denominator alone [3]_.
+    kv_lengths : int, or array of int broadcastable to the batch shape, optional
+        Keys from there on are padding; within 0..kv_len.
+    dropout_p, seed
+        Dropout is not supported yet: dropout_p must be 0.
+    return_lse : bool
+        Return (out, lse).
+    out : ndarray of the result's shape and dtype, optional
+        Where to write the result; it must not overlap an input.
+
+    Returns
+    -------
+    out : ndarray of shape (batch, q_heads, q_len, value_head_dim)
+        A query that sees no key gives 0.
+    lse : ndarray of shape (batch, q_heads, q_len), only if return_lse
+        Natural logarithm of the sum over keys of exp(score), sinks left out; -inf if no key is seen.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument breaks a rule; the message says which argument, the rule, and what was given.
+    MemoryError
+        There is no room for the result or the scratch memory. Nothing was written.
+    KeyboardInterrupt
+        Ctrl-C; what `out` then holds is undefined.
+
+    Notes
+    -----
+    Bitwise the same for any number of threads, any strides, and whatever else is in the batch. A NaN
+    or Inf in a key or value that a query does not see leaves its result as it is.
+
+    References
+    ----------
+    .. [1] T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
+       2023, https://arxiv.org/abs/2307.08691
+    .. [2] O. Press et al., "Train Short, Test Long", 2021, https://arxiv.org/abs/2108.12409
+    .. [3] G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
+       https://arxiv.org/abs/2309.17453
+
+    Examples
+    --------
+    >>> import numpy as np, fastattn
+    >>> query = key = value = np.eye(3, dtype=np.float32)
+    >>> fastattn.attention(query, key, value, is_causal=True).round(2)
+    array([[1.  , 0.  , 0.  ],
+           [0.36, 0.64, 0.  ],
+           [0.26, 0.26, 0.47]], dtype=float32)
+    """
+    query, key, value, sizes, options = check(
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        scale,
+        is_causal,
+        query_offset,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        kv_lengths,
+        dropout_p,
+        seed,
+    )
+    if return_lse is not False:
+        return_lse = boolean("return_lse", return_lse)
+    dtype = query.dtype
+    if out is None:
+        out = np.empty(sizes.out_shape, dtype)
+    else:
+        out = result_array(out, sizes.out_shape, dtype, (query, key, value, *options[:2]))
+    lse = np.empty(sizes.lse_shape, dtype) if return_lse else None
+    _core.attention(query, key, value, out, lse, sizes.batch_shape, *options)
+    return out if lse is None else (out, lse)
+
+
+def scaled_dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> NDArray[Any]:
+    """Compute attention with the signature and meaning of PyTorch's function, on NumPy arrays.
+
+    Parameters
+    ----------
+    query : array of shape (..., q_heads, q_len, head_dim)
+    key : array of shape (..., heads, kv_len, head_dim)
+    value : array of shape (..., heads, kv_len, value_head_dim)
+        float32 or float64. All axes but the last two broadcast, unless enable_gqa.
+    attn_mask : array, broadcastable to (..., q_heads, q_len, kv_len), optional
+        bool: True = attend. A float dtype: added to the scores. Not together with is_causal.
+    dropout_p : float
+        Not supported yet: must be 0.
+    is_causal : bool
+        Query i sees key j iff j <= i, whatever the two lengths.
+    scale : float, optional
+        1 / sqrt(head_dim) unless given.
+    enable_gqa : bool
+        q_heads may be a multiple of the heads of key and value.
+
+    Returns
+    -------
+    ndarray of shape (..., q_heads, q_len, value_head_dim)
+        A query that sees no key gives 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument breaks a rule.
+
+    See Also
+    --------
+    attention : all that the kernel can do.
+
+    References
+    ----------
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
+    """
+    is_causal = boolean("is_causal", is_causal)
+    if attn_mask is not None and is_causal:
+        raise ValueError("attn_mask must not be given together with is_causal=True")
+    if not boolean("enable_gqa", enable_gqa):
+        query, key, value = _equal_heads(query, key, value)
+    return attention(
+        query,
+        key,
+        value,
+        mask=attn_mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_offset=0 if is_causal else None,
+        dropout_p=dropout_p,
+    )
+
+
+def _equal_heads(*arrays: Any) -> tuple[Any, ...]:
+    """Return query, key and value with their heads broadcast; as they are where that is nothing."""
+    shapes = [np.shape(x) for x in arrays]
+    heads = {shape[-3] if shape[2:] else 1 for shape in shapes}
+    if len(heads) == 1:
+        return arrays
+    if len(heads - {1}) > 1:
+        raise ValueError(
+            "query, key and value must have equally many heads unless enable_gqa=True, got "
+            f"query.shape={shapes[0]}, key.shape={shapes[1]}, value.shape={shapes[2]}"
+        )
+    wanted = max(heads - {1})
+    return tuple(
+        np.broadcast_to(x, (*shape[:-3], wanted, *shape[-2:])) if len(shape) >= 2 else x
+        for x, shape in zip(arrays, shapes, strict=True)
+    )
+
+
+def attention_weights(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+) -> NDArray[Any]:
+    """Compute the probabilities with which `attention` weighs the values, for looking at.
+
+    This is the one call whose memory grows with q_len x kv_len: that is what it returns. It is
+    computed by the definition, in float64.
+
+    Parameters
+    ----------
+    query, key, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, sinks, \
+kv_lengths
+        As for `attention`.
+
+    Returns
+    -------
+    ndarray of shape (batch, q_heads, q_len, kv_len)
+        A row sums to 1; to less with sinks; to 0 if the query sees no key.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `attention`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastattn
+    >>> fastattn.attention_weights(np.eye(2), np.eye(2)).round(2)
+    array([[0.67, 0.33],
+           [0.33, 0.67]])
+    """
+    query, key, _, _, options = check(
+        query,
+        key,
+        np.broadcast_to(np.zeros((), np.asarray(key).dtype), np.shape(key)),
+        mask,
+        bias,
+        scale,
+        is_causal,
+        query_offset,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        kv_lengths,
+        0.0,
+        None,
+    )
+    del options
+    return reference.attention_weights(
+        query,
+        key,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        is_causal=is_causal,
+        query_offset=query_offset,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+    )
+
+
+def explain(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+) -> Report:
+    """Say how `attention` would compute a call, without computing it.
+
+    Parameters
+    ----------
+    query, key, value, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, \
+sinks, kv_lengths
+        As for `attention`.
+
+    Returns
+    -------
+    dict
+        Its str() is the report. `tiles` are counted over all heads and batch elements, of `query_tile`
+        queries (of all heads that share a key head) by `key_tile` keys; `skipped` is the share of them
+        that nothing is done for. `flops` are those of the two matrix products in the tiles that are
+        computed; `bytes` are those of query, key, value and result, once each; `scratch_bytes` is all
+        other memory.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `attention`.
+    """
+    query, key, value, sizes, options = check(
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        scale,
+        is_causal,
+        query_offset,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        kv_lengths,
+        0.0,
+        None,
+    )
+    plan = _core.explain(query, key, value, None, None, sizes.batch_shape, *options)
+    skipped = plan["tiles_skipped"] / plan["tiles"] if plan["tiles"] else 0.0
+    return Report(
+        "attention",
+        {
+            "kernel": "tiled",
+            "isa": plan["isa"],
+            "dtype": str(query.dtype),
+            "threads": plan["threads"],
+            "query_tile": plan["query_tile"],
+            "key_tile": plan["key_tile"],
+            "tiles": plan["tiles"],
+            "tiles_skipped": plan["tiles_skipped"],
+            "tiles_edge": plan["tiles_edge"],
+            "skipped": skipped,
+            "flops": plan["flops"],
+            "bytes": plan["bytes"],
+            "scratch_bytes": plan["scratch_bytes"],
+        },
+    )

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Who does which part: cuts a call into blocks of query rows that share a key and value head, gives each
-// thread its scratch memory, and lets the kernel attend. Called by src/bindings.cpp; calls the kernel's
-// table (kernel.h) through parallel_for.
+// Who does which part: cuts a call into blocks of query rows that share a key and value head, gives
+// each thread its scratch memory, and lets the kernel attend. Called by src/bindings.cpp; calls the
+// kernel's table (kernel.h) through parallel_for.
 #include "attention.h"
 
 #include <algorithm>
@@ -17,7 +17,13 @@
 namespace fastattn {
 namespace {
 
-constexpr int kMaxQueryTile = 64;
+// Panels of a block: each key tile is brought near once for all of them, so the more the better,
+// while they stay in the second-level cache, leave each thread a choice of blocks, and keep the
+// promise that extra memory is small.
+constexpr int kMostPanels = 8;
+constexpr size_t kPanelBytes = 384 << 10;  // of one thread
+constexpr size_t kAllPanelBytes = 8 << 20;
+constexpr int64_t kBlocksPerThread = 1;
 constexpr double kFlopsPerSecond = 50e9;  // of one thread, roughly: only to tell small calls apart
 
 int64_t size_of(Dtype dtype) {
@@ -41,53 +47,56 @@ void* at(const Array& array, int64_t batch_offset, int64_t head, int64_t row) {
     return static_cast<char*>(array.data) + offset * size_of(array.dtype);
 }
 
-// The rows of a group are (query, head of the group) pairs, query by query: all that share a key and
-// value head, so that a block is full even if queries are few, and as narrow as can be in positions.
+// The rows of a group are (query, head of the group) pairs, query by query: all that share a key
+// and value head, so that a block is full even if queries are few, and as narrow as can be in
+// positions.
 class Call {
-public:
+   public:
     explicit Call(const AttentionArgs& args)
         : args_(args),
           functions_(args.query.dtype == Dtype::kFloat64 ? kernel().float64 : kernel().float32),
           group_(args.q_heads / std::max<int64_t>(args.kv_heads, 1)),
-          rows_(args.q_len * group_),
-          blocks_((rows_ + functions_.query_tile - 1) / functions_.query_tile) {
-        batch_ = 1;
-        for (const int64_t size : args.batch_shape) batch_ *= size;
-        items_ = batch_ * args.kv_heads * blocks_;
-        Block block = shared_block();
-        block.row_count = int(std::min<int64_t>(rows_, functions_.query_tile));
-        scratch_bytes_ = (functions_.scratch_bytes(block) + kScratchAlignment - 1) /
-                         kScratchAlignment * kScratchAlignment;
-        const double pairs = double(batch_) * double(args.q_heads) * double(args.q_len) *
-                             double(std::min(args.kv_len, visible_at_most()));
+          rows_(args.q_len * group_) {
+        int64_t heads = args.kv_heads;
+        for (const int64_t size : args.batch_shape) heads *= size;
+        const double pairs =
+            double(heads) * double(rows_) * double(std::min(args.kv_len, visible_at_most()));
         const double flops = 2 * pairs * double(args.head_dim + args.value_head_dim + 16);
-        threads_ = team_size(items_, flops / kFlopsPerSecond);
+        threads_ = team_size(heads * blocks(1), flops / kFlopsPerSecond);
+
+        int panels = kMostPanels;
+        const size_t room = std::min(kPanelBytes, kAllPanelBytes / size_t(threads_));
+        while (panels > 1 && (blocks(panels) * heads < kBlocksPerThread * threads_ ||
+                              scratch_bytes(panels) > room)) {
+            panels /= 2;
+        }
+        block_rows_ = std::min<int64_t>(rows_, panels * functions_.panel_rows);
+        blocks_ = blocks(panels);
+        items_ = heads * blocks_;
+        rows_bytes_ = rounded(size_t(block_rows_) * sizeof(Row));
+        scratch_bytes_ = rows_bytes_ + scratch_bytes(panels);
     }
 
     bool run(Interrupt interrupt) const {
         if (items_ == 0) return true;
-        std::unique_ptr<char, decltype(&std::free)> scratch(
-            static_cast<char*>(
-                std::aligned_alloc(kScratchAlignment, scratch_bytes_ * size_t(threads_))),
-            &std::free);
-        if (scratch == nullptr) throw std::bad_alloc();
+        const Memory memory = scratch(threads_);
         return parallel_for(
             items_, threads_, interrupt, [&](int64_t item, int worker, const Stop& stop) {
-                with_block(item, [&](Block& block) {
-                    block.scratch = scratch.get() + size_t(worker) * scratch_bytes_;
-                    block.stop = stop;
-                    functions_.attend(block);
-                });
+                functions_.attend(
+                    block(item, memory.get() + size_t(worker) * scratch_bytes_, stop));
             });
     }
 
     Plan plan() const {
         TileCounts counts{};
-        for (int64_t item = 0; item < items_; ++item) {
-            with_block(item, [&](Block& block) { functions_.count(block, counts); });
+        if (items_ > 0) {
+            const Memory memory = scratch(1);
+            for (int64_t item = 0; item < items_; ++item) {
+                functions_.count(block(item, memory.get(), {}), counts);
+            }
         }
         Plan plan;
-        plan.query_tile = functions_.query_tile;
+        plan.query_tile = functions_.panel_rows;
         plan.key_tile = functions_.key_tile;
         plan.threads = threads_;
         plan.tiles = counts.skipped + counts.computed;
@@ -98,7 +107,33 @@ public:
         return plan;
     }
 
-private:
+   private:
+    using Memory = std::unique_ptr<char, decltype(&std::free)>;
+
+    static size_t rounded(size_t bytes) {
+        return (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
+    }
+
+    Memory scratch(int threads) const {
+        void* const memory =
+            std::aligned_alloc(kScratchAlignment, scratch_bytes_ * size_t(threads));
+        if (memory == nullptr) throw std::bad_alloc();
+        return Memory(static_cast<char*>(memory), &std::free);
+    }
+
+    // Of one thread, for blocks of so many panels.
+    size_t scratch_bytes(int panels) const {
+        Block block = shared_block();
+        block.row_count = int(std::min<int64_t>(rows_, panels * functions_.panel_rows));
+        return block.row_count == 0 ? 0 : rounded(functions_.scratch_bytes(block));
+    }
+
+    // Of one head.
+    int64_t blocks(int panels) const {
+        const int64_t rows = int64_t(panels) * functions_.panel_rows;
+        return (rows_ + rows - 1) / rows;
+    }
+
     // Keys that a window leaves to a row.
     int64_t visible_at_most() const {
         if (args_.left == kUnlimited || args_.right == kUnlimited) return args_.kv_len;
@@ -132,9 +167,9 @@ private:
     }
 
     // Late blocks first: under a causal mask they are the long ones, and what ends last is short.
-    template <class Use>
-    void with_block(int64_t item, const Use& use) const {
-        const int64_t first = (blocks_ - 1 - item % blocks_) * functions_.query_tile;
+    // memory: scratch_bytes_, for the rows and the kernel.
+    Block block(int64_t item, char* memory, const Stop& stop) const {
+        const int64_t first = (blocks_ - 1 - item % blocks_) * block_rows_;
         const int64_t kv_head = item / blocks_ % args_.kv_heads;
         const int64_t batch = item / blocks_ / args_.kv_heads;
         const int64_t query = offset(args_.query, batch), out = offset(args_.out, batch),
@@ -142,12 +177,14 @@ private:
                       bias = offset(args_.bias, batch);
         const int64_t length = args_.kv_lengths ? args_.kv_lengths[batch] : args_.kv_len;
         const int64_t position = args_.query_offset ? args_.query_offset[batch] : 0;
-        Row rows[kMaxQueryTile];
+        Row* const rows = reinterpret_cast<Row*>(memory);
         Block block = shared_block();
         block.rows = rows;
-        block.row_count = int(std::min<int64_t>(rows_ - first, functions_.query_tile));
+        block.row_count = int(std::min<int64_t>(rows_ - first, block_rows_));
         block.key = at(args_.key, offset(args_.key, batch), kv_head, 0);
         block.value = at(args_.value, offset(args_.value, batch), kv_head, 0);
+        block.scratch = memory + rows_bytes_;
+        block.stop = stop;
         const int64_t first_head = kv_head * group_;
         int64_t i = first / group_, head = first_head + first % group_;
         for (int r = 0; r < block.row_count; ++r, ++head) {
@@ -167,17 +204,16 @@ private:
             row.begin = std::clamp<int64_t>(row.begin, 0, length);
             row.end = std::clamp<int64_t>(row.end, row.begin, length);
             row.slope = args_.alibi_slopes ? args_.alibi_slopes[batch * args_.q_heads + head] : 0;
-            row.sink =
-                args_.sinks ? args_.sinks[head] : -std::numeric_limits<double>::infinity();
+            row.sink = args_.sinks ? args_.sinks[head] : -std::numeric_limits<double>::infinity();
         }
-        use(block);
+        return block;
     }
 
     const AttentionArgs& args_;
     const Functions& functions_;
-    const int64_t group_, rows_, blocks_;
-    int64_t batch_, items_;
-    size_t scratch_bytes_;
+    const int64_t group_, rows_;           // heads of a group, rows of all of them
+    int64_t block_rows_, blocks_, items_;  // blocks of a head, of all heads
+    size_t rows_bytes_, scratch_bytes_;    // of one thread; the rows are part of the scratch memory
     int threads_;
 };
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The C++ door: what a caller of the attention library says, and nothing about how it is done.
-// Called by src/bindings.cpp. attention() is in attention.cpp, the rest in the file its comment names.
+// Called by src/bindings.cpp. attention() is in attention.cpp, the rest in the file its comment
+// names.
 #pragma once
 
 #include <cstdint>
@@ -62,15 +63,15 @@ Plan plan_attention(const AttentionArgs& args);
 // Instruction sets (dispatch.cpp).
 std::vector<std::string> isas();            // in this build, best first
 std::vector<std::string> supported_isas();  // those that this CPU can run
-std::string isa();                          // in use; throws std::invalid_argument, std::runtime_error
-void set_isa(const std::string& name);      // "": back to FASTATTN_ISA, or the best
+std::string isa();                      // in use; throws std::invalid_argument, std::runtime_error
+void set_isa(const std::string& name);  // "": back to FASTATTN_ISA, or the best
 
 // Threads (parallel.cpp).
 void set_num_threads(int threads);
 int get_num_threads();
 
 // The machine's limits, measured with all threads (limits.cpp).
-double measure_fma(Dtype dtype, double seconds);         // FLOP/s
-double measure_read(int64_t bytes, int repeats);         // bytes/s, the median of the repeats
+double measure_fma(Dtype dtype, double seconds);  // FLOP/s
+double measure_read(int64_t bytes, int repeats);  // bytes/s, the median of the repeats
 
 }  // namespace fastattn

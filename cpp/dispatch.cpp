@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Which variant of the kernel runs: the best that this CPU can run, or the one that FASTATTN_ISA names.
-// variants.inc is written by CMake, a line per variant, best first, with the CPU features that its
-// objects were compiled for: the flags and the check cannot differ.
+// Which variant of the kernel runs: the best that this CPU can run, or the one that FASTATTN_ISA
+// names. variants.inc is written by CMake, a line per variant, best first, with the CPU features
+// that its objects were compiled for: the flags and the check cannot differ.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -21,9 +21,9 @@ std::vector<Variant> detect() {
     std::vector<Variant> variants;
 #define FASTATTN_FEATURE(feature) \
     if (!__builtin_cpu_supports(feature)) missing += missing.empty() ? feature : ", " feature;
-#define FASTATTN_VARIANT(name, features)               \
-    {                                                  \
-        std::string missing;                           \
+#define FASTATTN_VARIANT(name, features)                        \
+    {                                                           \
+        std::string missing;                                    \
         features variants.push_back({&kernel_##name, missing}); \
     }
 #include "variants.inc"

@@ -4,17 +4,18 @@
 // tile, with the running softmax of FlashAttention-2 (Dao 2023, algorithm 1). Called by
 // attention.cpp through the table at the end; compiled once per instruction set over vec.h.
 //
-// Queries lie along the vector lanes: the scores are S^T = K Q^T and the output O^T = V^T P^T. Keys and
-// values are then read where they lie, as scalars that are broadcast; only the query tile is
-// transposed; row maximum, exp2 and row sum are plain vertical code; and one micro-kernel, multiply(),
-// serves both products.
+// Queries lie along the vector lanes: the scores are S^T = K Q^T and the output O^T = V^T P^T. Keys
+// and values are then read where they lie, as scalars that are broadcast; only the query tile is
+// transposed; row maximum, exp2 and row sum are plain vertical code; and one micro-kernel,
+// multiply(), serves both products.
 //
 // Names in the paper: row_max is m, row_sum is l, acc is O. Scores are in base 2: log2(e) is folded
 // into the query.
 //
-// Every lane is on its own: no bit of a row's result depends on the rows beside it, on keys that the
-// row does not see, or on whether a tile of such keys was skipped. What makes it true: a masked score
-// is -inf, whose exp2 is exactly 0, and a tile that leaves the maximum alone rescales by exactly 1.
+// Every lane is on its own: no bit of a row's result depends on the rows beside it, on keys that
+// the row does not see, or on whether a tile of such keys was skipped. What makes it true: a masked
+// score is -inf, whose exp2 is exactly 0, and a tile that leaves the maximum alone rescales by
+// exactly 1.
 #include "kernel.h"
 
 #include "kernel_scores.h"
@@ -25,11 +26,13 @@ namespace {
 
 constexpr double kLn2 = 0.69314718055994530942;
 
-// Sums stay short, for accuracy: over one tile, then over this many tiles, then over such groups.
+// Sums stay short, for accuracy: over one tile, then over this many tiles, then over such groups;
+// and over pieces of a long head_dim.
 constexpr int64_t kGroup = 64 * kKeyTile;  // keys
+constexpr int64_t kDepth = 512;
 
-// For c in [First, Last), sum[r][c] += over k < depth: a[r * a_row + k * a_step] * b[k][c], a row of b
-// being Columns vectors.
+// For c in [First, Last), sum[r][c] += over k < depth: a[r * a_row + k * a_step] * b[k][c], a row
+// of b being Columns vectors.
 template <int First, int Last, class T, int Rows, int Columns>
 [[gnu::always_inline]] inline void multiply(const T* a, int64_t a_row, int64_t a_step, const T* b,
                                             int64_t depth, Vec<T> (&sum)[Rows][Columns]) {
@@ -47,8 +50,8 @@ template <int First, int Last, class T, int Rows, int Columns>
     }
 }
 
-// visit<First, Last>(begin, end): the stretches of a tile's keys between two cuts, each with the vectors
-// that may see it (ScorePasses::find_cuts).
+// visit<First, Last>(begin, end): the stretches of a tile's keys between two cuts, each with the
+// vectors that may see it (ScorePasses::find_cuts).
 template <int Columns, int Index = 0, class Visit>
 [[gnu::always_inline]] inline void between_cuts(const int64_t (&cuts)[2 * Columns],
                                                 const Visit& visit) {
@@ -69,72 +72,98 @@ template <int Rows, class Step>
     }
 }
 
+// Brings a row to the second-level cache, to be read or (Write = 1) written.
+template <int Write = 0, class T>
+void prefetch(const T* row, int64_t count) {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t i = 0; i < count; i += line) __builtin_prefetch(row + i, Write, 2);
+}
+
+// What the panels of a block use in turn.
+template <class T>
+struct Shared {
+    T* scores;   // (kKeyTile, width of the panel) S^T, then P^T
+    T* staging;  // (kKeyTile, value_head_dim or lanes) rows of a mask, or values to use instead
+};
+
+// Rows that fill up to Columns vectors, and what is known of them after the tiles so far.
 template <class T, int Columns>
-class BlockAttention {
+class Panel {
     using V = Vec<T>;
     static constexpr int lanes = V::lanes;
     static constexpr int width = Columns * lanes;  // rows, and lanes that have none
 
-    const Block& block;
+    const Block block;       // the panel's rows alone
+    const int rows_to_come;  // behind them, in the block
     const int64_t head_dim, value_head_dim;
     const ScorePasses<T, Columns> passes;
 
     // In scratch, matrices of `width` columns unless said otherwise.
-    T* const query;    // (head_dim) transposed and scaled
-    T* const scores;   // (kKeyTile) S^T, then P^T
-    T* const acc;      // (value_head_dim) O^T of the current group
-    T* const total;    // (value_head_dim) O^T of the groups before
-    T* const staging;  // (kKeyTile, value_head_dim or lanes) rows of a mask, or values to use instead
+    T* const query;  // (head_dim) transposed and scaled
+    T* const acc;    // (value_head_dim) O^T of the current group
+    T* const total;  // (value_head_dim) O^T of the groups before
+    T* const scores;
+    T* const staging;
 
     V row_max[Columns], row_sum[Columns], total_sum[Columns], total_max[Columns];
     V tile_max[Columns], rescale[Columns];
     int64_t cuts[2 * Columns];  // of the tile: see ScorePasses::find_cuts
-    bool has_total = false;
+    int64_t group;              // of tiles, that acc is about
+    bool has_started = false, has_total = false;
 
-    static int64_t score_rows(const Block& b) { return b.kv_len < kKeyTile ? b.kv_len : kKeyTile; }
+    V score_scale[Columns];     // what load_query() left out of the query
+    bool scale_scores = false;  // some lane's is not 1
+
     static int64_t total_rows(const Block& b) { return b.kv_len > kGroup ? b.value_head_dim : 0; }
 
-public:
-    static int64_t scratch_elements(const Block& b) {
-        const int64_t wide = b.value_head_dim > lanes ? b.value_head_dim : lanes;
-        const int64_t staging_rows = (score_rows(b) + lanes - 1) / lanes * lanes;
-        return (b.head_dim + score_rows(b) + b.value_head_dim + total_rows(b)) * width +
-               staging_rows * wide;
+    static Block part(Block b, int first, int count) {
+        b.rows += first;
+        b.row_count = count;
+        return b;
     }
 
-    explicit BlockAttention(const Block& b)
-        : block(b),
-          head_dim(b.head_dim),
-          value_head_dim(b.value_head_dim),
-          passes(b),
-          query(static_cast<T*>(b.scratch)),
-          scores(query + head_dim * width),
-          acc(scores + score_rows(b) * width),
-          total(acc + value_head_dim * width),
-          staging(total + total_rows(b) * width) {}
+   public:
+    static int64_t scratch_elements(const Block& b) {
+        return (b.head_dim + b.value_head_dim + total_rows(b)) * width;
+    }
 
-    void run() {
-        load_query();
-        clear(acc);
-        for (int c = 0; c < Columns; ++c) {
-            row_max[c] = -kInfinity<T>;
-            row_sum[c] = T(0);
+    // Rows [first, first + count) of a block; scratch: scratch_elements().
+    Panel(const Block& whole, int first, int count, T* scratch, Shared<T> shared)
+        : block(part(whole, first, count)),
+          rows_to_come(whole.row_count - first - count),
+          head_dim(block.head_dim),
+          value_head_dim(block.value_head_dim),
+          passes(block),
+          query(scratch),
+          acc(query + head_dim * width),
+          total(acc + value_head_dim * width),
+          scores(shared.scores),
+          staging(shared.staging),
+          group(passes.begin / kGroup) {}
+
+    // Panels are made in scratch memory and need no end.
+    static void* operator new(size_t, void* where) { return where; }
+
+    int64_t begin() const { return passes.begin; }
+    int64_t end() const { return passes.end; }
+
+    void attend_tile(int64_t tile) {
+        const Span keys = passes.span(tile);
+        if (keys.size() <= 0) return;
+        const Seen seen = passes.classify(keys);
+        if (seen == Seen::kNone) return;
+        if (!has_started) start();
+        if (tile / kGroup != group) {
+            close_group();
+            group = tile / kGroup;
         }
-        int64_t group = passes.begin / kGroup;
-        for (int64_t tile = passes.begin / kKeyTile * kKeyTile; tile < passes.end;
-             tile += kKeyTile) {
-            if (block.stop.requested(block.stop.context)) return;
-            const Span keys = passes.span(tile);
-            const Seen seen = passes.classify(keys);
-            if (seen == Seen::kNone) continue;
-            if (tile / kGroup != group) {
-                close_group();
-                group = tile / kGroup;
-            }
-            attend(keys, seen);
-        }
+        attend(keys, seen);
+    }
+
+    void finish() {
+        if (!has_started) start();
         if (has_total) close_group();
-        finish(has_total ? total : acc, has_total ? total_sum : row_sum);
+        store(has_total ? total : acc, has_total ? total_sum : row_sum);
     }
 
     void count(TileCounts& counts) const {
@@ -148,37 +177,72 @@ public:
         }
     }
 
-private:
+   private:
+    // As late as can be, so that the panels before it compute while its query comes from memory.
+    void start() {
+        for (int i = 0; i < rows_to_come && i < width; ++i) {
+            prefetch(static_cast<const T*>(block.rows[block.row_count + i].query), head_dim);
+        }
+        load_query();
+        for (int i = 0; i < block.row_count; ++i) {
+            prefetch<1>(static_cast<const T*>(block.rows[i].out), value_head_dim);
+        }
+        clear(acc);
+        for (int c = 0; c < Columns; ++c) {
+            row_max[c] = -kInfinity<T>;
+            row_sum[c] = T(0);
+        }
+        has_started = true;
+    }
+
     void clear(T* matrix) const {
         for (int64_t i = 0; i < value_head_dim * width; i += lanes) V(T(0)).store(matrix + i);
     }
 
-    // query = (scale * log2(e) * Q)^T; lanes without a row are 0. With softcap, tanh comes between the
-    // scale and the change of base.
-    void load_query() const {
+    // query = (scale * log2(e) * Q)^T; lanes without a row are 0. With softcap, tanh comes between
+    // the scale and the change of base. A row that the scale would take out of range keeps it for
+    // its scores.
+    void load_query() {
         const V scale = T(block.softcap != 0 ? block.scale / block.softcap : block.scale * kLog2e);
         for (int c = 0; c < Columns; ++c) {
-            for (int64_t d = 0; d < head_dim; d += lanes) {
-                const int64_t n = head_dim - d < lanes ? head_dim - d : lanes;
-                V square[lanes];
+            const auto too_large = load_rows(c, scale);
+            score_scale[c] = select<T>(too_large, scale, V(T(1)));
+            if (!any<T>(too_large)) continue;
+            load_rows(c, select<T>(too_large, V(T(1)), scale));
+            scale_scores = true;
+        }
+    }
+
+    // Loads one vector of rows, times scale; returns which of them that took out of range.
+    typename V::Mask load_rows(int c, V scale) const {
+        const Row* const rows = block.rows + c * lanes;
+        const int rows_here = block.row_count - c * lanes;
+        typename V::Mask too_large = {};
+        for (int64_t d = 0; d < head_dim; d += lanes) {
+            const int64_t n = head_dim - d < lanes ? head_dim - d : lanes;
+            V square[lanes];
+            if (n == lanes && rows_here >= lanes) {
+#pragma GCC unroll 16
                 for (int i = 0; i < lanes; ++i) {
-                    const int row = c * lanes + i;
-                    if (row < block.row_count && n == lanes) {
-                        square[i] = V::load(static_cast<const T*>(block.rows[row].query) + d);
-                    } else {
-                        T part[lanes] = {};
-                        for (int k = 0; row < block.row_count && k < n; ++k) {
-                            part[k] = static_cast<const T*>(block.rows[row].query)[d + k];
-                        }
-                        square[i] = V::load(part);
-                    }
+                    square[i] = V::load(static_cast<const T*>(rows[i].query) + d);
                 }
-                transpose<T>(square);
-                for (int k = 0; k < n; ++k) {
-                    (scale * square[k]).store(query + (d + k) * width + c * lanes);
+            } else {
+                for (int i = 0; i < lanes; ++i) {
+                    T part[lanes] = {};
+                    for (int k = 0; i < rows_here && k < n; ++k) {
+                        part[k] = static_cast<const T*>(rows[i].query)[d + k];
+                    }
+                    square[i] = V::load(part);
                 }
             }
+            transpose<T>(square);
+            for (int k = 0; k < n; ++k) {
+                const V scaled = scale * square[k];
+                too_large |= is_finite<T>(square[k]) & ~is_finite<T>(scaled);
+                scaled.store(query + (d + k) * width + c * lanes);
+            }
         }
+        return too_large;
     }
 
     void attend(Span keys, Seen seen) {
@@ -186,6 +250,7 @@ private:
         int64_t value_stride = block.value_stride;
         passes.find_cuts(keys, cuts);
         compute_scores(keys);
+        if (scale_scores) apply_score_scale(keys);
         if (seen == Seen::kSome) {
             passes.apply(scores, keys, staging);
             find_tile_max(keys);
@@ -195,40 +260,77 @@ private:
             }
         }
         softmax(keys);
+        const bool whole = cuts[Columns - 1] == 0 && cuts[Columns] == keys.size();
         in_steps<micro_rows(Columns)>(0, value_head_dim, [&]<int Rows>(int64_t d) {
-            V sum[Rows][Columns] = {};
-            between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
-                multiply<First, Last>(value + begin * value_stride + d, 1, value_stride,
-                                      scores + begin * width, end - begin, sum);
-            });
-            for (int r = 0; r < Rows; ++r) {
-                for (int c = 0; c < Columns; ++c) {
-                    T* out = acc + (d + r) * width + c * lanes;
-                    fma(V::load(out), rescale[c], sum[r][c]).store(out);
-                }
+            if (whole) {
+                V sum[Rows][Columns] = {};
+                multiply<0, Columns>(value + d, 1, value_stride, scores, keys.size(), sum);
+                add_to_acc(d, sum);
+            } else {
+                add_between_cuts<Rows>(d, value, value_stride);
             }
         });
     }
 
+    template <int Rows>
+    [[gnu::always_inline]] void add_to_acc(int64_t d, const V (&sum)[Rows][Columns]) const {
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+            for (int c = 0; c < Columns; ++c) {
+                T* out = acc + (d + r) * width + c * lanes;
+                fma(V::load(out), rescale[c], sum[r][c]).store(out);
+            }
+        }
+    }
+
+    // Out of line, so that the common case keeps its sums in registers.
+    template <int Rows>
+    [[gnu::noinline]] void add_between_cuts(int64_t d, const T* value, int64_t stride) const {
+        V sum[Rows][Columns] = {};
+        between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
+            multiply<First, Last>(value + begin * stride + d, 1, stride, scores + begin * width,
+                                  end - begin, sum);
+        });
+        add_to_acc(d, sum);
+    }
+
     void compute_scores(Span keys) {
         const T* key = static_cast<const T*>(block.key) + keys.begin * block.key_stride;
-        V largest[Columns];
-        for (int c = 0; c < Columns; ++c) largest[c] = -kInfinity<T>;
-        between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
-            in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
-                V sum[Rows][Columns] = {};
-                multiply<First, Last>(key + j * block.key_stride, block.key_stride, 1, query,
-                                      head_dim, sum);
-                for (int r = 0; r < Rows; ++r) {
-                    for (int c = 0; c < Columns; ++c) {
-                        if (c < First || c >= Last) sum[r][c] = -kInfinity<T>;
-                        sum[r][c].store(scores + (j + r) * width + c * lanes);
-                        largest[c] = max(sum[r][c], largest[c]);
+        for (int64_t d = 0; d < head_dim; d += kDepth) {
+            const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
+            V largest[Columns];
+            for (int c = 0; c < Columns; ++c) largest[c] = -kInfinity<T>;
+            between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
+                in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
+                    V sum[Rows][Columns] = {};
+                    multiply<First, Last>(key + j * block.key_stride + d, block.key_stride, 1,
+                                          query + d * width, depth, sum);
+#pragma GCC unroll 16
+                    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+                        for (int c = 0; c < Columns; ++c) {
+                            T* const score = scores + (j + r) * width + c * lanes;
+                            if (d > 0) sum[r][c] = V::load(score) + sum[r][c];
+                            if (c < First || c >= Last) sum[r][c] = -kInfinity<T>;
+                            sum[r][c].store(score);
+                            largest[c] = max(sum[r][c], largest[c]);
+                        }
                     }
-                }
+                });
             });
-        });
-        for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
+            for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
+        }
+    }
+
+    void apply_score_scale(Span keys) {
+        for (int64_t i = 0; i < keys.size() * width; i += width) {
+            for (int c = 0; c < Columns; ++c) {
+                T* const score = scores + i + c * lanes;
+                (score_scale[c] * V::load(score)).store(score);
+            }
+        }
+        find_tile_max(keys);
     }
 
     void find_tile_max(Span keys) {
@@ -265,9 +367,9 @@ private:
         for (int c = 0; c < Columns; ++c) row_sum[c] = fma(row_sum[c], rescale[c], sum[c]);
     }
 
-    // A probability of 0 does not keep a NaN or Inf of `value` from a row that must not see it. If the
-    // tile holds any, it is copied to `staging` with those keys as zeros, and the values that are not
-    // finite are added to the rows that see them, here.
+    // A probability of 0 does not keep a NaN or Inf of `value` from a row that must not see it. If
+    // the tile holds any, it is copied to `staging` with zeros for them, and they are added to the
+    // rows that see them, here.
     bool set_nonfinite_apart(const T* value, Span keys) {
         bool found = false;
         passes.hidden_keys(keys, [&](int64_t first, int64_t last) {
@@ -276,10 +378,10 @@ private:
         if (!found) return false;
         for (int64_t j = 0; j < keys.size(); ++j) {
             const T* from = value + j * block.value_stride;
-            const bool finite = all_finite(from, 1);
             for (int64_t d = 0; d < value_head_dim; ++d) {
+                const bool finite = from[d] - from[d] == 0;
                 staging[j * value_head_dim + d] = finite ? from[d] : T(0);
-                if (from[d] - from[d] == 0) continue;
+                if (finite) continue;
                 for (int c = 0; c < width; c += lanes) {
                     const auto hidden = V::load(scores + j * width + c) == V(-kInfinity<T>);
                     const V sum = V::load(acc + d * width + c);
@@ -291,19 +393,16 @@ private:
     }
 
     bool all_finite(const T* row, int64_t rows) const {
-        typename V::Mask finite = V(T(0)) == V(T(0));
+        typename V::Mask bad = {};
         bool rest_finite = true;
         for (; rows > 0; --rows, row += block.value_stride) {
             int64_t d = 0;
             for (; d + lanes <= value_head_dim; d += lanes) {
-                const V x = V::load(row + d);
-                finite &= x - x == V(T(0));
+                bad |= ~is_finite<T>(V::load(row + d));
             }
             for (; d < value_head_dim; ++d) rest_finite &= row[d] - row[d] == 0;
         }
-        typename V::Int all = -1;
-        for (int i = 0; i < lanes; ++i) all &= finite[i];
-        return rest_finite && all != 0;
+        return rest_finite && !any<T>(bad);
     }
 
     // total += acc, and a new group begins.
@@ -316,8 +415,7 @@ private:
             }
         }
         for (int c = 0; c < Columns; ++c) {
-            const V offset =
-                select<T>(row_max[c] == V(-kInfinity<T>), V(T(0)), row_max[c]);
+            const V offset = select<T>(row_max[c] == V(-kInfinity<T>), V(T(0)), row_max[c]);
             const V shrink = exp2(total_max[c] - offset);
             for (int64_t i = c * lanes; i < value_head_dim * width; i += width) {
                 fma(V::load(total + i), shrink, V::load(acc + i)).store(total + i);
@@ -330,14 +428,15 @@ private:
         has_total = true;
     }
 
-    // out = sum / row_sum, and lse = log(row_sum) + max. A sink is one more term of the denominator.
-    void finish(const T* sum, const V* sums) const {
+    // out = sum / row_sum, and lse = log(row_sum) + max. A sink is one more term of the
+    // denominator.
+    void store(const T* sum, const V* sums) const {
         for (int c = 0; c < Columns; ++c) {
             T sink[lanes], largest[lanes], denominator[lanes];
             for (int i = 0; i < lanes; ++i) {
                 const int row = c * lanes + i;
-                sink[i] = T(row < block.row_count ? block.rows[row].sink * kLog2e
-                                                  : -__builtin_inf());
+                sink[i] =
+                    T(row < block.row_count ? block.rows[row].sink * kLog2e : -__builtin_inf());
             }
             const V peak = max(row_max[c], V::load(sink));
             const V offset = select<T>(peak == V(-kInfinity<T>), V(T(0)), peak);
@@ -380,33 +479,91 @@ private:
     }
 };
 
-// use(attention<Columns>) for as few vectors as the rows fill.
+// use<Columns>() for as few vectors as the rows fill.
 template <class T, int Columns = 1, class Use>
-auto with_columns(const Block& block, const Use& use) {
+auto with_columns(int rows, const Use& use) {
     if constexpr (Columns == kColumns) {
         return use.template operator()<Columns>();
     } else {
-        if (block.row_count <= Columns * Vec<T>::lanes) return use.template operator()<Columns>();
-        return with_columns<T, Columns + 1>(block, use);
+        if (rows <= Columns * Vec<T>::lanes) return use.template operator()<Columns>();
+        return with_columns<T, Columns + 1>(rows, use);
     }
 }
 
+// A block's full panels, and the last one, which may be narrower.
+template <class T>
+struct Cut {
+    static constexpr int panel_rows = kColumns * Vec<T>::lanes;
+    using Full = Panel<T, kColumns>;
+
+    int full, last_rows;
+    int64_t score_elements, staging_elements;
+
+    explicit Cut(const Block& block)
+        : full((block.row_count - 1) / panel_rows), last_rows(block.row_count - full * panel_rows) {
+        constexpr int lanes = Vec<T>::lanes;
+        const int64_t keys = block.kv_len < kKeyTile ? block.kv_len : kKeyTile;
+        const int64_t wide = block.value_head_dim > lanes ? block.value_head_dim : lanes;
+        score_elements = keys * (full > 0 ? panel_rows : rounded(last_rows, lanes));
+        staging_elements = rounded(keys, lanes) * wide;
+    }
+
+    static int64_t rounded(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+};
+
 template <class T>
 size_t scratch_bytes(const Block& block) {
-    const int64_t elements = with_columns<T>(
-        block, [&]<int Columns>() { return BlockAttention<T, Columns>::scratch_elements(block); });
-    return size_t(elements) * sizeof(T);
+    const Cut<T> cut(block);
+    const int64_t last = with_columns<T>(
+        cut.last_rows, [&]<int Columns>() { return Panel<T, Columns>::scratch_elements(block); });
+    const int64_t elements = cut.full * Cut<T>::Full::scratch_elements(block) + last +
+                             cut.score_elements + cut.staging_elements;
+    return size_t(elements) * sizeof(T) + cut.full * sizeof(typename Cut<T>::Full);
+}
+
+// use(full panels, last panel)
+template <class T, class Use>
+void with_panels(const Block& block, const Use& use) {
+    using Full = typename Cut<T>::Full;
+    const Cut<T> cut(block);
+    Full* const panels = static_cast<Full*>(block.scratch);
+    T* scratch = reinterpret_cast<T*>(panels + cut.full);
+    const Shared<T> shared = {scratch, scratch + cut.score_elements};
+    scratch = shared.staging + cut.staging_elements;
+    for (int i = 0; i < cut.full; ++i, scratch += Full::scratch_elements(block)) {
+        new (panels + i) Full(block, i * Cut<T>::panel_rows, Cut<T>::panel_rows, scratch, shared);
+    }
+    with_columns<T>(cut.last_rows, [&]<int Columns>() {
+        Panel<T, Columns> last(block, cut.full * Cut<T>::panel_rows, cut.last_rows, scratch,
+                               shared);
+        use([&](const auto& visit) {
+            for (int i = 0; i < cut.full; ++i) visit(panels[i]);
+            visit(last);
+        });
+    });
 }
 
 template <class T>
 void attend(const Block& block) {
-    with_columns<T>(block, [&]<int Columns>() { BlockAttention<T, Columns>(block).run(); });
+    with_panels<T>(block, [&](const auto& each_panel) {
+        int64_t begin = block.kv_len, end = 0;
+        each_panel([&](auto& panel) {
+            if (panel.begin() < begin) begin = panel.begin();
+            if (panel.end() > end) end = panel.end();
+        });
+        for (int64_t tile = begin / kKeyTile * kKeyTile; tile < end; tile += kKeyTile) {
+            if (block.stop.requested(block.stop.context)) return;
+            each_panel([&](auto& panel) { panel.attend_tile(tile); });
+        }
+        each_panel([&](auto& panel) { panel.finish(); });
+    });
 }
 
 template <class T>
 void count_tiles(const Block& block, TileCounts& counts) {
-    with_columns<T>(block,
-                    [&]<int Columns>() { BlockAttention<T, Columns>(block).count(counts); });
+    with_panels<T>(block, [&](const auto& each_panel) {
+        each_panel([&](const auto& panel) { panel.count(counts); });
+    });
 }
 
 // The limit: the micro-kernel's multiply-adds with nothing to load or store.
@@ -437,8 +594,8 @@ double read_bytes(const void* data, int64_t bytes) {
 }
 
 template <class T>
-constexpr Functions functions = {kColumns * Vec<T>::lanes, int(kKeyTile),  scratch_bytes<T>,
-                                 attend<T>,                count_tiles<T>, run_fma<T>};
+constexpr Functions functions = {Cut<T>::panel_rows, int(kKeyTile),  scratch_bytes<T>,
+                                 attend<T>,          count_tiles<T>, run_fma<T>};
 
 }  // namespace
 

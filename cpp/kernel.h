@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The table that every instruction-set variant fills: one block of query rows against all the keys
-// that they see. attention.cpp and limits.cpp call through it; kernel.cpp fills it, once per variant.
+// that they see. attention.cpp and limits.cpp call through it; kernel.cpp fills it, once per
+// variant.
 //
 // Rules for code that is compiled with instruction-set flags (kernel.cpp, kernel_*.h, vec*.h). An
 // inline function that is compiled twice with different flags is merged by the linker, and an old
@@ -20,17 +21,17 @@
 
 namespace fastattn {
 
-// One query row: a lane of the block.
+// One query row: a lane of a panel.
 struct Row {
     const void* query;
     void* out;
-    void* lse;                // null: not asked for
-    const void* mask;         // the row's first element; null: none
-    const void* bias;         // likewise
-    int64_t begin, end;       // the keys that causality, window and length leave; begin <= end
-    int64_t position;         // of the query among the keys, for ALiBi
-    double slope;             // ALiBi
-    double sink;              // -inf: none
+    void* lse;           // null: not asked for
+    const void* mask;    // the row's first element; null: none
+    const void* bias;    // likewise
+    int64_t begin, end;  // the keys that causality, window and length leave; begin <= end
+    int64_t position;    // of the query among the keys, for ALiBi
+    double slope;        // ALiBi
+    double sink;         // -inf: none
 };
 
 // Asked once per key tile; true: stop, the result is not wanted any more.
@@ -39,10 +40,11 @@ struct Stop {
     void* context;
 };
 
-// Rows that share one key and value head.
+// Rows that share one key and value head, and are worked on in panels of panel_rows. A key tile is
+// brought to the near caches once for all panels; how many there are changes no bit of a result.
 struct Block {
     const Row* rows;
-    int row_count;  // 1 .. query_tile
+    int row_count;  // 1 or more; the last panel may be less than full
     const void* key;
     const void* value;
     int64_t key_stride, value_stride;  // from one key to the next, in elements
@@ -64,7 +66,7 @@ struct TileCounts {
 
 // The functions for one element type.
 struct Functions {
-    int query_tile, key_tile;
+    int panel_rows, key_tile;
     size_t (*scratch_bytes)(const Block&);  // of the sizes and row_count alone
     void (*attend)(const Block&);
     void (*count)(const Block&, TileCounts&);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What happens to a tile of scores between the two products: softcap, bias, mask, ALiBi, and the edges
-// that causality, window and length cut. Each is a pass of its own over the tile, so that they all
-// compose, and a tile that needs none is left alone. Called by kernel.cpp.
+// What happens to a tile of scores between the two products: softcap, bias, mask, ALiBi, and the
+// edges that causality, window and length cut. Each is a pass of its own over the tile, so that
+// they all compose, and a tile that needs none is left alone. Called by kernel.cpp.
 #pragma once
 
 #include "kernel.h"
@@ -61,7 +61,7 @@ T added(float x) {
 }
 template <class T>
 T added(double x) {
-    if (sizeof(T) == 8 || x - x != 0) return T(x);  // Inf and NaN stay
+    if (sizeof(T) == 8 || x - x != 0) return T(x);   // Inf and NaN stay
     constexpr double highest = -double(kLowest<T>);  // only Inf may become Inf
     return T(x > highest ? highest : x < -highest ? -highest : x);
 }
@@ -71,7 +71,8 @@ T added(BFloat16 x) {
 }
 template <class T>
 T added(Float16 x) {
-    // The product moves the exponent's bias, subnormals included; Inf and NaN get all exponent bits.
+    // The product moves the exponent's bias, subnormals included; Inf and NaN get all exponent
+    // bits.
     const float magnitude = from_bits(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
     const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
     return from_bits(to_bits(magnitude) | special | uint32_t(x.bits & 0x8000) << 16);
@@ -121,10 +122,10 @@ class RowArray {
     const Dtype dtype;
     const int64_t stride;
 
-public:
+   public:
     const bool given;
 
-    RowArray(const Block& block, const void* Row::*array, Dtype type, int64_t key_stride)
+    RowArray(const Block& block, const void* Row::* array, Dtype type, int64_t key_stride)
         : dtype(type), stride(key_stride), given(block.rows[0].*array != nullptr) {
         if (!given) return;
         for (int i = 0; i < width; ++i) {
@@ -170,7 +171,7 @@ public:
         }
     }
 
-private:
+   private:
     void stage(const void* row, Span keys, T* to) const {
         with_element(dtype, [&](auto* element) {
             const auto* from = static_cast<decltype(element)>(row) + keys.begin * stride;
@@ -183,8 +184,8 @@ private:
         });
     }
 
-    // Only -inf hides: a sum that overflows stops at the lowest number, so that a row whose every key
-    // has a huge negative bias is still the mean of what it sees.
+    // Only -inf hides: a sum that overflows stops at the lowest number, so that a row whose every
+    // key has a huge negative bias is still the mean of what it sees.
     static void add(T* scores, V array) {
         const V hidden = -kInfinity<T>, score = V::load(scores);
         const V sum = max(V(kLowest<T>), fma(array, V(T(kLog2e)), score));
@@ -200,10 +201,10 @@ class ScorePasses {
 
     const Block& block;
     const RowArray<T, Columns> mask, bias;
-    int64_t inner_begin = 0, inner_end;  // the keys inside every row's interval
+    int64_t inner_begin = 0, inner_end;             // the keys inside every row's interval
     int64_t first_key[Columns], last_key[Columns];  // inside the interval of some row of a vector
 
-public:
+   public:
     int64_t begin, end = 0;  // the keys inside some row's interval
 
     explicit ScorePasses(const Block& b)
@@ -250,8 +251,8 @@ public:
         return {tile > begin ? tile : begin, last < end ? last : end};
     }
 
-    // Positions grow with the rows: the first keys of a tile may matter to the first vectors alone, the
-    // last ones to the last. cuts: where the next vector comes in, then where one drops out.
+    // Positions grow with the rows: the first keys of a tile may matter to the first vectors alone,
+    // the last ones to the last. cuts: where the next vector comes in, then where one drops out.
     void find_cuts(Span keys, int64_t (&cuts)[2 * Columns]) const {
         constexpr int64_t step = micro_rows(Columns);
         const int64_t count = keys.size();
@@ -297,7 +298,7 @@ public:
         if (keys.begin < inner_begin || keys.end > inner_end) cut_edges(scores, keys);
     }
 
-private:
+   private:
     const Row& row_of_lane(int lane) const {
         return block.rows[lane < block.row_count ? lane : block.row_count - 1];
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The machine's limits, against which the benchmark measures: multiply-adds in registers, and reading
-// memory. Measured with the variant in use and all threads.
+// The machine's limits, against which the benchmark measures: multiply-adds in registers, and
+// reading memory. Measured with the variant in use and all threads.
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -23,8 +23,7 @@ double now() {
 }  // namespace
 
 double measure_fma(Dtype dtype, double seconds) {
-    const Functions& functions =
-        dtype == Dtype::kFloat64 ? kernel().float64 : kernel().float32;
+    const Functions& functions = dtype == Dtype::kFloat64 ? kernel().float64 : kernel().float32;
     const int threads = get_num_threads();
     std::vector<double> rates;
     int64_t rounds = 10000;

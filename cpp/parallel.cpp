@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// parallel_for over OpenMP. libgomp ties a pool of threads to the thread that enters a parallel region
-// and hangs in a forked child that enters one on a thread whose pool stayed in the parent. So no caller
-// ever enters a region: an owner thread does, made when first needed, and made anew after a fork. The
-// caller waits meanwhile, and looks every 50 ms whether the user wants to stop.
+// parallel_for over OpenMP. libgomp ties a pool of threads to the thread that enters a parallel
+// region and hangs in a forked child that enters one on a thread whose pool stayed in the parent.
+// So no caller ever enters a region: an owner thread does, made when first needed, and made anew
+// after a fork. The caller waits meanwhile, and looks every 50 ms whether the user wants to stop.
 #include "parallel.h"
 
 #include <omp.h>
@@ -53,7 +53,7 @@ void work(Job& job, int worker) {
 
 // The thread that enters parallel regions. Never destroyed: it may outlive main().
 class Owner {
-public:
+   public:
     Owner() : pid_(getpid()) {}
 
     bool is_of_this_process() const { return pid_ == getpid(); }
@@ -83,7 +83,7 @@ public:
         return true;
     }
 
-private:
+   private:
     void serve() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
@@ -189,8 +189,8 @@ std::atomic<int> wanted_threads{0};
 
 void set_num_threads(int threads) { wanted_threads = threads; }
 
-// An explicit wish wins: set_num_threads, FASTATTN_NUM_THREADS, OMP_NUM_THREADS. The OpenMP setting is
-// read on the caller's thread, where threadpoolctl and others leave theirs.
+// An explicit wish wins: set_num_threads, FASTATTN_NUM_THREADS, OMP_NUM_THREADS. The OpenMP setting
+// is read on the caller's thread, where threadpoolctl and others leave theirs.
 int get_num_threads() {
     if (const int wanted = wanted_threads) return wanted;
     static const int ours = number_in("FASTATTN_NUM_THREADS");

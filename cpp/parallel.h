@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The one seam to threads. attention.cpp and limits.cpp say what the items of work are; parallel.cpp
-// knows about OpenMP, forks, quotas and Ctrl-C.
+// The one seam to threads. attention.cpp and limits.cpp say what the items of work are;
+// parallel.cpp knows about OpenMP, forks, quotas and Ctrl-C.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,14 @@
 
 namespace fastattn {
 
-// The team for so many items that take about so many seconds together on one thread: one thread where
-// waking a team would cost more than it saves. Ask once per call, and give parallel_for the answer.
+// The team for so many items that take about so many seconds together on one thread: one thread
+// where waking a team would cost more than it saves. Ask once per call, and give parallel_for the
+// answer.
 int team_size(int64_t items, double seconds);
 
-// Runs body(item, worker, stop) for every item in [0, items), worker in [0, threads). A body looks at
-// stop now and then and returns early when it says so. False: interrupted, some items did not run.
-// The body must not throw or allocate. Never entered by the caller's thread if threads > 1.
+// Runs body(item, worker, stop) for every item in [0, items), worker in [0, threads). A body looks
+// at stop now and then and returns early when it says so. False: interrupted, some items did not
+// run. The body must not throw or allocate. Never entered by the caller's thread if threads > 1.
 using Body = std::function<void(int64_t item, int worker, const Stop& stop)>;
 bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body);
 

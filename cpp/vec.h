@@ -69,6 +69,18 @@ Vec<T> select(typename Vec<T>::Mask mask, Vec<T> yes, Vec<T> no) {
 }
 
 template <class T>
+typename Vec<T>::Mask is_finite(Vec<T> x) {
+    return x - x == Vec<T>(T(0));
+}
+
+template <class T>
+bool any(typename Vec<T>::Mask mask) {
+    typename Vec<T>::Int bits = 0;
+    for (int i = 0; i < Vec<T>::lanes; ++i) bits |= mask[i];
+    return bits != 0;
+}
+
+template <class T>
 Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
     return isa::fma(a.v, b.v, c.v);
 }
@@ -84,7 +96,7 @@ Vec<T> abs(Vec<T> x) {
     return max(x, Vec<T>(T(0)) - x);
 }
 
-// p * 2^n for an integer n in [-150, 100] (float) or [-1075, 1000] (double), rounded once.
+// p * 2^n for the n of isa::split(x, n), x <= 100 (float) or 1000 (double), rounded once.
 template <class T>
 Vec<T> times_power_of_two(Vec<T> p, Vec<T> n) {
     return isa::times_power_of_two(p.v, n.v);
@@ -114,15 +126,11 @@ inline Vec<double> exp2_slope(Vec<double> f) {
     return fma(q, f, Vec<double>(6.9314718055994569675e-1));
 }
 
-template <class T>
-constexpr T smallest_exponent = sizeof(T) == 4 ? T(-150) : T(-1075);  // 2^this rounds to 0
-
 // 2^x for x <= 100: exactly 1 at 0, exactly 0 at -inf, NaN stays.
 template <class T>
 Vec<T> exp2(Vec<T> x) {
-    x = max(Vec<T>(smallest_exponent<T>), x);
-    const Vec<T> n = isa::round(x.v);
-    const Vec<T> f = x - n;
+    Vec<T> n;
+    const Vec<T> f = isa::split(x.v, n.v);
     return times_power_of_two(fma(exp2_slope(f), f, Vec<T>(T(1))), n);
 }
 
@@ -133,8 +141,8 @@ Vec<T> tanh(Vec<T> x) {
     Vec<T> y = x * Vec<T>(T(2.8853900817779268147));  // 2 log2(e)
     y = max(Vec<T>(T(0)) - bound, y);
     y = select<T>(bound < y, bound, y);
-    const Vec<T> n = isa::round(y.v);
-    const Vec<T> f = y - n;
+    Vec<T> n;
+    const Vec<T> f = isa::split(y.v, n.v);
     const Vec<T> power = times_power_of_two(one, n);
     const Vec<T> e = fma(exp2_slope(f) * f, power, power - one);
     return e / (e + Vec<T>(T(2)));

@@ -14,7 +14,8 @@ constexpr int kVectorBytes = 32;
 constexpr int kColumns = 3;        // vectors of queries in a full block
 constexpr int64_t kKeyTile = 128;  // keys per tile
 
-// Rows of the micro-kernel: 4 x 3 accumulators, 3 vectors of queries and 1 broadcast in 16 registers.
+// Rows of the micro-kernel: 4 x 3 accumulators, 3 vectors of queries and 1 broadcast in 16
+// registers.
 constexpr int micro_rows(int columns) { return columns == 3 ? 4 : columns == 2 ? 6 : 8; }
 
 namespace isa {
@@ -22,11 +23,21 @@ inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c
 inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 inline __m256 max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 inline __m256d max(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
-inline __m256 round(__m256 x) { return _mm256_round_ps(x, 8); }
-inline __m256d round(__m256d x) { return _mm256_round_pd(x, 8); }
 
-// The exponent field is built 24 (float) or 53 (double) too high, so that it is never subnormal, and
-// a last product brings it down with the one rounding that a subnormal result needs.
+// 2^-150 (float) and 2^-1075 (double) round to 0 already.
+inline __m256 split(__m256 x, __m256& n) {
+    x = max(_mm256_set1_ps(-150), x);
+    n = _mm256_round_ps(x, 8);
+    return _mm256_sub_ps(x, n);
+}
+inline __m256d split(__m256d x, __m256d& n) {
+    x = max(_mm256_set1_pd(-1075), x);
+    n = _mm256_round_pd(x, 8);
+    return _mm256_sub_pd(x, n);
+}
+
+// The exponent field is built 24 (float) or 53 (double) too high, so that it is never subnormal,
+// and a last product brings it down with the one rounding that a subnormal result needs.
 inline __m256 times_power_of_two(__m256 p, __m256 n) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127 + 24));
     const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));

@@ -14,7 +14,8 @@ constexpr int kVectorBytes = 64;
 constexpr int kColumns = 3;        // vectors of queries in a full block
 constexpr int64_t kKeyTile = 128;  // keys per tile
 
-// Rows of the micro-kernel: 8 x 3 accumulators, 3 vectors of queries and 1 broadcast in 32 registers.
+// Rows of the micro-kernel: 8 x 3 accumulators, 3 vectors of queries and 1 broadcast in 32
+// registers.
 constexpr int micro_rows(int columns) { return columns == 3 ? 8 : columns == 2 ? 12 : 16; }
 
 namespace isa {
@@ -22,8 +23,16 @@ inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c
 inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 inline __m512 max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 inline __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
-inline __m512 round(__m512 x) { return _mm512_roundscale_ps(x, 8); }
-inline __m512d round(__m512d x) { return _mm512_roundscale_pd(x, 8); }
+
+// scalef takes any n, and reduce gives 0 at -inf.
+inline __m512 split(__m512 x, __m512& n) {
+    n = _mm512_roundscale_ps(x, 8);
+    return _mm512_reduce_ps(x, 8);
+}
+inline __m512d split(__m512d x, __m512d& n) {
+    n = _mm512_roundscale_pd(x, 8);
+    return _mm512_reduce_pd(x, 8);
+}
 inline __m512 times_power_of_two(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
 inline __m512d times_power_of_two(__m512d p, __m512d n) { return _mm512_scalef_pd(p, n); }
 

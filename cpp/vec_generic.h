@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Any CPU: registers of 16 bytes, written with the compiler's vector extensions alone (SSE2 on
-// x86-64, NEON on aarch64). The definition of every operation; start here to add an instruction set.
+// x86-64, NEON on aarch64). The definition of every operation; start here to add an instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -30,12 +31,22 @@ inline Double fma(Double a, Double b, Double c) { return a * b + c; }
 inline Float max(Float a, Float b) { return a > b ? a : b; }
 inline Double max(Double a, Double b) { return a > b ? a : b; }
 
-// To the nearest integer, for |x| < 2^22 (float), 2^51 (double): the sum has no fraction bits left.
-inline Float round(Float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
-inline Double round(Double x) { return (x + 0x1.8p52) - 0x1.8p52; }
+// Returns f of x = n + f, n the nearest whole number. 2^x is all that comes of it, so that n may
+// stop at -150 (float), -1075 (double), where it rounds to 0. NaN stays. The sums have no fraction
+// bits left.
+inline Float split(Float x, Float& n) {
+    x = max(Float{} - 150, x);
+    n = (x + 0x1.8p23f) - 0x1.8p23f;
+    return x - n;
+}
+inline Double split(Double x, Double& n) {
+    x = max(Double{} - 1075, x);
+    n = (x + 0x1.8p52) - 0x1.8p52;
+    return x - n;
+}
 
-// The exponent field is built 24 (float) or 53 (double) too high, so that it is never subnormal, and
-// a last product brings it down with the one rounding that a subnormal result needs.
+// The exponent field is built 24 (float) or 53 (double) too high, so that it is never subnormal,
+// and a last product brings it down with the one rounding that a subnormal result needs.
 inline Float times_power_of_two(Float p, Float n) {
     const Int32 exponent = __builtin_convertvector(n, Int32) + (127 + 24);
     return p * (Float)(exponent << 23) * 0x1p-24f;

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What do the arrays look like in memory? NumPy arrays in, plain structs out. The only file that knows
-// Python. Called by python/fastattn; calls cpp/attention.h. Values are trusted; of the shapes, what
-// memory safety needs is checked again.
+// What do the arrays look like in memory? NumPy arrays in, plain structs out. The only file that
+// knows Python. Called by python/fastattn; calls cpp/attention.h. Values are trusted; of the
+// shapes, what memory safety needs is checked again.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
 #include <unistd.h>
 
 #include <optional>
@@ -112,7 +111,8 @@ AttentionArgs arguments(const py::array& query, const py::array& key, const py::
     require(dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64, "dtype is not supported");
     require(args.key.dtype == dtype && args.value.dtype == dtype, "dtypes differ");
     for (const Array* array : {&args.query, &args.key, &args.value}) {
-        require(array->col_stride <= 1 && array->col_stride >= 0, "the last axis is not contiguous");
+        require(array->col_stride <= 1 && array->col_stride >= 0,
+                "the last axis is not contiguous");
     }
     require(axis_size(key, 0) == args.head_dim, "head_dim of query and key differ");
     require(axis_size(value, 1) == args.kv_len, "kv_len of key and value differ");
@@ -191,21 +191,20 @@ auto without_gil(const Work& work) {
 }
 
 // The arguments shared by attention and explain, with whatever else `call` needs.
-#define FASTATTN_PARAMETERS                                                                     \
+#define FASTATTN_PARAMETERS                                                                      \
     const py::array &query, const py::array &key, const py::array &value, const py::object &out, \
-        const py::object &lse, const std::vector<int64_t>&batch_shape, const py::object &mask,  \
-        const py::object &bias, const py::object &alibi_slopes, const py::object &sinks,        \
-        const py::object &query_offset, const py::object &kv_lengths, double scale,             \
+        const py::object &lse, const std::vector<int64_t>&batch_shape, const py::object &mask,   \
+        const py::object &bias, const py::object &alibi_slopes, const py::object &sinks,         \
+        const py::object &query_offset, const py::object &kv_lengths, double scale,              \
         double softcap, int64_t left, int64_t right
-#define FASTATTN_ARGUMENTS                                                                        \
-    query, key, value, out, lse, batch_shape, mask, bias, alibi_slopes, sinks, query_offset,      \
+#define FASTATTN_ARGUMENTS                                                                   \
+    query, key, value, out, lse, batch_shape, mask, bias, alibi_slopes, sinks, query_offset, \
         kv_lengths, scale, softcap, left, right
 
 void attend(FASTATTN_PARAMETERS) {
     const AttentionArgs args = arguments(FASTATTN_ARGUMENTS);
     require(args.out.data != nullptr, "out is missing");
-    const bool finished =
-        without_gil([&] { return attention(args, Interrupt{signal_arrived}); });
+    const bool finished = without_gil([&] { return attention(args, Interrupt{signal_arrived}); });
     if (!finished) throw py::error_already_set();
 }
 
@@ -225,9 +224,9 @@ py::dict explain(FASTATTN_PARAMETERS) {
     report["tiles_edge"] = plan.tiles_edge;
     report["pairs_computed"] = plan.pairs_computed;
     report["flops"] = py::int_(py::float_(2 * double(plan.pairs_computed) * dims));
-    report["bytes"] = py::int_(py::float_(
-        item * double(batch) * dims *
-        double(args.q_heads * args.q_len + args.kv_heads * args.kv_len)));
+    report["bytes"] =
+        py::int_(py::float_(item * double(batch) * dims *
+                            double(args.q_heads * args.q_len + args.kv_heads * args.kv_len)));
     report["scratch_bytes"] = plan.scratch_bytes;
     report["threads"] = plan.threads;
     return report;

@@ -27,7 +27,8 @@ ndarray = np.ndarray
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 UNLIMITED = -1
-FARTHEST = 2**61  # positions beyond are refused or, in a window, no different
+FARTHEST = 2**61  # positions beyond are refused
+WIDEST = 2**62  # a side of a window that no position reaches
 OVERLAP_WORK = 10_000  # candidate solutions that numpy.shares_memory may look at
 
 
@@ -293,7 +294,7 @@ def window_sides(window: Any) -> tuple[int, int]:
             )
         if side < 0:
             raise ValueError(f"window must be a pair of integers >= 0 or None, got {window!r}")
-        sides[i] = min(int(side), FARTHEST)
+        sides[i] = min(int(side), WIDEST)
     return sides[0], sides[1]
 
 

@@ -29,7 +29,6 @@ class Case:
     """One attention call. `name` is for the command line, `title` for a person."""
 
     name: str
-    title: str
     q_len: int
     kv_len: int
     q_heads: int
@@ -45,6 +44,11 @@ class Case:
     isa: str | None = None  # the FASTATTN_ISA that this case is about
     libraries: tuple[str, ...] = ()  # empty: every library; else these alone
     floor: Floor = field(default_factory=Floor)
+
+    @property
+    def title(self) -> str:
+        """What a person calls the case, in one or two lines."""
+        return _TITLES.get(self.name, self.name)
 
     @property
     def groups(self) -> int:
@@ -71,87 +75,42 @@ class Inputs(NamedTuple):
     mask: Array | None
 
 
-def _square(name: str, title: str, tokens: int, heads: int, head_dim: int, **rest: Any) -> Case:
-    return Case(name, title, tokens, tokens, heads, head_dim, **rest)
+def _square(name: str, tokens: int, heads: int, head_dim: int, **rest: Any) -> Case:
+    return Case(name, tokens, tokens, heads, head_dim, **rest)
 
+
+_TITLES = {
+    "bert-128": "BERT-base\n8 x 128 tokens",
+    "bert-512": "BERT-base\n8 x 512 tokens",
+    "padded-512": "BERT-base, padded\n8 x 64..512 tokens",
+    "gpt2-1k": "GPT-2\n1k tokens, causal",
+    "llama-2k": "Llama-3-8B prefill\n2k tokens, causal, GQA",
+    "causal-8k": "8 heads of 128\n8k tokens, causal, GQA",
+    "document-32k": "long document, 4 heads\n32k tokens, window 256",
+    "decode-4k": "Llama-3-8B decode\n1 token after 4k, GQA",
+}
+ALONE = ("fastattn",)
 
 FAMILIAR = [
-    _square("bert-128", "BERT-base\n8 x 128 tokens", 128, 12, 64, batch=8),
-    _square("bert-512", "BERT-base\n8 x 512 tokens", 512, 12, 64, batch=8),
-    _square(
-        "padded-512",
-        "BERT-base padded\n8 x 64 to 512 tokens",
-        512,
-        12,
-        64,
-        batch=8,
-        lengths=(512, 448, 384, 320, 256, 192, 128, 64),
-    ),
-    _square("gpt2-1k", "GPT-2\n1k tokens, causal", 1024, 12, 64, is_causal=True),
-    _square(
-        "llama-2k",
-        "Llama-3-8B prefill\n2k tokens, causal, GQA",
-        2048,
-        32,
-        128,
-        kv_heads=8,
-        is_causal=True,
-    ),
-    _square(
-        "causal-8k",
-        "8 heads of 128\n8k tokens, causal, GQA",
-        8192,
-        8,
-        128,
-        kv_heads=2,
-        is_causal=True,
-    ),
-    _square(
-        "document-32k",
-        "long document, 4 heads\n32k tokens, window 256",
-        32768,
-        4,
-        64,
-        window=(256, 256),
-    ),
-    Case(
-        "decode-4k",
-        "Llama-3-8B decode\n1 token after 4k, GQA",
-        1,
-        4096,
-        32,
-        128,
-        kv_heads=8,
-        memory_bound=True,
-    ),
+    _square("bert-128", 128, 12, 64, batch=8),
+    _square("bert-512", 512, 12, 64, batch=8),
+    _square("padded-512", 512, 12, 64, batch=8, lengths=tuple(range(512, 0, -64))),
+    _square("gpt2-1k", 1024, 12, 64, is_causal=True),
+    _square("llama-2k", 2048, 32, 128, kv_heads=8, is_causal=True),
+    _square("causal-8k", 8192, 8, 128, kv_heads=2, is_causal=True),
+    _square("document-32k", 32768, 4, 64, window=(256, 256)),
+    Case("decode-4k", 1, 4096, 32, 128, kv_heads=8, memory_bound=True),
 ]
 
-# What fastattn promises; the README of benchmarks/ explains how to read the result.
+# What fastattn promises; benchmarks/README.md says how to read the result.
 FLOORS = [
-    _square("f32-512-d64", "S=512 D=64", 512, 12, 64, floor=Floor(76, 1.15)),
-    _square("f32-2k-d64", "S=2048 D=64", 2048, 12, 64, floor=Floor(86, 1.1)),
-    _square(
-        "f32-2k-d64-causal",
-        "S=2048 D=64 causal",
-        2048,
-        12,
-        64,
-        is_causal=True,
-        floor=Floor(80, 1.4),
-    ),
-    _square("f32-2k-d128", "S=2048 D=128", 2048, 12, 128, floor=Floor(90, 1.05)),
-    _square(
-        "f32-4k-d128-causal",
-        "S=4096 D=128 causal",
-        4096,
-        12,
-        128,
-        is_causal=True,
-        floor=Floor(88, 1.3),
-    ),
+    _square("f32-512-d64", 512, 12, 64, floor=Floor(76, 1.15)),
+    _square("f32-2k-d64", 2048, 12, 64, floor=Floor(86, 1.1)),
+    _square("f32-2k-d64-causal", 2048, 12, 64, is_causal=True, floor=Floor(80, 1.4)),
+    _square("f32-2k-d128", 2048, 12, 128, floor=Floor(90, 1.05)),
+    _square("f32-4k-d128-causal", 4096, 12, 128, is_causal=True, floor=Floor(88, 1.3)),
     _square(
         "f32-2k-d64-padding",
-        "S=2048 D=64, a quarter is padding",
         2048,
         12,
         64,
@@ -160,60 +119,18 @@ FLOORS = [
         floor=Floor(80, 1.5, ("torch",)),
     ),
     _square(
-        "f32-2k-d64-float-mask",
-        "S=2048 D=64, float mask (1, 12, S, S)",
-        2048,
-        12,
-        64,
-        float_mask=True,
-        floor=Floor(None, 2.0, ("torch",)),
+        "f32-2k-d64-float-mask", 2048, 12, 64, float_mask=True, floor=Floor(None, 2.0, ("torch",))
     ),
-    _square(
-        "f32-8k-d64-window",
-        "S=8192 D=64, window (256, 0)",
-        8192,
-        12,
-        64,
-        window=(256, 0),
-        floor=Floor(65, 8.0, ("torch",)),
-    ),
-    _square("f64-2k-d64", "float64, S=2048 D=64", 2048, 12, 64, dtype="float64", floor=Floor(76)),
-    _square(
-        "avx2-2k-d64",
-        "avx2, S=2048 D=64",
-        2048,
-        12,
-        64,
-        isa="avx2",
-        libraries=("fastattn",),
-        floor=Floor(75),
-    ),
-    _square(
-        "avx2-2k-d128",
-        "avx2, S=2048 D=128",
-        2048,
-        12,
-        128,
-        isa="avx2",
-        libraries=("fastattn",),
-        floor=Floor(80),
-    ),
-    _square("tiny", "one call (1, 2, 8, 64)", 8, 2, 64, floor=Floor(None, 2.0, ("torch",))),
-    _square("single", "one call (1, 1, 1, 1)", 1, 1, 1, floor=Floor(None, 1.0, ("numpy",))),
-    _square(
-        "memory-131k",
-        "131072 tokens, 1 head",
-        131072,
-        1,
-        64,
-        libraries=("fastattn",),
-        floor=Floor(None, None, (), 16.0),
-    ),
+    _square("f32-8k-d64-window", 8192, 12, 64, window=(256, 0), floor=Floor(65, 8.0, ("torch",))),
+    _square("f64-2k-d64", 2048, 12, 64, dtype="float64", floor=Floor(76)),
+    _square("avx2-2k-d64", 2048, 12, 64, isa="avx2", libraries=ALONE, floor=Floor(75)),
+    _square("avx2-2k-d128", 2048, 12, 128, isa="avx2", libraries=ALONE, floor=Floor(80)),
+    _square("tiny", 8, 2, 64, floor=Floor(None, 2.0, ("torch",))),
+    _square("one-by-one", 1, 1, 1, floor=Floor(None, 1.0, ("numpy",))),
+    _square("memory-128k", 131072, 1, 64, libraries=ALONE, floor=Floor(extra_mebibytes=16.0)),
 ]
 
-GROWTH = [
-    _square(f"growth-{k}k", f"{k}k x {k}k", k * 1024, 2, 64) for k in (1, 2, 4, 8, 16, 32, 64)
-]
+GROWTH = [_square(f"growth-{k}k", k * 1024, 2, 64) for k in (1, 2, 4, 8, 16, 32, 64)]
 
 SUITES = {"familiar": FAMILIAR, "floors": FLOORS, "growth": GROWTH}
 QUICK = ("bert-128", "gpt2-1k", "decode-4k")
@@ -256,9 +173,9 @@ def make_inputs(case: Case) -> Inputs:
     return Inputs(query, key, value, mask)
 
 
-def _first_and_last(case: Case) -> tuple[Array, Array]:
+def _first_and_last(case: Case, rows: Array | None = None) -> tuple[Array, Array]:
     """First key seen by each query, and one past the last, by causality and window alone."""
-    position = np.arange(case.q_len, dtype=np.int64)
+    position = np.arange(case.q_len, dtype=np.int64) if rows is None else rows
     left, right = case.window if case.window is not None else (case.kv_len, case.kv_len)
     if case.is_causal:
         right = 0
@@ -267,9 +184,9 @@ def _first_and_last(case: Case) -> tuple[Array, Array]:
     return first, past
 
 
-def seen_by_position(case: Case) -> Array:
-    """Bool (q_len, kv_len): what causality and window let each query see."""
-    first, past = _first_and_last(case)
+def seen_by_position(case: Case, rows: Array | None = None) -> Array:
+    """Bool (rows, kv_len): what causality and window let each query, or those rows, see."""
+    first, past = _first_and_last(case, rows)
     key = np.arange(case.kv_len)
     return (key >= first[:, None]) & (key < past[:, None])
 

@@ -7,6 +7,7 @@ case, and what need not be repeated (building, compiling, binding a dense mask) 
 the clock starts. A library that cannot express a case says so with Unsupported.
 """
 
+import importlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -35,6 +36,16 @@ def thread_environment(threads: int) -> dict[str, str]:
     return dict.fromkeys(names, str(threads))  # NPROC is XLA's (jax)
 
 
+def _module(name: str) -> Any:
+    """Import what may not be installed, and what types are not checked for."""
+    return importlib.import_module(name)
+
+
+def _plainly_causal(case: Case, inputs: Inputs) -> bool:
+    """Tell whether a flag for causality says it all."""
+    return case.is_causal and case.window is None and inputs.mask is None
+
+
 def _all_masks(case: Case, inputs: Inputs) -> Array | None:
     """Fold causality and window into one mask, for a library that knows dense masks alone."""
     if not case.is_causal and case.window is None:
@@ -45,6 +56,16 @@ def _all_masks(case: Case, inputs: Inputs) -> Array | None:
     if inputs.mask.dtype == bool:
         return seen & inputs.mask
     return np.where(seen, inputs.mask, inputs.mask.dtype.type(-np.inf))
+
+
+def _require_float32(case: Case) -> None:
+    if case.dtype != "float32":
+        raise Unsupported(f"computes {case.dtype} in float32")
+
+
+def _require_scores(case: Case) -> None:
+    """Fail at once, not after a long preparation, where scores and a mask cannot fit in memory."""
+    np.empty((case.batch * case.q_heads + 2, case.q_len, case.kv_len), case.dtype)
 
 
 def _additive(mask: Array, dtype: str) -> Array:
@@ -60,8 +81,7 @@ def _tokens_first(x: Array) -> Array:
 
 
 def _fastattn(case: Case, inputs: Inputs, threads: int) -> Prepared:
-    import fastattn
-
+    fastattn = _module("fastattn")
     fastattn.set_num_threads(threads)
     query, key, value, mask = inputs
     options: dict[str, Any] = {}
@@ -72,14 +92,15 @@ def _fastattn(case: Case, inputs: Inputs, threads: int) -> Prepared:
     if case.window is not None:
         options["window"] = case.window
 
-    def call() -> Array:
-        return fastattn.attention(query, key, value, **options)  # type: ignore[return-value]
+    def call() -> Any:
+        return fastattn.attention(query, key, value, **options)
 
     return Prepared(call, lambda out: out, "fastattn.attention")
 
 
 def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """softmax(Q K^T) V with matmul, without a copy that can be spared; threads as BLAS has them."""
+    _require_scores(case)
     query, key, value, _ = inputs
     kv_heads = key.shape[1]
     grouped = (case.batch, kv_heads, case.groups, case.q_len, case.head_dim)
@@ -93,7 +114,7 @@ def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
             mask.shape[0], *((1, 1) if heads == 1 else grouped[1:3]), *mask.shape[2:]
         )
 
-    def call() -> Array:
+    def call() -> Any:
         scores = queries @ keys
         if mask is not None:
             scores += mask
@@ -106,17 +127,14 @@ def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 
 def _torch(case: Case, inputs: Inputs, threads: int) -> Prepared:
-    import torch
-
+    torch = _module("torch")
     torch.set_num_threads(threads)
     query, key, value = (torch.from_numpy(x) for x in inputs[:3])
     options: dict[str, Any] = {}
-    if case.is_causal and case.window is None and inputs.mask is None:
+    if _plainly_causal(case, inputs):
         options["is_causal"] = True
-    else:
-        mask = _all_masks(case, inputs)
-        if mask is not None:
-            options["attn_mask"] = torch.from_numpy(mask)
+    elif (mask := _all_masks(case, inputs)) is not None:
+        options["attn_mask"] = torch.from_numpy(mask)
     if case.groups > 1:
         options["enable_gqa"] = True
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -130,10 +148,8 @@ def _torch(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 
 def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
-    import jax
-
-    if case.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
+    jax = _module("jax")
+    _require_float32(case)
     operands = {
         name: jax.numpy.asarray(_tokens_first(x))
         for name, x in zip(("query", "key", "value"), inputs[:3], strict=True)
@@ -158,14 +174,11 @@ def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 
 def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
-    import openvino
-    from openvino import opset13 as op
-
-    if case.dtype != "float32":
-        raise Unsupported(f"computes {case.dtype} in float32")
+    openvino, op = _module("openvino"), _module("openvino.opset13")
+    _require_float32(case)
     query, key, value, _ = inputs
-    is_causal = case.is_causal and case.window is None and inputs.mask is None
-    mask = inputs.mask if is_causal else _all_masks(case, inputs)
+    is_causal = _plainly_causal(case, inputs)
+    mask = None if is_causal else _all_masks(case, inputs)
     heads = key.shape[1]
     grouped = case.groups > 1
     # The operator wants as many key heads as query heads. Where no row is told from another the
@@ -197,7 +210,7 @@ def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
     for i, x in enumerate(arrays):
         request.set_input_tensor(i, openvino.Tensor(x, shared_memory=True))
 
-    def call() -> Any:
+    def call(_held: object = arrays) -> Any:  # the tensors do not keep their memory alive
         request.infer()
         return request.get_output_tensor(0)
 
@@ -211,46 +224,41 @@ class _OnnxModel(NamedTuple):
     """One operator that expresses the case, with the arrays that it reads."""
 
     operator: str
-    inputs: list[str]  # "" for one that is left out
+    inputs: str  # names with commas between; an empty one is left out
     arrays: dict[str, Array]
     outputs: dict[str, tuple[int, ...]]
-    attributes: dict[str, Any]
+    attributes: dict[str, int]
     domain: str = "com.microsoft"
-    in_place: tuple[tuple[str, str], ...] = ()  # outputs that live in an input's memory
+
+
+def _onnx_flat(inputs: Inputs) -> dict[str, Array]:
+    """Lay query, key and value out as (batch, seq, heads * head_dim)."""
+    names = ("query", "key", "value")
+    arrays = (_tokens_first(x) for x in inputs[:3])
+    return {k: x.reshape(*x.shape[:2], -1) for k, x in zip(names, arrays, strict=True)}
 
 
 def _onnx_group_query(case: Case, inputs: Inputs) -> _OnnxModel | None:
-    """GroupQueryAttention: causal always, with a left window and a cache written in place."""
-    left, right = case.window if case.window is not None else (-1, -1)
-    bottom_row = case.q_len == 1  # sees every key of its cache, as causality at the end does
-    if case.dtype != "float32" or inputs.mask is not None or right > 0:
+    """GroupQueryAttention: causal always, with a left window; the keys are returned too."""
+    left, right = case.window if case.window is not None else (None, None)
+    if case.dtype != "float32" or inputs.mask is not None or case.q_len != case.kv_len:
         return None
-    if not (case.is_causal or right == 0 or (bottom_row and case.window is None)):
+    if right != 0 and not (case.is_causal and right is None):
         return None
-    kv_heads, past = inputs.key.shape[1], case.kv_len - case.q_len
-    flat, cache = (case.batch, case.q_len, -1), inputs.key.shape
-    arrays = {
-        "query": _tokens_first(inputs.query).reshape(flat),
-        "key": _tokens_first(inputs.key[:, :, past:]).reshape(flat),
-        "value": _tokens_first(inputs.value[:, :, past:]).reshape(flat),
-    }
-    names = ["query", "key", "value", "", "", "lengths", "total"]
-    in_place: tuple[tuple[str, str], ...] = ()
-    if past:
-        arrays |= {"past_key": inputs.key.copy(), "past_value": inputs.value.copy()}
-        names[3:5] = ["past_key", "past_value"]
-        in_place = (("all_keys", "past_key"), ("all_values", "past_value"))
+    arrays = _onnx_flat(inputs)
     arrays["lengths"] = np.full(case.batch, case.kv_len - 1, np.int32)
-    arrays["total"] = np.array([case.kv_len], np.int32)
-    outputs = {"out": arrays["query"].shape, "all_keys": cache, "all_values": cache}
-    attributes = {
-        "num_heads": case.q_heads,
-        "kv_num_heads": kv_heads,
-        # counts the query itself
-        "local_window_size": -1 if left < 0 else left + 1,
-    }
+    arrays["total"] = np.full(1, case.kv_len, np.int32)
+    cache = inputs.key.shape
     return _OnnxModel(
-        "GroupQueryAttention", names, arrays, outputs, attributes, in_place=in_place
+        "GroupQueryAttention",
+        "query,key,value,,,lengths,total",
+        arrays,
+        {"out": arrays["query"].shape, "all_keys": cache, "all_values": cache},
+        {
+            "num_heads": case.q_heads,
+            "kv_num_heads": cache[1],
+            "local_window_size": -1 if left is None else left + 1,  # counts the query itself
+        },
     )
 
 
@@ -258,53 +266,37 @@ def _onnx_multi_head(case: Case, inputs: Inputs) -> _OnnxModel | None:
     """MultiHeadAttention: as many key heads as query heads; any mask, as one that is added."""
     if case.dtype != "float32" or case.groups > 1:
         return None
-    flat = (case.batch, -1, case.q_heads * case.head_dim)
-    arrays = {
-        name: _tokens_first(x).reshape(flat)
-        for name, x in zip(("query", "key", "value"), inputs[:3], strict=True)
-    }
-    names = ["query", "key", "value"]
-    attributes: dict[str, Any] = {"num_heads": case.q_heads}
+    arrays = _onnx_flat(inputs)
+    names = "query,key,value"
+    attributes = {"num_heads": case.q_heads}
     if case.lengths and not case.is_causal and case.window is None:
         seen = np.arange(case.kv_len) < np.array(case.lengths)[:, None]
         arrays["padding"] = seen.astype(np.int32)
-        names += ["", "padding"]
-    elif case.is_causal and case.window is None and inputs.mask is None:
+        names += ",,padding"
+    elif _plainly_causal(case, inputs):
         attributes["unidirectional"] = 1
-    else:
-        mask = _all_masks(case, inputs)
-        if mask is not None:
-            arrays["added"] = _additive(mask, case.dtype)
-            names += ["", "", "added"]
-    return _OnnxModel(
-        "MultiHeadAttention", names, arrays, {"out": arrays["query"].shape}, attributes
-    )
+    elif (mask := _all_masks(case, inputs)) is not None:
+        arrays["added"] = _additive(mask, case.dtype)
+        names += ",,,added"
+    outputs = {"out": arrays["query"].shape}
+    return _OnnxModel("MultiHeadAttention", names, arrays, outputs, attributes)
 
 
 def _onnx_attention(case: Case, inputs: Inputs) -> _OnnxModel | None:
     """Attention of opset 23: any heads, float64 too; a mask has all rows, heads broadcast."""
     arrays = dict(zip(("query", "key", "value"), inputs[:3], strict=True))
-    names = ["query", "key", "value"]
-    is_causal = case.is_causal and case.window is None and inputs.mask is None
-    mask = inputs.mask if is_causal else _all_masks(case, inputs)
+    is_causal = _plainly_causal(case, inputs)
+    mask = None if is_causal else _all_masks(case, inputs)
     if mask is not None:
         rows = (*mask.shape[:2], case.q_len, case.kv_len)
         arrays["mask"] = np.ascontiguousarray(np.broadcast_to(mask, rows))
-        names.append("mask")
-    return _OnnxModel(
-        "Attention",
-        names,
-        arrays,
-        {"out": inputs.query.shape},
-        {"is_causal": int(is_causal)},
-        domain="",
-    )
+    outputs = {"out": inputs.query.shape}
+    attributes = {"is_causal": int(is_causal)}
+    return _OnnxModel("Attention", ",".join(arrays), arrays, outputs, attributes, domain="")
 
 
 def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Callable[[], Any]:
-    import onnxruntime
-    from onnx import helper
-
+    onnxruntime, helper = _module("onnxruntime"), _module("onnx.helper")
     types = helper.np_dtype_to_tensor_dtype
     declared = [
         helper.make_tensor_value_info(name, types(x.dtype), x.shape)
@@ -314,9 +306,8 @@ def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Callable[[], A
         helper.make_tensor_value_info(name, types(np.dtype(case.dtype)), shape)
         for name, shape in model.outputs.items()
     ]
-    node = helper.make_node(
-        model.operator, model.inputs, list(model.outputs), domain=model.domain, **model.attributes
-    )
+    names = model.inputs.split(","), list(model.outputs)
+    node = helper.make_node(model.operator, *names, domain=model.domain, **model.attributes)
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph([node], "case", declared, results)
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=11)
@@ -328,15 +319,10 @@ def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Callable[[], A
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     binding = session.io_binding()
-    held = {k: onnxruntime.OrtValue.ortvalue_from_numpy(x) for k, x in model.arrays.items()}
-    for name, x in held.items():
-        binding.bind_ortvalue_input(name, x)
-    shared = dict(model.in_place)
+    for name, x in model.arrays.items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(x))
     for name in model.outputs:
-        if name in shared:
-            binding.bind_ortvalue_output(name, held[shared[name]])
-        else:
-            binding.bind_output(name, "cpu")
+        binding.bind_output(name, "cpu")
 
     def call() -> Any:
         session.run_with_iobinding(binding)
@@ -347,17 +333,16 @@ def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Callable[[], A
 
 def _onnxruntime(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """Try each operator that can express the case, and keep the fastest."""
+    if case.window is not None and case.window[1] > 0:
+        _require_scores(case)  # only a mask can say it, and no operator with a mask is fused
     best: tuple[float, _OnnxModel] | None = None
     failures = []
-    builders = (_onnx_group_query, _onnx_multi_head, _onnx_attention)
-    models = [m for build in builders if (m := build(case, inputs)) is not None]
-    for model in models:
+    for build in (_onnx_group_query, _onnx_multi_head, _onnx_attention):
+        model = build(case, inputs)
+        if model is None:
+            continue
         try:
-            call = _onnx_session(model, case, threads)
-            if len(models) == 1:
-                best = (0.0, model)
-                break
-            seconds = _seconds(call)
+            seconds = _seconds(_onnx_session(model, case, threads))
         except Exception as error:  # the next operator may do it; all reasons are reported
             failures.append(f"{model.operator}: {error}")
             continue
@@ -365,18 +350,18 @@ def _onnxruntime(case: Case, inputs: Inputs, threads: int) -> Prepared:
             best = (seconds, model)
     if best is None:
         raise RuntimeError("; ".join(failures))
-    model = best[1]
+    chosen = best[1]
     # A session of its own, so that nothing of the trials lies in its memory pool.
-    call = _onnx_session(model, case, threads)
+    call = _onnx_session(chosen, case, threads)
 
     def to_numpy(binding: Any) -> Array:
         out: Array = binding.get_outputs()[0].numpy()
-        if model.domain:
+        if chosen.domain:
             out = out.reshape(case.batch, case.q_len, case.q_heads, case.head_dim)
             out = out.transpose(0, 2, 1, 3)
         return out
 
-    return Prepared(call, to_numpy, model.operator)
+    return Prepared(call, to_numpy, chosen.operator)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a result is from the truth: the definition in float64, for a sample of the rows.
+
+Called by measure.py for the truth and by worker.py for a library's rows. The whole of a large case
+would take the definition minutes; the rows of a head are alike, so that a sample finds the error.
+"""
+
+import numpy as np
+
+from fastattn import reference
+from fastattn.bench.cases import Array, Case, make_inputs, seen_by_position
+
+ROWS = 64
+
+
+def sampled(case: Case) -> tuple[Array, Array, Array]:
+    """Name the rows: of the first and last batch, their first and last head, 64 spread evenly."""
+    batches, heads = (np.unique([0, n - 1]) for n in (case.batch, case.q_heads))
+    rows = np.unique(np.linspace(0, case.q_len - 1, ROWS).astype(int))
+    return batches, heads, rows
+
+
+def expected(case: Case) -> Array:
+    """Compute the sampled rows in float64."""
+    batches, heads, rows = sampled(case)
+    inputs = make_inputs(case)
+    kv_heads = np.ix_(batches, heads // case.groups)
+    query = inputs.query[np.ix_(batches, heads, rows)]
+    key, value = (x[kv_heads] for x in (inputs.key, inputs.value))
+    query, key, value = (x.astype(np.float64) for x in (query, key, value))
+    bias = mask = None
+    if inputs.mask is not None:
+        shape = (case.batch, case.q_heads, case.q_len, case.kv_len)
+        mask = np.broadcast_to(inputs.mask, shape)[np.ix_(batches, heads, rows)]
+        if mask.dtype != bool:
+            mask, bias = None, mask
+    seen = seen_by_position(case, rows)
+    mask = seen if mask is None else seen & mask
+    result: Array = reference.attention(query, key, value, mask=mask, bias=bias)
+    return result
+
+
+def max_error(rows: Array, truth: Array) -> float:
+    """Return the largest difference; NaN if there is one."""
+    return float(np.abs(rows - truth).max())

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of a run: for each case, how much of the machine's limit each library reaches.
+
+Called by the command (`__init__.py`) for --plot. Needs matplotlib, which the extra `bench` brings.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from fastattn.bench.measure import Result
+from fastattn.bench.report import duration
+
+COLORS = {
+    "fastattn": "#d1495b",
+    "torch": "#2e4057",
+    "onnxruntime": "#5b7b9a",
+    "openvino": "#8fa9bf",
+    "jax": "#b9c9d6",
+    "numpy": "#dcdcdc",
+}
+BAR_INCHES, GAP = 0.19, 1.0  # height of a bar; space between cases, in bars
+WIDTH_INCHES = 9.0
+GRAY = "#666666"
+
+
+def save(run: Result, file: Path) -> None:
+    """Draw the run and write it to a file, whose ending says the format."""
+    from matplotlib.figure import Figure
+
+    results = run["results"]
+    libraries = list(dict.fromkeys(x for result in results for x in result["libraries"]))
+    bars = sum(len(result["libraries"]) + GAP for result in results)
+    height = bars * BAR_INCHES + 1.9
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=150)
+    axes = figure.add_axes((0.22, 0.75 / height, 0.75, 1 - 1.9 / height))
+    centers = []
+    y = 0.0
+    for result in results:
+        outcomes = result["libraries"]
+        for library, outcome in outcomes.items():
+            _bar(axes, y, library, outcome)
+            y += 1
+        centers.append(y - (len(outcomes) + 1) / 2)
+        y += GAP
+    axes.set_yticks(centers, [result["title"] for result in results])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(y - GAP / 2, -GAP)
+    shares = [x.get("percent") or 0 for result in results for x in result["libraries"].values()]
+    axes.set_xlim(0, max(100, 1.2 * max(shares)))  # above 100 only where the limit was disturbed
+    axes.set_xlabel("% of the machine's limit (longer is better); beside it the time of one call")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    for library in libraries:
+        axes.barh(0, 0, color=COLORS.get(library, GRAY), label=_named(run, library))
+    machine = run["machine"]
+    left = 0.02
+    figure.text(left, 1 - 0.3 / height, "Exact attention on the CPU", fontsize=14, weight="bold")
+    figure.text(
+        left,
+        1 - 0.55 / height,
+        f"{machine['cpu']}, {machine['threads']} threads; limit: multiply-adds in registers, "
+        "for decoding the memory's read bandwidth",
+        fontsize=8,
+        color=GRAY,
+    )
+    figure.legend(
+        loc="upper left",
+        bbox_to_anchor=(left - 0.01, 1 - 0.62 / height),
+        ncols=len(libraries),
+        frameon=False,
+        fontsize=8,
+        handlelength=1,
+        columnspacing=1.2,
+    )
+    figure.savefig(file)
+
+
+def _bar(axes: Any, y: float, library: str, outcome: Result) -> None:
+    """Draw one bar with what it says; for a missing one, why."""
+    ours = library == "fastattn"
+    if "failure" in outcome:
+        percent, text = 0.0, f"{library}: {_shortened(outcome['failure'])}"
+    else:
+        percent = outcome["percent"] or 0.0
+        text = f"{percent:.{0 if percent >= 10 else 1}f} %   {duration(outcome['seconds'])}"
+        axes.barh(y, percent, height=0.92, color=COLORS.get(library, GRAY))
+    axes.text(
+        percent + 0.7,
+        y,
+        text,
+        va="center",
+        fontsize=7,
+        weight="bold" if ours else "normal",
+        style="italic" if "failure" in outcome else "normal",
+        color=COLORS["fastattn"] if ours else GRAY,
+    )
+
+
+def _shortened(reason: str) -> str:
+    return reason if len(reason) <= 70 else reason[:67] + "..."
+
+
+def _named(run: Result, library: str) -> str:
+    """Write the library with its version."""
+    version = run["versions"].get(library, run["machine"]["version"])
+    return f"{library} {version}"

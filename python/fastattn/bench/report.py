@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person reads of a run: tables of text or Markdown.
+
+Called by the command (`__init__.py`) with the dicts that measure.py makes or a JSON file keeps.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastattn.bench.measure import BUSY, Result
+
+TOLERANCE_POINTS = 2.0  # a floor missed by less counts as met
+PLAIN = ("fastattn", "numpy")  # what is no peer
+UNITS = {"float32": "GFLOP/s fp32 FMA", "float64": "GFLOP/s fp64 FMA", "read": "GB/s memory read"}
+NOISY = 1.1  # ratio of the limit's extremes from which a run is called noisy
+Rows = list[list[str]]
+
+
+def duration(seconds: float) -> str:
+    """Write a time with three digits: 1.23 ms."""
+    size, unit = (1.0, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
+    return f"{_digits(seconds / size)} {unit}"
+
+
+def memory(size: int | None) -> str:
+    """Write a number of bytes: 1.2 MiB."""
+    if size is None:
+        return "-"
+    mebibytes = size / 2**20
+    return f"{mebibytes:.1f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
+
+
+def limits(rates: dict[str, float]) -> str:
+    """Write the machine's limits in one line."""
+    return ", ".join(f"{rate / 1e9:.4g} {UNITS[limit]}" for limit, rate in rates.items())
+
+
+def heading(run: Result) -> str:
+    """Say on what was measured, with what, and what its limits are."""
+    machine, versions = run["machine"], run["versions"]
+    return "\n".join(
+        (
+            f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
+            f"{machine['platform']}, Python {machine['python']}",
+            ", ".join(f"{name} {version}" for name, version in versions.items()),
+            f"limits: {limits(run['limits'])}",
+        )
+    )
+
+
+def block(result: Result) -> str:
+    """Show one case, a line per library."""
+    title = result["title"].replace("\n", ", ")
+    header = ["", "time", "of limit", "fastattn is", "max error", "extra memory", ""]
+    rows = [header, *(_line(*item) for item in result["libraries"].items())]
+    name = "" if title == result["name"] else f"{result['name']}: "
+    return "\n".join((name + title, *(_aligned(rows, left=(0, 6)))))
+
+
+def _line(library: str, outcome: Result) -> list[str]:
+    if "failure" in outcome:
+        return [library, "-", "-", "-", "-", "-", outcome["failure"]]
+    return [
+        library,
+        duration(outcome["seconds"]),
+        _percent(outcome),
+        _speedup(outcome["speedup"]) + " as fast" if "speedup" in outcome else "",
+        f"{outcome['max_error']:.1e}",
+        memory(outcome["extra_bytes"]),
+        outcome["how"],
+    ]
+
+
+def table(run: Result, markdown: bool) -> str:
+    """Show all cases of a run, a line per case, with what is missing explained below."""
+    libraries = list(dict.fromkeys(x for result in run["results"] for x in result["libraries"]))
+    reasons: dict[str, int] = {}
+    rows = [["case", *libraries, "speed-up", "max error", "extra memory"]]
+    for result in run["results"]:
+        outcomes = result["libraries"]
+        row = [result["title"].replace("\n", ", ")]
+        for library in libraries:
+            outcome = outcomes.get(library)
+            if outcome is None:  # the case is not about this one
+                row.append("")
+            elif "failure" in outcome:
+                reason = f"{library}: {outcome['failure']}"
+                row.append(f"- [{reasons.setdefault(reason, len(reasons) + 1)}]")
+            else:
+                row.append(f"{_percent(outcome)} ({duration(outcome['seconds'])})")
+        ours = outcomes.get("fastattn", {})
+        peer = best_peer(outcomes)
+        row.append(f"{_speedup(outcomes[peer]['speedup'])} {peer}" if peer else "-")
+        row.append(f"{ours['max_error']:.1e}" if "max_error" in ours else "-")
+        row.append(memory(ours.get("extra_bytes")))
+        rows.append(row)
+    notes = [f"[{number}] {reason}" for reason, number in reasons.items()] + _noise(run)
+    if not markdown:
+        return "\n".join((*_aligned(rows), *notes))
+    for row in rows[1:]:
+        row[1] = f"**{row[1]}**"
+    rows.insert(1, ["---", *(["---:"] * (len(rows[0]) - 1))])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    about = (*heading(run).splitlines(), f"`{run['command']}`")
+    return "\n\n".join(("\n".join(lines), *notes, *about))
+
+
+def best_peer(outcomes: Result, among: Iterable[str] = ()) -> str | None:
+    """Name the fastest library, of those that are peers or of `among`; None if there is none."""
+    wanted = set(among) or set(outcomes) - set(PLAIN)
+    times = {x: outcomes[x]["speedup"] for x in wanted if "speedup" in outcomes.get(x, {})}
+    return min(times, key=times.__getitem__, default=None)
+
+
+def floors(run: Result) -> tuple[str, bool]:
+    """Hold the results against what fastattn promises; the second item is whether all is kept."""
+    rows = [["case", "of limit", "floor", "speed-up", "floor", "extra memory", "floor", "verdict"]]
+    for result in run["results"]:
+        floor, outcomes = result["floor"], result["libraries"]
+        ours = outcomes.get("fastattn", {})
+        peer = best_peer(outcomes, floor["against"])
+        speedup = outcomes[peer]["speedup"] if peer else None
+        extra = ours.get("extra_bytes")
+        short = [  # by how many points (of percent, hundredths of a ratio) each promise is missed
+            (floor["percent"], ours.get("percent"), 1.0),
+            (floor["speedup"], speedup, 100.0),
+            (
+                floor["extra_mebibytes"] and -floor["extra_mebibytes"],
+                None if extra is None else -extra / 2**20,
+                100.0,
+            ),
+        ]
+        rows.append(
+            [
+                result["name"],
+                _percent(ours) if "percent" in ours else "-",
+                f"{floor['percent']} %" if floor["percent"] else "",
+                f"{_speedup(speedup)} {peer}" if speedup else "-",
+                f"{floor['speedup']:g}x" if floor["speedup"] else "",
+                memory(extra),
+                f"{floor['extra_mebibytes']:g} MiB" if floor["extra_mebibytes"] else "",
+                verdict([(least, got, points) for least, got, points in short if least]),
+            ]
+        )
+    kept = all(row[-1] in ("met", "within 2 points") for row in rows[1:])
+    return "\n".join((*_aligned(rows, left=(0, 7)), *_noise(run))), kept
+
+
+def verdict(promises: list[tuple[float, float | None, float]]) -> str:
+    """Judge (least, measured, points per unit) of each promise: the worst of them counts."""
+    if any(got is None for _, got, _ in promises):
+        return "not measured"
+    short = max((least - (got or 0.0)) * points for least, got, points in promises)
+    return "met" if short <= 0 else "within 2 points" if short < TOLERANCE_POINTS else "missed"
+
+
+def growth(run: Result) -> str:
+    """Show the time per pair of a query and a key, which should not grow with the length."""
+    libraries = list(dict.fromkeys(x for result in run["results"] for x in result["libraries"]))
+    rows = [["ns per query-key pair", *libraries]]
+    for result in run["results"]:
+        row = [result["title"].replace("\n", ", ")]
+        for library in libraries:
+            seconds = result["libraries"].get(library, {}).get("seconds")
+            row.append(_digits(seconds * 1e9 / result["pairs"]) if seconds else "-")
+        rows.append(row)
+    return "\n".join(_aligned(rows))
+
+
+def _noise(run: Result) -> list[str]:
+    """Warn if the machine's limit was not the same all the time."""
+    notes = []
+    rounds = [x["disturbance"] for result in run["results"] for x in result["rounds"]]
+    if disturbed := sum(disturbance > BUSY for disturbance in rounds):
+        notes.append(f"Other programs disturbed {disturbed} of {len(rounds)} rounds.")
+    rates: dict[str, list[float]] = {}
+    for result in run["results"]:
+        if result["isa"] is None and result["limit"]["rate"]:
+            rates.setdefault(result["limit"]["of"], []).append(result["limit"]["rate"])
+    return notes + [
+        f"The machine was not quiet: its limit varied from {min(r) / 1e9:.4g} to "
+        f"{max(r) / 1e9:.4g} {UNITS[limit]}."
+        for limit, r in rates.items()
+        if max(r) > NOISY * min(r)
+    ]
+
+
+def _percent(outcome: Result) -> str:
+    percent = outcome["percent"]
+    if percent is None:
+        return "-"
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %"
+
+
+def _speedup(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all those before the point."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def _aligned(rows: Rows, left: tuple[int, ...] = (0,)) -> list[str]:
+    """Pad the cells to columns; those in `left` begin together, the others end together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells: list[Any] = [
+            f"{cell:{'<' if i in left else '>'}{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a test function in a Python process of its own.
+"""Runs a test function in a Python process of its own, and returns what it returned.
 
-For what cannot be shown inside pytest's process: crashes, hangs, environment variables that are read
-once, import order, memory peaks. The tests call run(); the functions that it is given import what
-they need themselves, so that nothing is imported before its time.
+For what cannot be shown inside pytest's process: crashes, hangs, environment variables that are
+read once, import order, memory peaks. Called by test_build.py, test_memory.py and test_threads.py.
 """
 
 import json
@@ -11,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +18,42 @@ TESTS = Path(__file__).parent
 THREAD_VARIABLES = ("OMP_", "GOMP_", "MKL_", "OPENBLAS_", "FASTATTN_")
 
 
-def environment(**changes: str | None) -> dict[str, str]:
-    """Return this process's environment without its thread settings, then changed as asked."""
-    base = {k: v for k, v in os.environ.items() if not k.startswith(THREAD_VARIABLES)}
-    return base | {k: v for k, v in changes.items() if v is not None}
-
-
-def command(function: Callable[..., Any], *arguments: object) -> list[str]:
-    """Return the command that calls a function of a module in this folder and prints the result."""
-    call = f"{function.__module__}.{function.__name__}(*{arguments!r})"
-    imports = f"import json, sys; sys.path.insert(0, {str(TESTS)!r}); import {function.__module__}"
-    return [sys.executable, "-c", f"{imports}; print(json.dumps({call}))"]
-
-
-def run(
+def start(
     function: Callable[..., Any],
     *arguments: object,
-    env: Mapping[str, str | None] | None = None,
-    timeout: float = 60,
-    prefix: tuple[str, ...] = (),
-) -> Any:
-    """Call the function in a new process; return what it returns, through JSON.
+    env: Mapping[str, str] | None = None,
+    imports: Iterable[str] = (),
+    prefix: Iterable[str] = (),
+) -> subprocess.Popen[str]:
+    """Start a process that calls the function and prints the result as JSON.
 
-    A process that is killed by a signal, or that hangs and is then ended together with its own
-    children, fails with what it had written to stderr.
+    It has no thread settings but those in env, imports what is asked for before all else, and runs
+    under the command that is its prefix.
     """
-    process = subprocess.Popen(
-        [*prefix, *command(function, *arguments)],
+    module, name = function.__module__, function.__name__
+    lines = [
+        *(f"import {name}" for name in imports),
+        f"import json, sys; sys.path.insert(0, {str(TESTS)!r}); import {module}",
+        f"print(json.dumps({module}.{name}(*{arguments!r})))",
+    ]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(THREAD_VARIABLES)}
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-c", "\n".join(lines)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(**(env or {})),
+        env=kept | dict(env or {}),
         start_new_session=True,
     )
+
+
+def run(function: Callable[..., Any], *arguments: object, timeout: float = 60, **how: Any) -> Any:
+    """Call the function in a process that start() starts; return what it returns, through JSON.
+
+    A process that is killed by a signal, or that hangs and is then ended together with its own
+    children, fails with what it had written.
+    """
+    process = start(function, *arguments, **how)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test needs: problems, the variants of the kernel, and when a result is right.
+
+Tests import the functions from here; pytest finds the fixtures and settings by itself.
+"""
+
+import os
+
+import hypothesis
+import numpy as np
+import pytest
+
+import fastattn
+from fastattn import _core, reference
+
+DTYPES = (np.float32, np.float64)
+EXTRA_ULPS = 4  # of the largest result: what rounding the result itself may cost
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(params=_core.supported_isas(), scope="module")
+def isa(request):
+    """Run every test that asks for it on every variant of the kernel that this CPU has."""
+    _core.set_isa(request.param)
+    yield request.param
+    _core.set_isa(None)
+
+
+@pytest.fixture
+def threads():
+    """Let a test change the number of threads."""
+    usual = fastattn.get_num_threads()
+    yield fastattn.set_num_threads
+    fastattn.set_num_threads(usual)
+
+
+def make_problem(
+    q_len,
+    kv_len,
+    head_dim=16,
+    value_head_dim=None,
+    *,
+    heads=1,
+    kv_heads=None,
+    batch=(),
+    dtype=np.float32,
+    mean=0.0,
+    seed=0,
+):
+    """Return random query, key and value; the values have that mean."""
+    rng = np.random.default_rng(seed)
+    kv_heads = heads if kv_heads is None else kv_heads
+    value_head_dim = head_dim if value_head_dim is None else value_head_dim
+    return (
+        rng.standard_normal((*batch, heads, q_len, head_dim)).astype(dtype),
+        rng.standard_normal((*batch, kv_heads, kv_len, head_dim)).astype(dtype),
+        (rng.standard_normal((*batch, kv_heads, kv_len, value_head_dim)) + mean).astype(dtype),
+    )
+
+
+def truth_of(query, key, value, **options):
+    """Return out and lse by definition, in more precision than the query has."""
+    wide = np.float64 if query.dtype == np.float32 else np.longdouble
+    query, key, value = (np.asarray(x).astype(wide) for x in (query, key, value))
+    out = reference.attention(query, key, value, compute_dtype=wide, **options)
+    # Not reference.attention's lse, which has at most float64.
+    lse = reference._softmax(query, key, np.dtype(wide), **options)[2]
+    return out, np.broadcast_to(lse.reshape(lse.shape[lse.ndim - out.ndim + 1 :]), out.shape[:-1])
+
+
+def assert_within_gate(actual, query, key, value, **options):
+    """Assert that out, or out and lse, is right to FlashAttention's rule.
+
+    The largest error is at most twice that of the plain formula in the same precision, beside what
+    rounding the result costs. The plain formula's error counts as no less than what rounding a
+    score once causes: in a small problem it may escape that. What is not finite is the same.
+    """
+    pair = isinstance(actual, tuple)
+    plain = reference.attention(
+        query, key, value, compute_dtype=query.dtype, return_lse=True, **options
+    )
+    truth = truth_of(query, key, value, **options)
+    eps = np.finfo(query.dtype).eps
+    score = np.abs(truth[1][np.isfinite(truth[1])]).max(initial=0)
+    for got, rough, expected, relative in zip(
+        actual if pair else (actual,), plain, truth, (score, 1), strict=False
+    ):
+        assert got.shape == rough.shape
+        assert got.dtype == query.dtype
+        finite = np.isfinite(expected)
+        np.testing.assert_array_equal(got[~finite], expected[~finite].astype(got.dtype))
+        got, rough, expected = got[finite], rough[finite], expected[finite]
+        if got.size == 0:
+            continue
+        ulp = eps * max(np.abs(expected).max(), np.finfo(query.dtype).tiny)
+        least = relative / 2 * ulp
+        allowed = 2 * max(np.abs(rough - expected).max(), least) + EXTRA_ULPS * ulp
+        assert np.abs(got - expected).max() <= allowed
+
+
+def attend_within_gate(query, key, value, **options):
+    """Call attention, assert that it is right, and return (out, lse)."""
+    result = fastattn.attention(query, key, value, return_lse=True, **options)
+    assert_within_gate(result, query, key, value, **options)
+    return result
+
+
+def assert_same_bits(actual, expected):
+    """Assert that two arrays, or pairs of them, have the same bits; NaN equals NaN."""
+    if isinstance(expected, tuple):
+        for a, b in zip(actual, expected, strict=True):
+            assert_same_bits(a, b)
+        return
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(np.signbit(actual), np.signbit(expected))

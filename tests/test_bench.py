@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: a benchmark that counts rightly and survives its libraries; the self-test.
+
+Calls fastattn.bench and `python -m fastattn`; no test depends on how long anything takes.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fastattn
+import numpy as np
+import pytest
+from fastattn import __main__, _selftest, reference
+from fastattn.bench import cases, measure, report
+from fastattn.bench.accuracy import expected, max_error, sampled
+from fastattn.bench.cases import Case, Floor
+from fastattn.bench.libraries import PREPARE, missing
+
+PATIENCE = 60
+SMALL = [
+    Case("plain", 70, 70, 2, 16),
+    Case("batched", 33, 65, 2, 16, batch=3),
+    Case("causal", 70, 70, 2, 16, is_causal=True),
+    Case("causal-gqa", 70, 70, 4, 16, kv_heads=2, is_causal=True),
+    Case("gqa", 70, 70, 4, 16, kv_heads=2),
+    Case("decode", 1, 90, 4, 16, kv_heads=2, memory_bound=True),
+    Case("padded", 70, 70, 2, 16, batch=2, lengths=(70, 41)),
+    Case("added", 70, 70, 2, 16, float_mask=True),
+    Case("window", 70, 70, 2, 16, window=(9, 4)),
+    Case("left-window", 70, 70, 2, 16, window=(9, 0)),
+    Case("double", 70, 70, 2, 16, dtype="float64"),
+]
+EVERY = [case for suite in cases.SUITES.values() for case in suite]
+
+
+def by_name(items):
+    return pytest.mark.parametrize("case", items, ids=lambda case: case.name)
+
+
+def options(case, inputs):
+    """Return what `attention` is told of a case."""
+    mask, bias = (None, inputs.mask) if case.float_mask else (inputs.mask, None)
+    return {"mask": mask, "bias": bias, "is_causal": case.is_causal, "window": case.window}
+
+
+@pytest.fixture
+def member():
+    """Start the worker of a library; end it afterwards."""
+    started = []
+
+    def start(library, isa=None):
+        if absent := missing(library):
+            pytest.skip(f"{' and '.join(absent)} not installed")
+        started.append(measure.Member(library, 2, isa))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+
+
+# ---- What is measured
+
+
+@by_name(SMALL)
+def test_flops_count_visible_pairs(case):
+    inputs = cases.make_inputs(case)
+    query = np.ones((case.batch, 1, case.q_len, 1))
+    weights = fastattn.attention_weights(
+        query,
+        np.ones((case.batch, 1, case.kv_len, 1)),
+        mask=None if case.float_mask else inputs.mask,
+        is_causal=case.is_causal,
+        window=case.window,
+    )
+    pairs = np.count_nonzero(weights)
+    assert cases.visible_pairs(case) == pairs
+    assert cases.flops(case) == 4 * case.head_dim * case.q_heads * pairs
+
+
+@by_name(SMALL)
+def test_sampled_rows_are_those_of_the_definition(case):
+    inputs = cases.make_inputs(case)
+    wide = [x.astype(np.float64) for x in inputs[:3]]
+    full = reference.attention(*wide, **options(case, inputs))
+    np.testing.assert_allclose(expected(case), full[np.ix_(*sampled(case))], rtol=1e-12)
+
+
+def test_names_are_unique_and_sizes_sound():
+    assert len({case.name for case in EVERY}) == len(EVERY)
+    for case in EVERY:
+        assert case.q_heads % (case.kv_heads or case.q_heads) == 0
+        assert not case.lengths or len(case.lengths) == case.batch
+        assert cases.shrunk(case).kv_len <= 64
+    assert set(cases.QUICK) <= {case.name for case in cases.FAMILIAR}
+
+
+def test_processes_make_the_same_inputs():
+    first, second = (cases.make_inputs(SMALL[7]) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a, b)
+
+
+# ---- The libraries
+
+
+@pytest.mark.parametrize("library", PREPARE)
+def test_library_computes_attention(library, member):
+    worker = member(library)
+    for case in SMALL:
+        if library in ("openvino", "jax") and case.dtype == "float64":
+            with pytest.raises(measure.Failure, match="computes float64 in float32"):
+                worker.ask(PATIENCE, "prepare", case)
+            continue
+        _, rows = worker.ask(PATIENCE, "prepare", case)
+        bound = 1e-12 if case.dtype == "float64" else 1e-4
+        assert max_error(rows, expected(case)) < bound, case
+        assert all(seconds > 0 for seconds in worker.ask(PATIENCE, "measure", 0.0)), case
+
+
+@pytest.mark.parametrize("isa", fastattn.info()["isas"])
+def test_worker_runs_the_instruction_set(isa, member):
+    worker = member("fastattn", isa)
+    assert worker.ask(PATIENCE, "probe", "float32", 0.01) > 0
+    environ = (Path("/proc") / str(worker._process.pid) / "environ").read_bytes()
+    assert f"FASTATTN_ISA={isa}".encode() in environ.split(b"\0")
+
+
+def test_extra_memory_is_measured(member):
+    case = Case("memory", 1024, 1024, 4, 64)
+    scores = 4 * case.q_heads * case.q_len * case.kv_len
+    ours, of_numpy = (
+        member(library).ask(PATIENCE, "prepare", case)[0]["extra_bytes"]
+        for library in ("fastattn", "numpy")
+    )
+    if ours is None:
+        pytest.skip("this system does not tell the peak")
+    assert ours < 4 << 20
+    assert 0.9 * scores < of_numpy < 3 * scores
+
+
+# ---- What goes wrong in a worker
+
+
+def test_an_error_is_an_answer(member):
+    worker = member("fastattn")
+    with pytest.raises(measure.Failure, match="kv_heads"):
+        worker.ask(PATIENCE, "prepare", Case("bad", 8, 8, 3, 8, kv_heads=2))
+    assert worker.ask(PATIENCE, "prepare", SMALL[0])
+
+
+def test_a_call_that_cannot_fit_is_an_answer(member):
+    with pytest.raises(measure.Failure, match="not enough memory"):
+        member("numpy").ask(PATIENCE, "prepare", Case("huge", 2**21, 2**21, 1, 1))
+
+
+def test_a_dead_worker_is_replaced(member):
+    worker = member("numpy")
+    worker.ask(PATIENCE, "prepare", SMALL[0])
+    os.kill(worker._process.pid, signal.SIGKILL)
+    with pytest.raises(measure.Failure, match="killed"):
+        worker.ask(PATIENCE, "measure", 0.0)
+    assert worker.ask(PATIENCE, "prepare", SMALL[0])
+
+
+def test_a_slow_worker_is_given_up(member):
+    worker = member("numpy")
+    with pytest.raises(measure.Failure, match=r"no answer within 0\.01 s"):
+        worker.ask(0.01, "prepare", SMALL[0])
+    assert worker.ask(PATIENCE, "prepare", SMALL[0])
+
+
+def test_a_broken_import_is_a_reason():
+    with pytest.raises(measure.Failure, match=r"exit status 1: ModuleNotFoundError: .*abacus"):
+        measure.Member("abacus", 2).ask(PATIENCE, "prepare", SMALL[0])
+
+
+def test_an_instruction_set_that_is_not_there_is_a_reason(member):
+    with pytest.raises(measure.Failure, match="abacus"):
+        member("fastattn", "abacus").ask(PATIENCE, "prepare", SMALL[0])
+
+
+def test_a_run_goes_on_without_a_library_that_fails(monkeypatch):
+    ask = measure.Member.ask
+
+    def failing(self, patience, request, *arguments):
+        if self._who[0] == "numpy":
+            raise measure.Failure("it rains")
+        return ask(self, patience, request, *arguments)
+
+    monkeypatch.setattr(measure.Member, "ask", failing)
+    pace = measure.Pace(rounds=2, turn_seconds=0.01)
+    bench = measure.Bench(["fastattn", "numpy"], 2, pace, lambda text: None)
+    try:
+        [result] = bench.run([SMALL[0]])
+    finally:
+        bench.close()
+    assert result["libraries"]["numpy"] == {"failure": "it rains"}
+    assert [list(x["samples"]) for x in result["rounds"]] == [["fastattn"]] * pace.rounds
+    assert result["libraries"]["fastattn"]["percent"] > 0
+
+
+# ---- What is shown
+
+
+def outcome(seconds, **changes):
+    """Return what measure.py says of one library."""
+    return {
+        "how": "call",
+        "first_seconds": seconds,
+        "extra_bytes": 3 << 20,
+        "max_error": 1.25e-7,
+        "seconds": seconds,
+        "percent": 0.08 / seconds,
+        "speedup": seconds / 1e-3,
+    } | changes
+
+
+def a_run(floor=Floor()):  # noqa: B008
+    """Return a run of one case in which jax failed."""
+    ours = outcome(1e-3)
+    del ours["speedup"]
+    result = {
+        "name": "a-case",
+        "isa": None,
+        "title": "A case\nof two lines",
+        "work": 8e8,
+        "pairs": 1000,
+        "limit": {"of": "float32", "rate": 1e12},
+        "rounds": [{"disturbance": 0.01, "rate": 1e12, "samples": {}}],
+        "floor": floor._asdict(),
+        "libraries": {
+            "fastattn": ours,
+            "torch": outcome(1.5e-3),
+            "onnxruntime": outcome(1.2e-3),
+            "jax": {"failure": "not enough memory"},
+            "numpy": outcome(1.1e-3),
+        },
+    }
+    return {
+        "suite": "floors",
+        "command": "fastattn bench",
+        "machine": dict(fastattn.info()),
+        "versions": {"fastattn": "1", "torch": "2"},
+        "limits": {"float32": 1e12, "float64": 5e11, "read": 3e10},
+        "results": [result],
+    }
+
+
+def test_table_of_markdown():
+    text = report.table(a_run(), markdown=True)
+    header, ruler, row = text.splitlines()[:3]
+    assert header.count("|") == ruler.count("|") == row.count("|")
+    assert "**80 % (1.00 ms)**" in row
+    assert "1.20x onnxruntime" in row  # numpy is no peer
+    assert "A case, of two lines" in row
+    assert "- [1]" in row
+    assert "[1] jax: not enough memory" in text
+    assert "1000 GFLOP/s fp32 FMA, 500 GFLOP/s fp64 FMA, 30 GB/s memory read" in text
+
+
+def test_block_has_a_line_per_library():
+    lines = report.block(a_run()["results"][0]).splitlines()
+    assert lines[0] == "a-case: A case, of two lines"
+    assert re.split("  +", lines[3]) == [
+        *("torch", "1.50 ms", "53 %", "1.50x as fast", "1.2e-07", "3.0 MiB", "call")
+    ]
+    assert lines[5].endswith("not enough memory")
+
+
+@pytest.mark.parametrize(
+    ("floor", "verdict"),
+    [
+        (Floor(80.0, 1.2), "met"),
+        (Floor(81.9), "within 2 points"),
+        (Floor(82.1), "missed"),
+        (Floor(None, 1.21), "within 2 points"),
+        (Floor(None, 1.4, ("torch",)), "met"),
+        (Floor(None, 1.2, ("numpy",)), "missed"),
+        (Floor(80.0, 1.0, ("jax",)), "not measured"),
+        (Floor(extra_mebibytes=3.0), "met"),
+        (Floor(extra_mebibytes=2.0), "missed"),
+    ],
+)
+def test_verdict_on_a_floor(floor, verdict):
+    text, kept = report.floors(a_run(floor))
+    assert text.splitlines()[1].endswith("  " + verdict)
+    assert kept == (verdict in ("met", "within 2 points"))
+
+
+def test_growth_is_time_per_pair():
+    row = report.growth(a_run()).splitlines()[1]
+    assert re.split("  +", row)[1:] == ["1000", "1500", "1200", "-", "1100"]
+
+
+def test_noise_is_said():
+    run = a_run()
+    noisy = json.loads(json.dumps(run["results"][0]))
+    noisy["limit"]["rate"] = 7e11
+    run["results"].append(noisy)
+    noisy["rounds"][0]["disturbance"] = 0.5
+    text = report.table(run, markdown=False)
+    assert "its limit varied from 700 to 1000 GFLOP/s fp32 FMA" in text
+    assert "Other programs disturbed 1 of 2 rounds" in text
+
+
+def test_units():
+    durations = [report.duration(x) for x in (12.3, 1.0, 0.9999, 123.4e-6, 4.5e-6)]
+    assert durations == ["12.3 s", "1.00 s", "1000 ms", "123 us", "4.50 us"]
+    assert [report.memory(x) for x in (None, 0, 3 << 20, 5 << 30)] == [
+        "-",
+        "0.0 MiB",
+        "3.0 MiB",
+        "5.0 GiB",
+    ]
+
+
+def test_chart_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from fastattn.bench import chart
+
+    chart.save(a_run(), tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- The commands
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "fastattn", *arguments]
+
+
+def test_bench_from_end_to_end(tmp_path):
+    kept = tmp_path / "run.json"
+    arguments = ("bench", "--case", "tiny", "--libraries", "numpy", "--quick", "--markdown")
+    done = subprocess.run(
+        command(*arguments, "--json", str(kept)),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("| case | fastattn | numpy |")
+    assert "tiny" in done.stderr
+    run = json.loads(kept.read_text())
+    assert run["limits"].keys() == {"float32", "float64", "read"}
+    assert run["machine"]["isa"] in run["machine"]["isas"]
+    [result] = run["results"]
+    assert list(result["libraries"]) == ["fastattn", "numpy"]
+    for a_round in result["rounds"]:
+        assert a_round["rate"] > 0
+        assert all(min(a_round["samples"][library]) > 0 for library in result["libraries"])
+    again = subprocess.run(
+        command("bench", "--from", str(kept), "--markdown"), capture_output=True, text=True
+    )
+    assert again.stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--case", "nothing"), "--case must be one of bert-128, .*, got nothing"),
+        (("--libraries", "abacus"), "--libraries must be of fastattn, .*, got abacus"),
+        (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--from", "no-such-file"), "no-such-file"),
+    ],
+)
+def test_bench_refuses(arguments, message, capsys):
+    assert __main__.main(["bench", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_plot_without_matplotlib(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert __main__.main(["bench", "--plot", "x.png"]) == 2
+    assert "pip install 'fastattn[bench]'" in capsys.readouterr().err
+
+
+def test_interrupt_ends_the_workers():
+    process = subprocess.Popen(
+        command("bench", "--case", "tiny", "--case", "growth-64k", "--libraries", "numpy"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("numpy "):  # the first case is done, the next one takes long
+            break
+    children = [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+    assert len(children) == 2
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert "speed-up" in rest  # the table of what was done
+    time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_info(capsys):
+    assert __main__.main(["info"]) == 0
+    assert fastattn.info()["cpu"] in capsys.readouterr().out
+
+
+def test_selftest_passes(monkeypatch, capsys):
+    monkeypatch.setattr(_selftest, "SIZES", _selftest.SIZES[:4])
+    assert __main__.main(["selftest"]) == 0
+    text = capsys.readouterr().out
+    assert "all is well" in text
+    for isa in fastattn.info()["isas"]:
+        assert f"{isa}, float32" in text
+        assert f"{isa}, float64" in text
+
+
+def test_selftest_fails(monkeypatch, capsys):
+    attention = fastattn.attention
+    monkeypatch.setattr(_selftest, "SIZES", _selftest.SIZES[:1])
+    monkeypatch.setattr(
+        fastattn, "attention", lambda *a, **k: attention(*a, **k) * np.float32(1.001)
+    )
+    assert __main__.main(["selftest"]) == 1
+    assert "FAILED: no feature at (1, 1, 1, 1, 1, 1)" in capsys.readouterr().out

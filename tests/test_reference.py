@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is the definition what it says? By hand, by other words for the same thing, and against torch."""
+
+import numpy as np
+import pytest
+from conftest import assert_same_bits, make_problem
+from numpy.testing import assert_allclose, assert_array_equal
+
+from fastattn.reference import attention, attention_weights
+
+INF = np.inf
+LOG2 = np.log(2.0)
+# Two queries, two keys; with scale=1 query 0 scores (log 2, 0), query 1 scores (0, log 3).
+QUERY = np.array([[LOG2, 0.0], [0.0, np.log(3.0)]])
+KEY = np.eye(2)
+VALUE = np.array([[1.0, 10.0], [2.0, 20.0]])
+
+# (arguments, probabilities): what the two queries make of the two keys.
+BY_HAND = [
+    ({}, [[2 / 3, 1 / 3], [1 / 4, 3 / 4]]),
+    ({"scale": 2.0}, [[4 / 5, 1 / 5], [1 / 10, 9 / 10]]),
+    ({"scale": -1.0}, [[1 / 3, 2 / 3], [3 / 4, 1 / 4]]),
+    ({"scale": 0.0}, [[1 / 2, 1 / 2], [1 / 2, 1 / 2]]),
+    ({"mask": [[True, False], [False, False]]}, [[1, 0], [0, 0]]),
+    ({"mask": [[True], [False]]}, [[2 / 3, 1 / 3], [0, 0]]),
+    ({"mask": [[LOG2, 0.0], [-INF, 0.0]]}, [[4 / 5, 1 / 5], [0, 1]]),
+    ({"bias": [[0.0, LOG2]]}, [[1 / 2, 1 / 2], [1 / 7, 6 / 7]]),
+    ({"bias": [[0.0, -INF]]}, [[1, 0], [1, 0]]),
+    ({"bias": [[LOG2, 0.0]], "mask": [[LOG2, 0.0]]}, [[8 / 9, 1 / 9], [4 / 7, 3 / 7]]),
+    ({"bias": [[-INF, 0.0]], "mask": [[True, False]]}, [[0, 0], [0, 0]]),
+    ({"mask": [[np.finfo(float).min] * 2]}, [[1 / 2, 1 / 2], [1 / 2, 1 / 2]]),
+    ({"is_causal": True}, [[1, 0], [1 / 4, 3 / 4]]),
+    ({"is_causal": True, "query_offset": 1}, [[2 / 3, 1 / 3], [1 / 4, 3 / 4]]),
+    ({"is_causal": True, "query_offset": -1}, [[0, 0], [1, 0]]),
+    ({"window": (0, 0)}, [[1, 0], [0, 1]]),
+    ({"window": (0, None)}, [[2 / 3, 1 / 3], [0, 1]]),
+    ({"window": (None, 0)}, [[1, 0], [1 / 4, 3 / 4]]),
+    ({"window": (None, None)}, [[2 / 3, 1 / 3], [1 / 4, 3 / 4]]),
+    ({"window": (1, 0), "query_offset": 1}, [[2 / 3, 1 / 3], [0, 1]]),
+    ({"window": (5, 5), "is_causal": True}, [[1, 0], [1 / 4, 3 / 4]]),
+    ({"window": (0, 0), "query_offset": 9}, [[0, 0], [0, 0]]),
+    ({"kv_lengths": 1}, [[1, 0], [1, 0]]),
+    ({"kv_lengths": 0}, [[0, 0], [0, 0]]),
+    ({"alibi_slopes": [LOG2]}, [[4 / 5, 1 / 5], [1 / 7, 6 / 7]]),
+    ({"alibi_slopes": [LOG2], "query_offset": -1}, [[4 / 5, 1 / 5], [2 / 5, 3 / 5]]),
+    ({"sinks": [0.0]}, [[2 / 4, 1 / 4], [1 / 5, 3 / 5]]),
+    ({"sinks": [-INF]}, [[2 / 3, 1 / 3], [1 / 4, 3 / 4]]),
+    ({"sinks": [5.0], "kv_lengths": 0}, [[0, 0], [0, 0]]),
+    ({"sinks": [1000.0]}, [[0, 0], [0, 0]]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "probs"), BY_HAND, ids=[str(case[0]) for case in BY_HAND])
+def test_by_hand(arguments, probs):
+    options = {"scale": 1.0} | arguments
+    out, lse = attention(QUERY, KEY, VALUE, return_lse=True, **options)
+    assert out.shape == (2, 2)
+    assert lse.shape == (2,)
+    assert_allclose(out, np.asarray(probs) @ VALUE, rtol=1e-14, atol=1e-300)
+    assert_allclose(attention_weights(QUERY, KEY, **options), probs, rtol=1e-14, atol=1e-300)
+
+
+def test_lse_by_hand():
+    def lse(**options):
+        return attention(QUERY, KEY, VALUE, scale=1.0, return_lse=True, **options)[1]
+
+    assert_allclose(lse(), np.log([3.0, 4.0]), rtol=1e-15)
+    assert_allclose(lse(sinks=[7.0]), np.log([3.0, 4.0]), rtol=1e-15)
+    assert_allclose(lse(mask=np.full((2, 2), LOG2)), np.log([6.0, 8.0]), rtol=1e-15)
+    assert_array_equal(lse(kv_lengths=0), [-INF, -INF])
+    assert_allclose(lse(is_causal=True), np.log([2.0, 4.0]), rtol=1e-15)
+
+
+def test_softcap_comes_after_the_scale_and_before_the_rest():
+    score = 3 * np.tanh(2 * LOG2 / 3) + 1.0 - 0.5
+    options = {"scale": 2.0, "softcap": 3.0, "bias": [[1.0, 0.0]], "alibi_slopes": [0.5]}
+    probs = attention_weights(QUERY[:1], KEY, query_offset=1, **options)
+    assert_allclose(probs[0, 0], 1 / (1 + np.exp(-score)), rtol=1e-14)
+
+
+def test_default_scale():
+    query, key, value = make_problem(3, 4, 25)
+    assert_same_bits(attention(query, key, value), attention(query, key, value, scale=0.2))
+
+
+@pytest.mark.parametrize("query_shape", [(2, 3), (4, 2, 3), (5, 4, 2, 3), (6, 5, 4, 2, 3)])
+@pytest.mark.parametrize("key_batch", [None, (), (1,), (6, 1)])
+def test_shapes_and_heads(query_shape, key_batch):
+    rng = np.random.default_rng(0)
+    heads = query_shape[-3] if len(query_shape) > 2 else 1
+    key_shape = (7, 3) if key_batch is None else (*key_batch, heads // 2 or 1, 7, 3)
+    query, key = rng.normal(size=query_shape), rng.normal(size=key_shape)
+    value = rng.normal(size=(*key_shape[:-1], 9))
+    out, lse = attention(query, key, value, return_lse=True)
+    batch = np.broadcast_shapes(query_shape[:-3], key_shape[:-3])
+    flat = max(len(query_shape), len(key_shape)) == 2
+    assert lse.shape == (batch if flat else (*batch, heads)) + (2,)
+    assert out.shape == (*lse.shape, 9)
+    queries = np.broadcast_to(query, (*batch, heads, 2, 3))
+    keys = np.broadcast_to(key, (*batch, *((1, 7, 3) if len(key_shape) == 2 else key_shape[-3:])))
+    values = np.broadcast_to(value, (*keys.shape[:-1], 9))
+    for index in np.ndindex(*batch, heads):
+        shared = (*index[:-1], index[-1] // (heads // keys.shape[-3]))
+        alone = attention(queries[index], keys[shared], values[shared])
+        assert_allclose(out if flat else out[index], alone, rtol=1e-13, atol=1e-14)
+
+
+def test_per_batch_and_per_head_arguments():
+    query, key, value = make_problem(2, 5, 3, heads=2, batch=(3, 2), dtype=np.float64)
+    whole = {
+        "query_offset": np.arange(6).reshape(3, 2),
+        "kv_lengths": np.arange(6).reshape(3, 2) % 6,
+        "alibi_slopes": np.arange(12.0).reshape(3, 2, 2),
+    }
+    sinks = np.array([0.5, 2.0])
+    out = attention(query, key, value, sinks=sinks, **whole)
+    for index in np.ndindex(3, 2):
+        for head in range(2):
+            here = (*index, head)
+            alone = {name: array[index] for name, array in whole.items()}
+            alone["alibi_slopes"] = alone["alibi_slopes"][head : head + 1]
+            expected = attention(
+                query[here], key[here], value[here], sinks=sinks[head : head + 1], **alone
+            )
+            assert_allclose(out[here], expected, rtol=1e-13, atol=1e-14)
+
+
+def test_dtypes():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
+        query, key, value = make_problem(3, 5, dtype=dtype)
+        out, lse = attention(query, key, value, return_lse=True)
+        assert out.dtype == dtype
+        assert lse.dtype == (np.float64 if dtype == np.float64 else np.float32)
+        rough = attention(query, key, value, compute_dtype=dtype)
+        assert rough.dtype == dtype
+        eps = float(ml_dtypes.finfo(dtype).eps)
+        assert_allclose(rough.astype(float), out.astype(float), atol=20 * eps, rtol=20 * eps)
+        if dtype != np.float64:
+            assert not np.array_equal(rough, out)
+    out = np.empty((1, 3, 16), np.float64)
+    assert attention(query, key, value, out=out) is out
+    assert_array_equal(out, attention(query, key, value))
+
+
+def test_empty():
+    query, key, value = make_problem(3, 0, 4, 2, heads=2)
+    out, lse = attention(query, key, value, return_lse=True)
+    assert_array_equal(out, np.zeros((2, 3, 2)))
+    assert_array_equal(lse, np.full((2, 3), -INF))
+    assert attention(query[:, :0], key, value).shape == (2, 0, 2)
+
+
+def test_not_finite_values_reach_the_rows_that_see_them():
+    value = VALUE.copy()
+    value[1, 0] = np.nan
+    out = attention(QUERY, KEY, value, is_causal=True)
+    assert_array_equal(np.isnan(out), [[False, False], [True, False]])
+    assert_array_equal(out[0], VALUE[0])
+    value[1, 0] = INF
+    assert_array_equal(attention(QUERY, KEY, value, is_causal=True)[:, 0], [1, INF])
+
+
+def test_position_must_be_given():
+    with pytest.raises(ValueError, match="query_offset must be given"):
+        attention(QUERY[:1], KEY, VALUE, is_causal=True)
+    with pytest.raises(NotImplementedError, match="dropout_p"):
+        attention(QUERY, KEY, VALUE, dropout_p=0.5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_torch_agrees(is_causal):
+    torch = pytest.importorskip("torch")
+    query, key, value = make_problem(7, 7, heads=3, batch=(2,), dtype=np.float64)
+    tensors = [torch.from_numpy(x) for x in (query, key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=is_causal)
+    assert_allclose(
+        attention(query, key, value, is_causal=is_causal), expected, rtol=1e-13, atol=1e-14
+    )

@@ -19,11 +19,11 @@ namespace {
 
 // Panels of a block: each key tile is brought near once for all of them, so the more the better,
 // while they stay in the second-level cache, leave each thread a choice of blocks, and keep the
-// promise that extra memory is small.
-constexpr int kMostPanels = 8;
+// promise that extra memory is small. Beyond 4 only a window gains, whose blocks overlap in keys.
+constexpr int kMostPanels = 4, kMostPanelsInWindow = 8;
 constexpr size_t kPanelBytes = 384 << 10;  // of one thread
 constexpr size_t kAllPanelBytes = 8 << 20;
-constexpr int64_t kBlocksPerThread = 1;
+constexpr int64_t kBlocksPerThread = 16;
 constexpr double kFlopsPerSecond = 50e9;  // of one thread, roughly: only to tell small calls apart
 
 int64_t size_of(Dtype dtype) {
@@ -64,7 +64,7 @@ class Call {
         const double flops = 2 * pairs * double(args.head_dim + args.value_head_dim + 16);
         threads_ = team_size(heads * blocks(1), flops / kFlopsPerSecond);
 
-        int panels = kMostPanels;
+        int panels = visible_at_most() < args.kv_len ? kMostPanelsInWindow : kMostPanels;
         const size_t room = std::min(kPanelBytes, kAllPanelBytes / size_t(threads_));
         while (panels > 1 && (blocks(panels) * heads < kBlocksPerThread * threads_ ||
                               scratch_bytes(panels) > room)) {

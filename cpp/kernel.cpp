@@ -72,13 +72,6 @@ template <int Rows, class Step>
     }
 }
 
-// Brings a row to the second-level cache, to be read or (Write = 1) written.
-template <int Write = 0, class T>
-void prefetch(const T* row, int64_t count) {
-    constexpr int64_t line = 64 / sizeof(T);
-    for (int64_t i = 0; i < count; i += line) __builtin_prefetch(row + i, Write, 2);
-}
-
 // What the panels of a block use in turn.
 template <class T>
 struct Shared {
@@ -249,12 +242,12 @@ class Panel {
         const T* value = static_cast<const T*>(block.value) + keys.begin * block.value_stride;
         int64_t value_stride = block.value_stride;
         passes.find_cuts(keys, cuts);
+        passes.prefetch(keys);
         compute_scores(keys);
         if (scale_scores) apply_score_scale(keys);
         if (seen == Seen::kSome) {
             passes.apply(scores, keys, staging);
-            find_tile_max(keys);
-            if (set_nonfinite_apart(value, keys)) {
+            if (find_tile_max(keys) && set_nonfinite_apart(value, keys)) {
                 value = staging;
                 value_stride = value_head_dim;
             }
@@ -333,15 +326,21 @@ class Panel {
         find_tile_max(keys);
     }
 
-    void find_tile_max(Span keys) {
+    // True: some score is that of a hidden pair.
+    bool find_tile_max(Span keys) {
+        const V lowest = -kInfinity<T>;
+        typename V::Mask hidden = {};
         V largest[Columns];
-        for (int c = 0; c < Columns; ++c) largest[c] = -kInfinity<T>;
+        for (int c = 0; c < Columns; ++c) largest[c] = lowest;
         for (int64_t i = 0; i < keys.size() * width; i += width) {
             for (int c = 0; c < Columns; ++c) {
-                largest[c] = max(V::load(scores + i + c * lanes), largest[c]);
+                const V score = V::load(scores + i + c * lanes);
+                hidden |= score == lowest;
+                largest[c] = max(score, largest[c]);
             }
         }
         for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
+        return any<T>(hidden);
     }
 
     // scores = P^T = exp2(S^T - row_max); a NaN score makes a NaN.

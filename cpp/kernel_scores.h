@@ -78,6 +78,16 @@ T added(Float16 x) {
     return from_bits(to_bits(magnitude) | special | uint32_t(x.bits & 0x8000) << 16);
 }
 
+template <class T>
+constexpr Dtype kDtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+
+// Brings a row to the second-level cache, to be read or (Write = 1) written.
+template <int Write = 0, class Element>
+void prefetch(const Element* row, int64_t count) {
+    constexpr int64_t line = 64 / sizeof(Element);
+    for (int64_t i = 0; i < count; i += line) __builtin_prefetch(row + i, Write, 2);
+}
+
 // visit(pointer to the element type); the pointer is null.
 template <class Visit>
 auto with_element(Dtype dtype, const Visit& visit) {
@@ -147,23 +157,44 @@ class RowArray {
         });
     }
 
+    // Rows may lie far apart: they are asked for long before add_to() needs them.
+    void prefetch(Span keys) const {
+        if (!given || stride != 1) return;
+        with_element(dtype, [&](auto* element) {
+            for (int i = 0; i < width; ++i) {
+                if (i > 0 && rows[i] == rows[i - 1]) continue;
+                const auto* row = static_cast<decltype(element)>(rows[i]);
+                fastattn::prefetch(row + keys.begin, keys.size());
+            }
+        });
+    }
+
     // scores += log2(e) * the array. staging: (lanes, keys.size() rounded up to lanes).
     void add_to(T* scores, Span keys, T* staging) const {
         const int64_t count = keys.size(), pitch = (count + lanes - 1) / lanes * lanes;
+        const bool as_it_is = stride == 1 && dtype == kDtype<T>;
+        const int64_t direct = as_it_is ? count / lanes * lanes : 0;  // keys that need no staging
         for (int c = 0; c < Columns; ++c) {
             const void* const* group = rows + c * lanes;
             bool same = true;
             for (int i = 1; i < lanes; ++i) same &= group[i] == group[0];
-            for (int i = 0; i < (same ? 1 : lanes); ++i) stage(group[i], keys, staging + i * pitch);
             T* column = scores + c * lanes;
             if (same) {
+                stage(group[0], keys, staging);
                 for (int64_t j = 0; j < count; ++j) add(column + j * width, V(staging[j]));
                 continue;
+            }
+            for (int i = 0; i < lanes && direct < count; ++i) {
+                stage(group[i], {keys.begin + direct, keys.end}, staging + i * pitch + direct);
             }
             for (int64_t first = 0; first < count; first += lanes) {
                 V square[lanes];
 #pragma GCC unroll 16
-                for (int i = 0; i < lanes; ++i) square[i] = V::load(staging + i * pitch + first);
+                for (int i = 0; i < lanes; ++i) {
+                    square[i] = V::load(first < direct
+                                            ? static_cast<const T*>(group[i]) + keys.begin + first
+                                            : staging + i * pitch + first);
+                }
                 transpose<T>(square);
                 const int64_t n = count - first < lanes ? count - first : lanes;
                 for (int64_t j = 0; j < n; ++j) add(column + (first + j) * width, square[j]);
@@ -281,6 +312,11 @@ class ScorePasses {
         const bool plain = by_mask == Seen::kAll && by_bias == Seen::kAll && block.softcap == 0 &&
                            !block.alibi && keys.begin >= inner_begin && keys.end <= inner_end;
         return plain ? Seen::kAll : Seen::kSome;
+    }
+
+    void prefetch(Span keys) const {
+        bias.prefetch(keys);
+        mask.prefetch(keys);
     }
 
     // scores: (keys, width), scale (or scale / softcap) applied, in base 2 (with softcap: not yet).

@@ -10,6 +10,8 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #include "kernel.h"
 #include "parallel.h"
@@ -24,6 +26,7 @@ constexpr int kMostPanels = 4, kMostPanelsInWindow = 8;
 constexpr size_t kPanelBytes = 384 << 10;  // of one thread
 constexpr size_t kAllPanelBytes = 8 << 20;
 constexpr int64_t kBlocksPerThread = 16;
+constexpr double kMostCounted = 1e10;     // tiles, by plan(): a minute
 constexpr double kFlopsPerSecond = 50e9;  // of one thread, roughly: only to tell small calls apart
 
 int64_t size_of(Dtype dtype) {
@@ -58,7 +61,11 @@ class Call {
           group_(args.q_heads / std::max<int64_t>(args.kv_heads, 1)),
           rows_(args.q_len * group_) {
         int64_t heads = args.kv_heads;
-        for (const int64_t size : args.batch_shape) heads *= size;
+        for (const int64_t size : args.batch_shape) {
+            if (__builtin_mul_overflow(heads, size, &heads)) {
+                throw std::invalid_argument("batch x kv_heads must be less than 2**63");
+            }
+        }
         const double pairs =
             double(heads) * double(rows_) * double(std::min(args.kv_len, visible_at_most()));
         const double flops = 2 * pairs * double(args.head_dim + args.value_head_dim + 16);
@@ -89,6 +96,13 @@ class Call {
 
     Plan plan() const {
         TileCounts counts{};
+        const double tiles = double(items_) * double(block_rows_) / functions_.panel_rows *
+                             double(args_.kv_len) / functions_.key_tile;
+        if (tiles > kMostCounted) {
+            throw std::invalid_argument("explain counts the tiles of a call one by one, at most " +
+                                        std::to_string(int64_t(kMostCounted)) + ", but there are " +
+                                        std::to_string(tiles));
+        }
         if (items_ > 0) {
             const Memory memory = scratch(1);
             for (int64_t item = 0; item < items_; ++item) {

@@ -67,6 +67,7 @@ std::string isa();                      // in use; throws std::invalid_argument,
 void set_isa(const std::string& name);  // "": back to FASTATTN_ISA, or the best
 
 // Threads (parallel.cpp).
+constexpr int kMostThreads = 1024;
 void set_num_threads(int threads);
 int get_num_threads();
 

@@ -160,14 +160,18 @@ class Panel {
     }
 
     void count(TileCounts& counts) const {
-        for (int64_t tile = 0; tile < block.kv_len; tile += kKeyTile) {
-            const Span keys = passes.span(tile);
-            const Seen seen = keys.size() > 0 ? passes.classify(keys) : Seen::kNone;
-            counts.skipped += seen == Seen::kNone;
+        const int64_t tiles = (block.kv_len + kKeyTile - 1) / kKeyTile;
+        const int64_t first = begin() / kKeyTile, last = (end() + kKeyTile - 1) / kKeyTile;
+        int64_t computed = 0;
+        for (int64_t tile = first; tile < last; ++tile) {
+            const Span keys = passes.span(tile * kKeyTile);
+            const Seen seen = passes.classify(keys);
             counts.edge += seen == Seen::kSome;
-            counts.computed += seen != Seen::kNone;
+            computed += seen != Seen::kNone;
             if (seen != Seen::kNone) counts.pairs += keys.size() * block.row_count;
         }
+        counts.computed += computed;
+        counts.skipped += tiles - computed;
     }
 
    private:

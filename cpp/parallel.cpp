@@ -13,11 +13,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <cmath>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -28,6 +29,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr auto kPatience = std::chrono::milliseconds(50);  // between two looks at Ctrl-C
 constexpr double kTeamSeconds = 10e-6;                     // what waking a team costs
+constexpr int kSpareThreads = 2;  // not asked of a system that is short of them
 
 struct Job {
     int64_t items;
@@ -42,7 +44,31 @@ bool job_stopped(void* job) {
     return static_cast<Job*>(job)->stopped.load(std::memory_order_relaxed);
 }
 
+// The default floating-point modes, while it lives. A result does not depend on those of the
+// caller, or of the thread that made this one: subnormal numbers flushed to zero, say.
+class DefaultModes {
+#if defined(__SSE__)
+   public:
+    DefaultModes() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(0x1f80); }
+    ~DefaultModes() { __builtin_ia32_ldmxcsr(saved_); }
+
+   private:
+    unsigned saved_;
+#else
+   public:
+    DefaultModes() {
+        std::fegetenv(&saved_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultModes() { std::fesetenv(&saved_); }
+
+   private:
+    std::fenv_t saved_;
+#endif
+};
+
 void work(Job& job, int worker) {
+    const DefaultModes modes;
     const Stop stop{job_stopped, &job};
     for (;;) {
         const int64_t item = job.next.fetch_add(1, std::memory_order_relaxed);
@@ -84,6 +110,28 @@ class Owner {
     }
 
    private:
+    // libgomp ends the process if it cannot make a thread. So before its pool grows, as many are
+    // made here as it will want, and one to spare: their stacks are then at hand. Returns for how
+    // many of `threads` that went well.
+    int can_be_made(int threads) {
+        if (threads > pool_) {
+            std::vector<std::thread> trial;
+            std::mutex waiting;
+            std::unique_lock<std::mutex> all_alive(waiting);
+            try {
+                trial.reserve(size_t(threads - pool_) + 1);
+                while (trial.size() < trial.capacity()) {
+                    trial.emplace_back([&] { waiting.lock(), waiting.unlock(); });
+                }
+            } catch (const std::exception&) {
+                threads = std::max(1, pool_ + int(trial.size()) - kSpareThreads);
+            }
+            all_alive.unlock();
+            for (std::thread& thread : trial) thread.join();
+        }
+        return pool_ = threads;
+    }
+
     void serve() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
@@ -91,7 +139,8 @@ class Owner {
             Job& job = *job_;
             job_ = nullptr;
             lock.unlock();
-#pragma omp parallel num_threads(job.threads)
+            const int threads = can_be_made(job.threads);
+#pragma omp parallel num_threads(threads)
             work(job, omp_get_thread_num());
             lock.lock();
             job.done = true;
@@ -103,6 +152,7 @@ class Owner {
     std::mutex busy_, mutex_;
     std::condition_variable wake_, done_;
     Job* job_ = nullptr;
+    int pool_ = 1;  // threads of the last team, this one included: libgomp keeps them
     bool started_ = false;
 };
 
@@ -136,6 +186,7 @@ bool serial_stopped(void* context) {
 }
 
 bool run_serially(int64_t items, Interrupt interrupt, const Body& body) {
+    const DefaultModes modes;
     Serial serial{interrupt};
     const Stop stop{serial_stopped, &serial};
     for (int64_t item = 0; item < items && !serial.stopped; ++item) body(item, 0, stop);
@@ -143,9 +194,11 @@ bool run_serially(int64_t items, Interrupt interrupt, const Body& body) {
 }
 
 std::string first_line(const std::string& path) {
-    std::ifstream file(path);
-    std::string line;
-    std::getline(file, line);
+    char line[64] = "";
+    if (std::FILE* const file = std::fopen(path.c_str(), "r")) {
+        if (std::fgets(line, sizeof line, file) == nullptr) line[0] = '\0';
+        std::fclose(file);
+    }
     return line;
 }
 
@@ -171,7 +224,7 @@ int number_in(const char* variable) {
     char* rest = nullptr;
     const long number = std::strtol(text, &rest, 10);
     const bool whole = rest != text && (*rest == '\0' || *rest == ',');  // OMP_NUM_THREADS=4,2
-    return whole && number > 0 && number <= 1 << 16 ? int(number) : 0;
+    return whole && number > 0 && number <= kMostThreads ? int(number) : 0;
 }
 
 int usable_cpus() {
@@ -196,7 +249,7 @@ int get_num_threads() {
     static const int ours = number_in("FASTATTN_NUM_THREADS");
     if (ours > 0) return ours;
     static const bool openmp_set = number_in("OMP_NUM_THREADS") > 0;
-    const int openmp = omp_get_max_threads();
+    const int openmp = std::min(omp_get_max_threads(), kMostThreads);
     return openmp_set ? openmp : std::min(openmp, usable_cpus());
 }
 

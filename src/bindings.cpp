@@ -3,6 +3,7 @@
 // What do the arrays look like in memory? NumPy arrays in, plain structs out. The only file that
 // knows Python. Called by python/fastattn; calls cpp/attention.h. Values are trusted; of the
 // shapes, what memory safety needs is checked again.
+#include <cxxabi.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -155,6 +156,9 @@ AttentionArgs arguments(const py::array& query, const py::array& key, const py::
     return args;
 }
 
+// The thread that handles signals, and that ends the interpreter.
+bool is_main_thread() { return gettid() == getpid(); }
+
 bool interpreter_is_ending() {
 #if PY_VERSION_HEX >= 0x030D0000
     return Py_IsFinalizing();
@@ -165,15 +169,25 @@ bool interpreter_is_ending() {
 
 // Takes the GIL for a moment; a signal's exception stays set for the caller to throw.
 bool signal_arrived() {
-    if (interpreter_is_ending()) return false;
+    if (!is_main_thread()) return false;
     const PyGILState_STATE state = PyGILState_Ensure();
     const bool arrived = PyErr_CheckSignals() != 0;
     PyGILState_Release(state);
     return arrived;
 }
 
-// Runs work without the GIL. Not pybind11's guard: a daemon thread that comes back while the
-// interpreter ends must wait for the end of the process, and not be unwound through C++.
+// A daemon thread that comes back while the interpreter ends must wait for the end of the process,
+// and not be unwound through C++, as older Pythons would do.
+void take_gil(PyThreadState* state) {
+    while (interpreter_is_ending() && !is_main_thread()) pause();
+    try {
+        PyEval_RestoreThread(state);
+    } catch (const abi::__forced_unwind&) {  // it began to end just now
+        for (;;) pause();
+    }
+}
+
+// Runs work without the GIL. Not pybind11's guard, for what take_gil() says.
 template <class Work>
 auto without_gil(const Work& work) {
     PyThreadState* const state = PyEval_SaveThread();
@@ -184,8 +198,7 @@ auto without_gil(const Work& work) {
     } catch (...) {
         failure = std::current_exception();
     }
-    while (interpreter_is_ending()) pause();
-    PyEval_RestoreThread(state);
+    take_gil(state);
     if (failure) std::rethrow_exception(failure);
     return *result;
 }
@@ -242,6 +255,7 @@ Dtype dtype_named(const std::string& name) {
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not_supported()) {
     m.attr("__version__") = FASTATTN_VERSION;
+    m.attr("MOST_THREADS") = kMostThreads;
     m.def("attention", attend);
     m.def("explain", explain);
     m.def("isa", isa);

@@ -13,9 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import fastattn
 import numpy as np
 import pytest
+
+import fastattn
 from fastattn import __main__, _selftest, reference
 from fastattn.bench import cases, measure, report
 from fastattn.bench.accuracy import expected, max_error, sampled

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is this a valid question? Every rule about the arguments of an attention call, once.
 
-Called by `_attention.py` before anything is computed; calls nothing. Rules are checked in the order of
-the arguments, and an error says which argument, the rule, and what was given. What comes back is in the
-form that `_core` takes; a valid array is passed on as it is, strides and all.
+Called by `_attention.py` before anything is computed; calls nothing. Rules are checked in the order
+of the arguments, and an error says which argument, the rule, and what was given. What comes back is
+in the form that `_core` takes; a valid array is passed on as it is, strides and all.
 
-A small call must not spend its time here: the fast path asks of each array only whether it is plainly
-in order (`floats`), remembers the verdict on shapes (`sizes`), and looks at no argument that is absent.
+A small call must not spend its time here: the fast path asks of each array only whether it is
+plainly in order (`floats`), remembers the verdict on shapes (`sizes`), and looks at no argument
+that is absent.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 ndarray = np.ndarray
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
+MASK_NAMES = ("bool", *FLOAT_NAMES)
 UNLIMITED = -1
 FARTHEST = 2**61  # positions beyond are refused
 WIDEST = 2**62  # a side of a window that no position reaches
@@ -46,7 +48,7 @@ class Sizes(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The arguments of a call beside query, key and value, as the core takes them and in its order."""
+    """The arguments beside query, key and value, as the core takes them and in its order."""
 
     mask: Array | None
     bias: Array | None
@@ -85,7 +87,7 @@ def check(
     known = sizes(query.shape, key.shape, value.shape)
     left = right = UNLIMITED
     if mask is not None:
-        mask = pair_array("mask", mask, ("bool", *FLOAT_NAMES), known)
+        mask = pair_array("mask", mask, MASK_NAMES, known)
     if bias is not None:
         bias = pair_array("bias", bias, FLOAT_NAMES, known)
     scale = known.scale if scale is None else finite_number("scale", scale)
@@ -103,8 +105,8 @@ def check(
     ):
         argument = "is_causal" if is_causal else "alibi_slopes" if window is None else "window"
         raise ValueError(
-            f"query_offset must be given with {argument} if q_len differs from kv_len (0: the first "
-            f"query stands at the first key; kv_len - q_len: the last at the last), "
+            f"query_offset must be given with {argument} if q_len differs from kv_len "
+            "(0: the first query stands at the first key; kv_len - q_len: the last at the last), "
             f"got q_len={known.q_len}, kv_len={known.kv_len}"
         )
     softcap = 0.0 if softcap is None else positive_number("softcap", softcap)
@@ -123,7 +125,7 @@ def check(
 
 
 def floats(name: str, x: Any) -> Array:
-    """Return query, key or value as the core takes it: x itself, unless it cannot be read in place."""
+    """Return query, key or value as the core takes it: x itself if it can be read in place."""
     if type(x) is ndarray and (x.dtype is FLOAT32 or x.dtype is FLOAT64) and x.flags.carray:
         return x
     array = as_array(name, x, "float32 or float64")
@@ -137,7 +139,7 @@ def floats(name: str, x: Any) -> Array:
 
 def as_array(name: str, x: Any, kinds: str) -> Array:
     """Return the array that x is or stands for."""
-    array: Any = None
+    array: Array | None = None
     if not isinstance(x, ndarray) or not isinstance(x, np.ma.MaskedArray | np.matrix):
         try:
             array = np.asarray(x)
@@ -149,7 +151,7 @@ def as_array(name: str, x: Any, kinds: str) -> Array:
 
 
 def copied(array: Array, axes: int) -> Array:
-    """Return an aligned, C-contiguous copy; what is repeated along the first axes is copied once."""
+    """Return an aligned, C-contiguous copy; what the first axes repeat is copied once."""
     once = tuple(slice(1) if stride == 0 else slice(None) for stride in array.strides[:axes])
     copy = np.array(array[once], dtype=array.dtype.newbyteorder("="), order="C")
     return np.broadcast_to(copy, array.shape)
@@ -166,7 +168,9 @@ def sizes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) 
             )
     q_len, head_dim = query[-2:]
     kv_len, value_head_dim = value[-2:]
-    q_heads, kv_heads, value_heads = (shape[-3] if shape[2:] else 1 for shape in (query, key, value))
+    q_heads, kv_heads, value_heads = (
+        shape[-3] if shape[2:] else 1 for shape in (query, key, value)
+    )
     if head_dim < 1:
         raise ValueError(f"query must have a head_dim of 1 or more, got query.shape={query}")
     both = f"(key.shape={key}, query.shape={query})"
@@ -174,7 +178,8 @@ def sizes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) 
         raise ValueError(f"key has head_dim {key[-1]} but query has head_dim {head_dim} {both}")
     if q_heads != 0 and (kv_heads == 0 or q_heads % kv_heads != 0):
         raise ValueError(
-            f"q_heads must be a multiple of kv_heads, got q_heads={q_heads}, kv_heads={kv_heads} {both}"
+            f"q_heads must be a multiple of kv_heads, got q_heads={q_heads}, kv_heads={kv_heads} "
+            f"{both}"
         )
     both = f"(value.shape={value}, key.shape={key})"
     if kv_len != key[-2]:
@@ -221,7 +226,7 @@ def pair_array(name: str, x: Any, dtypes: tuple[str, ...], known: Sizes) -> Arra
 
 
 def per_head(name: str, x: Any, *shapes: tuple[int, ...]) -> Array:
-    """Return numbers of one of the shapes, the last of which they are repeated to fill, as float64."""
+    """Return numbers of one of the shapes, repeated to fill the last one, as float64."""
     kinds = ", ".join(FLOAT_NAMES[:-1]) + " or " + FLOAT_NAMES[-1]
     array = as_array(name, x, kinds)
     if array.dtype.name not in FLOAT_NAMES:
@@ -234,9 +239,7 @@ def per_head(name: str, x: Any, *shapes: tuple[int, ...]) -> Array:
 
 def slopes_per_head(x: Any, known: Sizes) -> Array:
     """Return alibi_slopes, one per batch element and head."""
-    array = per_head(
-        "alibi_slopes", x, (known.q_heads,), (*known.batch_shape, known.q_heads)
-    )
+    array = per_head("alibi_slopes", x, (known.q_heads,), (*known.batch_shape, known.q_heads))
     wrong = array[~np.isfinite(array)]
     if wrong.size:
         raise ValueError(f"alibi_slopes must be finite, got {wrong[0]}")
@@ -261,19 +264,20 @@ def per_batch(name: str, x: Any, known: Sizes, low: int, high: int) -> Array:
         array = as_array(name, x, kinds)
         if array.dtype.kind not in "iu":
             raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
+        try:
+            array = np.array(np.broadcast_to(array, known.batch_shape), order="C")
+        except ValueError:
+            raise ValueError(
+                f"{name} must broadcast to the batch shape {known.batch_shape}, "
+                f"got {name}.shape={array.shape}"
+            ) from None
         least, most = (int(array.min()), int(array.max())) if array.size else (low, high)
     if least < low or most > high:
         rule = f"0..kv_len = 0..{high}" if low == 0 else "-2**61..2**61"
         raise ValueError(f"{name} must be within {rule}, got {least if least < low else most}")
     if isinstance(x, numbers.Integral):
         return np.full(known.batch_shape, least, np.int64)
-    try:
-        return np.array(np.broadcast_to(array, known.batch_shape), dtype=np.int64, order="C")
-    except ValueError:
-        raise ValueError(
-            f"{name} must broadcast to the batch shape {known.batch_shape}, "
-            f"got {name}.shape={array.shape}"
-        ) from None
+    return array.astype(np.int64, copy=False)
 
 
 def window_sides(window: Any) -> tuple[int, int]:
@@ -337,7 +341,7 @@ def no_dropout(dropout_p: Any) -> None:
     """Accept 0 alone."""
     if not isinstance(dropout_p, numbers.Real) or isinstance(dropout_p, bool):
         raise TypeError(f"dropout_p must be a number, not {type(dropout_p).__name__}")
-    if not 0 <= dropout_p < 1:
+    if not 0 <= float(dropout_p) < 1:
         raise ValueError(f"dropout_p must be within [0, 1), got dropout_p={dropout_p}")
     if dropout_p != 0:
         raise NotImplementedError(
@@ -354,7 +358,9 @@ def result_array(
     if out.dtype != dtype:
         raise TypeError(f"out must have the dtype of the result, {dtype}, not {out.dtype}")
     if out.shape != shape:
-        raise ValueError(f"out must have the shape of the result, {shape}, got out.shape={out.shape}")
+        raise ValueError(
+            f"out must have the shape of the result, {shape}, got out.shape={out.shape}"
+        )
     if not out.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
     if not out.flags.aligned:
@@ -385,6 +391,6 @@ def overlaps_itself(array: Array) -> bool:
 def may_share_memory(a: Array, b: Array) -> bool:
     """Return whether the arrays overlap, yes if that is hard to tell."""
     try:
-        return np.shares_memory(a, b, max_work=OVERLAP_WORK)
+        return np.shares_memory(a, b, max_work=OVERLAP_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

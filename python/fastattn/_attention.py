@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention calls: check the arguments, make room for the result, let the kernel fill it.
 
-The rules are in `_arguments.py`, the meaning in `reference.py`, the work in `_core` (src/bindings.cpp).
+The rules are in `_arguments.py`, the meaning in `reference.py`, the work in `_core`
+(src/bindings.cpp).
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from fastattn import _core, reference
-from fastattn._arguments import boolean, check, result_array
+from fastattn._arguments import (
+    MASK_NAMES,
+    boolean,
+    check,
+    floats,
+    pair_array,
+    result_array,
+    sizes,
+)
 from fastattn._report import Report
 
 if TYPE_CHECKING:
@@ -82,9 +91,10 @@ def attention(
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     """Compute exact softmax attention, ``softmax(scale * query @ key.T + ...) @ value``.
 
-    The scores are never held as a q_len x kv_len array: tiles of keys pass by while a running maximum
-    and sum are kept for each query [1]_. Every combination of arguments runs in one fused kernel, and
-    pairs that is_causal, window, kv_lengths or a whole tile of the mask exclude cost nothing.
+    The scores are never held as a q_len x kv_len array: tiles of keys pass by while a running
+    maximum and sum are kept for each query [1]_. Every combination of arguments runs in one fused
+    kernel, and pairs that is_causal, window, kv_lengths or a whole tile of the mask exclude cost
+    nothing.
 
     Parameters
     ----------
@@ -93,11 +103,13 @@ def attention(
         batch, any number of them, and broadcast without a copy. 2-D is one head, 3-D is
         (heads, length, head_dim). Any strides; a last axis that is not contiguous is copied once.
     key : array of shape (batch, kv_heads, kv_len, head_dim)
-        q_heads is a multiple of kv_heads; query head h reads key head ``h // (q_heads // kv_heads)``
-        (grouped-query and multi-query attention; keys and values are never repeated).
+        q_heads is a multiple of kv_heads; query head h reads key head
+        ``h // (q_heads // kv_heads)`` (grouped-query and multi-query attention; keys and values are
+        never repeated).
     value : array of shape (batch, kv_heads, kv_len, value_head_dim)
     mask : array, broadcastable to (batch, q_heads, q_len, kv_len), optional
-        bool: True = attend. A float dtype: added to the scores; -inf masks the pair. Never expanded.
+        bool: True = attend. A float dtype: added to the scores; -inf masks the pair. Never
+        expanded.
     bias : array, broadcastable to (batch, q_heads, q_len, kv_len), optional
         A float dtype: added to the scores, beside mask.
     scale : float, optional
@@ -105,9 +117,9 @@ def attention(
     is_causal : bool
         Query i, at position ``i + query_offset``, sees key j iff j <= that position.
     query_offset : int, or array of int broadcastable to the batch shape, optional
-        Position of the first query among the keys, negative too. Must be given with is_causal, window
-        or alibi_slopes if q_len != kv_len (else 0): 0 aligns the first query with the first key,
-        kv_len - q_len the last with the last.
+        Position of the first query among the keys, negative too. Must be given with is_causal,
+        window or alibi_slopes if q_len != kv_len (else 0): 0 aligns the first query with the first
+        key, kv_len - q_len the last with the last.
     window : (left, right), optional
         Key j is seen iff ``-left <= j - position <= right``; None is unlimited.
     softcap : float > 0, optional
@@ -130,7 +142,8 @@ def attention(
     out : ndarray of shape (batch, q_heads, q_len, value_head_dim)
         A query that sees no key gives 0.
     lse : ndarray of shape (batch, q_heads, q_len), only if return_lse
-        Natural logarithm of the sum over keys of exp(score), sinks left out; -inf if no key is seen.
+        Natural logarithm of the sum over keys of exp(score), sinks left out; -inf if no key is
+        seen.
 
     Raises
     ------
@@ -143,13 +156,13 @@ def attention(
 
     Notes
     -----
-    Bitwise the same for any number of threads, any strides, and whatever else is in the batch. A NaN
-    or Inf in a key or value that a query does not see leaves its result as it is.
+    Bitwise the same for any number of threads, any strides, and whatever else is in the batch. A
+    NaN or Inf in a key or value that a query does not see leaves its result as it is.
 
     References
     ----------
-    .. [1] T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
-       2023, https://arxiv.org/abs/2307.08691
+    .. [1] T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work
+       Partitioning", 2023, https://arxiv.org/abs/2307.08691
     .. [2] O. Press et al., "Train Short, Test Long", 2021, https://arxiv.org/abs/2108.12409
     .. [3] G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
        https://arxiv.org/abs/2309.17453
@@ -163,7 +176,7 @@ def attention(
            [0.36, 0.64, 0.  ],
            [0.26, 0.26, 0.47]], dtype=float32)
     """
-    query, key, value, sizes, options = check(
+    query, key, value, known, options = check(
         query,
         key,
         value,
@@ -184,11 +197,13 @@ def attention(
         return_lse = boolean("return_lse", return_lse)
     dtype = query.dtype
     if out is None:
-        out = np.empty(sizes.out_shape, dtype)
+        out = np.empty(known.out_shape, dtype)
     else:
-        out = result_array(out, sizes.out_shape, dtype, (query, key, value, *options[:2]))
-    lse = np.empty(sizes.lse_shape, dtype) if return_lse else None
-    _core.attention(query, key, value, out, lse, sizes.batch_shape, *options)
+        out = result_array(out, known.out_shape, dtype, (query, key, value, *options[:2]))
+    lse = np.empty(known.lse_shape, dtype) if return_lse else None
+    if out.size == 0 and lse is None:
+        return out
+    _core.attention(query, key, value, out, lse, known.batch_shape, *options)
     return out if lse is None else (out, lse)
 
 
@@ -242,8 +257,12 @@ def scaled_dot_product_attention(
     is_causal = boolean("is_causal", is_causal)
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask must not be given together with is_causal=True")
+    query, key, value = floats("query", query), floats("key", key), floats("value", value)
     if not boolean("enable_gqa", enable_gqa):
         query, key, value = _equal_heads(query, key, value)
+    if attn_mask is not None:
+        known = sizes(query.shape, key.shape, value.shape)
+        attn_mask = pair_array("attn_mask", attn_mask, MASK_NAMES, known)
     return attention(
         query,
         key,
@@ -256,9 +275,9 @@ def scaled_dot_product_attention(
     )
 
 
-def _equal_heads(*arrays: Any) -> tuple[Any, ...]:
+def _equal_heads(*arrays: NDArray[Any]) -> tuple[NDArray[Any], ...]:
     """Return query, key and value with their heads broadcast; as they are where that is nothing."""
-    shapes = [np.shape(x) for x in arrays]
+    shapes = [x.shape for x in arrays]
     heads = {shape[-3] if shape[2:] else 1 for shape in shapes}
     if len(heads) == 1:
         return arrays
@@ -317,10 +336,11 @@ kv_lengths
     array([[0.67, 0.33],
            [0.33, 0.67]])
     """
-    query, key, _, _, options = check(
+    query, key = floats("query", query), floats("key", key)
+    check(
         query,
         key,
-        np.broadcast_to(np.zeros((), np.asarray(key).dtype), np.shape(key)),
+        np.broadcast_to(np.zeros((), key.dtype), key.shape),
         mask,
         bias,
         scale,
@@ -334,7 +354,6 @@ kv_lengths
         0.0,
         None,
     )
-    del options
     return reference.attention_weights(
         query,
         key,
@@ -378,18 +397,18 @@ sinks, kv_lengths
     Returns
     -------
     dict
-        Its str() is the report. `tiles` are counted over all heads and batch elements, of `query_tile`
-        queries (of all heads that share a key head) by `key_tile` keys; `skipped` is the share of them
-        that nothing is done for. `flops` are those of the two matrix products in the tiles that are
-        computed; `bytes` are those of query, key, value and result, once each; `scratch_bytes` is all
-        other memory.
+        Its str() is the report. `tiles` are counted over all heads and batch elements, of
+        `query_tile` queries (of all heads that share a key head) by `key_tile` keys; `skipped` is
+        the share of them that nothing is done for. `flops` are those of the two matrix products in
+        the tiles that are computed; `bytes` are those of query, key, value and result, once each;
+        `scratch_bytes` is all other memory.
 
     Raises
     ------
     TypeError, ValueError
-        As for `attention`.
+        As for `attention`; also if there are so many tiles that counting them would take minutes.
     """
-    query, key, value, sizes, options = check(
+    query, key, value, known, options = check(
         query,
         key,
         value,
@@ -406,7 +425,7 @@ sinks, kv_lengths
         0.0,
         None,
     )
-    plan = _core.explain(query, key, value, None, None, sizes.batch_shape, *options)
+    plan = _core.explain(query, key, value, None, None, known.batch_shape, *options)
     skipped = plan["tiles_skipped"] / plan["tiles"] if plan["tiles"] else 0.0
     return Report(
         "attention",

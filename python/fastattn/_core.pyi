@@ -3,6 +3,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 __version__: str
+MOST_THREADS: int
 
 def attention(
     query: NDArray[Any],

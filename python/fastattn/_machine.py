@@ -16,7 +16,7 @@ from fastattn._arguments import whole_number
 from fastattn._report import Report
 
 VARIABLES = ("FASTATTN_ISA", "FASTATTN_NUM_THREADS", "FASTATTN_CGROUP_ROOT", "OMP_NUM_THREADS")
-MOST_THREADS = 2**16
+MOST_THREADS = _core.MOST_THREADS
 
 
 def info() -> Report:
@@ -25,8 +25,8 @@ def info() -> Report:
     Returns
     -------
     dict
-        Its str() is the report: what to paste into a bug report. `isa` is the instruction set in use,
-        `isas` are those that this CPU can run, best first.
+        Its str() is the report: what to paste into a bug report. `isa` is the instruction set in
+        use, `isas` are those that this CPU can run, best first.
     """
     build = _core.build_info()
     return Report(
@@ -54,9 +54,9 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        1 or more; more than there are CPUs is allowed. It wins over FASTATTN_NUM_THREADS, which wins
-        over OMP_NUM_THREADS; without any of them it is the CPUs this process may use, or its control
-        group's quota if that is less.
+        1 or more; more than there are CPUs is allowed. It wins over FASTATTN_NUM_THREADS, which
+        wins over OMP_NUM_THREADS; without any of them it is the CPUs this process may use, or its
+        control group's quota if that is less.
 
     Raises
     ------

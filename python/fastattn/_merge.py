@@ -44,13 +44,13 @@ def merge(
 
     Notes
     -----
-    With ``w[i] = exp(lse[i] - max(lse))``, out is ``sum(w[i] * out[i]) / sum(w)`` [1]_. The sums are
-    taken in float64, in the order of the parts.
+    With ``w[i] = exp(lse[i] - max(lse))``, out is ``sum(w[i] * out[i]) / sum(w)`` [1]_. The sums
+    are taken in float64, in the order of the parts.
 
     References
     ----------
-    .. [1] H. Liu et al., "Ring Attention with Blockwise Transformers for Near-Infinite Context", 2023,
-       https://arxiv.org/abs/2310.01889
+    .. [1] H. Liu et al., "Ring Attention with Blockwise Transformers for Near-Infinite Context",
+       2023, https://arxiv.org/abs/2310.01889
 
     Examples
     --------
@@ -86,7 +86,8 @@ def merge(
 def _checked(parts: tuple[Any, ...]) -> tuple[list[Array], list[Array]]:
     if not parts:
         raise ValueError("parts must be one (out, lse) or more, got none")
-    outs, lses = [], []
+    outs: list[Array] = []
+    lses: list[Array] = []
     for i, part in enumerate(parts):
         if not isinstance(part, tuple | list) or len(part) != 2:
             raise TypeError(f"parts[{i}] must be a pair (out, lse), not {type(part).__name__}")

@@ -9,7 +9,7 @@ PREFIXES = ("", " K", " M", " G", " T", " P", " E")
 
 
 class Report(dict[str, Any]):
-    """A dict that prints as a title and a line per item; how a value is shown follows from its name."""
+    """A dict that prints as a title and a line per item; an item's name says how it is shown."""
 
     def __init__(self, title: str, items: dict[str, Any]) -> None:
         super().__init__(items)
@@ -29,7 +29,7 @@ def _shown(name: str, value: Any) -> str:
     if name == "flops":
         return _scaled(value, 1000, "FLOP")
     if name.endswith("bytes"):
-        return _scaled(value, 1024, "B").replace("KB", "KiB").replace("MB", "MiB")
+        return _scaled(value, 1024, "iB").replace(" iB", " B")
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items()) or "-"
     if isinstance(value, list | tuple):

@@ -134,8 +134,8 @@ def _softmax(
     positional = is_causal or window is not None or alibi_slopes is not None
     if query_offset is None and positional and q_len != kv_len:
         raise ValueError(
-            "query_offset must be given with is_causal, window or alibi_slopes if q_len differs from "
-            f"kv_len, got q_len={q_len}, kv_len={kv_len}"
+            "query_offset must be given with is_causal, window or alibi_slopes if q_len differs "
+            f"from kv_len, got q_len={q_len}, kv_len={kv_len}"
         )
     queries = _with_heads(query.astype(dtype))
     keys = _repeat_heads(key.astype(dtype), queries.shape[-3])

@@ -141,7 +141,7 @@ class Panel {
     int64_t end() const { return passes.end; }
 
     void attend_tile(int64_t tile) {
-        const Span keys = passes.span(tile);
+        Span keys = passes.span(tile);
         if (keys.size() <= 0) return;
         const Seen seen = passes.classify(keys);
         if (seen == Seen::kNone) return;
@@ -164,7 +164,7 @@ class Panel {
         const int64_t first = begin() / kKeyTile, last = (end() + kKeyTile - 1) / kKeyTile;
         int64_t computed = 0;
         for (int64_t tile = first; tile < last; ++tile) {
-            const Span keys = passes.span(tile * kKeyTile);
+            Span keys = passes.span(tile * kKeyTile);
             const Seen seen = passes.classify(keys);
             counts.edge += seen == Seen::kSome;
             computed += seen != Seen::kNone;

@@ -131,6 +131,7 @@ class RowArray {
     const void* rows[width];  // element [row][0]; lanes without a row repeat the block's last
     const Dtype dtype;
     const int64_t stride;
+    bool one_row = true;  // for all
 
    public:
     const bool given;
@@ -140,6 +141,7 @@ class RowArray {
         if (!given) return;
         for (int i = 0; i < width; ++i) {
             rows[i] = block.rows[i < block.row_count ? i : block.row_count - 1].*array;
+            one_row &= rows[i] == rows[0];
         }
     }
 
@@ -154,6 +156,22 @@ class RowArray {
                 look(row + keys.begin * stride, stride, keys.size(), any_hidden, any_seen);
             }
             return !any_seen ? Seen::kNone : any_hidden ? Seen::kSome : Seen::kAll;
+        });
+    }
+
+    // The keys without those at either end that the array hides from all rows, such as padding; in
+    // whole steps of the micro-kernel.
+    Span narrowed(Span keys) const {
+        if (!given || !one_row) return keys;
+        return with_element(dtype, [&](auto* element) {
+            const auto* row = static_cast<decltype(element)>(rows[0]);
+            constexpr int64_t step = micro_rows(Columns);
+            int64_t begin = keys.begin, end = keys.end;
+            while (begin < end && hides(row[begin * stride])) ++begin;
+            while (begin < end && hides(row[(end - 1) * stride])) --end;
+            begin -= (begin - keys.begin) % step;
+            end += (keys.end - end) % step;
+            return Span{begin, end};
         });
     }
 
@@ -304,11 +322,14 @@ class ScorePasses {
         }
     }
 
-    Seen classify(Span keys) const {
+    // Takes off `keys` what is hidden from all rows at either end, as far as that is plain to see.
+    Seen classify(Span& keys) const {
         const Seen by_mask = mask.classify(keys);
         if (by_mask == Seen::kNone) return Seen::kNone;
         const Seen by_bias = bias.classify(keys);
         if (by_bias == Seen::kNone) return Seen::kNone;
+        if (by_mask == Seen::kSome) keys = mask.narrowed(keys);
+        if (by_bias == Seen::kSome) keys = bias.narrowed(keys);
         const bool plain = by_mask == Seen::kAll && by_bias == Seen::kAll && block.softcap == 0 &&
                            !block.alibi && keys.begin >= inner_begin && keys.end <= inner_end;
         return plain ? Seen::kAll : Seen::kSome;

@@ -175,7 +175,7 @@ def serve() -> None:
 
 def _reason(error: Exception) -> str:
     """One short line."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # jax's
         return "not enough memory"
     line = " ".join(str(error).split()) or type(error).__name__
     line = line.rsplit("Status Message: ", 1)[-1]  # onnxruntime's text before it says nothing

@@ -26,7 +26,7 @@ constexpr int kMostPanels = 4, kMostPanelsInWindow = 8;
 constexpr size_t kPanelBytes = 384 << 10;  // of one thread
 constexpr size_t kAllPanelBytes = 8 << 20;
 constexpr int64_t kBlocksPerThread = 16;
-constexpr double kMostCounted = 1e10;     // tiles, by plan(): a minute
+constexpr double kMostVisited = 2e7;      // tiles, by plan(): seconds
 constexpr double kFlopsPerSecond = 50e9;  // of one thread, roughly: only to tell small calls apart
 
 int64_t size_of(Dtype dtype) {
@@ -95,20 +95,7 @@ class Call {
     }
 
     Plan plan() const {
-        TileCounts counts{};
-        const double tiles = double(items_) * double(block_rows_) / functions_.panel_rows *
-                             double(args_.kv_len) / functions_.key_tile;
-        if (tiles > kMostCounted) {
-            throw std::invalid_argument("explain counts the tiles of a call one by one, at most " +
-                                        std::to_string(int64_t(kMostCounted)) + ", but there are " +
-                                        std::to_string(tiles));
-        }
-        if (items_ > 0) {
-            const Memory memory = scratch(1);
-            for (int64_t item = 0; item < items_; ++item) {
-                functions_.count(block(item, memory.get(), {}), counts);
-            }
-        }
+        const TileCounts counts = items_ == 0 ? TileCounts{} : count();
         Plan plan;
         plan.query_tile = functions_.panel_rows;
         plan.key_tile = functions_.key_tile;
@@ -123,6 +110,69 @@ class Call {
 
    private:
     using Memory = std::unique_ptr<char, decltype(&std::free)>;
+
+    // Counts one of each batch elements, heads and blocks that are alike, as often as it occurs.
+    TileCounts count() const {
+        const int64_t batches = items_ / blocks_ / args_.kv_heads;
+        const int64_t some_batches = batches_are_alike(batches) ? 1 : batches;
+        const int64_t some_heads = heads_are_alike() ? 1 : args_.kv_heads;
+        // The first is the one that may be less than full.
+        const int64_t some_blocks = blocks_are_alike() ? std::min<int64_t>(blocks_, 2) : blocks_;
+        require_few(double(some_batches) * double(some_heads) * double(some_blocks));
+
+        const Memory memory = scratch(1);
+        TileCounts counts{};
+        for (int64_t i = 0; i < some_batches * some_heads * some_blocks; ++i) {
+            const int64_t index = i % some_blocks;
+            const int64_t head = i / some_blocks % some_heads;
+            const int64_t batch = i / some_blocks / some_heads;
+            TileCounts one{};
+            functions_.count(
+                block((batch * args_.kv_heads + head) * blocks_ + index, memory.get(), {}), one);
+            int64_t times = batches / some_batches * (args_.kv_heads / some_heads);
+            if (index > 0) times *= (blocks_ - 1) / (some_blocks - 1);
+            counts.skipped += times * one.skipped;
+            counts.edge += times * one.edge;
+            counts.computed += times * one.computed;
+            counts.pairs += times * one.pairs;
+        }
+        return counts;
+    }
+
+    bool batches_are_alike(int64_t batches) const {
+        for (const Array* array : {&args_.mask, &args_.bias}) {
+            for (const int64_t stride : array->batch_strides) {
+                if (stride != 0) return false;
+            }
+        }
+        for (const int64_t* array : {args_.query_offset, args_.kv_lengths}) {
+            for (int64_t i = 1; array != nullptr && i < batches; ++i) {
+                if (array[i] != array[0]) return false;
+            }
+        }
+        return true;
+    }
+
+    bool heads_are_alike() const {
+        return args_.mask.head_stride == 0 && args_.bias.head_stride == 0;
+    }
+
+    bool blocks_are_alike() const {
+        return heads_are_alike() && args_.mask.row_stride == 0 && args_.bias.row_stride == 0 &&
+               args_.left == kUnlimited && args_.right == kUnlimited;
+    }
+
+    void require_few(double blocks) const {
+        const bool every_tile = args_.mask.data != nullptr || args_.bias.data != nullptr;
+        const double tiles = blocks * double(block_rows_) / functions_.panel_rows *
+                             (every_tile ? double(args_.kv_len) / functions_.key_tile : 1);
+        if (tiles <= kMostVisited) return;
+        throw std::invalid_argument(
+            "explain looks at each tile of a mask or bias, and at one of each row of tiles in a "
+            "window or below a diagonal, at most " +
+            std::to_string(int64_t(kMostVisited)) + ", but there are " +
+            std::to_string(int64_t(tiles)));
+    }
 
     static size_t rounded(size_t bytes) {
         return (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
@@ -151,7 +201,7 @@ class Call {
     // Keys that a window leaves to a row.
     int64_t visible_at_most() const {
         if (args_.left == kUnlimited || args_.right == kUnlimited) return args_.kv_len;
-        return args_.left + args_.right + 1;
+        return std::min(args_.left, args_.kv_len) + std::min(args_.right, args_.kv_len) + 1;
     }
 
     Block shared_block() const {

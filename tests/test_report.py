@@ -78,6 +78,49 @@ def test_explain_counts(isa, threads, dtype):
     assert everything["tiles_edge"] == everything["tiles"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"is_causal": True, "query_offset": -40},
+        {"window": (300, 0)},
+        {"window": (3, 2), "query_offset": [1300, 0, 900]},
+        {"window": (700, 600), "query_offset": 300, "kv_lengths": [1500, 0, 1]},
+        {"kv_lengths": [700, 700, 700], "softcap": 1.0},
+        {"kv_lengths": [1500, 129, 640], "alibi_slopes": np.ones(4)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("q_len", [1, 100, 700])
+def test_explain_counts_what_is_alike_once(isa, q_len, options):
+    """A mask that hides nothing, but says so for each pair, changes no number."""
+    query, key, value = make_problem(q_len, 1500, 8, heads=4, kv_heads=2, batch=(3,))
+    options = {"query_offset": 800} | options
+    expected = explain(query, key, value, **options)
+    for shape in ((1500,), (q_len, 1), (4, 1, 1), (3, 1, 1, 1), (3, 4, q_len, 1500)):
+        got = explain(query, key, value, mask=np.ones(shape, bool), **options)
+        assert got == expected
+    if "kv_lengths" not in options:
+        seen = np.ones((3, 1, 1, 1500), bool)
+        seen[1, ..., 256:] = False
+        masked = explain(query, key, value, mask=seen, **options)
+        each = [
+            explain(query[b], key[b], value[b], mask=seen[b], **options | offset)
+            for b in range(3)
+            for offset in [{"query_offset": np.broadcast_to(options["query_offset"], 3)[b]}]
+        ]
+        for name in ("tiles", "tiles_skipped", "tiles_edge", "flops"):
+            assert masked[name] == sum(one[name] for one in each)
+
+
+def test_a_window_that_is_wider_than_all_is_no_small_work(threads):
+    threads(3)
+    operands = make_problem(1000, 1000, 64, heads=4)
+    for window in ((10**30, 10**30), (2**62, 2**62), (2**61, 2**61 - 1), (1000, 1000)):
+        assert explain(*operands, window=window)["threads"] == 3
+
+
 def test_explain_of_nothing():
     query, key, value = make_problem(5, 7)
     for arrays in (

@@ -31,6 +31,9 @@ MASK_NAMES = ("bool", *FLOAT_NAMES)
 UNLIMITED = -1
 FARTHEST = 2**61  # positions beyond are refused
 WIDEST = 2**62  # a side of a window that no position reaches
+MOST_ELEMENTS = 2**60  # of a result: its bytes, and every count of rows or blocks, fit 63 bits
+MOST_DIM = 2**31  # of a head: scratch memory of any number of threads fits 63 bits
+MOST_PAIRS = 2**62  # of a query and a key, that explain counts
 OVERLAP_WORK = 10_000  # candidate solutions that numpy.shares_memory may look at
 
 
@@ -99,7 +102,7 @@ def check(
         right = 0
     offset = query_offset
     if query_offset is not None:
-        offset = per_batch("query_offset", query_offset, known, -FARTHEST, FARTHEST)
+        offset = per_batch("query_offset", query_offset, known, -FARTHEST, FARTHEST, usual=0)
     elif known.q_len != known.kv_len and (
         left != UNLIMITED or right != UNLIMITED or alibi_slopes is not None
     ):
@@ -109,13 +112,19 @@ def check(
             "(0: the first query stands at the first key; kv_len - q_len: the last at the last), "
             f"got q_len={known.q_len}, kv_len={known.kv_len}"
         )
-    softcap = 0.0 if softcap is None else positive_number("softcap", softcap)
+    if softcap is None:
+        softcap = 0.0
+    else:
+        softcap = min(positive_number("softcap", softcap), large(query.dtype))
     if alibi_slopes is not None:
-        alibi_slopes = slopes_per_head(alibi_slopes, known)
+        shape = (*known.batch_shape, known.q_heads)
+        alibi_slopes = slopes_per_head(alibi_slopes, known.q_heads, shape)
+        alibi_slopes = filled(alibi_slopes, shape, query.dtype) if known.has_pairs else None
     if sinks is not None:
         sinks = logits_per_head("sinks", sinks, known.q_heads)
+        sinks = filled(sinks, sinks.shape, query.dtype) if known.has_pairs else None
     if kv_lengths is not None:
-        kv_lengths = per_batch("kv_lengths", kv_lengths, known, 0, known.kv_len)
+        kv_lengths = per_batch("kv_lengths", kv_lengths, known, 0, known.kv_len, known.kv_len)
     if type(dropout_p) is not float or dropout_p != 0.0:
         no_dropout(dropout_p)
     if seed is not None:
@@ -134,6 +143,7 @@ def floats(name: str, x: Any) -> Array:
     contiguous = array.shape[-1:] <= (1,) or array.strides[-1] == array.itemsize
     if contiguous and array.flags.aligned and array.dtype.isnative:
         return array
+    head_dim_within(name, array.shape)  # now: the last axis may be one number, repeated
     return copied(array, array.ndim - 1)
 
 
@@ -152,9 +162,20 @@ def as_array(name: str, x: Any, kinds: str) -> Array:
 
 def copied(array: Array, axes: int) -> Array:
     """Return an aligned, C-contiguous copy; what the first axes repeat is copied once."""
-    once = tuple(slice(1) if stride == 0 else slice(None) for stride in array.strides[:axes])
-    copy = np.array(array[once], dtype=array.dtype.newbyteorder("="), order="C")
-    return np.broadcast_to(copy, array.shape)
+    dtype = array.dtype.newbyteorder("=")
+    return np.broadcast_to(np.array(distinct(array, axes), dtype=dtype, order="C"), array.shape)
+
+
+def distinct(array: Array, axes: int) -> Array:
+    """Return the array without what its first axes repeat: all its values, in little memory."""
+    strides = array.strides[:axes]
+    return array[tuple(slice(1) if stride == 0 else slice(None) for stride in strides)]
+
+
+def head_dim_within(name: str, shape: tuple[int, ...]) -> None:
+    """Accept what scratch memory can be counted for."""
+    if shape[-1] >= MOST_DIM:
+        raise ValueError(f"{name} must have a head_dim below 2**31, got {name}.shape={shape}")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -166,6 +187,7 @@ def sizes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) 
                 f"{name} must have 2 axes or more, (batch, heads, length, head_dim) or the last of "
                 f"these, got {name}.shape={shape}"
             )
+        head_dim_within(name, shape)
     q_len, head_dim = query[-2:]
     kv_len, value_head_dim = value[-2:]
     q_heads, kv_heads, value_heads = (
@@ -186,13 +208,15 @@ def sizes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) 
         raise ValueError(f"value has kv_len {kv_len} but key has kv_len {key[-2]} {both}")
     if value_heads != kv_heads:
         raise ValueError(f"value has {value_heads} heads but key has {kv_heads} {both}")
-    try:
-        batch_shape = np.broadcast_shapes(query[:-3], key[:-3], value[:-3])
-    except ValueError:
+    got = f"got query.shape={query}, key.shape={key}, value.shape={value}"
+    batch_shape = broadcast(query[:-3], key[:-3], value[:-3])
+    if batch_shape is None:
+        raise ValueError(f"the batch axes of query, key and value must broadcast, {got}")
+    counts = (*batch_shape, max(q_heads, kv_heads), q_len, value_head_dim)
+    if math.prod(max(count, 1) for count in counts) >= MOST_ELEMENTS:
         raise ValueError(
-            "the batch axes of query, key and value must broadcast, "
-            f"got query.shape={query}, key.shape={key}, value.shape={value}"
-        ) from None
+            f"batch x heads x q_len x value_head_dim must be below 2**60 (0 counts as 1), {got}"
+        )
     heads = (q_heads,) if max(len(query), len(key), len(value)) > 2 else ()
     lse_shape = (*batch_shape, *heads, q_len)
     return Sizes(
@@ -205,6 +229,24 @@ def sizes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) 
         scale=1 / math.sqrt(head_dim),
         has_pairs=0 not in lse_shape and kv_len > 0,
     )
+
+
+def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the shape that they broadcast to, of any size; None if they do not."""
+    ndim = max(map(len, shapes))
+    axes = list(zip(*((1,) * (ndim - len(shape)) + shape for shape in shapes), strict=True))
+    whole = tuple(next((n for n in axis if n != 1), 1) for axis in axes)
+    fits = all(n in (1, m) for axis, m in zip(axes, whole, strict=True) for n in axis)
+    return whole if fits else None
+
+
+def countable(known: Sizes) -> None:
+    """Accept a call whose pairs and tiles are so few that explain can say their number."""
+    if math.prod(known.lse_shape) * known.kv_len >= MOST_PAIRS:
+        raise ValueError(
+            "batch x q_heads x q_len x kv_len must be below 2**62 for explain, got lengths "
+            f"{known.q_len} and {known.kv_len}, {math.prod(known.lse_shape[:-1])} heads in all"
+        )
 
 
 def pair_array(name: str, x: Any, dtypes: tuple[str, ...], known: Sizes) -> Array:
@@ -225,8 +267,8 @@ def pair_array(name: str, x: Any, dtypes: tuple[str, ...], known: Sizes) -> Arra
     return copied(array, array.ndim)
 
 
-def per_head(name: str, x: Any, *shapes: tuple[int, ...]) -> Array:
-    """Return numbers of one of the shapes, repeated to fill the last one, as float64."""
+def per_head(name: str, x: Any, *shapes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Return numbers of one of the shapes, and what values they have as float64."""
     kinds = ", ".join(FLOAT_NAMES[:-1]) + " or " + FLOAT_NAMES[-1]
     array = as_array(name, x, kinds)
     if array.dtype.name not in FLOAT_NAMES:
@@ -234,13 +276,13 @@ def per_head(name: str, x: Any, *shapes: tuple[int, ...]) -> Array:
     if array.shape not in shapes:
         rule = " or ".join(map(str, dict.fromkeys(shapes)))
         raise ValueError(f"{name} must have shape {rule}, got {name}.shape={array.shape}")
-    return np.array(np.broadcast_to(array, shapes[-1]), dtype=np.float64, order="C")
+    return array, distinct(array, array.ndim).astype(np.float64)
 
 
-def slopes_per_head(x: Any, known: Sizes) -> Array:
-    """Return alibi_slopes, one per batch element and head."""
-    array = per_head("alibi_slopes", x, (known.q_heads,), (*known.batch_shape, known.q_heads))
-    wrong = array[~np.isfinite(array)]
+def slopes_per_head(x: Any, q_heads: int, shape: tuple[int, ...]) -> Array:
+    """Return alibi_slopes, one per head, or per batch element and head."""
+    array, values = per_head("alibi_slopes", x, (q_heads,), shape)
+    wrong = values[~np.isfinite(values)]
     if wrong.size:
         raise ValueError(f"alibi_slopes must be finite, got {wrong[0]}")
     return array
@@ -248,36 +290,51 @@ def slopes_per_head(x: Any, known: Sizes) -> Array:
 
 def logits_per_head(name: str, x: Any, q_heads: int) -> Array:
     """Return sinks, one per head; -inf is none."""
-    array = per_head(name, x, (q_heads,))
-    wrong = array[np.isnan(array) | (array == np.inf)]
+    array, values = per_head(name, x, (q_heads,))
+    wrong = values[np.isnan(values) | (values == np.inf)]
     if wrong.size:
         raise ValueError(f"{name} must be finite or -inf, got {wrong[0]}")
     return array
 
 
-def per_batch(name: str, x: Any, known: Sizes, low: int, high: int) -> Array:
-    """Return integers in low..high, one per batch element."""
+def filled(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return the array repeated to fill a shape, as float64; finite numbers are so in the dtype."""
+    copy = np.array(np.broadcast_to(array, shape), dtype=np.float64, order="C")
+    most = large(dtype)
+    np.clip(copy, -most, most, out=copy, where=copy != -np.inf)
+    return copy
+
+
+def large(dtype: np.dtype[Any]) -> float:
+    """Return what may stand for any larger number: its product with log2(e) is still finite."""
+    return float(np.finfo(dtype).max) / 4
+
+
+def per_batch(name: str, x: Any, known: Sizes, low: int, high: int, usual: int) -> Array | None:
+    """Return integers in low..high, one per batch element; None if they say no more than usual."""
     kinds = "integers, or an int"
+    array = x
     if isinstance(x, numbers.Integral) and not isinstance(x, bool):
-        array, least, most = np.asarray(0), int(x), int(x)
+        least = most = int(x)
     else:
         array = as_array(name, x, kinds)
         if array.dtype.kind not in "iu":
             raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
-        try:
-            array = np.array(np.broadcast_to(array, known.batch_shape), order="C")
-        except ValueError:
+        if broadcast(array.shape, known.batch_shape) != known.batch_shape:
             raise ValueError(
                 f"{name} must broadcast to the batch shape {known.batch_shape}, "
                 f"got {name}.shape={array.shape}"
-            ) from None
-        least, most = (int(array.min()), int(array.max())) if array.size else (low, high)
+            )
+        values = distinct(array, array.ndim)
+        least, most = (int(values.min()), int(values.max())) if values.size else (usual, usual)
     if least < low or most > high:
         rule = f"0..kv_len = 0..{high}" if low == 0 else "-2**61..2**61"
         raise ValueError(f"{name} must be within {rule}, got {least if least < low else most}")
-    if isinstance(x, numbers.Integral):
+    if least == most == usual or not known.has_pairs:
+        return None
+    if least == most:
         return np.full(known.batch_shape, least, np.int64)
-    return array.astype(np.int64, copy=False)
+    return np.array(np.broadcast_to(array, known.batch_shape), dtype=np.int64, order="C")
 
 
 def window_sides(window: Any) -> tuple[int, int]:
@@ -341,7 +398,7 @@ def no_dropout(dropout_p: Any) -> None:
     """Accept 0 alone."""
     if not isinstance(dropout_p, numbers.Real) or isinstance(dropout_p, bool):
         raise TypeError(f"dropout_p must be a number, not {type(dropout_p).__name__}")
-    if not 0 <= float(dropout_p) < 1:
+    if not 0 <= dropout_p < 1:  # type: ignore[operator]
         raise ValueError(f"dropout_p must be within [0, 1), got dropout_p={dropout_p}")
     if dropout_p != 0:
         raise NotImplementedError(

@@ -16,6 +16,7 @@ from fastattn._arguments import (
     MASK_NAMES,
     boolean,
     check,
+    countable,
     floats,
     pair_array,
     result_array,
@@ -340,7 +341,7 @@ kv_lengths
     check(
         query,
         key,
-        np.broadcast_to(np.zeros((), key.dtype), key.shape),
+        key,  # any value of the right shape
         mask,
         bias,
         scale,
@@ -406,7 +407,8 @@ sinks, kv_lengths
     Raises
     ------
     TypeError, ValueError
-        As for `attention`; also if there are so many tiles that counting them would take minutes.
+        As for `attention`; also if there are so many tiles, made unlike by a mask, bias or
+        positions, that looking at them would take long.
     """
     query, key, value, known, options = check(
         query,
@@ -425,6 +427,7 @@ sinks, kv_lengths
         0.0,
         None,
     )
+    countable(known)
     plan = _core.explain(query, key, value, None, None, known.batch_shape, *options)
     skipped = plan["tiles_skipped"] / plan["tiles"] if plan["tiles"] else 0.0
     return Report(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn._arguments import as_array, logits_per_head
+from fastattn._arguments import as_array, filled, logits_per_head
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -76,7 +76,7 @@ def merge(
         merged_lse = (np.log(denominator) + top).astype(lses[0].dtype)
         if sinks is not None:
             heads = outs[0].shape[-3] if outs[0].ndim > 2 else 1
-            logits = logits_per_head("sinks", sinks, heads)
+            logits = filled(logits_per_head("sinks", sinks, heads), (heads,), np.dtype(np.float64))
             denominator += np.exp((logits[:, None] if outs[0].ndim > 2 else logits) - top)
         denominator[merged_lse == -np.inf] = 1
         total /= denominator[..., None]

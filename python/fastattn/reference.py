@@ -162,7 +162,7 @@ def _softmax(
         if alibi_slopes is not None:
             slopes = np.asarray(alibi_slopes).astype(dtype)[..., None, None]
             scores = scores - slopes * np.abs(distance).astype(dtype)
-        left, right = (None, None) if window is None else window
+        left, right = (side if side is None else int(side) for side in window or (None, None))
         if is_causal:
             seen = seen & (distance <= 0)
         if left is not None:

@@ -136,6 +136,9 @@ def test_arrays_of_other_kinds():
     assert_same_bits(
         merge(*[(out[..., ::-1], lse) for out, lse in parts])[0], expected[0][..., ::-1]
     )
+    swapped = [tuple(x.astype(x.dtype.newbyteorder("S")) for x in part) for part in parts]
+    assert_same_bits(merge(parts[0], *swapped[1:]), expected)
+    assert_same_bits(merge(*swapped), expected)
     kept = [(out.copy(), lse.copy()) for out, lse in parts]
     merge(*parts, sinks=np.zeros(4))
     for part, copy in zip(parts, kept, strict=True):

@@ -98,7 +98,7 @@ def _checked(parts: tuple[Any, ...]) -> tuple[list[Array], list[Array]]:
                 raise TypeError(
                     f"{name} must be an array of float32 or float64, not {array.dtype.name}"
                 )
-            arrays.append(array)
+            arrays.append(array.astype(array.dtype.newbyteorder("="), copy=False))
         if outs[i].ndim < 2 or outs[i].shape[:-1] != lses[i].shape:
             raise ValueError(
                 f"parts[{i}] must have an out of shape (..., q_len, value_head_dim) and an lse of "

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What info and explain say is so, and the number of threads is what was set."""
+"""What info, explain and selftest say is so, and the number of threads is what was set."""
+
+import os
 
 import numpy as np
 import pytest
@@ -179,3 +181,24 @@ def attend_with_the_most_threads():
 
 def test_the_most_threads_that_are_allowed():
     assert run(attend_with_the_most_threads, timeout=60)
+
+
+def selftest_with_a_child_that_fails():
+    from fastattn import _selftest
+
+    parent, attention = os.getpid(), fastattn.attention
+
+    def fail_in_a_child(*arguments):
+        if os.getpid() != parent:
+            raise MemoryError
+        return attention(*arguments)
+
+    fastattn.attention = fail_in_a_child
+    try:
+        return _selftest._fork()
+    except AssertionError as error:
+        return str(error) if os.getpid() == parent else "the child went on"
+
+
+def test_selftest_ends_its_child():
+    assert run(selftest_with_a_child_that_fails) == "status 2"

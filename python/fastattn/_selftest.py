@@ -163,8 +163,11 @@ def _fork() -> str:
     expected = fastattn.attention(*operands)
     child = os.fork()
     if child == 0:
-        signal.alarm(CHILD_SECONDS)
-        os._exit(int(not np.array_equal(fastattn.attention(*operands), expected)))
+        try:
+            signal.alarm(CHILD_SECONDS)
+            os._exit(int(not np.array_equal(fastattn.attention(*operands), expected)))
+        finally:  # whatever it raised, it must not go on with the parent's work
+            os._exit(2)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == -signal.SIGALRM:
         raise AssertionError(f"the child hung for {CHILD_SECONDS} s")

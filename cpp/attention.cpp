@@ -211,6 +211,8 @@ class Call {
         block.head_dim = args_.head_dim;
         block.value_head_dim = args_.value_head_dim;
         block.kv_len = args_.kv_len;
+        block.query_dtype = args_.query.dtype;
+        block.kv_dtype = args_.key.dtype;
         block.mask_dtype = args_.mask.dtype;
         block.bias_dtype = args_.bias.dtype;
         block.mask_stride = args_.mask.col_stride;

@@ -24,8 +24,10 @@ struct Array {
 
 constexpr int64_t kUnlimited = -1;
 
-// One call. query, key, value and out share a dtype, float32 or float64, which is also the type of
-// lse and of all arithmetic. Their last axis is contiguous. Trusted: the caller has checked it.
+// One call. query and out share a dtype, and so do key and value: all float64, which is then the
+// type of lse and of all arithmetic; or float32 or half precision, and then it is float32.
+// Half-precision queries have keys and values of the same dtype. The last axis is contiguous.
+// Trusted: the caller has checked it.
 struct AttentionArgs {
     Array query, key, value, out;
     Array lse;         // cols absent; null: not asked for

@@ -18,6 +18,7 @@
 // exactly 1.
 #include "kernel.h"
 
+#include "elements.h"
 #include "kernel_scores.h"
 #include "vec.h"
 
@@ -77,6 +78,9 @@ template <class T>
 struct Shared {
     T* scores;   // (kKeyTile, width of the panel) S^T, then P^T
     T* staging;  // (kKeyTile, value_head_dim or lanes) rows of a mask, or values to use instead
+    T* key;      // (kKeyTile, head_dim) and
+    T* value;    // (kKeyTile, value_head_dim): half precision, widened
+    int64_t tile = -1;  // that key and value are those of
 };
 
 // Rows that fill up to Columns vectors, and what is known of them after the tiles so far.
@@ -97,6 +101,11 @@ class Panel {
     T* const total;  // (value_head_dim) O^T of the groups before
     T* const scores;
     T* const staging;
+    Shared<T>* const shared;
+
+    // Of the tile, in T.
+    const T *tile_key, *tile_value;
+    int64_t key_stride, value_stride;
 
     V row_max[Columns], row_sum[Columns], total_sum[Columns], total_max[Columns];
     V tile_max[Columns], rescale[Columns];
@@ -121,7 +130,7 @@ class Panel {
     }
 
     // Rows [first, first + count) of a block; scratch: scratch_elements().
-    Panel(const Block& whole, int first, int count, T* scratch, Shared<T> shared)
+    Panel(const Block& whole, int first, int count, T* scratch, Shared<T>* in_turn)
         : block(part(whole, first, count)),
           rows_to_come(whole.row_count - first - count),
           head_dim(block.head_dim),
@@ -130,8 +139,9 @@ class Panel {
           query(scratch),
           acc(query + head_dim * width),
           total(acc + value_head_dim * width),
-          scores(shared.scores),
-          staging(shared.staging),
+          scores(in_turn->scores),
+          staging(in_turn->staging),
+          shared(in_turn),
           group(passes.begin / kGroup) {}
 
     // Panels are made in scratch memory and need no end.
@@ -150,7 +160,8 @@ class Panel {
             close_group();
             group = tile / kGroup;
         }
-        attend(keys, seen);
+        find_operands(tile);
+        attend(keys, seen, keys.begin - tile);
     }
 
     void finish() {
@@ -184,11 +195,12 @@ class Panel {
     // As late as can be, so that the panels before it compute while its query comes from memory.
     void start() {
         for (int i = 0; i < rows_to_come && i < width; ++i) {
-            prefetch(static_cast<const T*>(block.rows[block.row_count + i].query), head_dim);
+            prefetch(static_cast<const T*>(block.rows[block.row_count + i].query),
+                     query_items(head_dim));
         }
         load_query();
         for (int i = 0; i < block.row_count; ++i) {
-            prefetch<1>(static_cast<const T*>(block.rows[i].out), value_head_dim);
+            prefetch<1>(static_cast<const T*>(block.rows[i].out), query_items(value_head_dim));
         }
         clear(acc);
         for (int c = 0; c < Columns; ++c) {
@@ -196,6 +208,34 @@ class Panel {
             row_sum[c] = T(0);
         }
         has_started = true;
+    }
+
+    // As many T as so many elements of the query fill.
+    int64_t query_items(int64_t count) const {
+        return block.query_dtype == kDtype<T> ? count : (count + 1) / 2;
+    }
+
+    // Keys and values are read where they lie, or else widened once for all panels.
+    void find_operands(int64_t tile) {
+        with_operand<T>(block.kv_dtype, [&]<class Element>(const Element*) {
+            const auto* key = static_cast<const Element*>(block.key) + tile * block.key_stride;
+            const auto* value =
+                static_cast<const Element*>(block.value) + tile * block.value_stride;
+            if constexpr (sizeof(Element) == sizeof(T)) {
+                tile_key = key, key_stride = block.key_stride;
+                tile_value = value, value_stride = block.value_stride;
+            } else {
+                if (shared->tile != tile) {
+                    const int64_t left = block.kv_len - tile;
+                    const int64_t keys = left < kKeyTile ? left : kKeyTile;
+                    widen(key, block.key_stride, keys, head_dim, shared->key);
+                    widen(value, block.value_stride, keys, value_head_dim, shared->value);
+                    shared->tile = tile;
+                }
+                tile_key = shared->key, key_stride = head_dim;
+                tile_value = shared->value, value_stride = value_head_dim;
+            }
+        });
     }
 
     void clear(T* matrix) const {
@@ -208,15 +248,18 @@ class Panel {
     void load_query() {
         const V scale = T(block.softcap != 0 ? block.scale / block.softcap : block.scale * kLog2e);
         for (int c = 0; c < Columns; ++c) {
-            const auto too_large = load_rows(c, scale);
-            score_scale[c] = select<T>(too_large, scale, V(T(1)));
-            if (!any<T>(too_large)) continue;
-            load_rows(c, select<T>(too_large, V(T(1)), scale));
-            scale_scores = true;
+            with_operand<T>(block.query_dtype, [&]<class Element>(const Element*) {
+                const auto too_large = load_rows<Element>(c, scale);
+                score_scale[c] = select<T>(too_large, scale, V(T(1)));
+                if (!any<T>(too_large)) return;
+                load_rows<Element>(c, select<T>(too_large, V(T(1)), scale));
+                scale_scores = true;
+            });
         }
     }
 
     // Loads one vector of rows, times scale; returns which of them that took out of range.
+    template <class Element>
     typename V::Mask load_rows(int c, V scale) const {
         const Row* const rows = block.rows + c * lanes;
         const int rows_here = block.row_count - c * lanes;
@@ -227,13 +270,13 @@ class Panel {
             if (n == lanes && rows_here >= lanes) {
 #pragma GCC unroll 16
                 for (int i = 0; i < lanes; ++i) {
-                    square[i] = V::load(static_cast<const T*>(rows[i].query) + d);
+                    square[i] = load(static_cast<const Element*>(rows[i].query) + d);
                 }
             } else {
                 for (int i = 0; i < lanes; ++i) {
                     T part[lanes] = {};
                     for (int k = 0; i < rows_here && k < n; ++k) {
-                        part[k] = static_cast<const T*>(rows[i].query)[d + k];
+                        part[k] = added<T>(static_cast<const Element*>(rows[i].query)[d + k]);
                     }
                     square[i] = V::load(part);
                 }
@@ -248,18 +291,19 @@ class Panel {
         return too_large;
     }
 
-    void attend(Span keys, Seen seen) {
-        const T* value = static_cast<const T*>(block.value) + keys.begin * block.value_stride;
-        int64_t value_stride = block.value_stride;
+    // first: where the keys begin in the tile.
+    void attend(Span keys, Seen seen, int64_t first) {
+        const T* value = tile_value + first * value_stride;
+        int64_t stride = value_stride;
         passes.find_cuts(keys, cuts);
         passes.prefetch(keys);
-        compute_scores(keys);
+        compute_scores(keys, tile_key + first * key_stride);
         if (scale_scores) apply_score_scale(keys);
         if (seen == Seen::kSome) {
             passes.apply(scores, keys, staging);
             if (find_tile_max(keys) && set_nonfinite_apart(value, keys)) {
                 value = staging;
-                value_stride = value_head_dim;
+                stride = value_head_dim;
             }
         }
         softmax(keys);
@@ -267,10 +311,10 @@ class Panel {
         in_steps<micro_rows(Columns)>(0, value_head_dim, [&]<int Rows>(int64_t d) {
             if (whole) {
                 V sum[Rows][Columns] = {};
-                multiply<0, Columns>(value + d, 1, value_stride, scores, keys.size(), sum);
+                multiply<0, Columns>(value + d, 1, stride, scores, keys.size(), sum);
                 add_to_acc(d, sum);
             } else {
-                add_between_cuts<Rows>(d, value, value_stride);
+                add_between_cuts<Rows>(d, value, stride);
             }
         });
     }
@@ -298,8 +342,7 @@ class Panel {
         add_to_acc(d, sum);
     }
 
-    void compute_scores(Span keys) {
-        const T* key = static_cast<const T*>(block.key) + keys.begin * block.key_stride;
+    void compute_scores(Span keys, const T* key) {
         for (int64_t d = 0; d < head_dim; d += kDepth) {
             const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
             V largest[Columns];
@@ -307,7 +350,7 @@ class Panel {
             between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
                 in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
                     V sum[Rows][Columns] = {};
-                    multiply<First, Last>(key + j * block.key_stride + d, block.key_stride, 1,
+                    multiply<First, Last>(key + j * key_stride + d, key_stride, 1,
                                           query + d * width, depth, sum);
 #pragma GCC unroll 16
                     for (int r = 0; r < Rows; ++r) {
@@ -382,11 +425,11 @@ class Panel {
     bool set_nonfinite_apart(const T* value, Span keys) {
         bool found = false;
         passes.hidden_keys(keys, [&](int64_t first, int64_t last) {
-            found |= !all_finite(value + (first - keys.begin) * block.value_stride, last - first);
+            found |= !all_finite(value + (first - keys.begin) * value_stride, last - first);
         });
         if (!found) return false;
         for (int64_t j = 0; j < keys.size(); ++j) {
-            const T* from = value + j * block.value_stride;
+            const T* from = value + j * value_stride;
             for (int64_t d = 0; d < value_head_dim; ++d) {
                 const bool finite = from[d] - from[d] == 0;
                 staging[j * value_head_dim + d] = finite ? from[d] : T(0);
@@ -404,7 +447,7 @@ class Panel {
     bool all_finite(const T* row, int64_t rows) const {
         typename V::Mask bad = {};
         bool rest_finite = true;
-        for (; rows > 0; --rows, row += block.value_stride) {
+        for (; rows > 0; --rows, row += value_stride) {
             int64_t d = 0;
             for (; d + lanes <= value_head_dim; d += lanes) {
                 bad |= ~is_finite<T>(V::load(row + d));
@@ -454,7 +497,9 @@ class Panel {
             const V factor = select<T>(all == V(T(0)), V(T(0)), shrink / all);
             row_max[c].store(largest);
             sums[c].store(denominator);
-            store_out(sum + c * lanes, factor, c * lanes);
+            with_operand<T>(block.query_dtype, [&]<class Element>(const Element*) {
+                store_out<Element>(sum + c * lanes, factor, c * lanes);
+            });
             for (int i = 0; i < lanes && c * lanes + i < block.row_count; ++i) {
                 const Row& row = block.rows[c * lanes + i];
                 if (row.lse == nullptr) continue;
@@ -465,6 +510,7 @@ class Panel {
     }
 
     // Transposes `lanes` rows of the result into place.
+    template <class Element>
     void store_out(const T* sum, V factor, int first_row) const {
         for (int64_t d = 0; d < value_head_dim; d += lanes) {
             const int64_t n = value_head_dim - d < lanes ? value_head_dim - d : lanes;
@@ -475,12 +521,12 @@ class Panel {
             }
             transpose<T>(square);
             for (int i = 0; i < lanes && first_row + i < block.row_count; ++i) {
-                T* out = static_cast<T*>(block.rows[first_row + i].out) + d;
+                Element* out = static_cast<Element*>(block.rows[first_row + i].out) + d;
                 if (n == lanes) {
-                    square[i].store(out);
+                    fastattn::store(square[i], out);
                 } else {
-                    T part[lanes];
-                    square[i].store(part);
+                    Element part[lanes];
+                    fastattn::store(square[i], part);
                     for (int k = 0; k < n; ++k) out[k] = part[k];
                 }
             }
@@ -506,7 +552,7 @@ struct Cut {
     using Full = Panel<T, kColumns>;
 
     int full, last_rows;
-    int64_t score_elements, staging_elements;
+    int64_t score_elements, staging_elements, key_elements, value_elements;
 
     explicit Cut(const Block& block)
         : full((block.row_count - 1) / panel_rows), last_rows(block.row_count - full * panel_rows) {
@@ -515,6 +561,9 @@ struct Cut {
         const int64_t wide = block.value_head_dim > lanes ? block.value_head_dim : lanes;
         score_elements = keys * (full > 0 ? panel_rows : rounded(last_rows, lanes));
         staging_elements = rounded(keys, lanes) * wide;
+        const bool widened = block.kv_dtype != kDtype<T>;
+        key_elements = widened ? rounded(keys * block.head_dim, lanes) : 0;
+        value_elements = widened ? rounded(keys * block.value_head_dim, lanes) : 0;
     }
 
     static int64_t rounded(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -526,7 +575,8 @@ size_t scratch_bytes(const Block& block) {
     const int64_t last = with_columns<T>(
         cut.last_rows, [&]<int Columns>() { return Panel<T, Columns>::scratch_elements(block); });
     const int64_t elements = cut.full * Cut<T>::Full::scratch_elements(block) + last +
-                             cut.score_elements + cut.staging_elements;
+                             cut.score_elements + cut.staging_elements + cut.key_elements +
+                             cut.value_elements;
     return size_t(elements) * sizeof(T) + cut.full * sizeof(typename Cut<T>::Full);
 }
 
@@ -537,14 +587,18 @@ void with_panels(const Block& block, const Use& use) {
     const Cut<T> cut(block);
     Full* const panels = static_cast<Full*>(block.scratch);
     T* scratch = reinterpret_cast<T*>(panels + cut.full);
-    const Shared<T> shared = {scratch, scratch + cut.score_elements};
-    scratch = shared.staging + cut.staging_elements;
+    Shared<T> shared;
+    shared.scores = scratch;
+    shared.staging = shared.scores + cut.score_elements;
+    shared.key = shared.staging + cut.staging_elements;
+    shared.value = shared.key + cut.key_elements;
+    scratch = shared.value + cut.value_elements;
     for (int i = 0; i < cut.full; ++i, scratch += Full::scratch_elements(block)) {
-        new (panels + i) Full(block, i * Cut<T>::panel_rows, Cut<T>::panel_rows, scratch, shared);
+        new (panels + i) Full(block, i * Cut<T>::panel_rows, Cut<T>::panel_rows, scratch, &shared);
     }
     with_columns<T>(cut.last_rows, [&]<int Columns>() {
         Panel<T, Columns> last(block, cut.full * Cut<T>::panel_rows, cut.last_rows, scratch,
-                               shared);
+                               &shared);
         use([&](const auto& visit) {
             for (int i = 0; i < cut.full; ++i) visit(panels[i]);
             visit(last);

@@ -49,6 +49,7 @@ struct Block {
     const void* value;
     int64_t key_stride, value_stride;  // from one key to the next, in elements
     int64_t head_dim, value_head_dim, kv_len;
+    Dtype query_dtype, kv_dtype;  // of query and out, of key and value
     Dtype mask_dtype, bias_dtype;
     int64_t mask_stride, bias_stride;  // likewise
     double scale, softcap;
@@ -64,7 +65,7 @@ struct TileCounts {
     int64_t pairs;
 };
 
-// The functions for one element type.
+// The functions for arithmetic in one type; float32's take half precision too.
 struct Functions {
     int panel_rows, key_tile;
     size_t (*scratch_bytes)(const Block&);  // of the sizes and row_count alone

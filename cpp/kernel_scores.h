@@ -5,6 +5,7 @@
 // they all compose, and a tile that needs none is left alone. Called by kernel.cpp.
 #pragma once
 
+#include "elements.h"
 #include "kernel.h"
 #include "vec.h"
 
@@ -20,90 +21,6 @@ struct Span {
 
 // How many of a tile's pairs are seen; kAll also says that its scores need no pass.
 enum class Seen { kNone, kSome, kAll };
-
-template <class T>
-constexpr T kInfinity = T(__builtin_inf());
-template <class T>
-constexpr T kLowest = T(sizeof(T) == 4 ? -0x1.fffffep127 : -0x1.fffffffffffffp1023);
-
-struct Float16 {
-    uint16_t bits;
-};
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline bool hides(bool x) { return !x; }
-inline bool hides(float x) { return x == -kInfinity<float>; }
-inline bool hides(double x) { return x == -kInfinity<double>; }
-inline bool hides(Float16 x) { return x.bits == 0xfc00; }
-inline bool hides(BFloat16 x) { return x.bits == 0xff80; }
-
-inline float from_bits(uint32_t bits) {
-    float x;
-    __builtin_memcpy(&x, &bits, sizeof x);
-    return x;
-}
-inline uint32_t to_bits(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-// The number that an element of a mask or bias adds to a score.
-template <class T>
-T added(bool x) {
-    return x ? T(0) : -kInfinity<T>;
-}
-template <class T>
-T added(float x) {
-    return x;
-}
-template <class T>
-T added(double x) {
-    if (sizeof(T) == 8 || x - x != 0) return T(x);   // Inf and NaN stay
-    constexpr double highest = -double(kLowest<T>);  // only Inf may become Inf
-    return T(x > highest ? highest : x < -highest ? -highest : x);
-}
-template <class T>
-T added(BFloat16 x) {
-    return from_bits(uint32_t(x.bits) << 16);
-}
-template <class T>
-T added(Float16 x) {
-    // The product moves the exponent's bias, subnormals included; Inf and NaN get all exponent
-    // bits.
-    const float magnitude = from_bits(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
-    const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-    return from_bits(to_bits(magnitude) | special | uint32_t(x.bits & 0x8000) << 16);
-}
-
-template <class T>
-constexpr Dtype kDtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
-
-// Brings a row to the second-level cache, to be read or (Write = 1) written.
-template <int Write = 0, class Element>
-void prefetch(const Element* row, int64_t count) {
-    constexpr int64_t line = 64 / sizeof(Element);
-    for (int64_t i = 0; i < count; i += line) __builtin_prefetch(row + i, Write, 2);
-}
-
-// visit(pointer to the element type); the pointer is null.
-template <class Visit>
-auto with_element(Dtype dtype, const Visit& visit) {
-    switch (dtype) {
-        case Dtype::kBool:
-            return visit(static_cast<const bool*>(nullptr));
-        case Dtype::kFloat16:
-            return visit(static_cast<const Float16*>(nullptr));
-        case Dtype::kBFloat16:
-            return visit(static_cast<const BFloat16*>(nullptr));
-        case Dtype::kFloat64:
-            return visit(static_cast<const double*>(nullptr));
-        default:
-            return visit(static_cast<const float*>(nullptr));
-    }
-}
 
 // Does the stretch of a row hold a hidden, a seen element?
 template <class Element>

@@ -51,6 +51,10 @@ inline __m256d times_power_of_two(__m256d p, __m256d n) {
     return _mm256_mul_pd(_mm256_mul_pd(p, power), _mm256_set1_pd(0x1p-53));
 }
 
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+inline __m256 from_float16(HalfBits x) { return _mm256_cvtph_ps((__m128i)x); }
+inline HalfBits to_float16(__m256 x) { return (HalfBits)_mm256_cvtps_ph(x, 8); }
+
 inline __m256 zip_low(__m256 a, __m256 b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
 }

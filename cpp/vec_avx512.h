@@ -36,6 +36,10 @@ inline __m512d split(__m512d x, __m512d& n) {
 inline __m512 times_power_of_two(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
 inline __m512d times_power_of_two(__m512d p, __m512d n) { return _mm512_scalef_pd(p, n); }
 
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+inline __m512 from_float16(HalfBits x) { return _mm512_cvtph_ps((__m256i)x); }
+inline HalfBits to_float16(__m512 x) { return (HalfBits)_mm512_cvtps_ph(x, 8); }
+
 inline __m512 zip_low(__m512 a, __m512 b) {
     return _mm512_permutex2var_ps(
         a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);

@@ -57,6 +57,28 @@ inline Double times_power_of_two(Double p, Double n) {
     return p * (Double)(exponent << 52) * 0x1p-53;
 }
 
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+
+// The product moves the exponent's bias, subnormals included; Inf and NaN get all exponent bits.
+inline Float from_float16(HalfBits half) {
+    const Bits x = __builtin_convertvector(half, Bits);
+    const Float magnitude = (Float)((x & 0x7fff) << 13) * 0x1p112f;
+    const Bits special = (x & 0x7c00) == 0x7c00 ? Bits{} + 0x7f800000 : Bits{};
+    return (Float)((Bits)magnitude | special | (x & 0x8000) << 16);
+}
+
+// To the nearest, and to the even one of two.
+inline HalfBits to_float16(Float number) {
+    const Bits sign = (Bits)number & 0x80000000, x = (Bits)number ^ sign;
+    // A sum with 1/2 leaves the subnormal number's bits at its end, rounded.
+    const Bits small = (Bits)((Float)x + 0.5f) - 0x3f000000;
+    const Bits normal = (x + 0xc8000fff + (x >> 13 & 1)) >> 13;
+    const Bits special = x > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
+    const Bits half = x < 0x38800000 ? small : x < 0x47800000 ? normal : special;
+    return __builtin_convertvector(half | sign >> 16, HalfBits);
+}
+
 // The low (high) halves of a and b, one element of each in turn.
 inline Float zip_low(Float a, Float b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
 inline Float zip_high(Float a, Float b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }

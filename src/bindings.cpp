@@ -109,8 +109,10 @@ AttentionArgs arguments(const py::array& query, const py::array& key, const py::
     args.key = view(key, batch_shape, args.kv_heads, args.kv_len, args.head_dim);
     args.value = view(value, batch_shape, args.kv_heads, args.kv_len, args.value_head_dim);
     const Dtype dtype = args.query.dtype;
-    require(dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64, "dtype is not supported");
-    require(args.key.dtype == dtype && args.value.dtype == dtype, "dtypes differ");
+    const Dtype kv_dtype = args.key.dtype;
+    const bool half = kv_dtype == Dtype::kFloat16 || kv_dtype == Dtype::kBFloat16;
+    require(dtype != Dtype::kBool && args.value.dtype == kv_dtype, "dtypes are not supported");
+    require(kv_dtype == dtype || (half && dtype == Dtype::kFloat32), "dtypes do not go together");
     for (const Array* array : {&args.query, &args.key, &args.value}) {
         require(array->col_stride <= 1 && array->col_stride >= 0,
                 "the last axis is not contiguous");
@@ -131,7 +133,9 @@ AttentionArgs arguments(const py::array& query, const py::array& key, const py::
         auto array = py::reinterpret_borrow<py::array>(lse);
         require(array.writeable(), "lse is not writeable");
         args.lse = view(array, batch_shape, args.q_heads, args.q_len, 1, 2);
-        require(args.lse.dtype == dtype, "lse has the wrong dtype");
+        const bool wide = dtype == Dtype::kFloat64;
+        require(args.lse.dtype == (wide ? Dtype::kFloat64 : Dtype::kFloat32),
+                "lse has the wrong dtype");
     }
     if (!mask.is_none()) {
         args.mask = view(py::reinterpret_borrow<py::array>(mask), batch_shape, args.q_heads,
@@ -226,7 +230,6 @@ py::dict explain(FASTATTN_PARAMETERS) {
     const Plan plan = without_gil([&] { return plan_attention(args); });
     int64_t batch = 1;
     for (const int64_t size : args.batch_shape) batch *= size;
-    const double item = args.query.dtype == Dtype::kFloat64 ? 8 : 4;
     const double dims = double(args.head_dim + args.value_head_dim);
     py::dict report;
     report["isa"] = isa();
@@ -238,8 +241,9 @@ py::dict explain(FASTATTN_PARAMETERS) {
     report["pairs_computed"] = plan.pairs_computed;
     report["flops"] = py::int_(py::float_(2 * double(plan.pairs_computed) * dims));
     report["bytes"] =
-        py::int_(py::float_(item * double(batch) * dims *
-                            double(args.q_heads * args.q_len + args.kv_heads * args.kv_len)));
+        py::int_(py::float_(double(batch) * dims *
+                            (double(query.itemsize()) * double(args.q_heads * args.q_len) +
+                             double(key.itemsize()) * double(args.kv_heads * args.kv_len))));
     report["scratch_bytes"] = plan.scratch_bytes;
     report["threads"] = plan.threads;
     return report;

@@ -7,6 +7,7 @@ Tests import the functions from here; pytest finds the fixtures and settings by 
 import os
 
 import hypothesis
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ import fastattn
 from fastattn import _core, reference
 
 DTYPES = (np.float32, np.float64)
+HALVES = (np.float16, ml_dtypes.bfloat16)
 EXTRA_ULPS = 4  # of the largest result: what rounding the result itself may cost
 
 hypothesis.settings.register_profile("default", deadline=None)
@@ -63,7 +65,7 @@ def make_problem(
 
 def truth_of(query, key, value, **options):
     """Return out and lse by definition, in more precision than the query has."""
-    wide = np.float64 if query.dtype == np.float32 else np.longdouble
+    wide = np.longdouble if query.dtype == np.float64 else np.float64
     query, key, value = (np.asarray(x).astype(wide) for x in (query, key, value))
     out = reference.attention(query, key, value, compute_dtype=wide, **options)
     # Not reference.attention's lse, which has at most float64.
@@ -76,26 +78,34 @@ def assert_within_gate(actual, query, key, value, **options):
 
     The largest error is at most twice that of the plain formula in the same precision, beside what
     rounding the result costs. The plain formula's error counts as no less than what rounding a
-    score once causes: in a small problem it may escape that. What is not finite is the same.
+    score once causes: in a small problem it may escape that. What is not finite is the same. Half
+    precision is held against the plain formula in float32, rounded as the result is.
     """
     pair = isinstance(actual, tuple)
+    arithmetic = np.promote_types(query.dtype, np.float32)
     plain = reference.attention(
-        query, key, value, compute_dtype=query.dtype, return_lse=True, **options
+        query, key, value, compute_dtype=arithmetic, return_lse=True, **options
     )
     truth = truth_of(query, key, value, **options)
-    eps = np.finfo(query.dtype).eps
+    eps = np.finfo(arithmetic).eps
     score = np.abs(truth[1][np.isfinite(truth[1])]).max(initial=0)
-    for got, rough, expected, relative in zip(
-        actual if pair else (actual,), plain, truth, (score, 1), strict=False
+    for got, rough, expected, relative, dtype in zip(
+        actual if pair else (actual,),
+        plain,
+        truth,
+        (score, 1),
+        (query.dtype, arithmetic),
+        strict=False,
     ):
         assert got.shape == rough.shape
-        assert got.dtype == query.dtype
+        assert got.dtype == dtype
         finite = np.isfinite(expected)
         np.testing.assert_array_equal(got[~finite], expected[~finite].astype(got.dtype))
-        got, rough, expected = got[finite], rough[finite], expected[finite]
+        got, rough = got[finite].astype(expected.dtype), rough[finite].astype(expected.dtype)
+        expected = expected[finite]
         if got.size == 0:
             continue
-        ulp = eps * max(np.abs(expected).max(), np.finfo(query.dtype).tiny)
+        ulp = eps * max(np.abs(expected).max(), np.finfo(arithmetic).tiny)
         least = relative / 2 * ulp
         allowed = 2 * max(np.abs(rough - expected).max(), least) + EXTRA_ULPS * ulp
         assert np.abs(got - expected).max() <= allowed

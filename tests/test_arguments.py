@@ -19,6 +19,7 @@ import fastattn
 from fastattn import _arguments, _attention, _machine, _merge, attention
 
 QUERY, KEY, VALUE = make_problem(5, 7, 8, 3, heads=4, kv_heads=2, batch=(2,))
+HALF = QUERY.astype(np.float16)
 WHOLE = (2, 4, 5, 7)
 NAN, INF = np.nan, np.inf
 FLOATS = "float16, bfloat16, float32 or float64"
@@ -83,18 +84,17 @@ TOO_MANY = (
 # (arguments that replace those of call(), the error's type, its text)
 CASES = [
     # query, key, value: what they are
-    ({"query": None}, TypeError, "query must be an array of float32 or float64, not NoneType"),
-    ({"query": "text"}, TypeError, "query must be an array of float32 or float64, not str"),
-    ({"query": np.ma.array(QUERY)}, TypeError, "query must be an array of float32 or float64, not MaskedArray"),
-    ({"key": KEY[0, 0].view(np.matrix)}, TypeError, "key must be an array of float32 or float64, not matrix"),
-    ({"value": [[1.0], [1.0, 2.0]]}, TypeError, f"value must be an array of float32 or float64: {ragged_error()}"),
-    ({"value": object()}, TypeError, "value must be an array of float32 or float64, not object"),
+    ({"query": None}, TypeError, f"query must be an array of {FLOATS}, not NoneType"),
+    ({"query": "text"}, TypeError, f"query must be an array of {FLOATS}, not str"),
+    ({"query": np.ma.array(QUERY)}, TypeError, f"query must be an array of {FLOATS}, not MaskedArray"),
+    ({"key": KEY[0, 0].view(np.matrix)}, TypeError, f"key must be an array of {FLOATS}, not matrix"),
+    ({"value": [[1.0], [1.0, 2.0]]}, TypeError, f"value must be an array of {FLOATS}: {ragged_error()}"),
+    ({"value": object()}, TypeError, f"value must be an array of {FLOATS}, not object"),
     *(
-        ({name: x.astype(dtype)}, TypeError, f"{name} must be an array of float32 or float64, not {shown}")
+        ({name: x.astype(dtype)}, TypeError, f"{name} must be an array of {FLOATS}, not {shown}")
         for name, x in (("query", QUERY), ("key", KEY), ("value", VALUE))
         for dtype, shown in [
-            (np.float16, "float16"),
-            (ml_dtypes.bfloat16, "bfloat16"),
+            (ml_dtypes.float8_e4m3fn, "float8_e4m3fn"),
             (np.longdouble, np.dtype(np.longdouble).name),
             (np.complex64, "complex64"),
             (np.int32, "int32"),
@@ -105,6 +105,11 @@ CASES = [
     ({"key": KEY.astype(float)}, TypeError, "key must have the dtype of query, float32, not float64"),
     ({"value": VALUE.astype(float)}, TypeError, "value must have the dtype of query, float32, not float64"),
     ({"query": QUERY.astype(float)}, TypeError, "key must have the dtype of query, float64, not float32"),
+    ({"query": HALF}, TypeError, "key must have the dtype of query, float16, not float32"),
+    ({"query": HALF, "key": KEY.astype(ml_dtypes.bfloat16)}, TypeError, "key must have the dtype of query, float16, not bfloat16"),
+    ({"query": QUERY.astype(float), "key": KEY.astype(np.float16)}, TypeError, "key must have the dtype of query, float64, not float16"),
+    ({"key": KEY.astype(np.float16)}, TypeError, "value must have the dtype of key, float16, not float32"),
+    ({"value": VALUE.astype(np.float16)}, TypeError, "value must have the dtype of query, float32, not float16"),
     # their shapes
     ({"query": zeros()}, ValueError, RANK.format("query", ())),
     ({"key": zeros(8)}, ValueError, RANK.format("key", (8,))),
@@ -232,11 +237,11 @@ OTHER_CASES = [
     (lambda: sdpa(QUERY, KEY, VALUE), ValueError, "query, key and value must have equally many heads unless enable_gqa=True, got query.shape=(2, 4, 5, 8), key.shape=(2, 2, 7, 8), value.shape=(2, 2, 7, 3)"),
     (lambda: sdpa(QUERY, KEY, VALUE, enable_gqa=1), TypeError, "enable_gqa must be a bool, not int"),
     (lambda: sdpa(QUERY, KEY, VALUE, is_causal=0), TypeError, "is_causal must be a bool, not int"),
-    (lambda: sdpa([[1.0], [1.0, 2.0]], KEY, VALUE), TypeError, f"query must be an array of float32 or float64: {ragged_error()}"),
+    (lambda: sdpa([[1.0], [1.0, 2.0]], KEY, VALUE), TypeError, f"query must be an array of {FLOATS}: {ragged_error()}"),
     (lambda: sdpa(QUERY, KEY, VALUE, zeros(5, 6), enable_gqa=True), ValueError, BROADCAST.format("mask", (5, 6)).replace("mask", "attn_mask")),
     (lambda: fastattn.attention_weights(QUERY, KEY[..., :3]), ValueError, "key has head_dim 3 but query has head_dim 8 (key.shape=(2, 2, 7, 3), query.shape=(2, 4, 5, 8))"),
-    (lambda: fastattn.attention_weights(QUERY, None), TypeError, "key must be an array of float32 or float64, not NoneType"),
-    (lambda: fastattn.attention_weights(QUERY, [[1.0], [1.0, 2.0]]), TypeError, f"key must be an array of float32 or float64: {ragged_error()}"),
+    (lambda: fastattn.attention_weights(QUERY, None), TypeError, f"key must be an array of {FLOATS}, not NoneType"),
+    (lambda: fastattn.attention_weights(QUERY, [[1.0], [1.0, 2.0]]), TypeError, f"key must be an array of {FLOATS}: {ragged_error()}"),
     (lambda: fastattn.attention_weights(QUERY, KEY, is_causal=True), ValueError, NEEDS_OFFSET.format("is_causal")),
     (lambda: fastattn.explain(QUERY, KEY, VALUE, softcap=-1), ValueError, "softcap must be > 0 (None: off), got softcap=-1"),
     (lambda: fastattn.explain(*[np.broadcast_to(np.float32(1), (2**32, 1))] * 3), ValueError, "batch x q_heads x q_len x kv_len must be below 2**62 for explain, got lengths 4294967296 and 4294967296, 1 heads in all"),
@@ -248,8 +253,8 @@ OTHER_CASES = [
     (lambda: fastattn.merge(), ValueError, "parts must be one (out, lse) or more, got none"),
     (lambda: fastattn.merge(PAIR, OUT_0), TypeError, "parts[1] must be a pair (out, lse), not ndarray"),
     (lambda: fastattn.merge((OUT_0,)), TypeError, "parts[0] must be a pair (out, lse), not tuple"),
-    (lambda: fastattn.merge((None, LSE_0)), TypeError, "out of parts[0] must be an array of float32 or float64, not NoneType"),
-    (lambda: fastattn.merge((OUT_0.astype(np.float16), LSE_0)), TypeError, "out of parts[0] must be an array of float32 or float64, not float16"),
+    (lambda: fastattn.merge((None, LSE_0)), TypeError, f"out of parts[0] must be an array of {FLOATS}, not NoneType"),
+    (lambda: fastattn.merge((OUT_0.astype(int), LSE_0)), TypeError, f"out of parts[0] must be an array of {FLOATS}, not int64"),
     (lambda: fastattn.merge((OUT_0, LSE_0.astype(int))), TypeError, "lse of parts[0] must be an array of float32 or float64, not int64"),
     (lambda: fastattn.merge((OUT_0, OUT_0)), ValueError, f"parts[0] {SHAPES_OF_A_PART} out.shape=(2, 3, 4), lse.shape=(2, 3, 4)"),
     (lambda: fastattn.merge((zeros(4), zeros())), ValueError, f"parts[0] {SHAPES_OF_A_PART} out.shape=(4,), lse.shape=()"),

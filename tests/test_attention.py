@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import (
     DTYPES,
+    HALVES,
     assert_same_bits,
     assert_within_gate,
     attend_within_gate,
@@ -35,7 +36,7 @@ def with_lse(*operands, **options):
 # Every size and argument with every other.
 
 LEVELS = {
-    "dtype": DTYPES,
+    "dtype": (*DTYPES, *HALVES, "float32 beside float16", "float32 beside bfloat16"),
     "q_len": (1, 2, 11, 12, 13, 23, 24, 25, 47, 48, 49, 97),
     "kv_len": (1, 2, 63, 127, 128, 129, 255, 257),
     "head_dim": (1, 7, 8, 17, 64, 80, 128, 256, 259),
@@ -104,6 +105,9 @@ def arguments_of(case, rng):
     """Return the operands and options that a case stands for."""
     batch = case["batch"] or ()
     heads, kv_heads = case["heads"]
+    dtype, *kv_dtype = (
+        str(case["dtype"]).split(" beside ") if isinstance(case["dtype"], str) else [case["dtype"]]
+    )
     q_len, kv_len = case["q_len"], case["kv_len"]
     operands = make_problem(
         q_len,
@@ -113,8 +117,10 @@ def arguments_of(case, rng):
         heads=heads,
         kv_heads=kv_heads,
         batch=batch,
-        dtype=case["dtype"],
+        dtype=kv_dtype[0] if kv_dtype else dtype,
     )
+    if kv_dtype:
+        operands = (operands[0].astype(dtype), *operands[1:])
     if case["batch"] is None and heads == 1:
         operands = [x[0] for x in operands]
     elif case["layout"] == "repeated":
@@ -135,7 +141,7 @@ def arguments_of(case, rng):
         "column": lambda: seen[..., :1],
     }
     biases = {
-        "heads": lambda: rng.normal(size=(heads, q_len, kv_len)).astype(case["dtype"]),
+        "heads": lambda: rng.normal(size=(heads, q_len, kv_len)).astype(dtype),
         "float64": lambda: rng.normal(size=pairs)[..., ::-1, ::-1],
         "row": lambda: rng.normal(size=kv_len).astype(np.float16),
         "hiding": lambda: added[..., :1, :, :].astype(np.float32),
@@ -844,6 +850,54 @@ def test_accuracy(kv_len, q_len, spread, dtype):
     ramp = np.linspace(0, 30, kv_len)
     for bias in (ramp, ramp[::-1]):
         attend_within_gate(query, key, value, bias=bias)
+
+
+# Half precision.
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
+def test_half_precision_is_float32_rounded_once(dtype):
+    """Whichever operand is of half precision: each is widened, and the result rounded."""
+    operands, options = problem_with_everything(np.float32)
+    halves = [x.astype(dtype) for x in operands]
+    for extra in (options, {}, {"mask": options["mask"]}, {"kv_lengths": 129}):
+        out, lse = with_lse(*[x.astype(np.float32) for x in halves], **extra)
+        assert_same_bits(with_lse(*halves, **extra), (out.astype(dtype), lse))
+        wide_query = halves[0].astype(np.float32)
+        assert_same_bits(with_lse(wide_query, *halves[1:], **extra), (out, lse))
+
+
+def finite_numbers(dtype):
+    """Return all that are positive, and 0."""
+    return np.arange(np.array(INF, dtype).view(np.uint16), dtype=np.uint16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("head_dim", [1, 3, 16, 37])
+def test_every_half_precision_number(head_dim, dtype):
+    """Each comes through as itself: a query that sees one key gives its value."""
+    numbers = finite_numbers(dtype)
+    numbers = np.concatenate([numbers, -numbers])
+    numbers = np.resize(numbers, (-(-numbers.size // head_dim), head_dim))
+    key = np.zeros((len(numbers), 1), dtype)
+    out = attention(key, key, numbers, window=(0, 0))
+    assert_array_equal(out.astype(np.float32), numbers.astype(np.float32))
+    nan = attention(key[:1], key[:1], np.full((1, head_dim), np.nan, dtype))
+    assert np.isnan(nan).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
+def test_rounding_to_half_precision(dtype):
+    """To the nearest number, and to the even one of two, as NumPy and ml_dtypes round."""
+    numbers = finite_numbers(dtype)
+    numbers = numbers[numbers.astype(np.float32) < 5e37]  # the sum of four is finite
+    pairs = np.stack([numbers[:-1], numbers[1:]], axis=-1)[:, :, None]
+    pairs = np.concatenate([pairs, -pairs])
+    key = np.zeros((len(pairs), 4, 1), dtype)
+    for order in ([0, 1, 0, 1], [0, 0, 0, 1], [1, 1, 0, 1]):  # means at 1/2, 1/4 and 3/4
+        values = pairs[:, order]
+        expected = values.astype(np.float32).mean(axis=1, keepdims=True).astype(dtype)
+        assert_same_bits(attention(key[:, :1], key, values), expected)
 
 
 # The other calls with the same arguments.

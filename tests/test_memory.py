@@ -20,7 +20,7 @@ from fastattn import _core
 
 MIB = 2**20
 each_isa = pytest.mark.parametrize("isa", _core.supported_isas())
-each_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
+each_dtype = pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 
 # Guard pages, around the edges of tiles and registers.
 # (heads, kv_heads, q_len, kv_len, head_dim, value_head_dim)
@@ -79,7 +79,7 @@ def compute_between_guards(isa, dtype):
     _core.set_isa(isa)
     fastattn.set_num_threads(2)
     rng = np.random.default_rng(0)
-    gate = 1e-5 if dtype == "float32" else 1e-12
+    gate = {"float16": 2e-3, "float32": 1e-5, "float64": 1e-12}[dtype]
     layouts = itertools.cycle(["plain", "reversed", "heads inside"])
     for heads, kv_heads, q_len, kv_len, head_dim, value_head_dim in SIZES:
         query = rng.normal(size=(1, heads, q_len, head_dim)).astype(dtype)
@@ -226,7 +226,7 @@ def compute_with_small_stacks(isa, dtype):
     """Run wide heads and many features on threads whose stacks are small."""
     _core.set_isa(isa)
     rng = np.random.default_rng(0)
-    gate = 1e-5 if dtype == "float32" else 1e-12
+    gate = {"float16": 2e-3, "float32": 1e-5, "float64": 1e-12}[dtype]
     for head_dim in (64, 257, 1024):
         query = rng.normal(size=(1, 4, 130, head_dim)).astype(dtype)
         options = {"mask": rng.random((130, 130)) < 0.8, "is_causal": True, "softcap": 20.0}

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 ndarray = np.ndarray
-FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+FLOAT16, FLOAT32, FLOAT64 = map(np.dtype, (np.float16, np.float32, np.float64))
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 MASK_NAMES = ("bool", *FLOAT_NAMES)
+HALF_NAMES = FLOAT_NAMES[:2]
 UNLIMITED = -1
 FARTHEST = 2**61  # positions beyond are refused
 WIDEST = 2**62  # a side of a window that no position reaches
@@ -85,8 +86,7 @@ def check(
     """Check every argument that says what to compute; the last item is an `Options`, as a tuple."""
     query, key, value = floats("query", query), floats("key", key), floats("value", value)
     if key.dtype != query.dtype or value.dtype != query.dtype:
-        name, other = ("key", key) if key.dtype != query.dtype else ("value", value)
-        raise TypeError(f"{name} must have the dtype of query, {query.dtype}, not {other.dtype}")
+        mixed_dtypes(query.dtype, key.dtype, value.dtype)
     known = sizes(query.shape, key.shape, value.shape)
     left = right = UNLIMITED
     if mask is not None:
@@ -135,16 +135,39 @@ def check(
 
 def floats(name: str, x: Any) -> Array:
     """Return query, key or value as the core takes it: x itself if it can be read in place."""
-    if type(x) is ndarray and (x.dtype is FLOAT32 or x.dtype is FLOAT64) and x.flags.carray:
-        return x
-    array = as_array(name, x, "float32 or float64")
-    if array.dtype.name not in ("float32", "float64"):
-        raise TypeError(f"{name} must be an array of float32 or float64, not {array.dtype.name}")
+    if type(x) is ndarray and x.flags.carray:
+        dtype = x.dtype
+        if dtype is FLOAT32 or dtype is FLOAT64 or dtype is FLOAT16:
+            return x
+    array = of_dtypes(name, x, FLOAT_NAMES)
     contiguous = array.shape[-1:] <= (1,) or array.strides[-1] == array.itemsize
     if contiguous and array.flags.aligned and array.dtype.isnative:
         return array
     head_dim_within(name, array.shape)  # now: the last axis may be one number, repeated
     return copied(array, array.ndim - 1)
+
+
+def mixed_dtypes(query: np.dtype[Any], key: np.dtype[Any], value: np.dtype[Any]) -> None:
+    """Accept keys and values of half precision for a float32 query."""
+    if key != query and not (query == FLOAT32 and key.name in HALF_NAMES):
+        raise TypeError(f"key must have the dtype of query, {query}, not {key}")
+    if value != key:
+        other = "query" if key == query else "key"
+        raise TypeError(f"value must have the dtype of {other}, {key}, not {value}")
+
+
+def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype that a query of `dtype` is computed in: that of lse."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+def of_dtypes(name: str, x: Any, dtypes: tuple[str, ...]) -> Array:
+    """Return the array that x is or stands for, if it has one of the dtypes."""
+    kinds = ", ".join(dtypes[:-1]) + " or " + dtypes[-1]
+    array = as_array(name, x, kinds)
+    if array.dtype.name not in dtypes:
+        raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
+    return array
 
 
 def as_array(name: str, x: Any, kinds: str) -> Array:
@@ -251,10 +274,7 @@ def countable(known: Sizes) -> None:
 
 def pair_array(name: str, x: Any, dtypes: tuple[str, ...], known: Sizes) -> Array:
     """Return a mask or bias, never expanded."""
-    kinds = ", ".join(dtypes[:-1]) + " or " + dtypes[-1]
-    array = as_array(name, x, kinds)
-    if array.dtype.name not in dtypes:
-        raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
+    array = of_dtypes(name, x, dtypes)
     whole = (*known.batch_shape, known.q_heads, known.q_len, known.kv_len)
     fits = zip(reversed(array.shape), reversed(whole), strict=False)
     if array.ndim > len(whole) or not all(n in (1, m) for n, m in fits):
@@ -269,10 +289,7 @@ def pair_array(name: str, x: Any, dtypes: tuple[str, ...], known: Sizes) -> Arra
 
 def per_head(name: str, x: Any, *shapes: tuple[int, ...]) -> tuple[Array, Array]:
     """Return numbers of one of the shapes, and what values they have as float64."""
-    kinds = ", ".join(FLOAT_NAMES[:-1]) + " or " + FLOAT_NAMES[-1]
-    array = as_array(name, x, kinds)
-    if array.dtype.name not in FLOAT_NAMES:
-        raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
+    array = of_dtypes(name, x, FLOAT_NAMES)
     if array.shape not in shapes:
         rule = " or ".join(map(str, dict.fromkeys(shapes)))
         raise ValueError(f"{name} must have shape {rule}, got {name}.shape={array.shape}")
@@ -307,7 +324,7 @@ def filled(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 def large(dtype: np.dtype[Any]) -> float:
     """Return what may stand for any larger number: its product with log2(e) is still finite."""
-    return float(np.finfo(dtype).max) / 4
+    return float(np.finfo(arithmetic(dtype)).max) / 4
 
 
 def per_batch(name: str, x: Any, known: Sizes, low: int, high: int, usual: int) -> Array | None:

@@ -14,6 +14,7 @@ import numpy as np
 from fastattn import _core, reference
 from fastattn._arguments import (
     MASK_NAMES,
+    arithmetic,
     boolean,
     check,
     countable,
@@ -100,7 +101,9 @@ def attention(
     Parameters
     ----------
     query : array of shape (batch, q_heads, q_len, head_dim)
-        float32 or float64; key and value share the dtype. Axis -3 is heads; the axes before it are
+        float16, bfloat16 (of ml_dtypes), float32 or float64; key and value share the dtype, except
+        that they may be of half precision beside a float32 query. Half precision is computed in
+        float32. Axis -3 is heads; the axes before it are
         batch, any number of them, and broadcast without a copy. 2-D is one head, 3-D is
         (heads, length, head_dim). Any strides; a last axis that is not contiguous is copied once.
     key : array of shape (batch, kv_heads, kv_len, head_dim)
@@ -143,6 +146,7 @@ def attention(
     out : ndarray of shape (batch, q_heads, q_len, value_head_dim)
         A query that sees no key gives 0.
     lse : ndarray of shape (batch, q_heads, q_len), only if return_lse
+        float64 for a float64 query, else float32.
         Natural logarithm of the sum over keys of exp(score), sinks left out; -inf if no key is
         seen.
 
@@ -201,7 +205,7 @@ def attention(
         out = np.empty(known.out_shape, dtype)
     else:
         out = result_array(out, known.out_shape, dtype, (query, key, value, *options[:2]))
-    lse = np.empty(known.lse_shape, dtype) if return_lse else None
+    lse = np.empty(known.lse_shape, arithmetic(dtype)) if return_lse else None
     if out.size == 0 and lse is None:
         return out
     _core.attention(query, key, value, out, lse, known.batch_shape, *options)
@@ -225,7 +229,7 @@ def scaled_dot_product_attention(
     query : array of shape (..., q_heads, q_len, head_dim)
     key : array of shape (..., heads, kv_len, head_dim)
     value : array of shape (..., heads, kv_len, value_head_dim)
-        float32 or float64. All axes but the last two broadcast, unless enable_gqa.
+        Of a dtype that `attention` takes. All axes but the last two broadcast, unless enable_gqa.
     attn_mask : array, broadcastable to (..., q_heads, q_len, kv_len), optional
         bool: True = attend. A float dtype: added to the scores. Not together with is_causal.
     dropout_p : float

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn._arguments import as_array, filled, logits_per_head
+from fastattn._arguments import FLOAT_NAMES, filled, logits_per_head, of_dtypes
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -91,13 +91,12 @@ def _checked(parts: tuple[Any, ...]) -> tuple[list[Array], list[Array]]:
     for i, part in enumerate(parts):
         if not isinstance(part, tuple | list) or len(part) != 2:
             raise TypeError(f"parts[{i}] must be a pair (out, lse), not {type(part).__name__}")
-        for name, x, arrays in (("out", part[0], outs), ("lse", part[1], lses)):
+        for name, x, arrays, dtypes in (
+            ("out", part[0], outs, FLOAT_NAMES),
+            ("lse", part[1], lses, FLOAT_NAMES[2:]),
+        ):
             name = f"{name} of parts[{i}]"
-            array = as_array(name, x, "float32 or float64")
-            if array.dtype.name not in ("float32", "float64"):
-                raise TypeError(
-                    f"{name} must be an array of float32 or float64, not {array.dtype.name}"
-                )
+            array = of_dtypes(name, x, dtypes)
             arrays.append(array.astype(array.dtype.newbyteorder("="), copy=False))
         if outs[i].ndim < 2 or outs[i].shape[:-1] != lses[i].shape:
             raise ValueError(

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The types that numbers have in memory, and how they become the T of the arithmetic and back.
+// Called by kernel.cpp and kernel_scores.h.
+#pragma once
+
+#include "kernel.h"
+#include "vec.h"
+
+namespace fastattn {
+namespace {
+
+template <class T>
+constexpr T kInfinity = T(__builtin_inf());
+template <class T>
+constexpr T kLowest = T(sizeof(T) == 4 ? -0x1.fffffep127 : -0x1.fffffffffffffp1023);
+
+struct Float16 {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline bool hides(bool x) { return !x; }
+inline bool hides(float x) { return x == -kInfinity<float>; }
+inline bool hides(double x) { return x == -kInfinity<double>; }
+inline bool hides(Float16 x) { return x.bits == 0xfc00; }
+inline bool hides(BFloat16 x) { return x.bits == 0xff80; }
+
+inline float from_bits(uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+}
+inline uint32_t to_bits(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+// The element in T; for a bool, what it adds to a score.
+template <class T>
+T added(bool x) {
+    return x ? T(0) : -kInfinity<T>;
+}
+template <class T>
+T added(float x) {
+    return x;
+}
+template <class T>
+T added(double x) {
+    if (sizeof(T) == 8 || x - x != 0) return T(x);   // Inf and NaN stay
+    constexpr double highest = -double(kLowest<T>);  // only Inf may become Inf
+    return T(x > highest ? highest : x < -highest ? -highest : x);
+}
+template <class T>
+T added(BFloat16 x) {
+    return from_bits(uint32_t(x.bits) << 16);
+}
+template <class T>
+T added(Float16 x) {
+    // The product moves the exponent's bias, subnormals included; Inf and NaN get all exponent
+    // bits.
+    const float magnitude = from_bits(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
+    const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+    return from_bits(to_bits(magnitude) | special | uint32_t(x.bits & 0x8000) << 16);
+}
+
+template <class T>
+constexpr Dtype kDtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+
+// Brings a row to the second-level cache, to be read or (Write = 1) written.
+template <int Write = 0, class Element>
+void prefetch(const Element* row, int64_t count) {
+    constexpr int64_t line = 64 / sizeof(Element);
+    for (int64_t i = 0; i < count; i += line) __builtin_prefetch(row + i, Write, 2);
+}
+
+// visit(pointer to the element type); the pointer is null.
+template <class Visit>
+auto with_element(Dtype dtype, const Visit& visit) {
+    switch (dtype) {
+        case Dtype::kBool:
+            return visit(static_cast<const bool*>(nullptr));
+        case Dtype::kFloat16:
+            return visit(static_cast<const Float16*>(nullptr));
+        case Dtype::kBFloat16:
+            return visit(static_cast<const BFloat16*>(nullptr));
+        case Dtype::kFloat64:
+            return visit(static_cast<const double*>(nullptr));
+        default:
+            return visit(static_cast<const float*>(nullptr));
+    }
+}
+
+// The same for an operand of the arithmetic in T: float also takes the half-precision types.
+template <class T, class Visit>
+auto with_operand(Dtype dtype, const Visit& visit) {
+    if constexpr (sizeof(T) == 4) {
+        if (dtype == Dtype::kFloat16) return visit(static_cast<const Float16*>(nullptr));
+        if (dtype == Dtype::kBFloat16) return visit(static_cast<const BFloat16*>(nullptr));
+    }
+    return visit(static_cast<const T*>(nullptr));
+}
+
+inline Vec<float> load(const float* from) { return Vec<float>::load(from); }
+inline Vec<double> load(const double* from) { return Vec<double>::load(from); }
+inline Vec<float> load(const Float16* from) {
+    isa::HalfBits bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return isa::from_float16(bits);
+}
+inline Vec<float> load(const BFloat16* from) {
+    isa::HalfBits bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    return Vec<float>::Native(__builtin_convertvector(bits, Bits) << 16);
+}
+
+// To the nearest, and to the even one of two.
+inline void store(Vec<float> x, float* to) { x.store(to); }
+inline void store(Vec<double> x, double* to) { x.store(to); }
+inline void store(Vec<float> x, Float16* to) {
+    const isa::HalfBits bits = isa::to_float16(x.v);
+    __builtin_memcpy(to, &bits, sizeof bits);
+}
+inline void store(Vec<float> x, BFloat16* to) {
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    const Bits bits = Bits(x.v);
+    const Bits nearest = bits + 0x7fff + (bits >> 16 & 1);  // of a NaN, it might be Inf
+    const Bits kept = x.v == x.v ? nearest : bits | 0x400000;
+    const isa::HalfBits half = __builtin_convertvector(kept >> 16, isa::HalfBits);
+    __builtin_memcpy(to, &half, sizeof half);
+}
+
+// Rows of `columns` elements, one after the other in `to`.
+template <class T, class Element>
+void widen(const Element* from, int64_t stride, int64_t rows, int64_t columns, T* to) {
+    constexpr int lanes = Vec<T>::lanes;
+    for (; rows > 0; --rows, from += stride, to += columns) {
+        int64_t d = 0;
+        for (; d + lanes <= columns; d += lanes) load(from + d).store(to + d);
+        for (; d < columns; ++d) to[d] = added<T>(from[d]);
+    }
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -23,11 +23,12 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <string>
-#include <thread>
 
 namespace fastattn {
 namespace {
@@ -266,28 +267,41 @@ bool run_serially(int64_t items, Interrupt interrupt, const Body& body) {
     return !serial.stopped;
 }
 
-std::string first_line(const std::string& path) {
-    char line[64] = "";
-    if (std::FILE* const file = std::fopen(path.c_str(), "r")) {
-        if (std::fgets(line, sizeof line, file) == nullptr) line[0] = '\0';
-        std::fclose(file);
+// What follows the prefix in the first line of the file that begins with it.
+std::string line_after(const std::string& prefix, const std::string& path) {
+    char line[4096];
+    std::string rest;
+    FILE* const file = std::fopen(path.c_str(), "re");
+    while (file != nullptr && std::fgets(line, sizeof line, file) != nullptr) {
+        if (std::strncmp(line, prefix.c_str(), prefix.size()) != 0) continue;
+        rest = line + prefix.size();
+        if (rest.ends_with('\n')) rest.pop_back();
+        break;
     }
-    return line;
+    if (file != nullptr) std::fclose(file);
+    return rest;
 }
 
-// CPUs that the control group's quota is worth, rounded up; 0: no quota.
+// CPUs that the control groups' quota is worth, rounded up; 0: no quota.
 int quota() {
     const char* forced = std::getenv("FASTATTN_CGROUP_ROOT");
     const std::string root = forced != nullptr ? forced : "/sys/fs/cgroup";
-    double limit = 0, period = 0;
-    const std::string v2 = first_line(root + "/cpu.max");  // "max 100000" or "150000 100000"
-    if (!v2.empty()) {
-        if (std::sscanf(v2.c_str(), "%lf %lf", &limit, &period) != 2) return 0;
-    } else {
-        limit = std::atof(first_line(root + "/cpu/cpu.cfs_quota_us").c_str());
-        period = std::atof(first_line(root + "/cpu/cpu.cfs_period_us").c_str());
+    double cpus = std::numeric_limits<double>::infinity();
+    const auto limit_to = [&](double limit, double period) {
+        if (limit > 0 && period > 0) cpus = std::min(cpus, limit / period);
+    };
+    // Version 2: this process's group and those around it.
+    std::string group = line_after("0::", "/proc/self/cgroup");
+    for (;;) {
+        double limit = 0, period = 0;
+        const std::string line = line_after("", root + group + "/cpu.max");
+        if (std::sscanf(line.c_str(), "%lf %lf", &limit, &period) == 2) limit_to(limit, period);
+        if (group.empty()) break;
+        group.erase(std::min(group.rfind('/'), group.size() - 1));
     }
-    return limit > 0 && period > 0 ? int(std::min(std::ceil(limit / period), 1e6)) : 0;
+    limit_to(std::atof(line_after("", root + "/cpu/cpu.cfs_quota_us").c_str()),
+             std::atof(line_after("", root + "/cpu/cpu.cfs_period_us").c_str()));
+    return std::isfinite(cpus) ? int(std::min(std::ceil(cpus), 1e6)) : 0;
 }
 
 // A positive whole number, or 0.
@@ -300,13 +314,11 @@ int number_in(const char* variable) {
     return whole && number > 0 && number <= kMostThreads ? int(number) : 0;
 }
 
+// OpenMP is asked for the affinity: with OMP_PROC_BIND it has bound the calling thread to one CPU.
 int usable_cpus() {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    const bool known = sched_getaffinity(0, sizeof set, &set) == 0;
-    const int cpus = known ? CPU_COUNT(&set) : int(std::thread::hardware_concurrency());
     static const int limit = quota();
-    return std::max(1, limit > 0 ? std::min(cpus, limit) : cpus);
+    const int cpus = omp_get_num_procs();
+    return limit > 0 ? std::min(cpus, limit) : cpus;
 }
 
 std::atomic<int> wanted_threads{0};

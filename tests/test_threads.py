@@ -219,6 +219,7 @@ def threads_in_use(count=None):
         ({"OMP_NUM_THREADS": "1"}, 1),
         ({"FASTATTN_NUM_THREADS": "7"}, 7),
         ({"FASTATTN_NUM_THREADS": "7", "OMP_NUM_THREADS": "3"}, 7),
+        ({"OMP_PROC_BIND": "true"}, CPUS),
         ({"OMP_DYNAMIC": "true", "OMP_NUM_THREADS": "5"}, 5),
     ],
     ids=str,
@@ -314,6 +315,23 @@ def test_quota(tmp_path, files, cpus):
     env = {"FASTATTN_CGROUP_ROOT": str(tmp_path)}
     assert run(default_threads, env=env) == min(CPUS, cpus)
     assert run(default_threads, env=env | {"OMP_NUM_THREADS": "3"}) == 3
+
+
+@pytest.mark.parametrize("levels", [0, 1])
+def test_quota_of_this_group_and_those_around_it(tmp_path, levels):
+    groups = Path("/proc/self/cgroup")
+    lines = groups.read_text().splitlines() if groups.exists() else []
+    own = next((Path(line[3:]) for line in lines if line.startswith("0::/")), None)
+    if own is None or ".." in own.parts:
+        pytest.skip("in no control group of version 2")
+    group = tmp_path / own.relative_to("/")
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "cpu.max").write_text("max 100000\n")
+    limited = [group, *group.parents][levels]
+    if not limited.is_relative_to(tmp_path):
+        pytest.skip("in the root control group")
+    (limited / "cpu.max").write_text("100000 100000\n")
+    assert run(default_threads, env={"FASTATTN_CGROUP_ROOT": str(tmp_path)}) == 1
 
 
 # Ctrl-C and other signals, the interpreter's lock, its end.

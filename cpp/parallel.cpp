@@ -4,45 +4,41 @@
 // region and hangs in a forked child that enters one on a thread whose pool stayed in the parent.
 // So no caller ever enters a region: an owner thread does, made when first needed, and made anew
 // after a fork. The caller waits meanwhile, and looks every 50 ms whether the user wants to stop.
+// libgomp also ends the process that cannot have another thread: the owner tries that out before.
 #include "parallel.h"
 
 #include <omp.h>
+#include <pthread.h>
 #include <sched.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <cfenv>
 #include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
 #include <mutex>
-#include <system_error>
-#include <thread>
+#include <new>
+#include <string>
 
 namespace fastattn {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kPatience = std::chrono::milliseconds(50);  // between two looks at Ctrl-C
+constexpr auto kRetry = std::chrono::seconds(1);           // after threads could not be had
 constexpr double kTeamSeconds = 10e-6;                     // what waking a team costs
-constexpr int kSpareThreads = 2;  // not asked of a system that is short of them
-
-struct Job {
-    int64_t items;
-    int threads;
-    const Body* body;
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> stopped{false};
-    bool done = false;
-};
-
-bool job_stopped(void* job) {
-    return static_cast<Job*>(job)->stopped.load(std::memory_order_relaxed);
-}
+// Whatever the usual size is: libgomp puts some 200 bytes there for every thread that it makes.
+constexpr size_t kOwnerStack = 2 << 20;
 
 // The default floating-point modes, while it lives. A result does not depend on those of the
 // caller, or of the thread that made this one: subnormal numbers flushed to zero, say.
@@ -67,7 +63,22 @@ class DefaultModes {
 #endif
 };
 
+struct Job {
+    int64_t items;
+    int threads;  // that work; the team may have more, but no more than most_threads
+    int most_threads;
+    const Body* body;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> stopped{false};
+    bool done = false;
+};
+
+bool job_stopped(void* job) {
+    return static_cast<Job*>(job)->stopped.load(std::memory_order_relaxed);
+}
+
 void work(Job& job, int worker) {
+    if (worker >= job.threads) return;
     const DefaultModes modes;
     const Stop stop{job_stopped, &job};
     for (;;) {
@@ -75,6 +86,73 @@ void work(Job& job, int worker) {
         if (item >= job.items || job_stopped(&job)) return;
         (*job.body)(item, worker, stop);
     }
+}
+
+// stack: in bytes, 0 for the usual size. False: the thread could not be made.
+bool make_thread(pthread_t& thread, size_t stack, void* (*run)(void*), void* argument) {
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return false;
+    if (stack > 0) pthread_attr_setstacksize(&attributes, stack);
+    const bool made = pthread_create(&thread, &attributes, run, argument) == 0;
+    pthread_attr_destroy(&attributes);
+    return made;
+}
+
+// The stack size that libgomp takes from the environment for its threads; 0: the usual one.
+size_t openmp_stack() {
+    const char* text = std::getenv("OMP_STACKSIZE");
+    if (text == nullptr) text = std::getenv("GOMP_STACKSIZE");
+    size_t number = 0;
+    char unit = 'K';
+    if (text == nullptr || std::sscanf(text, "%zu %c", &number, &unit) < 1) return 0;
+    switch (std::toupper(static_cast<unsigned char>(unit))) {
+        case 'B':
+            return number;
+        case 'M':
+            return number << 20;
+        case 'G':
+            return number << 30;
+        default:
+            return number << 10;
+    }
+}
+
+struct Probe {
+    std::mutex* gate;
+    pthread_t handle;
+    pid_t id;
+};
+
+void* wait_at_gate(void* argument) {
+    Probe& probe = *static_cast<Probe*>(argument);
+    probe.id = pid_t(syscall(SYS_gettid));
+    const std::lock_guard<std::mutex> lock(*probe.gate);
+    return nullptr;
+}
+
+// How many of so many more threads like libgomp's the process can have, beside what memory libgomp
+// then needs. They are made, exist all at once, and are gone from the kernel's count in the end.
+int try_threads(int wanted) {
+    const std::unique_ptr<char[]> records(new (std::nothrow) char[(64 + size_t(wanted)) << 10]);
+    const std::unique_ptr<Probe[]> probes(new (std::nothrow) Probe[size_t(wanted)]);
+    if (records == nullptr || probes == nullptr) return 0;
+    std::mutex gate;
+    gate.lock();
+    const size_t stack = openmp_stack();
+    int made = 0;
+    for (; made < wanted; ++made) {
+        Probe& probe = probes[size_t(made)];
+        probe.gate = &gate;
+        if (!make_thread(probe.handle, stack, wait_at_gate, &probe)) break;
+    }
+    gate.unlock();
+    const pid_t process = getpid();
+    for (int i = 0; i < made; ++i) {
+        const Probe& probe = probes[size_t(i)];
+        pthread_join(probe.handle, nullptr);
+        while (syscall(SYS_tgkill, process, probe.id, 0) == 0) sched_yield();
+    }
+    return made;
 }
 
 // The thread that enters parallel regions. Never destroyed: it may outlive main().
@@ -87,73 +165,69 @@ class Owner {
     // One call at a time; a caller that finds the owner busy does its work itself.
     std::mutex& busy() { return busy_; }
 
-    // False: no thread could be made.
+    // False: no thread could be made, or a signal handler has forked and this is the child.
     bool run(Job& job, Interrupt interrupt) {
         std::unique_lock<std::mutex> lock(mutex_);
         if (!started_) {
-            try {
-                std::thread(&Owner::serve, this).detach();
-            } catch (const std::system_error&) {
-                return false;
-            }
+            pthread_t thread;
+            if (!make_thread(thread, kOwnerStack, serve_jobs, this)) return false;
+            pthread_detach(thread);
             started_ = true;
         }
         job_ = &job;
         wake_.notify_one();
         while (!done_.wait_for(lock, kPatience, [&] { return job.done; })) {
-            if (interrupt.requested == nullptr) continue;
+            if (interrupt.requested == nullptr || job.stopped) continue;
             lock.unlock();
             if (interrupt.requested()) job.stopped = true;
+            if (!is_of_this_process()) return false;
             lock.lock();
         }
         return true;
     }
 
    private:
-    // libgomp ends the process if it cannot make a thread. So before its pool grows, as many are
-    // made here as it will want, and one to spare: their stacks are then at hand. Returns for how
-    // many of `threads` that went well.
-    int can_be_made(int threads) {
-        if (threads > pool_) {
-            std::vector<std::thread> trial;
-            std::mutex waiting;
-            std::unique_lock<std::mutex> all_alive(waiting);
-            try {
-                trial.reserve(size_t(threads - pool_) + 1);
-                while (trial.size() < trial.capacity()) {
-                    trial.emplace_back([&] { waiting.lock(), waiting.unlock(); });
-                }
-            } catch (const std::exception&) {
-                threads = std::max(1, pool_ + int(trial.size()) - kSpareThreads);
-            }
-            all_alive.unlock();
-            for (std::thread& thread : trial) thread.join();
-        }
-        return pool_ = threads;
-    }
+    static void* serve_jobs(void* owner) { static_cast<Owner*>(owner)->serve(); }
 
-    void serve() {
+    [[noreturn]] void serve() {
+        omp_set_dynamic(0);  // the team is as large as it is said to be
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
             wake_.wait(lock, [&] { return job_ != nullptr; });
             Job& job = *job_;
             job_ = nullptr;
             lock.unlock();
-            const int threads = can_be_made(job.threads);
-#pragma omp parallel num_threads(threads)
-            work(job, omp_get_thread_num());
+            resize(job);
+            if (team_ == 1) {
+                work(job, 0);
+            } else {
+#pragma omp parallel num_threads(team_)
+                work(job, omp_get_thread_num());
+            }
             lock.lock();
             job.done = true;
             done_.notify_one();
         }
     }
 
+    // Sets team_ for the job, to fewer threads than it asks for if they cannot be had. A team stays
+    // as it is for a job of fewer threads: libgomp would end the others and soon make them again.
+    void resize(const Job& job) {
+        if (team_ > job.most_threads) team_ = job.threads;
+        if (team_ >= job.threads || Clock::now() < retry_) return;
+        const int missing = job.threads - team_;
+        const int had = try_threads(missing + 1) - 1;  // one to spare
+        team_ += std::max(had, 0);
+        if (had < missing) retry_ = Clock::now() + kRetry;
+    }
+
     const pid_t pid_;
     std::mutex busy_, mutex_;
     std::condition_variable wake_, done_;
     Job* job_ = nullptr;
-    int pool_ = 1;  // threads of the last team, this one included: libgomp keeps them
     bool started_ = false;
+    int team_ = 1;  // the owner, and the threads that libgomp keeps for it
+    Clock::time_point retry_{};
 };
 
 std::atomic<Owner*> owner{nullptr};
@@ -193,28 +267,41 @@ bool run_serially(int64_t items, Interrupt interrupt, const Body& body) {
     return !serial.stopped;
 }
 
-std::string first_line(const std::string& path) {
-    char line[64] = "";
-    if (std::FILE* const file = std::fopen(path.c_str(), "r")) {
-        if (std::fgets(line, sizeof line, file) == nullptr) line[0] = '\0';
-        std::fclose(file);
+// What follows the prefix in the first line of the file that begins with it.
+std::string line_after(const std::string& prefix, const std::string& path) {
+    char line[4096];
+    std::string rest;
+    FILE* const file = std::fopen(path.c_str(), "re");
+    while (file != nullptr && std::fgets(line, sizeof line, file) != nullptr) {
+        if (std::strncmp(line, prefix.c_str(), prefix.size()) != 0) continue;
+        rest = line + prefix.size();
+        if (rest.ends_with('\n')) rest.pop_back();
+        break;
     }
-    return line;
+    if (file != nullptr) std::fclose(file);
+    return rest;
 }
 
-// CPUs that the control group's quota is worth, rounded up; 0: no quota.
+// CPUs that the control groups' quota is worth, rounded up; 0: no quota.
 int quota() {
     const char* forced = std::getenv("FASTATTN_CGROUP_ROOT");
     const std::string root = forced != nullptr ? forced : "/sys/fs/cgroup";
-    double limit = 0, period = 0;
-    const std::string v2 = first_line(root + "/cpu.max");  // "max 100000" or "150000 100000"
-    if (!v2.empty()) {
-        if (std::sscanf(v2.c_str(), "%lf %lf", &limit, &period) != 2) return 0;
-    } else {
-        limit = std::atof(first_line(root + "/cpu/cpu.cfs_quota_us").c_str());
-        period = std::atof(first_line(root + "/cpu/cpu.cfs_period_us").c_str());
+    double cpus = std::numeric_limits<double>::infinity();
+    const auto limit_to = [&](double limit, double period) {
+        if (limit > 0 && period > 0) cpus = std::min(cpus, limit / period);
+    };
+    // Version 2: this process's group and those around it.
+    std::string group = line_after("0::", "/proc/self/cgroup");
+    for (;;) {
+        double limit = 0, period = 0;
+        const std::string line = line_after("", root + group + "/cpu.max");
+        if (std::sscanf(line.c_str(), "%lf %lf", &limit, &period) == 2) limit_to(limit, period);
+        if (group.empty()) break;
+        group.erase(std::min(group.rfind('/'), group.size() - 1));
     }
-    return limit > 0 && period > 0 ? int(std::min(std::ceil(limit / period), 1e6)) : 0;
+    limit_to(std::atof(line_after("", root + "/cpu/cpu.cfs_quota_us").c_str()),
+             std::atof(line_after("", root + "/cpu/cpu.cfs_period_us").c_str()));
+    return std::isfinite(cpus) ? int(std::min(std::ceil(cpus), 1e6)) : 0;
 }
 
 // A positive whole number, or 0.
@@ -227,13 +314,11 @@ int number_in(const char* variable) {
     return whole && number > 0 && number <= kMostThreads ? int(number) : 0;
 }
 
+// OpenMP is asked for the affinity: with OMP_PROC_BIND it has bound the calling thread to one CPU.
 int usable_cpus() {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    const bool known = sched_getaffinity(0, sizeof set, &set) == 0;
-    const int cpus = known ? CPU_COUNT(&set) : int(std::thread::hardware_concurrency());
     static const int limit = quota();
-    return std::max(1, limit > 0 ? std::min(cpus, limit) : cpus);
+    const int cpus = omp_get_num_procs();
+    return limit > 0 ? std::min(cpus, limit) : cpus;
 }
 
 std::atomic<int> wanted_threads{0};
@@ -263,8 +348,9 @@ bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& b
         Owner& the_owner = owner_of_this_process();
         std::unique_lock<std::mutex> lock(the_owner.busy(), std::try_to_lock);
         if (lock.owns_lock()) {
-            Job job{items, threads, &body};
-            if (the_owner.run(job, interrupt)) return !job.stopped;
+            const int most = get_num_threads();
+            Job job{items, std::min(threads, most), most, &body};
+            if (the_owner.run(job, interrupt) || job.stopped) return !job.stopped;
         }
     }
     return run_serially(items, interrupt, body);

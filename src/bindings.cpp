@@ -7,6 +7,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <optional>
@@ -160,9 +161,6 @@ AttentionArgs arguments(const py::array& query, const py::array& key, const py::
     return args;
 }
 
-// The thread that handles signals, and that ends the interpreter.
-bool is_main_thread() { return gettid() == getpid(); }
-
 bool interpreter_is_ending() {
 #if PY_VERSION_HEX >= 0x030D0000
     return Py_IsFinalizing();
@@ -171,29 +169,40 @@ bool interpreter_is_ending() {
 #endif
 }
 
-// Takes the GIL for a moment; a signal's exception stays set for the caller to throw.
+[[noreturn]] void wait_for_the_end() {
+    for (;;) pause();
+}
+
+// Takes the GIL by the function given. While the interpreter ends, only the thread that ends it can
+// have it. Before Python 3.14 another one that asks is unwound, which C++ frames would not let
+// pass; it waits for the end of the process instead, as it does since then.
+template <class Take>
+auto take_gil(const Take& take) {
+    if (interpreter_is_ending()) wait_for_the_end();
+    try {
+        return take();
+    } catch (const abi::__forced_unwind&) {  // it began to end just now
+        wait_for_the_end();
+    }
+}
+
+// Takes the GIL for a moment, in the thread that handles signals; a signal's exception stays set
+// for the caller to throw.
 bool signal_arrived() {
-    if (!is_main_thread()) return false;
-    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool main_thread = syscall(SYS_gettid) == getpid();
+    if (!main_thread || interpreter_is_ending()) return false;
+    const PyGILState_STATE state = take_gil([] { return PyGILState_Ensure(); });
     const bool arrived = PyErr_CheckSignals() != 0;
     PyGILState_Release(state);
     return arrived;
 }
 
-// A daemon thread that comes back while the interpreter ends must wait for the end of the process,
-// and not be unwound through C++, as older Pythons would do.
-void take_gil(PyThreadState* state) {
-    while (interpreter_is_ending() && !is_main_thread()) pause();
-    try {
-        PyEval_RestoreThread(state);
-    } catch (const abi::__forced_unwind&) {  // it began to end just now
-        for (;;) pause();
-    }
-}
-
-// Runs work without the GIL. Not pybind11's guard, for what take_gil() says.
+// Runs work without the GIL; not by pybind11's guard, for what take_gil() says. A thread that has
+// the GIL while the interpreter ends is the one that ends it, in some object's destructor: it keeps
+// it, and nobody else could get it.
 template <class Work>
 auto without_gil(const Work& work) {
+    if (interpreter_is_ending()) return work();
     PyThreadState* const state = PyEval_SaveThread();
     std::optional<decltype(work())> result;
     std::exception_ptr failure;
@@ -202,7 +211,7 @@ auto without_gil(const Work& work) {
     } catch (...) {
         failure = std::current_exception();
     }
-    take_gil(state);
+    take_gil([&] { PyEval_RestoreThread(state); });
     if (failure) std::rethrow_exception(failure);
     return *result;
 }

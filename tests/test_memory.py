@@ -7,6 +7,7 @@ What fails here kills the process, so each check runs in a process of its own (c
 import ctypes
 import itertools
 import mmap
+import os
 import resource
 from pathlib import Path
 
@@ -220,6 +221,33 @@ def meet_a_limit_on_threads(megabytes):
 @pytest.mark.parametrize("megabytes", [4, 12, 20, 28])
 def test_no_memory_for_threads(megabytes):
     run(meet_a_limit_on_threads, megabytes)
+
+
+@pytest.mark.parametrize("size", ["40M", "64 m", "many", "1G", "40000", "50000000B"])
+def test_no_memory_for_large_stacks(size):
+    run(meet_a_limit_on_threads, 100, env={"OMP_STACKSIZE": size})
+
+
+def meet_a_limit_on_processes(most):
+    """Call with more threads than the user may have; return how many there were."""
+    query = np.random.default_rng(0).random((1, 16, 512, 64), np.float32)
+    fastattn.set_num_threads(2)
+    expected = fastattn.attention(query, query, query)
+    if os.getuid() == 0:
+        os.setuid(2**20 + os.getpid())  # a user without other processes; root has no such limit
+    _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (most, hard))
+    fastattn.set_num_threads(12)
+    for _ in range(3):
+        assert np.array_equal(fastattn.attention(query, query, query), expected)
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.parametrize("most", range(1, 13))
+def test_no_processes_for_threads(most):
+    # This thread, the owner of the team and a first member are there before the limit.
+    env = {"OPENBLAS_NUM_THREADS": "1"}
+    assert run(meet_a_limit_on_processes, most, env=env) <= max(most, 3)
 
 
 def compute_with_small_stacks(isa, dtype):

@@ -219,6 +219,8 @@ def threads_in_use(count=None):
         ({"OMP_NUM_THREADS": "1"}, 1),
         ({"FASTATTN_NUM_THREADS": "7"}, 7),
         ({"FASTATTN_NUM_THREADS": "7", "OMP_NUM_THREADS": "3"}, 7),
+        ({"OMP_PROC_BIND": "true"}, CPUS),
+        ({"OMP_DYNAMIC": "true", "OMP_NUM_THREADS": "5"}, 5),
     ],
     ids=str,
 )
@@ -231,6 +233,25 @@ def test_thread_variables(env, expected):
 def test_set_num_threads_wins(count):
     env = {"FASTATTN_NUM_THREADS": "7", "OMP_NUM_THREADS": "2"}
     assert run(threads_in_use, count, env=env) == [count, count, count if count > 1 else 0]
+
+
+def use_a_team_for_less():
+    """Return how many threads there are after calls with work for 4 and 2, and a setting of 2."""
+    before = tasks()
+    teams = []
+    for setting, heads in ((4, 4), (4, 2), (2, 4)):
+        fastattn.set_num_threads(setting)
+        array = problem(heads, 4096)
+        few = array[..., :16, :]
+        assert fastattn.explain(few, array, array)["threads"] == min(setting, heads)
+        fastattn.attention(few, array, array)
+        time.sleep(0.1)  # threads that are to end take a moment
+        teams.append(tasks() - before)
+    return teams
+
+
+def test_team_is_kept_for_smaller_calls():
+    assert run(use_a_team_for_less) == [4, 4, 2]
 
 
 def default_threads():
@@ -296,6 +317,23 @@ def test_quota(tmp_path, files, cpus):
     assert run(default_threads, env=env | {"OMP_NUM_THREADS": "3"}) == 3
 
 
+@pytest.mark.parametrize("levels", [0, 1])
+def test_quota_of_this_group_and_those_around_it(tmp_path, levels):
+    groups = Path("/proc/self/cgroup")
+    lines = groups.read_text().splitlines() if groups.exists() else []
+    own = next((Path(line[3:]) for line in lines if line.startswith("0::/")), None)
+    if own is None or ".." in own.parts:
+        pytest.skip("in no control group of version 2")
+    group = tmp_path / own.relative_to("/")
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "cpu.max").write_text("max 100000\n")
+    limited = [group, *group.parents][levels]
+    if not limited.is_relative_to(tmp_path):
+        pytest.skip("in the root control group")
+    (limited / "cpu.max").write_text("100000 100000\n")
+    assert run(default_threads, env={"FASTATTN_CGROUP_ROOT": str(tmp_path)}) == 1
+
+
 # Ctrl-C and other signals, the interpreter's lock, its end.
 
 
@@ -357,6 +395,43 @@ def handle_another_signal():
 
 def test_other_signals():
     run(handle_another_signal)
+
+
+def fork_in_a_handler(raises):
+    """Fork during a call, in the thread that waits for the team, which the child does not have."""
+    query = problem(8, 4096)
+    expected = attend(query)
+    children = []
+
+    def fork(*_):
+        children.append(os.fork())
+        if children[-1] == 0:
+            signal.alarm(FORK_SECONDS)
+            if raises:
+                raise ValueError("in the child")
+
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, fork)
+    main = threading.get_ident()
+    sender = threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGUSR1))
+    sender.start()
+    right = False
+    try:
+        while not children:
+            right = np.array_equal(attend(query), expected)
+    except ValueError:
+        right = raises and np.array_equal(attend(query), expected)
+    if children[0] == 0:
+        os._exit(0 if right else 1)
+    status = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
+    assert right
+    return status
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["goes on", "raises"])
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_fork_in_a_signal_handler(threads, raises):
+    assert run(fork_in_a_handler, raises, env={"FASTATTN_NUM_THREADS": threads}) == 0
 
 
 def count_ticks(threads):

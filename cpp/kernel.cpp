@@ -297,7 +297,7 @@ class Panel {
         int64_t stride = value_stride;
         passes.find_cuts(keys, cuts);
         passes.prefetch(keys);
-        compute_scores(keys, tile_key + first * key_stride);
+        compute_scores(tile_key + first * key_stride);
         if (scale_scores) apply_score_scale(keys);
         if (seen == Seen::kSome) {
             passes.apply(scores, keys, staging);
@@ -342,7 +342,7 @@ class Panel {
         add_to_acc(d, sum);
     }
 
-    void compute_scores(Span keys, const T* key) {
+    void compute_scores(const T* key) {
         for (int64_t d = 0; d < head_dim; d += kDepth) {
             const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
             V largest[Columns];

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -26,8 +27,12 @@ constexpr int kMostPanels = 4, kMostPanelsInWindow = 8;
 constexpr size_t kPanelBytes = 384 << 10;  // of one thread
 constexpr size_t kAllPanelBytes = 8 << 20;
 constexpr int64_t kBlocksPerThread = 16;
-constexpr double kMostVisited = 2e7;      // tiles, by plan(): seconds
-constexpr double kFlopsPerSecond = 50e9;  // of one thread, roughly: only to tell small calls apart
+// The few-queries form.
+constexpr int64_t kMostFewQueries = 16;  // by contract: longer queries may be cut anywhere
+constexpr int64_t kStretch = 512;  // keys of a part; a multiple of what the kernel takes at once
+constexpr size_t kAllPartBytes = 4 << 20;  // waiting to be merged
+constexpr double kMostVisited = 2e7;       // tiles, by plan(): seconds
+constexpr double kFlopsPerSecond = 50e9;   // of one thread, roughly: only to tell small calls apart
 
 int64_t size_of(Dtype dtype) {
     switch (dtype) {
@@ -69,7 +74,9 @@ class Call {
         const double pairs =
             double(heads) * double(rows_) * double(std::min(args.kv_len, visible_at_most()));
         const double flops = 2 * pairs * double(args.head_dim + args.value_head_dim + 16);
-        threads_ = team_size(heads * blocks(1), flops / kFlopsPerSecond);
+        few_ = args.q_len <= kMostFewQueries && rows_ <= functions_.few_rows;
+        find_stretches();
+        threads_ = team_size(heads * (few_ ? stretches_ : blocks(1)), flops / kFlopsPerSecond);
 
         int panels = visible_at_most() < args.kv_len ? kMostPanelsInWindow : kMostPanels;
         const size_t room = std::min(kPanelBytes, kAllPanelBytes / size_t(threads_));
@@ -81,11 +88,12 @@ class Call {
         blocks_ = blocks(panels);
         items_ = heads * blocks_;
         rows_bytes_ = rounded(size_t(block_rows_) * sizeof(Row));
-        scratch_bytes_ = rows_bytes_ + scratch_bytes(panels);
+        scratch_bytes_ = rows_bytes_ + scratch_bytes(few_ ? 1 : panels);
     }
 
     bool run(Interrupt interrupt) const {
         if (items_ == 0) return true;
+        if (few_) return run_few(interrupt);
         const Memory memory = scratch(threads_);
         return parallel_for(
             items_, threads_, interrupt, [&](int64_t item, int worker, const Stop& stop) {
@@ -120,7 +128,9 @@ class Call {
         const int64_t some_blocks = blocks_are_alike() ? std::min<int64_t>(blocks_, 2) : blocks_;
         require_few(double(some_batches) * double(some_heads) * double(some_blocks));
 
-        const Memory memory = scratch(1);
+        Block any = shared_block();
+        any.row_count = int(block_rows_);
+        const Memory memory = aligned(rows_bytes_ + rounded(functions_.scratch_bytes(any)));
         TileCounts counts{};
         for (int64_t i = 0; i < some_batches * some_heads * some_blocks; ++i) {
             const int64_t index = i % some_blocks;
@@ -178,9 +188,10 @@ class Call {
         return (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
     }
 
-    Memory scratch(int threads) const {
-        void* const memory =
-            std::aligned_alloc(kScratchAlignment, scratch_bytes_ * size_t(threads));
+    Memory scratch(int threads) const { return aligned(scratch_bytes_ * size_t(threads)); }
+
+    static Memory aligned(size_t bytes) {
+        void* const memory = std::aligned_alloc(kScratchAlignment, bytes);
         if (memory == nullptr) throw std::bad_alloc();
         return Memory(static_cast<char*>(memory), &std::free);
     }
@@ -189,7 +200,80 @@ class Call {
     size_t scratch_bytes(int panels) const {
         Block block = shared_block();
         block.row_count = int(std::min<int64_t>(rows_, panels * functions_.panel_rows));
-        return block.row_count == 0 ? 0 : rounded(functions_.scratch_bytes(block));
+        if (block.row_count == 0) return 0;
+        return rounded(few_ ? functions_.part_scratch_bytes(block)
+                            : functions_.scratch_bytes(block));
+    }
+
+    // Parts of all heads go to the threads; each time that no more may wait, they are merged in
+    // order.
+    bool run_few(Interrupt interrupt) const {
+        const int64_t all = items_ * stretches_;
+        Block any = shared_block();
+        any.row_count = int(rows_);
+        const size_t part_bytes = rounded(functions_.part_bytes(any));
+        const int64_t wave = std::min<int64_t>(
+            all, std::max<int64_t>(int64_t(kAllPartBytes / part_bytes), threads_));
+        const Memory memory =
+            aligned(scratch_bytes_ * size_t(threads_) + part_bytes * size_t(wave + 1));
+        char* const carried = memory.get() + scratch_bytes_ * size_t(threads_);
+        char* const parts = carried + part_bytes;
+        for (int64_t first = 0; first < all; first += wave) {
+            const int64_t count = std::min(wave, all - first);
+            const auto attend = [&](int64_t item, int worker, const Stop& stop) {
+                const int64_t stretch = (first_stretch_ + (first + item) % stretches_) * kStretch;
+                functions_.attend_part(block((first + item) / stretches_,
+                                             memory.get() + size_t(worker) * scratch_bytes_, stop),
+                                       stretch, std::min(stretch + kStretch, args_.kv_len),
+                                       parts + item * part_bytes);
+            };
+            if (!parallel_for(count, threads_, interrupt, attend)) return false;
+            const auto merge = [&](int64_t, int, const Stop& stop) {
+                char* into = carried;
+                for (int64_t item = 0; item < count; ++item) {
+                    const int64_t head = (first + item) / stretches_;
+                    const int64_t stretch = (first + item) % stretches_;
+                    char* const part = parts + item * part_bytes;
+                    const Block whole = block(head, memory.get(), stop);
+                    if (stretch == 0) {
+                        into = part;
+                    } else {
+                        functions_.merge_parts(whole, into, part);
+                    }
+                    if (stretch == stretches_ - 1) functions_.finish_part(whole, into);
+                }
+                if (into != carried) std::memcpy(carried, into, part_bytes);
+            };
+            parallel_for(1, 1, {}, merge);
+        }
+        return true;
+    }
+
+    // Those that hold a key inside the interval of some row, in whatever batch element.
+    void find_stretches() {
+        int64_t batches = 1, begin = args_.kv_len, end = 0;
+        for (const int64_t size : args_.batch_shape) batches *= size;
+        const bool alike = args_.query_offset == nullptr && args_.kv_lengths == nullptr;
+        for (int64_t batch = 0; batch < (alike ? 1 : batches); ++batch) {
+            for (const int64_t i : {int64_t{0}, args_.q_len - 1}) {
+                Row row;
+                set_interval(row, i, batch);
+                begin = std::min(begin, row.begin);
+                end = std::max(end, row.end);
+            }
+        }
+        first_stretch_ = std::min(begin, end) / kStretch;
+        stretches_ = std::max<int64_t>((end + kStretch - 1) / kStretch - first_stretch_, 1);
+    }
+
+    // The keys that query i sees by causality, window and length.
+    void set_interval(Row& row, int64_t i, int64_t batch) const {
+        const int64_t length = args_.kv_lengths ? args_.kv_lengths[batch] : args_.kv_len;
+        row.position = i + (args_.query_offset ? args_.query_offset[batch] : 0);
+        row.begin = args_.left == kUnlimited ? 0 : row.position - args_.left;
+        row.end = args_.right == kUnlimited ? length : row.position + args_.right + 1;
+        row.begin = std::clamp<int64_t>(row.begin, 0, length);
+        row.end = std::clamp<int64_t>(row.end, row.begin, length);
     }
 
     // Of one head.
@@ -241,8 +325,6 @@ class Call {
         const int64_t query = offset(args_.query, batch), out = offset(args_.out, batch),
                       lse = offset(args_.lse, batch), mask = offset(args_.mask, batch),
                       bias = offset(args_.bias, batch);
-        const int64_t length = args_.kv_lengths ? args_.kv_lengths[batch] : args_.kv_len;
-        const int64_t position = args_.query_offset ? args_.query_offset[batch] : 0;
         Row* const rows = reinterpret_cast<Row*>(memory);
         Block block = shared_block();
         block.rows = rows;
@@ -264,11 +346,7 @@ class Call {
             row.lse = at(args_.lse, lse, head, i);
             row.mask = at(args_.mask, mask, head, i);
             row.bias = at(args_.bias, bias, head, i);
-            row.position = i + position;
-            row.begin = args_.left == kUnlimited ? 0 : row.position - args_.left;
-            row.end = args_.right == kUnlimited ? length : row.position + args_.right + 1;
-            row.begin = std::clamp<int64_t>(row.begin, 0, length);
-            row.end = std::clamp<int64_t>(row.end, row.begin, length);
+            set_interval(row, i, batch);
             row.slope = args_.alibi_slopes ? args_.alibi_slopes[batch * args_.q_heads + head] : 0;
             row.sink = args_.sinks ? args_.sinks[head] : -std::numeric_limits<double>::infinity();
         }
@@ -279,6 +357,8 @@ class Call {
     const Functions& functions_;
     const int64_t group_, rows_;           // heads of a group, rows of all of them
     int64_t block_rows_, blocks_, items_;  // blocks of a head, of all heads
+    bool few_;                             // the form for few queries, and
+    int64_t first_stretch_, stretches_;    // its parts of a head
     size_t rows_bytes_, scratch_bytes_;    // of one thread; the rows are part of the scratch memory
     int threads_;
 };

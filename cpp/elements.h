@@ -15,6 +15,9 @@ constexpr T kInfinity = T(__builtin_inf());
 template <class T>
 constexpr T kLowest = T(sizeof(T) == 4 ? -0x1.fffffep127 : -0x1.fffffffffffffp1023);
 
+struct Bool {
+    uint8_t byte;  // whoever made it, it need not be 0 or 1
+};
 struct Float16 {
     uint16_t bits;
 };
@@ -22,7 +25,7 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-inline bool hides(bool x) { return !x; }
+inline bool hides(Bool x) { return x.byte == 0; }
 inline bool hides(float x) { return x == -kInfinity<float>; }
 inline bool hides(double x) { return x == -kInfinity<double>; }
 inline bool hides(Float16 x) { return x.bits == 0xfc00; }
@@ -41,18 +44,21 @@ inline uint32_t to_bits(float x) {
 
 // The element in T; for a bool, what it adds to a score.
 template <class T>
-T added(bool x) {
-    return x ? T(0) : -kInfinity<T>;
+T added(Bool x) {
+    return hides(x) ? -kInfinity<T> : T(0);
 }
 template <class T>
 T added(float x) {
     return x;
 }
 template <class T>
-T added(double x) {
-    if (sizeof(T) == 8 || x - x != 0) return T(x);   // Inf and NaN stay
-    constexpr double highest = -double(kLowest<T>);  // only Inf may become Inf
+T nearest_finite(double x) {
+    constexpr double highest = -double(kLowest<T>);
     return T(x > highest ? highest : x < -highest ? -highest : x);
+}
+template <class T>
+T added(double x) {
+    return x - x == 0 ? nearest_finite<T>(x) : T(x);  // only Inf may become Inf
 }
 template <class T>
 T added(BFloat16 x) {
@@ -82,7 +88,7 @@ template <class Visit>
 auto with_element(Dtype dtype, const Visit& visit) {
     switch (dtype) {
         case Dtype::kBool:
-            return visit(static_cast<const bool*>(nullptr));
+            return visit(static_cast<const Bool*>(nullptr));
         case Dtype::kFloat16:
             return visit(static_cast<const Float16*>(nullptr));
         case Dtype::kBFloat16:

@@ -19,13 +19,12 @@
 #include "kernel.h"
 
 #include "elements.h"
+#include "kernel_few.h"
 #include "kernel_scores.h"
 #include "vec.h"
 
 namespace fastattn {
 namespace {
-
-constexpr double kLn2 = 0.69314718055994530942;
 
 // Sums stay short, for accuracy: over one tile, then over this many tiles, then over such groups;
 // and over pieces of a long head_dim.
@@ -246,7 +245,7 @@ class Panel {
     // the scale and the change of base. A row that the scale would take out of range keeps it for
     // its scores.
     void load_query() {
-        const V scale = T(block.softcap != 0 ? block.scale / block.softcap : block.scale * kLog2e);
+        const V scale = query_scale<T>(block);
         for (int c = 0; c < Columns; ++c) {
             with_operand<T>(block.query_dtype, [&]<class Element>(const Element*) {
                 const auto too_large = load_rows<Element>(c, scale);
@@ -657,8 +656,10 @@ double read_bytes(const void* data, int64_t bytes) {
 }
 
 template <class T>
-constexpr Functions functions = {Cut<T>::panel_rows, int(kKeyTile),  scratch_bytes<T>,
-                                 attend<T>,          count_tiles<T>, run_fma<T>};
+constexpr Functions functions = {Cut<T>::panel_rows, int(kKeyTile),         scratch_bytes<T>,
+                                 attend<T>,          count_tiles<T>,        kFewRows,
+                                 Part<T>::bytes,     part_scratch_bytes<T>, attend_part<T>,
+                                 merge_parts<T>,     finish_part<T>,        run_fma<T>};
 
 }  // namespace
 

@@ -71,6 +71,15 @@ struct Functions {
     size_t (*scratch_bytes)(const Block&);  // of the sizes and row_count alone
     void (*attend)(const Block&);
     void (*count)(const Block&, TileCounts&);
+
+    // The form for few rows: parts of a block's keys, of which the first takes in the others.
+    int few_rows;  // at most
+    size_t (*part_bytes)(const Block&);
+    size_t (*part_scratch_bytes)(const Block&);  // instead of scratch_bytes()
+    void (*attend_part)(const Block&, int64_t begin, int64_t end, void* part);
+    void (*merge_parts)(const Block&, void* into, void* later);  // in the order of the keys
+    void (*finish_part)(const Block&, void* part);               // stores the result
+
     double (*fma)(int64_t rounds);  // runs fused multiply-adds in registers, returns their FLOPs
 };
 

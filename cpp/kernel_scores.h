@@ -12,7 +12,14 @@
 namespace fastattn {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+// With softcap, tanh comes between the scale and the change of base.
+template <class T>
+T query_scale(const Block& block) {
+    return nearest_finite<T>(block.softcap != 0 ? block.scale / block.softcap
+                                                : block.scale * kLog2e);
+}
 
 struct Span {
     int64_t begin, end;  // keys
@@ -37,6 +44,35 @@ void look(const Element* from, int64_t stride, int64_t count, bool& any_hidden, 
         any_hidden |= hidden > 0;
         any_seen |= hidden < n;
     }
+}
+
+// Some elements of a row of a mask or bias, in T.
+template <class T>
+void stage(const void* row, Dtype dtype, int64_t stride, Span keys, T* to) {
+    with_element(dtype, [&](auto* element) {
+        const auto* from = static_cast<decltype(element)>(row) + keys.begin * stride;
+        const int64_t count = keys.size();
+        if (stride == 1) {
+            for (int64_t j = 0; j < count; ++j) to[j] = added<T>(from[j]);
+        } else {
+            for (int64_t j = 0; j < count; ++j) to[j] = added<T>(from[j * stride]);
+        }
+    });
+}
+
+// score + x * factor. Only -inf hides, and what is finite stays finite: a row whose every key has a
+// huge negative bias is still the mean of what it sees.
+template <class T>
+Vec<T> bounded_sum(Vec<T> score, Vec<T> x, Vec<T> factor) {
+    const Vec<T> hidden = -kInfinity<T>, zero = T(0), sum = fma(x, factor, score);
+    const Vec<T> bounded = min(Vec<T>(-kLowest<T>), max(Vec<T>(kLowest<T>), sum));
+    const auto finite = fma(x, zero, score * zero) == zero;
+    return select<T>((x == hidden) | (score == hidden), hidden, select<T>(finite, bounded, sum));
+}
+
+template <class T>
+void add_to_scores(T* scores, Vec<T> array) {
+    bounded_sum(Vec<T>::load(scores), array, Vec<T>(T(kLog2e))).store(scores);
 }
 
 // A mask or a bias, as the rows of a block see it.
@@ -115,12 +151,14 @@ class RowArray {
             for (int i = 1; i < lanes; ++i) same &= group[i] == group[0];
             T* column = scores + c * lanes;
             if (same) {
-                stage(group[0], keys, staging);
-                for (int64_t j = 0; j < count; ++j) add(column + j * width, V(staging[j]));
+                stage(group[0], dtype, stride, keys, staging);
+                for (int64_t j = 0; j < count; ++j)
+                    add_to_scores(column + j * width, V(staging[j]));
                 continue;
             }
             for (int i = 0; i < lanes && direct < count; ++i) {
-                stage(group[i], {keys.begin + direct, keys.end}, staging + i * pitch + direct);
+                stage<T>(group[i], dtype, stride, {keys.begin + direct, keys.end},
+                         staging + i * pitch + direct);
             }
             for (int64_t first = 0; first < count; first += lanes) {
                 V square[lanes];
@@ -132,30 +170,10 @@ class RowArray {
                 }
                 transpose<T>(square);
                 const int64_t n = count - first < lanes ? count - first : lanes;
-                for (int64_t j = 0; j < n; ++j) add(column + (first + j) * width, square[j]);
+                for (int64_t j = 0; j < n; ++j)
+                    add_to_scores(column + (first + j) * width, square[j]);
             }
         }
-    }
-
-   private:
-    void stage(const void* row, Span keys, T* to) const {
-        with_element(dtype, [&](auto* element) {
-            const auto* from = static_cast<decltype(element)>(row) + keys.begin * stride;
-            const int64_t count = keys.size();
-            if (stride == 1) {
-                for (int64_t j = 0; j < count; ++j) to[j] = added<T>(from[j]);
-            } else {
-                for (int64_t j = 0; j < count; ++j) to[j] = added<T>(from[j * stride]);
-            }
-        });
-    }
-
-    // Only -inf hides: a sum that overflows stops at the lowest number, so that a row whose every
-    // key has a huge negative bias is still the mean of what it sees.
-    static void add(T* scores, V array) {
-        const V hidden = -kInfinity<T>, score = V::load(scores);
-        const V sum = max(V(kLowest<T>), fma(array, V(T(kLog2e)), score));
-        select<T>((array == hidden) | (score == hidden), hidden, sum).store(scores);
     }
 };
 
@@ -287,7 +305,7 @@ class ScorePasses {
         for (int64_t j = 0; j < keys.size(); ++j, scores += width) {
             for (int c = 0; c < width; c += lanes) {
                 const V distance = abs(V::load(first + c) + V(T(j)));
-                fma(V::load(slope + c), distance, V::load(scores + c)).store(scores + c);
+                bounded_sum(V::load(scores + c), distance, V::load(slope + c)).store(scores + c);
             }
         }
     }

@@ -55,11 +55,12 @@ double measure_read(int64_t bytes, int repeats) {
     if (data == nullptr) throw std::bad_alloc();
     std::memset(data.get(), 0, size_t(pieces * piece));
     const int threads = int(std::min<int64_t>(pieces, get_num_threads()));
+    const Kernel& variant = kernel();  // may throw, which must not happen below
     std::vector<double> rates;
     for (int i = 0; i < std::max(repeats, 1); ++i) {
         const double start = now();
         parallel_for(pieces, threads, {}, [&](int64_t item, int, const Stop&) {
-            volatile double sink = kernel().read(data.get() + item * piece, piece);
+            volatile double sink = variant.read(data.get() + item * piece, piece);
             (void)sink;
         });
         rates.push_back(double(pieces * piece) / (now() - start));

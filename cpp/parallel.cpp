@@ -3,8 +3,9 @@
 // parallel_for over OpenMP. libgomp ties a pool of threads to the thread that enters a parallel
 // region and hangs in a forked child that enters one on a thread whose pool stayed in the parent.
 // So no caller ever enters a region: an owner thread does, made when first needed, and made anew
-// after a fork. The caller waits meanwhile, and looks every 50 ms whether the user wants to stop.
-// libgomp also ends the process that cannot have another thread: the owner tries that out before.
+// after a fork. The caller is a worker beside that team: it begins at once, while the others wake,
+// and looks every 50 ms whether the user wants to stop. libgomp also ends the process that cannot
+// have another thread: the owner tries that out before.
 #include "parallel.h"
 
 #include <omp.h>
@@ -35,8 +36,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kPatience = std::chrono::milliseconds(50);  // between two looks at Ctrl-C
-constexpr auto kRetry = std::chrono::seconds(1);           // after threads could not be had
-constexpr double kTeamSeconds = 10e-6;                     // what waking a team costs
+constexpr auto kSpin =
+    std::chrono::microseconds(50);                // before a thread sleeps: waking takes as long
+constexpr auto kRetry = std::chrono::seconds(1);  // after threads could not be had
+constexpr double kTeamSeconds = 10e-6;            // what waking a team costs
 // Whatever the usual size is: libgomp puts some 200 bytes there for every thread that it makes.
 constexpr size_t kOwnerStack = 2 << 20;
 
@@ -65,26 +68,59 @@ class DefaultModes {
 
 struct Job {
     int64_t items;
-    int threads;  // that work; the team may have more, but no more than most_threads
-    int most_threads;
+    int helpers;  // beside the caller; the team may have more threads, but no more than
+                  // most_helpers
+    int most_helpers;
     const Body* body;
     std::atomic<int64_t> next{0};
     std::atomic<bool> stopped{false};
-    bool done = false;
+    std::atomic<bool> done{false};  // the team has left
 };
 
 bool job_stopped(void* job) {
     return static_cast<Job*>(job)->stopped.load(std::memory_order_relaxed);
 }
 
-void work(Job& job, int worker) {
-    if (worker >= job.threads) return;
+// worker: 0 is the caller.
+void work(Job& job, int worker, const Stop& stop) {
+    if (worker > job.helpers) return;
     const DefaultModes modes;
-    const Stop stop{job_stopped, &job};
     for (;;) {
         const int64_t item = job.next.fetch_add(1, std::memory_order_relaxed);
-        if (item >= job.items || job_stopped(&job)) return;
+        if (item >= job.items || stop.requested(stop.context)) return;
         (*job.body)(item, worker, stop);
+    }
+}
+
+// The caller at work. Ctrl-C: asked from inside the kernel, between two key tiles.
+struct Caller {
+    Job& job;
+    Interrupt interrupt;
+    Clock::time_point asked = Clock::now();
+    pid_t pid = getpid();
+    bool in_child = false;  // a signal handler has forked: the team is not here
+};
+
+void ask(Caller& caller) {
+    if (caller.interrupt.requested == nullptr || job_stopped(&caller.job)) return;
+    caller.asked = Clock::now();
+    if (caller.interrupt.requested()) caller.job.stopped = true;
+    caller.in_child = getpid() != caller.pid;
+}
+
+bool caller_stopped(void* context) {
+    Caller& caller = *static_cast<Caller*>(context);
+    if (!caller.in_child && Clock::now() - caller.asked >= kPatience) ask(caller);
+    return job_stopped(&caller.job) || (caller.in_child && caller.job.helpers > 0);
+}
+
+template <class Condition>
+void spin_until(const Condition& condition) {
+    const auto end = Clock::now() + kSpin;
+    while (!condition() && Clock::now() < end) {
+#if defined(__SSE2__)
+        __builtin_ia32_pause();
+#endif
     }
 }
 
@@ -165,9 +201,30 @@ class Owner {
     // One call at a time; a caller that finds the owner busy does its work itself.
     std::mutex& busy() { return busy_; }
 
-    // False: no thread could be made, or a signal handler has forked and this is the child.
+    // False: a signal handler has forked and this is the child, where the team is not.
     bool run(Job& job, Interrupt interrupt) {
+        Caller caller{job, interrupt};
+        const bool helped = offer(job);
+        if (!helped) job.helpers = 0;
+        work(job, 0, {caller_stopped, &caller});
+        if (!helped) return true;
+        if (caller.in_child) return false;
+        if (withdraw(job)) return true;
+        spin_until([&] { return job.done.load(std::memory_order_acquire); });
         std::unique_lock<std::mutex> lock(mutex_);
+        while (!done_.wait_for(lock, kPatience, [&] { return job.done.load(); })) {
+            lock.unlock();
+            ask(caller);
+            if (caller.in_child) return false;
+            lock.lock();
+        }
+        return true;
+    }
+
+   private:
+    // False: no thread could be made.
+    bool offer(Job& job) {
+        const std::lock_guard<std::mutex> lock(mutex_);
         if (!started_) {
             pthread_t thread;
             if (!make_thread(thread, kOwnerStack, serve_jobs, this)) return false;
@@ -176,33 +233,35 @@ class Owner {
         }
         job_ = &job;
         wake_.notify_one();
-        while (!done_.wait_for(lock, kPatience, [&] { return job.done; })) {
-            if (interrupt.requested == nullptr || job.stopped) continue;
-            lock.unlock();
-            if (interrupt.requested()) job.stopped = true;
-            if (!is_of_this_process()) return false;
-            lock.lock();
-        }
         return true;
     }
 
-   private:
+    // True: all is done, and the owner has not even begun.
+    bool withdraw(Job& job) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (job_ != &job) return false;
+        job_ = nullptr;
+        return true;
+    }
+
     static void* serve_jobs(void* owner) { static_cast<Owner*>(owner)->serve(); }
 
     [[noreturn]] void serve() {
         omp_set_dynamic(0);  // the team is as large as it is said to be
-        std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
+            spin_until([&] { return job_.load(std::memory_order_relaxed) != nullptr; });
+            std::unique_lock<std::mutex> lock(mutex_);
             wake_.wait(lock, [&] { return job_ != nullptr; });
             Job& job = *job_;
             job_ = nullptr;
             lock.unlock();
             resize(job);
+            const Stop stop{job_stopped, &job};
             if (team_ == 1) {
-                work(job, 0);
+                work(job, 1, stop);
             } else {
 #pragma omp parallel num_threads(team_)
-                work(job, omp_get_thread_num());
+                work(job, 1 + omp_get_thread_num(), stop);
             }
             lock.lock();
             job.done = true;
@@ -213,9 +272,9 @@ class Owner {
     // Sets team_ for the job, to fewer threads than it asks for if they cannot be had. A team stays
     // as it is for a job of fewer threads: libgomp would end the others and soon make them again.
     void resize(const Job& job) {
-        if (team_ > job.most_threads) team_ = job.threads;
-        if (team_ >= job.threads || Clock::now() < retry_) return;
-        const int missing = job.threads - team_;
+        if (team_ > job.most_helpers) team_ = job.helpers;
+        if (team_ >= job.helpers || Clock::now() < retry_) return;
+        const int missing = job.helpers - team_;
         const int had = try_threads(missing + 1) - 1;  // one to spare
         team_ += std::max(had, 0);
         if (had < missing) retry_ = Clock::now() + kRetry;
@@ -224,7 +283,7 @@ class Owner {
     const pid_t pid_;
     std::mutex busy_, mutex_;
     std::condition_variable wake_, done_;
-    Job* job_ = nullptr;
+    std::atomic<Job*> job_{nullptr};  // offered, and not begun
     bool started_ = false;
     int team_ = 1;  // the owner, and the threads that libgomp keeps for it
     Clock::time_point retry_{};
@@ -241,30 +300,6 @@ Owner& owner_of_this_process() {
         delete fresh;
     }
     return *current;
-}
-
-// The caller does everything. Ctrl-C: asked from inside the kernel, between two key tiles.
-struct Serial {
-    Interrupt interrupt;
-    Clock::time_point asked = Clock::now();
-    bool stopped = false;
-};
-
-bool serial_stopped(void* context) {
-    Serial& serial = *static_cast<Serial*>(context);
-    if (serial.stopped || serial.interrupt.requested == nullptr) return serial.stopped;
-    const auto now = Clock::now();
-    if (now - serial.asked < kPatience) return false;
-    serial.asked = now;
-    return serial.stopped = serial.interrupt.requested();
-}
-
-bool run_serially(int64_t items, Interrupt interrupt, const Body& body) {
-    const DefaultModes modes;
-    Serial serial{interrupt};
-    const Stop stop{serial_stopped, &serial};
-    for (int64_t item = 0; item < items && !serial.stopped; ++item) body(item, 0, stop);
-    return !serial.stopped;
 }
 
 // What follows the prefix in the first line of the file that begins with it.
@@ -347,13 +382,16 @@ bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& b
     if (threads > 1) {
         Owner& the_owner = owner_of_this_process();
         std::unique_lock<std::mutex> lock(the_owner.busy(), std::try_to_lock);
-        if (lock.owns_lock()) {
-            const int most = get_num_threads();
-            Job job{items, std::min(threads, most), most, &body};
+        const int most = get_num_threads();
+        if (lock.owns_lock() && most > 1) {
+            Job job{items, std::min(threads, most) - 1, most - 1, &body};
             if (the_owner.run(job, interrupt) || job.stopped) return !job.stopped;
         }
     }
-    return run_serially(items, interrupt, body);
+    Job job{items, 0, 0, &body};
+    Caller caller{job, interrupt};
+    work(job, 0, {caller_stopped, &caller});
+    return !job.stopped;
 }
 
 }  // namespace fastattn

@@ -19,7 +19,7 @@ int team_size(int64_t items, double seconds);
 
 // Runs body(item, worker, stop) for every item in [0, items), worker in [0, threads). A body looks
 // at stop now and then and returns early when it says so. False: interrupted, some items did not
-// run. The body must not throw or allocate. Never entered by the caller's thread if threads > 1.
+// run. The body must not throw or allocate. The caller's thread is worker 0.
 using Body = std::function<void(int64_t item, int worker, const Stop& stop)>;
 bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body);
 

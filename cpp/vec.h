@@ -91,12 +91,18 @@ Vec<T> max(Vec<T> a, Vec<T> b) {
     return isa::max(a.v, b.v);
 }
 
+// The smaller one; the second where either is NaN.
+template <class T>
+Vec<T> min(Vec<T> a, Vec<T> b) {
+    return isa::min(a.v, b.v);
+}
+
 template <class T>
 Vec<T> abs(Vec<T> x) {
     return max(x, Vec<T>(T(0)) - x);
 }
 
-// p * 2^n for the n of isa::split(x, n), x <= 100 (float) or 1000 (double), rounded once.
+// p * 2^n for the n of isa::split(x, n), x <= 100 (float) or 900 (double), rounded once.
 template <class T>
 Vec<T> times_power_of_two(Vec<T> p, Vec<T> n) {
     return isa::times_power_of_two(p.v, n.v);

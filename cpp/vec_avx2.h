@@ -23,6 +23,8 @@ inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c
 inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 inline __m256 max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 inline __m256d max(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
+inline __m256 min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+inline __m256d min(__m256d a, __m256d b) { return _mm256_min_pd(a, b); }
 
 // 2^-150 (float) and 2^-1075 (double) round to 0 already.
 inline __m256 split(__m256 x, __m256& n) {

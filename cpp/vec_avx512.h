@@ -23,6 +23,8 @@ inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c
 inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 inline __m512 max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 inline __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
+inline __m512 min(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
+inline __m512d min(__m512d a, __m512d b) { return _mm512_min_pd(a, b); }
 
 // scalef takes any n, and reduce gives 0 at -inf.
 inline __m512 split(__m512 x, __m512& n) {

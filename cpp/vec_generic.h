@@ -27,9 +27,11 @@ typedef int64_t Int64 __attribute__((vector_size(kVectorBytes)));
 inline Float fma(Float a, Float b, Float c) { return a * b + c; }
 inline Double fma(Double a, Double b, Double c) { return a * b + c; }
 
-// The larger one; the second where either is NaN.
+// The larger (smaller) one; the second where either is NaN.
 inline Float max(Float a, Float b) { return a > b ? a : b; }
 inline Double max(Double a, Double b) { return a > b ? a : b; }
+inline Float min(Float a, Float b) { return a < b ? a : b; }
+inline Double min(Double a, Double b) { return a < b ? a : b; }
 
 // Returns f of x = n + f, n the nearest whole number. 2^x is all that comes of it, so that n may
 // stop at -150 (float), -1075 (double), where it rounds to 0. NaN stays. The sums have no fraction

@@ -1,0 +1,446 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The form for few rows against long keys and values, which is bound by reading these once: the
+// vectors lie along head_dim, a key is read whole, and all rows that share it use it while it is in
+// registers. Keys come in fixed stretches, so that one head keeps every core busy; what a stretch
+// gives is a Part, and parts are merged in order. Called by attention.cpp through the table at the
+// end of kernel.cpp.
+//
+// Names and rules are those of kernel.cpp; a row's bits depend on no other row.
+#pragma once
+
+#include "elements.h"
+#include "kernel.h"
+#include "kernel_scores.h"
+#include "vec.h"
+
+namespace fastattn {
+namespace {
+
+constexpr int64_t kChunk = 64;  // keys between two looks at the maximum
+constexpr int kFewRows = 8;     // beyond, the tiled form is as fast
+
+// The softmax over some keys: its maximum, its sum, and the values that it weighs.
+template <class T>
+struct Part {
+    static constexpr int64_t lanes = Vec<T>::lanes;
+
+    const int64_t rows, pitch;
+    T* const row_max;  // (rows)
+    T* const row_sum;  // (rows)
+    T* const acc;      // (rows, pitch)
+
+    Part(const Block& block, void* memory)
+        : rows(block.row_count),
+          pitch(padded(block.value_head_dim)),
+          row_max(static_cast<T*>(memory)),
+          row_sum(row_max + padded(rows)),
+          acc(row_sum + padded(rows)) {}
+
+    static int64_t padded(int64_t x) { return (x + lanes - 1) / lanes * lanes; }
+    static size_t bytes(const Block& block) {
+        const int64_t elements =
+            2 * padded(block.row_count) + block.row_count * padded(block.value_head_dim);
+        return size_t(elements) * sizeof(T);
+    }
+
+    void clear() const {
+        for (int64_t r = 0; r < rows; ++r) {
+            row_max[r] = -kInfinity<T>;
+            row_sum[r] = T(0);
+        }
+        for (int64_t i = 0; i < rows * pitch; i += lanes) Vec<T>(T(0)).store(acc + i);
+    }
+
+    // Adds a part about later keys. One that saw nothing changes no bit.
+    void merge(const Part& later) const {
+        for (int64_t r = 0; r < rows; ++r) {
+            const T largest = row_max[r] > later.row_max[r] ? row_max[r] : later.row_max[r];
+            const T offset = largest == -kInfinity<T> ? T(0) : largest;
+            const Vec<T> mine = exp2(Vec<T>(row_max[r] - offset));
+            const Vec<T> others = exp2(Vec<T>(later.row_max[r] - offset));
+            for (int64_t d = r * pitch; d < (r + 1) * pitch; d += lanes) {
+                const Vec<T> added = others * Vec<T>::load(later.acc + d);
+                fma(Vec<T>::load(acc + d), mine, added).store(acc + d);
+            }
+            row_sum[r] = fma(Vec<T>(row_sum[r]), mine, others * Vec<T>(later.row_sum[r])).v[0];
+            row_max[r] = largest;
+        }
+    }
+};
+
+// All rows of a block against the keys of one stretch.
+template <class T, class Element>
+class Stretch {
+    using V = Vec<T>;
+    static constexpr int lanes = V::lanes;
+
+    const Block& block;
+    const int64_t rows, head_dim, value_head_dim, query_pitch;
+    const Part<T> part;
+    const Element *key, *value;  // of the chunk
+    int64_t last_key;            // of the block's keys, as seen from the chunk's first
+
+    // In scratch.
+    T* const query;        // (rows, query_pitch) scaled, padded with zeros
+    T* const scores;       // (rows, kChunk) S, then P
+    T* const rescale;      // (rows)
+    T* const score_scale;  // (rows) what load_query() left out of the query
+    T* const staging;      // (kChunk) of a mask, or (kChunk, part.pitch) of values to use instead
+
+   public:
+    static size_t scratch_bytes(const Block& block) {
+        const int64_t wide = Part<T>::padded(block.value_head_dim > 0 ? block.value_head_dim : 1);
+        const int64_t elements = block.row_count * (Part<T>::padded(block.head_dim) + kChunk) +
+                                 2 * Part<T>::padded(block.row_count) + kChunk * wide;
+        return size_t(elements) * sizeof(T);
+    }
+
+    Stretch(const Block& whole, void* memory)
+        : block(whole),
+          rows(block.row_count),
+          head_dim(block.head_dim),
+          value_head_dim(block.value_head_dim),
+          query_pitch(Part<T>::padded(head_dim)),
+          part(block, memory),
+          query(static_cast<T*>(block.scratch)),
+          scores(query + rows * query_pitch),
+          rescale(scores + rows * kChunk),
+          score_scale(rescale + Part<T>::padded(rows)),
+          staging(score_scale + Part<T>::padded(rows)) {}
+
+    void attend(int64_t begin, int64_t end) {
+        part.clear();
+        for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+            if (block.stop.requested(block.stop.context)) return;
+            const Span keys = {chunk, chunk + kChunk < end ? chunk + kChunk : end};
+            if (!any_seen(keys)) continue;
+            if (query_is_missing) load_query();
+            key = static_cast<const Element*>(block.key) + chunk * block.key_stride;
+            value = static_cast<const Element*>(block.value) + chunk * block.value_stride;
+            last_key = block.kv_len - 1 - chunk;
+            attend_chunk(keys);
+        }
+    }
+
+   private:
+    bool query_is_missing = true;
+
+    bool any_seen(Span keys) const {
+        for (int64_t r = 0; r < rows; ++r) {
+            const Row& row = block.rows[r];
+            const Span inside = {row.begin > keys.begin ? row.begin : keys.begin,
+                                 row.end < keys.end ? row.end : keys.end};
+            if (inside.size() > 0 &&
+                any_left(row.mask, block.mask_dtype, block.mask_stride, inside) &&
+                any_left(row.bias, block.bias_dtype, block.bias_stride, inside)) {
+                return true;
+            }
+        }
+        return false;
+    }
+
+    static bool any_left(const void* array, Dtype dtype, int64_t stride, Span keys) {
+        if (array == nullptr) return true;
+        return with_element(dtype, [&](auto* element) {
+            bool any_hidden = true, any_seen = false;
+            look(static_cast<decltype(element)>(array) + keys.begin * stride, stride, keys.size(),
+                 any_hidden, any_seen);
+            return any_seen;
+        });
+    }
+
+    // As Panel::load_query(), row by row.
+    void load_query() {
+        query_is_missing = false;
+        const T scale = query_scale<T>(block);
+        with_operand<T>(block.query_dtype, [&]<class Q>(const Q*) {
+            for (int64_t r = 0; r < rows; ++r) {
+                const auto* const from = static_cast<const Q*>(block.rows[r].query);
+                T* const to = query + r * query_pitch;
+                bool too_large = false;
+                for (int64_t d = 0; d < query_pitch; ++d) {
+                    const T x = d < head_dim ? added<T>(from[d]) : T(0);
+                    to[d] = scale * x;
+                    too_large |= x - x == 0 && to[d] - to[d] != 0;
+                }
+                score_scale[r] = too_large ? scale : T(1);
+                for (int64_t d = 0; too_large && d < head_dim; ++d) to[d] = added<T>(from[d]);
+            }
+        });
+    }
+
+    void attend_chunk(Span keys) {
+        in_row_groups([&]<int Rows>(int64_t r) { compute_scores<Rows>(r, keys.size()); });
+        bool any_hidden = false;
+        for (int64_t r = 0; r < rows; ++r) any_hidden |= apply_passes(r, keys);
+        const bool apart = any_hidden && set_nonfinite_apart(keys);
+        for (int64_t r = 0; r < rows; ++r) softmax(r, keys.size());
+        in_row_groups([&]<int Rows>(int64_t r) {
+            if (apart) {
+                add_values<Rows>(r, staging, part.pitch, keys.size());
+            } else {
+                add_values<Rows>(r, value, block.value_stride, keys.size());
+            }
+        });
+    }
+
+    // step<Rows>(r) for groups of at most 4 rows.
+    template <class Step>
+    void in_row_groups(const Step& step) const {
+        constexpr int most = lanes < 4 ? lanes : 4;
+        int64_t r = 0;
+        for (; r + most <= rows; r += most) step.template operator()<most>(r);
+        for (; most > 2 && r + 2 <= rows; r += 2) step.template operator()<most / 2>(r);
+        for (; r < rows; ++r) step.template operator()<1>(r);
+    }
+
+    // Rows x (lanes / Rows) sums at a time, which one transpose adds up.
+    template <int Rows>
+    [[gnu::always_inline]] void compute_scores(int64_t row, int64_t count) const {
+        constexpr int keys = lanes / Rows;
+        const T* const queries = query + row * query_pitch;
+        for (int64_t j = 0; j < count; j += keys) {
+            if (row == 0) fetch(j, keys);
+            const Element* from[keys];
+            for (int i = 0; i < keys; ++i) {
+                from[i] = key + (j + i < count ? j + i : count - 1) * block.key_stride;
+            }
+            V sum[lanes] = {};
+            int64_t d = 0;
+            for (; d + lanes <= head_dim; d += lanes) {
+                V rows_query[Rows];
+#pragma GCC unroll 4
+                for (int r = 0; r < Rows; ++r) {
+                    rows_query[r] = V::load(queries + r * query_pitch + d);
+                }
+#pragma GCC unroll 16
+                for (int i = 0; i < keys; ++i) {
+                    const V k = load(from[i] + d);
+#pragma GCC unroll 4
+                    for (int r = 0; r < Rows; ++r) {
+                        sum[r * keys + i] = fma(rows_query[r], k, sum[r * keys + i]);
+                    }
+                }
+            }
+            if (d < head_dim) {
+                for (int i = 0; i < keys; ++i) {
+                    const V k = load_some(from[i] + d, head_dim - d);
+                    for (int r = 0; r < Rows; ++r) {
+                        const V q = V::load(queries + r * query_pitch + d);
+                        sum[r * keys + i] = fma(q, k, sum[r * keys + i]);
+                    }
+                }
+            }
+            transpose<T>(sum);
+#pragma GCC unroll 4
+            for (int n = lanes / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+                for (int i = 0; i < n; ++i) sum[i] = sum[i] + sum[i + n];
+            }
+            T dots[lanes];
+            sum[0].store(dots);
+            for (int r = 0; r < Rows; ++r) {
+                __builtin_memcpy(scores + (row + r) * kChunk + j, dots + r * keys,
+                                 keys * sizeof(T));
+            }
+        }
+    }
+
+    // The values that follow these keys, and the keys of the next chunk.
+    void fetch(int64_t j, int64_t count) const {
+        for (int64_t i = j; i < j + count; ++i) {
+            const int64_t v = i < last_key ? i : last_key;
+            const int64_t k = i + kChunk < last_key ? i + kChunk : last_key;
+            prefetch(value + v * block.value_stride, value_head_dim);
+            prefetch(key + k * block.key_stride, head_dim);
+        }
+    }
+
+    template <class From>
+    static V load_some(const From* from, int64_t count) {
+        T some[lanes] = {};
+        for (int64_t i = 0; i < count; ++i) some[i] = added<T>(from[i]);
+        return V::load(some);
+    }
+
+    // Between the scores of a row and its softmax. Returns whether a pair is hidden.
+    bool apply_passes(int64_t r, Span keys) const {
+        const Row& row = block.rows[r];
+        T* const s = scores + r * kChunk;
+        const V hidden = -kInfinity<T>;
+        T first[lanes];
+        for (int i = 0; i < lanes; ++i) first[i] = T(i);
+        const V index = V::load(first);
+        const V low = T(row.begin > keys.begin ? row.begin - keys.begin : 0);
+        const V high = T(row.end < keys.end ? row.end - keys.begin : keys.size());
+        const V start = T(keys.begin - row.position), slope = T(-row.slope * kLog2e);
+        if (row.mask != nullptr || row.bias != nullptr || block.softcap != 0 ||
+            score_scale[r] != T(1)) {
+            for (int64_t j = 0; j < keys.size(); j += lanes) {
+                V score = V(score_scale[r]) * V::load(s + j);
+                if (block.softcap != 0) score = V(T(block.softcap * kLog2e)) * tanh(score);
+                score.store(s + j);
+            }
+            add_array(row.bias, block.bias_dtype, block.bias_stride, keys, s);
+            add_array(row.mask, block.mask_dtype, block.mask_stride, keys, s);
+        }
+        typename V::Mask any_hidden = {};
+        for (int64_t j = 0; j < keys.size(); j += lanes) {
+            const V place = V(T(j)) + index;
+            V score = V::load(s + j);
+            if (block.alibi) score = bounded_sum(score, abs(start + place), slope);
+            score = select<T>((place >= low) & (place < high), score, hidden);
+            any_hidden |= score == hidden;
+            score.store(s + j);
+        }
+        return any<T>(any_hidden);
+    }
+
+    void add_array(const void* array, Dtype dtype, int64_t stride, Span keys, T* s) const {
+        if (array == nullptr) return;
+        for (int64_t j = keys.size() / lanes * lanes; j < kChunk; ++j) staging[j] = T(0);
+        stage(array, dtype, stride, keys, staging);
+        for (int64_t j = 0; j < keys.size(); j += lanes) add_to_scores(s + j, V::load(staging + j));
+    }
+
+    void softmax(int64_t r, int64_t count) const {
+        T* const s = scores + r * kChunk;
+        V peaks = -kInfinity<T>;
+        for (int64_t j = 0; j < count; j += lanes) peaks = max(V::load(s + j), peaks);
+        T largest = part.row_max[r];
+        for (int i = 0; i < lanes; ++i) largest = peaks.v[i] > largest ? peaks.v[i] : largest;
+        const T offset = largest == -kInfinity<T> ? T(0) : largest;
+        rescale[r] = exp2(V(part.row_max[r] - offset)).v[0];
+        V sums = T(0);
+        for (int64_t j = 0; j < count; j += lanes) {
+            const V prob = exp2(V::load(s + j) - V(offset));
+            sums = sums + prob;
+            prob.store(s + j);
+        }
+        T sum = T(0);
+        for (int i = 0; i < lanes; ++i) sum += sums.v[i];
+        part.row_max[r] = largest;
+        part.row_sum[r] = fma(V(part.row_sum[r]), V(rescale[r]), V(sum)).v[0];
+    }
+
+    // As Panel::set_nonfinite_apart().
+    bool set_nonfinite_apart(Span keys) const {
+        bool found = false;
+        for (int64_t j = 0; j < keys.size() && !found; ++j) {
+            const Element* const from = value + j * block.value_stride;
+            int64_t d = 0;
+            typename V::Mask bad = {};
+            for (; d + lanes <= value_head_dim; d += lanes) bad |= ~is_finite<T>(load(from + d));
+            for (; d < value_head_dim; ++d) found |= added<T>(from[d]) - added<T>(from[d]) != 0;
+            found |= any<T>(bad);
+        }
+        if (!found) return false;
+        for (int64_t j = 0; j < keys.size(); ++j) {
+            for (int64_t d = 0; d < value_head_dim; ++d) {
+                const T x = added<T>(value[j * block.value_stride + d]);
+                const bool finite = x - x == 0;
+                staging[j * part.pitch + d] = finite ? x : T(0);
+                for (int64_t r = 0; r < rows && !finite; ++r) {
+                    if (scores[r * kChunk + j] != -kInfinity<T>) part.acc[r * part.pitch + d] += x;
+                }
+            }
+        }
+        return true;
+    }
+
+    template <int Rows, class From>
+    void add_values(int64_t row, const From* from, int64_t stride, int64_t count) const {
+        constexpr int most = Rows == 1 ? 8 : 4;
+        int64_t d = 0;
+        for (; d + most * lanes <= value_head_dim; d += most * lanes) {
+            add_columns<Rows, most>(row, d, from, stride, count);
+        }
+        for (; d < value_head_dim; d += lanes) {
+            add_columns<Rows, 1>(row, d, from, stride, count);
+        }
+    }
+
+    template <int Rows, int Columns, class From>
+    [[gnu::always_inline]] void add_columns(int64_t row, int64_t d, const From* from,
+                                            int64_t stride, int64_t count) const {
+        const T* const probs = scores + row * kChunk;
+        const bool whole = d + Columns * lanes <= value_head_dim;
+        V sum[Rows][Columns] = {};
+        for (int64_t j = 0; j < count; ++j) {
+            V column[Columns];
+#pragma GCC unroll 8
+            for (int c = 0; c < Columns; ++c) {
+                const From* const at = from + j * stride + d + c * lanes;
+                column[c] = whole ? load(at) : load_some(at, value_head_dim - d);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < Rows; ++r) {
+                const V prob = probs[r * kChunk + j];
+#pragma GCC unroll 8
+                for (int c = 0; c < Columns; ++c) sum[r][c] = fma(prob, column[c], sum[r][c]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+            for (int c = 0; c < Columns; ++c) {
+                T* const out = part.acc + (row + r) * part.pitch + d + c * lanes;
+                fma(V::load(out), V(rescale[row + r]), sum[r][c]).store(out);
+            }
+        }
+    }
+};
+
+// out and lse of a block's rows from the part about all its keys.
+template <class T>
+void finish_part(const Block& block, void* memory) {
+    using V = Vec<T>;
+    const Part<T> part(block, memory);
+    for (int64_t r = 0; r < part.rows; ++r) {
+        const Row& row = block.rows[r];
+        const T sink = T(row.sink * kLog2e);
+        const T peak = part.row_max[r] > sink ? part.row_max[r] : sink;
+        const T offset = peak == -kInfinity<T> ? T(0) : peak;
+        const V shrink = exp2(V(part.row_max[r] - offset));
+        const V all = fma(V(part.row_sum[r]), shrink, exp2(V(sink - offset)));
+        const V factor = select<T>(all == V(T(0)), V(T(0)), shrink / all);
+        with_operand<T>(block.query_dtype, [&]<class Out>(const Out*) {
+            for (int64_t d = 0; d < block.value_head_dim; d += V::lanes) {
+                const V result = fma(V::load(part.acc + r * part.pitch + d), factor, V(T(0)));
+                Out* const to = static_cast<Out*>(row.out) + d;
+                const int64_t n = block.value_head_dim - d;
+                if (n >= V::lanes) {
+                    store(result, to);
+                } else {
+                    Out some[V::lanes];
+                    store(result, some);
+                    for (int64_t i = 0; i < n; ++i) to[i] = some[i];
+                }
+            }
+        });
+        if (row.lse == nullptr) continue;
+        *static_cast<T*>(row.lse) =
+            T(double(part.row_max[r]) * kLn2 + __builtin_log(double(part.row_sum[r])));
+    }
+}
+
+template <class T>
+void attend_part(const Block& block, int64_t begin, int64_t end, void* part) {
+    with_operand<T>(block.kv_dtype, [&]<class Element>(const Element*) {
+        Stretch<T, Element>(block, part).attend(begin, end);
+    });
+}
+
+template <class T>
+void merge_parts(const Block& block, void* into, void* later) {
+    Part<T>(block, into).merge(Part<T>(block, later));
+}
+
+template <class T>
+size_t part_scratch_bytes(const Block& block) {
+    return Stretch<T, T>::scratch_bytes(block);
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -105,6 +105,7 @@ class Call {
     Plan plan() const {
         const TileCounts counts = items_ == 0 ? TileCounts{} : count();
         Plan plan;
+        plan.few_queries = few_;
         plan.query_tile = functions_.panel_rows;
         plan.key_tile = functions_.key_tile;
         plan.threads = threads_;

@@ -46,6 +46,7 @@ struct AttentionArgs {
 
 // What a call does, counted instead of computed.
 struct Plan {
+    bool few_queries = false;  // that form; its tiles are counted as if it were the tiled one
     int query_tile = 0, key_tile = 0, threads = 0;
     int64_t tiles = 0, tiles_skipped = 0, tiles_edge = 0;
     int64_t pairs_computed = 0;  // (query, key) pairs inside the tiles that are computed

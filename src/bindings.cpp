@@ -241,6 +241,7 @@ py::dict explain(FASTATTN_PARAMETERS) {
     for (const int64_t size : args.batch_shape) batch *= size;
     const double dims = double(args.head_dim + args.value_head_dim);
     py::dict report;
+    report["kernel"] = plan.few_queries ? "few queries" : "tiled";
     report["isa"] = isa();
     report["query_tile"] = plan.query_tile;
     report["key_tile"] = plan.key_tile;

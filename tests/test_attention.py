@@ -21,7 +21,7 @@ from conftest import (
 from numpy.lib.stride_tricks import as_strided
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fastattn import attention, attention_weights, reference
+from fastattn import attention, attention_weights, explain, reference
 
 pytestmark = pytest.mark.usefixtures("isa")
 INF = np.inf
@@ -469,6 +469,38 @@ def test_lowest_number_is_not_a_mask(mask_dtype, dtype):
     assert_allclose(causal, upto, atol=eps)
 
 
+@pytest.mark.parametrize("q_len", [3, 20])
+def test_huge_numbers_that_are_added(q_len):
+    """One that is finite leaves a row finite, whatever the change of base makes of it."""
+    query, key, value = make_problem(q_len, 150, heads=2)
+    highest = np.finfo(np.float32).max
+    for huge in (2.4e38, highest, 1e300):
+        bias = np.zeros(150)
+        bias[77] = huge
+        out = attention(query, key, value, bias=bias)
+        assert_same_bits(out, np.broadcast_to(value[:, 77:78], out.shape).copy())
+    for options in (
+        {"alibi_slopes": [1e38, -8e37], "query_offset": 20},
+        {"alibi_slopes": [1e38, -8e37], "query_offset": 20, "mask": np.tri(q_len, 150, dtype=bool)},
+        {"scale": 3e38},
+        {"scale": 1e39},
+        {"softcap": 1e-40},
+    ):
+        assert np.isfinite(attention(query * 0, key, value, **options)).all()
+
+
+@pytest.mark.parametrize("q_len", [3, 20])
+@pytest.mark.parametrize("byte", [1, 2, 128, 255])
+def test_bytes_of_a_bool_mask(q_len, byte):
+    """Whatever is not 0 is True, as NumPy reads it."""
+    operands = make_problem(q_len, 150, heads=2)
+    seen = np.random.default_rng(0).random((q_len, 150)) < 0.6
+    odd = (seen * np.uint8(byte)).view(bool)
+    assert_same_bits(with_lse(*operands, mask=odd), with_lse(*operands, mask=seen))
+    every = np.full((q_len, 150), byte, np.uint8).view(bool)
+    assert_same_bits(with_lse(*operands, mask=every), with_lse(*operands))
+
+
 @both_dtypes
 def test_small_numbers(dtype):
     """Subnormal numbers count in each operand, in the probabilities and in the result."""
@@ -850,6 +882,78 @@ def test_accuracy(kv_len, q_len, spread, dtype):
     ramp = np.linspace(0, 30, kv_len)
     for bias in (ramp, ramp[::-1]):
         attend_within_gate(query, key, value, bias=bias)
+
+
+# Few queries against long keys: a form of its own, in stretches of 512 keys.
+
+
+def few_queries(dtype, q_len=2, kv_len=2700):
+    operands = make_problem(
+        q_len, kv_len, 40, 24, heads=6, kv_heads=2, batch=(3,), dtype=dtype, mean=1
+    )
+    rng = np.random.default_rng(6)
+    options = {
+        "mask": rng.random((3, 1, q_len, kv_len)) < 0.8,
+        "bias": rng.normal(size=(6, q_len, kv_len)).astype(np.float32),
+        "query_offset": np.array([kv_len - q_len, 700, 1030]),
+        "window": (2000, 20),
+        "alibi_slopes": rng.random((3, 6)) / 100,
+        "sinks": rng.normal(size=6),
+        "kv_lengths": np.array([kv_len, 1024, 0]),
+        "softcap": 20.0,
+    }
+    return operands, options
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("q_len", [1, 2])
+def test_few_queries(q_len, dtype):
+    operands, options = few_queries(dtype, q_len)
+    assert explain(*operands)["kernel"] == "few queries"
+    attend_within_gate(*operands)
+    attend_within_gate(*operands, **options)
+    for name, value in options.items():
+        positions = {"query_offset": options["query_offset"]}
+        attend_within_gate(*operands, **(positions | {name: value}))
+
+
+@both_dtypes
+def test_bits_of_few_queries(dtype, threads):
+    """Threads, batch neighbours, padding, strides and other keys' poison change none."""
+    operands, options = few_queries(dtype)
+    for extra in (options, {}):
+        threads(1)
+        expected = with_lse(*operands, **extra)
+        for count in (2, 3, 7):
+            threads(count)
+            assert_same_bits(with_lse(*operands, **extra), expected)
+        for b in range(3):
+            each = ("mask", "query_offset", "alibi_slopes", "kv_lengths")
+            alone = {name: x[b] if name in each else x for name, x in extra.items()}
+            got = with_lse(*[x[b] for x in operands], **alone)
+            assert_same_bits(got, (expected[0][b], expected[1][b]))
+        assert_same_bits(with_lse(*[laid_out(x, "reversed") for x in operands], **extra), expected)
+    query, key, value = operands
+    expected = with_lse(query, key, value)
+    for padding in (1, 300, 5000):
+        longer = [
+            np.concatenate([x, np.full((3, 2, padding, x.shape[-1]), np.nan, dtype)], axis=2)
+            for x in (key, value)
+        ]
+        assert_same_bits(with_lse(query, *longer, kv_lengths=2700), expected)
+        assert_same_bits(with_lse(query, *longer, mask=np.arange(2700 + padding) < 2700), expected)
+
+
+@both_dtypes
+def test_few_queries_whose_parts_wait(dtype):
+    """More parts than may wait at once are merged wave by wave."""
+    query, key, _ = make_problem(1, 30000, 2, heads=16, kv_heads=2, dtype=dtype)
+    buffer = np.random.default_rng(7).normal(size=(2, 35000)).astype(dtype)
+    value = as_strided(buffer, (2, 30000, 4096), (buffer.strides[0], *[buffer.itemsize] * 2))
+    parts = [slice(8 * i, 8 * i + 8) for i in (0, 1)]
+    expected = [attention(query[part], key[i], value[i]) for i, part in enumerate(parts)]
+    assert_same_bits(attention(query, key, value), np.concatenate(expected))
+    attend_within_gate(query, key, value[..., :3])
 
 
 # Half precision.

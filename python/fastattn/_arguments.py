@@ -51,21 +51,6 @@ class Sizes(NamedTuple):
     has_pairs: bool
 
 
-class Options(NamedTuple):
-    """The arguments beside query, key and value, as the core takes them and in its order."""
-
-    mask: Array | None
-    bias: Array | None
-    alibi_slopes: Array | None
-    sinks: Array | None
-    query_offset: Array | None
-    kv_lengths: Array | None
-    scale: float
-    softcap: float
-    left: int
-    right: int
-
-
 def check(
     query: Any,
     key: Any,
@@ -83,7 +68,11 @@ def check(
     dropout_p: Any,
     seed: Any,
 ) -> tuple[Array, Array, Array, Sizes, tuple[Any, ...]]:
-    """Check every argument that says what to compute; the last item is an `Options`, as a tuple."""
+    """Check every argument that says what to compute.
+
+    The last item is the arguments beside query, key and value, as the core takes them and in its
+    order.
+    """
     query, key, value = floats("query", query), floats("key", key), floats("value", value)
     if key.dtype != query.dtype or value.dtype != query.dtype:
         mixed_dtypes(query.dtype, key.dtype, value.dtype)
@@ -104,7 +93,7 @@ def check(
     if query_offset is not None:
         offset = per_batch("query_offset", query_offset, known, -FARTHEST, FARTHEST, usual=0)
     elif known.q_len != known.kv_len and (
-        left != UNLIMITED or right != UNLIMITED or alibi_slopes is not None
+        is_causal or window is not None or alibi_slopes is not None
     ):
         argument = "is_causal" if is_causal else "alibi_slopes" if window is None else "window"
         raise ValueError(

@@ -402,7 +402,8 @@ sinks, kv_lengths
     Returns
     -------
     dict
-        Its str() is the report. `tiles` are counted over all heads and batch elements, of
+        Its str() is the report. `kernel` is "tiled", or "few queries" where the tiles are counted
+        as if it were. `tiles` are counted over all heads and batch elements, of
         `query_tile` queries (of all heads that share a key head) by `key_tile` keys; `skipped` is
         the share of them that nothing is done for. `flops` are those of the two matrix products in
         the tiles that are computed; `bytes` are those of query, key, value and result, once each;
@@ -437,7 +438,7 @@ sinks, kv_lengths
     return Report(
         "attention",
         {
-            "kernel": "tiled",
+            "kernel": plan["kernel"],
             "isa": plan["isa"],
             "dtype": str(query.dtype),
             "threads": plan["threads"],

@@ -43,14 +43,15 @@ def main(options: argparse.Namespace) -> int:
     run: measure.Result = {"suite": options.suite, "quick": options.quick, "results": []}
     try:
         if options.plot is not None:
-            importlib.import_module("matplotlib")
+            try:
+                importlib.import_module("matplotlib")
+            except ImportError:
+                return _complain("--plot needs matplotlib: pip install 'fastattn[bench]'")
         if options.source is not None:
             run = json.loads(options.source.read_text())
         else:
             chosen, libraries = _chosen_cases(options), _chosen_libraries(options)
             interrupted = _measure(run, chosen, libraries, options)
-    except ImportError:
-        return _complain("--plot needs matplotlib: pip install 'fastattn[bench]'")
     except (OSError, ValueError, measure.Failure) as error:
         return _complain(str(error))
     if options.json is not None:

@@ -260,4 +260,12 @@ def description(libraries: Iterable[str], threads: int) -> Result:
     """Say what is compared, and on what."""
     names = [name for library in libraries for name in NEEDS.get(library, (library,))]
     machine = dict(fastattn.info()) | {"threads": threads}
-    return {"machine": machine, "versions": {name: metadata.version(name) for name in names}}
+    return {"machine": machine, "versions": {name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str:
+    """Return that of the distribution; a module may come in one of another name."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"

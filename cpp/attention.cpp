@@ -228,7 +228,6 @@ class Call {
                                        stretch, std::min(stretch + kStretch, args_.kv_len),
                                        parts + item * part_bytes);
             };
-            if (!parallel_for(count, threads_, interrupt, attend)) return false;
             const auto merge = [&](int64_t, int, const Stop& stop) {
                 char* into = carried;
                 for (int64_t item = 0; item < count; ++item) {
@@ -245,7 +244,16 @@ class Call {
                 }
                 if (into != carried) std::memcpy(carried, into, part_bytes);
             };
-            parallel_for(1, 1, {}, merge);
+            if (threads_ == 1) {  // a small call: one trip
+                const auto both = [&](int64_t, int, const Stop& stop) {
+                    for (int64_t item = 0; item < count; ++item) attend(item, 0, stop);
+                    merge(0, 0, stop);
+                };
+                if (!parallel_for(1, 1, interrupt, both)) return false;
+            } else {
+                if (!parallel_for(count, threads_, interrupt, attend)) return false;
+                parallel_for(1, 1, {}, merge);
+            }
         }
         return true;
     }

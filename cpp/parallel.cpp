@@ -97,7 +97,7 @@ struct Caller {
     Job& job;
     Interrupt interrupt;
     Clock::time_point asked = Clock::now();
-    pid_t pid = getpid();
+    pid_t pid = 0;          // of the process that the team belongs to; 0: there is none
     bool in_child = false;  // a signal handler has forked: the team is not here
 };
 
@@ -105,13 +105,13 @@ void ask(Caller& caller) {
     if (caller.interrupt.requested == nullptr || job_stopped(&caller.job)) return;
     caller.asked = Clock::now();
     if (caller.interrupt.requested()) caller.job.stopped = true;
-    caller.in_child = getpid() != caller.pid;
+    caller.in_child = caller.pid != 0 && getpid() != caller.pid;
 }
 
 bool caller_stopped(void* context) {
     Caller& caller = *static_cast<Caller*>(context);
     if (!caller.in_child && Clock::now() - caller.asked >= kPatience) ask(caller);
-    return job_stopped(&caller.job) || (caller.in_child && caller.job.helpers > 0);
+    return job_stopped(&caller.job) || caller.in_child;
 }
 
 template <class Condition>
@@ -203,9 +203,10 @@ class Owner {
 
     // False: a signal handler has forked and this is the child, where the team is not.
     bool run(Job& job, Interrupt interrupt) {
-        Caller caller{job, interrupt};
         const bool helped = offer(job);
         if (!helped) job.helpers = 0;
+        Caller caller{job, interrupt};
+        if (helped) caller.pid = pid_;
         work(job, 0, {caller_stopped, &caller});
         if (!helped) return true;
         if (caller.in_child) return false;

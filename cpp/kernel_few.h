@@ -18,7 +18,7 @@ namespace fastattn {
 namespace {
 
 constexpr int64_t kChunk = 64;  // keys between two looks at the maximum
-constexpr int kFewRows = 8;     // beyond, the tiled form is as fast
+constexpr int kFewRows = 8;     // beyond, the tiled form is faster
 
 // The softmax over some keys: its maximum, its sum, and the values that it weighs.
 template <class T>

@@ -49,12 +49,30 @@ class Sizes(NamedTuple):
     lse_shape: tuple[int, ...]
     scale: float
     has_pairs: bool
+    pairs_shape: tuple[int, ...]  # what mask and bias broadcast to
+    square: bool  # as many queries as keys
 
 
 def check(
     query: Any,
     key: Any,
     value: Any,
+    *rest: Any,
+) -> tuple[Array, Array, Array, Sizes, tuple[Any, ...]]:
+    """Check every argument that says what to compute; rest: those of `options`, in its order.
+
+    The last item is these as the core takes them.
+    """
+    query, key, value = floats("query", query), floats("key", key), floats("value", value)
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        mixed_dtypes(query.dtype, key.dtype, value.dtype)
+    known = sizes(query.shape, key.shape, value.shape)
+    return query, key, value, known, options(known, query.dtype, *rest)
+
+
+def options(
+    known: Sizes,
+    dtype: np.dtype[Any],
     mask: Any,
     bias: Any,
     scale: Any,
@@ -67,16 +85,11 @@ def check(
     kv_lengths: Any,
     dropout_p: Any,
     seed: Any,
-) -> tuple[Array, Array, Array, Sizes, tuple[Any, ...]]:
-    """Check every argument that says what to compute.
+) -> tuple[Any, ...]:
+    """Check the arguments beside query, of `dtype`, key and value.
 
-    The last item is the arguments beside query, key and value, as the core takes them and in its
-    order.
+    Returns them as the core takes them and in its order.
     """
-    query, key, value = floats("query", query), floats("key", key), floats("value", value)
-    if key.dtype != query.dtype or value.dtype != query.dtype:
-        mixed_dtypes(query.dtype, key.dtype, value.dtype)
-    known = sizes(query.shape, key.shape, value.shape)
     left = right = UNLIMITED
     if mask is not None:
         mask = pair_array("mask", mask, MASK_NAMES, known)
@@ -92,34 +105,28 @@ def check(
     offset = query_offset
     if query_offset is not None:
         offset = per_batch("query_offset", query_offset, known, -FARTHEST, FARTHEST, usual=0)
-    elif known.q_len != known.kv_len and (
-        is_causal or window is not None or alibi_slopes is not None
-    ):
+    elif not known.square and (is_causal or window is not None or alibi_slopes is not None):
         argument = "is_causal" if is_causal else "alibi_slopes" if window is None else "window"
         raise ValueError(
             f"query_offset must be given with {argument} if q_len differs from kv_len "
             "(0: the first query stands at the first key; kv_len - q_len: the last at the last), "
             f"got q_len={known.q_len}, kv_len={known.kv_len}"
         )
-    if softcap is None:
-        softcap = 0.0
-    else:
-        softcap = min(positive_number("softcap", softcap), large(query.dtype))
+    softcap = 0.0 if softcap is None else min(positive_number("softcap", softcap), large(dtype))
     if alibi_slopes is not None:
         shape = (*known.batch_shape, known.q_heads)
         alibi_slopes = slopes_per_head(alibi_slopes, known.q_heads, shape)
-        alibi_slopes = filled(alibi_slopes, shape, query.dtype) if known.has_pairs else None
+        alibi_slopes = filled(alibi_slopes, shape, dtype) if known.has_pairs else None
     if sinks is not None:
         sinks = logits_per_head("sinks", sinks, known.q_heads)
-        sinks = filled(sinks, sinks.shape, query.dtype) if known.has_pairs else None
+        sinks = filled(sinks, sinks.shape, dtype) if known.has_pairs else None
     if kv_lengths is not None:
         kv_lengths = per_batch("kv_lengths", kv_lengths, known, 0, known.kv_len, known.kv_len)
     if type(dropout_p) is not float or dropout_p != 0.0:
         no_dropout(dropout_p)
     if seed is not None:
         whole_number("seed", seed)
-    options = (mask, bias, alibi_slopes, sinks, offset, kv_lengths, scale, softcap, left, right)
-    return query, key, value, known, options
+    return mask, bias, alibi_slopes, sinks, offset, kv_lengths, scale, softcap, left, right
 
 
 def floats(name: str, x: Any) -> Array:
@@ -240,6 +247,8 @@ def sizes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) 
         lse_shape=lse_shape,
         scale=1 / math.sqrt(head_dim),
         has_pairs=0 not in lse_shape and kv_len > 0,
+        pairs_shape=(*batch_shape, q_heads, q_len, kv_len),
+        square=q_len == kv_len,
     )
 
 
@@ -264,7 +273,7 @@ def countable(known: Sizes) -> None:
 def pair_array(name: str, x: Any, dtypes: tuple[str, ...], known: Sizes) -> Array:
     """Return a mask or bias, never expanded."""
     array = of_dtypes(name, x, dtypes)
-    whole = (*known.batch_shape, known.q_heads, known.q_len, known.kv_len)
+    whole = known.pairs_shape
     fits = zip(reversed(array.shape), reversed(whole), strict=False)
     if array.ndim > len(whole) or not all(n in (1, m) for n, m in fits):
         raise ValueError(

@@ -88,7 +88,7 @@ void set_num_threads(int threads);
 int get_num_threads();
 
 // The machine's limits, measured with all threads (limits.cpp).
-double measure_fma(Dtype dtype, double seconds);  // FLOP/s
+double measure_fma(Dtype dtype, double seconds);  // FLOP/s of products in that type
 double measure_read(int64_t bytes, int repeats);  // bytes/s, the median of the repeats
 
 }  // namespace fastattn

@@ -163,6 +163,25 @@ inline void store(Vec<float> x, BFloat16* to) {
     __builtin_memcpy(to, &half, sizeof half);
 }
 
+// Two rows as one of pairs, in which the bits of `second` lie above; without a second row, 0.
+inline void store_pairs(const BFloat16* first, const BFloat16* second, int64_t columns,
+                        BFloat16* to) {
+    constexpr int lanes = Vec<float>::lanes;
+    int64_t d = 0;
+    for (; second != nullptr && d + lanes <= columns; d += lanes) {
+        isa::HalfBits low, high;
+        __builtin_memcpy(&low, first + d, sizeof low);
+        __builtin_memcpy(&high, second + d, sizeof high);
+        const Pairs pairs =
+            __builtin_convertvector(low, Pairs) | __builtin_convertvector(high, Pairs) << 16;
+        __builtin_memcpy(to + 2 * d, &pairs, sizeof pairs);
+    }
+    for (; d < columns; ++d) {
+        to[2 * d] = first[d];
+        to[2 * d + 1] = second == nullptr ? BFloat16{0} : second[d];
+    }
+}
+
 // The first `count` lanes, or all.
 template <class Element, class T>
 void store_some(Vec<T> x, int64_t count, Element* to) {

@@ -33,19 +33,44 @@ constexpr int64_t kGroup = 64 * kKeyTile;  // keys
 constexpr int64_t kDepth = 512;
 static_assert(kPageKeys % kKeyTile == 0);
 
+// What the products are taken of, k by k: numbers, or pairs of bfloat16. a: the memory of one, of
+// which a is an array of elements; b: vectors of them, in memory of T.
+template <class T, bool InPairs>
+struct Factor {
+    using Element = T;
+    using Vector = Vec<T>;
+    static constexpr int64_t size = 1;  // in elements
+    static Vector everywhere(const T* a) { return *a; }
+};
+template <>
+struct Factor<float, true> {
+    using Element = BFloat16;
+    using Vector = Pairs;
+    static constexpr int64_t size = 2;
+    static Vector everywhere(const BFloat16* a) {
+        uint32_t pair;
+        __builtin_memcpy(&pair, a, sizeof pair);
+        return pair - Pairs{};
+    }
+};
+
 // For c in [First, Last), sum[r][c] += over k < depth: a[r * a_row + k * a_step] * b[k][c], a row
 // of b being Columns vectors.
-template <int First, int Last, class T, int Rows, int Columns>
-[[gnu::always_inline]] inline void multiply(const T* a, int64_t a_row, int64_t a_step, const T* b,
+template <int First, int Last, bool InPairs, class T, int Rows, int Columns>
+[[gnu::always_inline]] inline void multiply(const typename Factor<T, InPairs>::Element* a,
+                                            int64_t a_row, int64_t a_step, const T* b,
                                             int64_t depth, Vec<T> (&sum)[Rows][Columns]) {
+    using Vector = typename Factor<T, InPairs>::Vector;
     constexpr int lanes = Vec<T>::lanes;
     for (int64_t k = 0; k < depth; ++k, a += a_step, b += Columns * lanes) {
-        Vec<T> column[Columns];
+        Vector column[Columns];
 #pragma GCC unroll 4
-        for (int c = First; c < Last; ++c) column[c] = Vec<T>::load(b + c * lanes);
+        for (int c = First; c < Last; ++c) {
+            __builtin_memcpy(&column[c], b + c * lanes, sizeof column[c]);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
-            const Vec<T> scalar = a[r * a_row];
+            const Vector scalar = Factor<T, InPairs>::everywhere(a + r * a_row);
 #pragma GCC unroll 4
             for (int c = First; c < Last; ++c) sum[r][c] = fma(scalar, column[c], sum[r][c]);
         }
@@ -77,17 +102,30 @@ template <int Rows, class Step>
 // What the panels of a block use in turn.
 template <class T>
 struct Shared {
-    T* scores;   // (kKeyTile, width of the panel) S^T, then P^T
+    T* scores;   // (kKeyTile, width of the panel) S^T, then P^T; of this, pairs fill half the rows
     T* staging;  // (kKeyTile, value_head_dim or lanes) rows of a mask, or values to use instead
     T* key;      // (kKeyTile, head_dim) and
-    T* value;    // (kKeyTile, value_head_dim): half precision, widened
+    T* value;    // (kKeyTile, value_head_dim): of a narrower type, widened; or values, in pairs
     int64_t tile = -1;  // that key and value are those of
 };
 
+// Whether the products are those of pairs: not for an odd head_dim, whose last would be half one.
+template <class T>
+bool in_pairs(const Block& block) {
+    return kMultipliesPairs && sizeof(T) == 4 && block.query_dtype == Dtype::kBFloat16 &&
+           block.kv_dtype == Dtype::kBFloat16 && block.head_dim % 2 == 0;
+}
+
 // Rows that fill up to Columns vectors, and what is known of them after the tiles so far.
-template <class T, int Columns>
+//
+// In pairs, the query, keys, probabilities and values that are multiplied are bfloat16, and all
+// sums are float: a key's row is pairs already, values are laid out in pairs of keys once for all
+// panels. The scale, which the query has no bits for, goes to the scores.
+template <class T, bool InPairs, int Columns>
 class Panel {
     using V = Vec<T>;
+    using Operand = Factor<T, InPairs>;
+    using Element = typename Operand::Element;
     static constexpr int lanes = V::lanes;
     static constexpr int width = Columns * lanes;  // rows, and lanes that have none
 
@@ -104,8 +142,8 @@ class Panel {
     T* const staging;
     Shared<T>* const shared;
 
-    // Of the tile, in T.
-    const T *tile_key, *tile_value;
+    // Of the tile. In pairs, the stride of the values is that of a pair's row, halved.
+    const Element *tile_key, *tile_value;
     int64_t key_stride, value_stride;
 
     V row_max[Columns], row_sum[Columns], total_sum[Columns], total_max[Columns];
@@ -221,30 +259,44 @@ class Panel {
         return block.query_dtype == kDtype<T> ? count : (count + 1) / 2;
     }
 
-    // Keys and values are read where they lie, or else widened once for all panels.
+    // Keys and values are read where they lie, or else prepared once for all panels.
     void find_operands(int64_t tile) {
-        with_key<T>(block.kv_dtype, [&]<class Element>(const Element*) {
-            const auto* key = row_of<Element>(block, block.key, tile);
-            const auto* value = row_of<Element>(block, block.value, tile);
-            if constexpr (sizeof(Element) == sizeof(T)) {
-                tile_key = key, key_stride = block.key.stride;
-                tile_value = value, value_stride = block.value.stride;
-            } else {
-                if (shared->tile != tile) {
-                    const int64_t left = block.kv_len - tile;
-                    const int64_t keys = left < kKeyTile ? left : kKeyTile;
+        const int64_t left = block.kv_len - tile;
+        const int64_t keys = left < kKeyTile ? left : kKeyTile;
+        if constexpr (InPairs) {
+            tile_key = row_of<BFloat16>(block, block.key, tile), key_stride = block.key.stride;
+            tile_value = reinterpret_cast<const BFloat16*>(shared->value);
+            value_stride = value_head_dim;
+            if (shared->tile == tile) return;
+            shared->tile = tile;
+            const auto* value = row_of<BFloat16>(block, block.value, tile);
+            auto* to = reinterpret_cast<BFloat16*>(shared->value);
+            for (int64_t j = 0; j < keys; j += 2, to += 2 * value_head_dim) {
+                const BFloat16* const first = value + j * block.value.stride;
+                store_pairs(first, j + 1 < keys ? first + block.value.stride : nullptr,
+                            value_head_dim, to);
+            }
+        } else {
+            with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
+                const auto* key = row_of<From>(block, block.key, tile);
+                const auto* value = row_of<From>(block, block.value, tile);
+                if constexpr (sizeof(From) == sizeof(T)) {
+                    tile_key = key, key_stride = block.key.stride;
+                    tile_value = value, value_stride = block.value.stride;
+                } else {
+                    tile_key = shared->key, key_stride = head_dim;
+                    tile_value = shared->value, value_stride = value_head_dim;
+                    if (shared->tile == tile) return;
+                    shared->tile = tile;
                     widen(key, block.key.stride, keys, head_dim, shared->key);
                     widen(value, block.value.stride, keys, value_head_dim, shared->value);
-                    if constexpr (sizeof(Element) == 1) {
+                    if constexpr (sizeof(From) == 1) {
                         multiply_rows(block.key_scale, tile, keys, head_dim, shared->key);
                         multiply_rows(block.value_scale, tile, keys, value_head_dim, shared->value);
                     }
-                    shared->tile = tile;
                 }
-                tile_key = shared->key, key_stride = head_dim;
-                tile_value = shared->value, value_stride = value_head_dim;
-            }
-        });
+            });
+        }
     }
 
     // By the scales of quantized keys or values.
@@ -265,13 +317,18 @@ class Panel {
     // the scale and the change of base. A row that the scale would take out of range keeps it for
     // its scores.
     void load_query() {
-        const V scale = query_scale<T>(block);
+        const T scale = query_scale<T>(block);
         for (int c = 0; c < Columns; ++c) {
+            if constexpr (InPairs) {
+                load_rows<BFloat16>(c, T(scale < 0 ? -1 : 1));
+                score_scale[c] = scale < 0 ? -scale : scale;
+                continue;
+            }
             with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {
                 const auto too_large = load_rows<Element>(c, scale);
-                score_scale[c] = select<T>(too_large, scale, V(T(1)));
+                score_scale[c] = select<T>(too_large, V(scale), V(T(1)));
                 if (!any<T>(too_large)) return;
-                load_rows<Element>(c, select<T>(too_large, V(T(1)), scale));
+                load_rows<Element>(c, select<T>(too_large, V(T(1)), V(scale)));
                 scale_scores = true;
             });
         }
@@ -301,10 +358,16 @@ class Panel {
                 }
             }
             transpose<T>(square);
-            for (int k = 0; k < n; ++k) {
+            for (int k = 0; k < n; k += Operand::size) {
                 const V scaled = scale * square[k];
-                too_large |= is_finite<T>(square[k]) & ~is_finite<T>(scaled);
-                scaled.store(query + (d + k) * width + c * lanes);
+                T* const to = query + (d + k) / Operand::size * width + c * lanes;
+                if constexpr (InPairs) {
+                    const Pairs pairs = to_pairs(scaled, scale * square[k + 1]);
+                    __builtin_memcpy(to, &pairs, sizeof pairs);
+                } else {
+                    too_large |= is_finite<T>(square[k]) & ~is_finite<T>(scaled);
+                    scaled.store(to);
+                }
             }
         }
         return too_large;
@@ -312,30 +375,50 @@ class Panel {
 
     // first: where the keys begin in the tile.
     void attend(Span keys, Seen seen, int64_t first) {
-        const T* value = tile_value + first * value_stride;
+        const Element* value = tile_value + first * value_stride;
         int64_t stride = value_stride;
         passes.find_cuts(keys, cuts);
         passes.prefetch(keys);
         compute_scores(tile_key + first * key_stride);
-        if (scale_scores) apply_score_scale(keys);
-        if (seen == Seen::kSome) {
+        const bool plain = seen == Seen::kAll;
+        if (InPairs && plain) {
+            for (int c = 0; c < Columns; ++c) tile_max[c] = score_scale[c] * tile_max[c];
+        } else if (InPairs || scale_scores) {
+            apply_score_scale(keys);
+        }
+        if (!plain) {
             passes.apply(scores, keys, staging);
-            if (find_tile_max(keys) && set_nonfinite_apart(value, keys)) {
-                value = staging;
+            if (find_tile_max(keys) && set_nonfinite_apart(keys)) {
+                value = reinterpret_cast<const Element*>(staging);
                 stride = value_head_dim;
             }
         }
-        softmax(keys);
+        if (InPairs && plain) {
+            softmax<true>(keys);
+        } else {
+            softmax<false>(keys);
+        }
         const bool whole = cuts[Columns - 1] == 0 && cuts[Columns] == keys.size();
         in_steps<micro_rows(Columns)>(0, value_head_dim, [&]<int Rows>(int64_t d) {
             if (whole) {
                 V sum[Rows][Columns] = {};
-                multiply<0, Columns>(value + d, 1, stride, scores, keys.size(), sum);
+                multiply_values<0, Columns>(d, value, stride, 0, keys.size(), sum);
                 add_to_acc(d, sum);
             } else {
                 add_between_cuts<Rows>(d, value, stride);
             }
         });
+    }
+
+    // sum += P^T V of the keys [begin, end), counted from the first; begin is even.
+    template <int First, int Last, int Rows>
+    [[gnu::always_inline]] void multiply_values(int64_t d, const Element* value, int64_t stride,
+                                                int64_t begin, int64_t end,
+                                                V (&sum)[Rows][Columns]) const {
+        constexpr int64_t size = Operand::size;
+        multiply<First, Last, InPairs>(value + begin * stride + d * size, size, stride * size,
+                                       scores + begin / size * width,
+                                       (end - begin + size - 1) / size, sum);
     }
 
     template <int Rows>
@@ -352,16 +435,15 @@ class Panel {
 
     // Out of line, so that the common case keeps its sums in registers.
     template <int Rows>
-    [[gnu::noinline]] void add_between_cuts(int64_t d, const T* value, int64_t stride) const {
+    [[gnu::noinline]] void add_between_cuts(int64_t d, const Element* value, int64_t stride) const {
         V sum[Rows][Columns] = {};
         between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
-            multiply<First, Last>(value + begin * stride + d, 1, stride, scores + begin * width,
-                                  end - begin, sum);
+            multiply_values<First, Last>(d, value, stride, begin, end, sum);
         });
         add_to_acc(d, sum);
     }
 
-    void compute_scores(const T* key) {
+    void compute_scores(const Element* key) {
         for (int64_t d = 0; d < head_dim; d += kDepth) {
             const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
             V largest[Columns];
@@ -369,8 +451,9 @@ class Panel {
             between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
                 in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
                     V sum[Rows][Columns] = {};
-                    multiply<First, Last>(key + j * key_stride + d, key_stride, 1,
-                                          query + d * width, depth, sum);
+                    multiply<First, Last, InPairs>(key + j * key_stride + d, key_stride,
+                                                   Operand::size, query + d / Operand::size * width,
+                                                   depth / Operand::size, sum);
 #pragma GCC unroll 16
                     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
@@ -415,7 +498,8 @@ class Panel {
         return any<T>(hidden);
     }
 
-    // scores = P^T = exp2(S^T - row_max); a NaN score makes a NaN.
+    // scores = P^T = exp2(S^T - row_max); a NaN score makes a NaN. Scaled: they are still to be.
+    template <bool Scaled>
     void softmax(Span keys) {
         V offset[Columns], sum[Columns];
         for (int c = 0; c < Columns; ++c) {
@@ -426,52 +510,88 @@ class Panel {
             row_max[c] = largest;
             sum[c] = T(0);
         }
+        const auto prob = [&](const T* score, int c) {
+            const V x = V::load(score + c * lanes);
+            if constexpr (Scaled) {
+                return exp2<InPairs>(fma(x, score_scale[c], V(T(0)) - offset[c]));
+            } else {
+                return exp2<InPairs>(x - offset[c]);
+            }
+        };
         T* row = scores;
-        for (int64_t j = 0; j < keys.size(); ++j, row += width) {
+        if constexpr (InPairs) {
+            T* to = scores;
+            for (int64_t j = 0; j < keys.size(); j += 2, row += 2 * width, to += width) {
 #pragma GCC unroll 4
-            for (int c = 0; c < Columns; ++c) {
-                const V prob = exp2(V::load(row + c * lanes) - offset[c]);
-                sum[c] = sum[c] + prob;
-                prob.store(row + c * lanes);
+                for (int c = 0; c < Columns; ++c) {
+                    const V first = prob(row, c);
+                    const V second = j + 1 < keys.size() ? prob(row + width, c) : V(T(0));
+                    sum[c] = sum[c] + (first + second);
+                    const Pairs pairs = to_pairs(first, second);
+                    __builtin_memcpy(to + c * lanes, &pairs, sizeof pairs);
+                }
+            }
+        } else {
+            for (int64_t j = 0; j < keys.size(); ++j, row += width) {
+#pragma GCC unroll 4
+                for (int c = 0; c < Columns; ++c) {
+                    const V p = prob(row, c);
+                    sum[c] = sum[c] + p;
+                    p.store(row + c * lanes);
+                }
             }
         }
         for (int c = 0; c < Columns; ++c) row_sum[c] = fma(row_sum[c], rescale[c], sum[c]);
     }
 
-    // A probability of 0 does not keep a NaN or Inf of `value` from a row that must not see it. If
+    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it. If
     // the tile holds any, it is copied to `staging` with zeros for them, and they are added to the
     // rows that see them, here.
-    bool set_nonfinite_apart(const T* value, Span keys) {
+    bool set_nonfinite_apart(Span keys) {
+        const Element* value = tile_value + keys.begin % kKeyTile * value_stride;
+        int64_t stride = value_stride;
+        if constexpr (InPairs) {
+            value = row_of<Element>(block, block.value, keys.begin);
+            stride = block.value.stride;
+        }
         bool found = false;
         passes.hidden_keys(keys, [&](int64_t first, int64_t last) {
-            found |= !all_finite(value + (first - keys.begin) * value_stride, last - first);
+            found |= !all_finite(value + (first - keys.begin) * stride, stride, last - first);
         });
         if (!found) return false;
+        Element* const to = reinterpret_cast<Element*>(staging);
         for (int64_t j = 0; j < keys.size(); ++j) {
-            const T* from = value + j * value_stride;
+            const Element* from = value + j * stride;
             for (int64_t d = 0; d < value_head_dim; ++d) {
-                const bool finite = from[d] - from[d] == 0;
-                staging[j * value_head_dim + d] = finite ? from[d] : T(0);
+                constexpr int64_t size = Operand::size;
+                const T x = added<T>(from[d]);
+                const bool finite = x - x == 0;
+                Element* const place = to + (j / size * value_head_dim + d) * size;
+                place[j % size] = finite ? from[d] : Element{};
+                if (j + 1 == keys.size() && j % size + 1 < size) place[j % size + 1] = Element{};
                 if (finite) continue;
                 for (int c = 0; c < width; c += lanes) {
                     const auto hidden = V::load(scores + j * width + c) == V(-kInfinity<T>);
                     const V sum = V::load(acc + d * width + c);
-                    select<T>(hidden, sum, sum + V(from[d])).store(acc + d * width + c);
+                    select<T>(hidden, sum, sum + V(x)).store(acc + d * width + c);
                 }
             }
         }
         return true;
     }
 
-    bool all_finite(const T* row, int64_t rows) const {
+    bool all_finite(const Element* row, int64_t stride, int64_t rows) const {
         typename V::Mask bad = {};
         bool rest_finite = true;
-        for (; rows > 0; --rows, row += value_stride) {
+        for (; rows > 0; --rows, row += stride) {
             int64_t d = 0;
             for (; d + lanes <= value_head_dim; d += lanes) {
-                bad |= ~is_finite<T>(V::load(row + d));
+                bad |= ~is_finite<T>(load(row + d));
             }
-            for (; d < value_head_dim; ++d) rest_finite &= row[d] - row[d] == 0;
+            for (; d < value_head_dim; ++d) {
+                const T x = added<T>(row[d]);
+                rest_finite &= x - x == 0;
+            }
         }
         return rest_finite && !any<T>(bad);
     }
@@ -579,11 +699,19 @@ auto with_columns(int rows, const Use& use) {
     }
 }
 
+// use<InPairs>()
+template <class T, class Use>
+auto with_factor(const Block& block, const Use& use) {
+    if constexpr (kMultipliesPairs && sizeof(T) == 4) {
+        if (in_pairs<T>(block)) return use.template operator()<true>();
+    }
+    return use.template operator()<false>();
+}
+
 // A block's full panels, and the last one, which may be narrower.
 template <class T>
 struct Cut {
     static constexpr int panel_rows = kColumns * Vec<T>::lanes;
-    using Full = Panel<T, kColumns>;
 
     int full, last_rows;
     int64_t score_elements, staging_elements, key_elements, value_elements;
@@ -591,13 +719,13 @@ struct Cut {
     explicit Cut(const Block& block)
         : full((block.row_count - 1) / panel_rows), last_rows(block.row_count - full * panel_rows) {
         constexpr int lanes = Vec<T>::lanes;
-        const int64_t keys = block.kv_len < kKeyTile ? block.kv_len : kKeyTile;
+        const int64_t keys = rounded(block.kv_len < kKeyTile ? block.kv_len : kKeyTile, 2);
         const int64_t wide = block.value_head_dim > lanes ? block.value_head_dim : lanes;
         score_elements = keys * (full > 0 ? panel_rows : rounded(last_rows, lanes));
         staging_elements = rounded(keys, lanes) * wide;
-        const bool widened = block.kv_dtype != kDtype<T>;
-        key_elements = widened ? rounded(keys * block.head_dim, lanes) : 0;
-        value_elements = widened ? rounded(keys * block.value_head_dim, lanes) : 0;
+        const bool prepared = block.kv_dtype != kDtype<T>;
+        key_elements = prepared ? rounded(keys * block.head_dim, lanes) : 0;
+        value_elements = prepared ? rounded(keys * block.value_head_dim, lanes) : 0;
     }
 
     static int64_t rounded(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -605,19 +733,21 @@ struct Cut {
 
 template <class T>
 size_t scratch_bytes(const Block& block) {
+    using Full = Panel<T, false, kColumns>;  // as large as one in pairs
     const Cut<T> cut(block);
-    const int64_t last = with_columns<T>(
-        cut.last_rows, [&]<int Columns>() { return Panel<T, Columns>::scratch_elements(block); });
-    const int64_t elements = cut.full * Cut<T>::Full::scratch_elements(block) + last +
-                             cut.score_elements + cut.staging_elements + cut.key_elements +
-                             cut.value_elements;
-    return size_t(elements) * sizeof(T) + cut.full * sizeof(typename Cut<T>::Full);
+    const int64_t last = with_columns<T>(cut.last_rows, [&]<int Columns>() {
+        return Panel<T, false, Columns>::scratch_elements(block);
+    });
+    const int64_t elements = cut.full * Full::scratch_elements(block) + last + cut.score_elements +
+                             cut.staging_elements + cut.key_elements + cut.value_elements;
+    return size_t(elements) * sizeof(T) + cut.full * sizeof(Full);
 }
 
 // use(full panels, last panel)
-template <class T, class Use>
+template <class T, bool InPairs, class Use>
 void with_panels(const Block& block, const Use& use) {
-    using Full = typename Cut<T>::Full;
+    using Full = Panel<T, InPairs, kColumns>;
+    static_assert(sizeof(Full) == sizeof(Panel<T, false, kColumns>));
     const Cut<T> cut(block);
     Full* const panels = static_cast<Full*>(block.scratch);
     T* scratch = reinterpret_cast<T*>(panels + cut.full);
@@ -631,8 +761,8 @@ void with_panels(const Block& block, const Use& use) {
         new (panels + i) Full(block, i * Cut<T>::panel_rows, Cut<T>::panel_rows, scratch, &shared);
     }
     with_columns<T>(cut.last_rows, [&]<int Columns>() {
-        Panel<T, Columns> last(block, cut.full * Cut<T>::panel_rows, cut.last_rows, scratch,
-                               &shared);
+        Panel<T, InPairs, Columns> last(block, cut.full * Cut<T>::panel_rows, cut.last_rows,
+                                        scratch, &shared);
         use([&](const auto& visit) {
             for (int i = 0; i < cut.full; ++i) visit(panels[i]);
             visit(last);
@@ -640,9 +770,9 @@ void with_panels(const Block& block, const Use& use) {
     });
 }
 
-template <class T>
-void attend(const Block& block, void* parts) {
-    with_panels<T>(block, [&](const auto& each_panel) {
+template <class T, bool InPairs>
+void attend_panels(const Block& block, void* parts) {
+    with_panels<T, InPairs>(block, [&](const auto& each_panel) {
         int64_t begin = block.kv_len, end = 0;
         each_panel([&](auto& panel) {
             if (panel.begin() < begin) begin = panel.begin();
@@ -661,27 +791,35 @@ void attend(const Block& block, void* parts) {
 }
 
 template <class T>
+void attend(const Block& block, void* parts) {
+    with_factor<T>(block, [&]<bool InPairs>() { attend_panels<T, InPairs>(block, parts); });
+}
+
+template <class T>
 void count_tiles(const Block& block, TileCounts& counts) {
-    with_panels<T>(block, [&](const auto& each_panel) {
+    with_panels<T, false>(block, [&](const auto& each_panel) {
         each_panel([&](const auto& panel) { panel.count(counts); });
     });
 }
 
 // The limit: the micro-kernel's multiply-adds with nothing to load or store.
-template <class T>
+template <class T, bool InPairs = false>
 double run_fma(int64_t rounds) {
+    using Vector = typename Factor<T, InPairs>::Vector;
     constexpr int chains = kVectorBytes == 64 ? 24 : 12;
     volatile T one = 1;
-    const Vec<T> factor = T(one), term = T(one - 1);
+    const Vec<T> ones = T(one);
+    Vector factor;
+    __builtin_memcpy(&factor, &ones, sizeof factor);
     Vec<T> sum[chains];
     for (int i = 0; i < chains; ++i) sum[i] = T(i);
     for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 32
-        for (int i = 0; i < chains; ++i) sum[i] = fma(sum[i], factor, term);
+        for (int i = 0; i < chains; ++i) sum[i] = fma(factor, factor, sum[i]);
     }
     for (int i = 1; i < chains; ++i) sum[0] = sum[0] + sum[i];
     one = sum[0].v[0];  // keeps the loop
-    return 2.0 * chains * Vec<T>::lanes * double(rounds);
+    return 2.0 * Factor<T, InPairs>::size * chains * Vec<T>::lanes * double(rounds);
 }
 
 double read_bytes(const void* data, int64_t bytes) {
@@ -703,6 +841,7 @@ constexpr Functions functions = {Cut<T>::panel_rows, int(kKeyTile),        scrat
 }  // namespace
 
 extern const Kernel FASTATTN_KERNEL;
-const Kernel FASTATTN_KERNEL = {FASTATTN_ISA_NAME, functions<float>, functions<double>, read_bytes};
+const Kernel FASTATTN_KERNEL = {FASTATTN_ISA_NAME, functions<float>, functions<double>,
+                                run_fma<float, kMultipliesPairs>, read_bytes};
 
 }  // namespace fastattn

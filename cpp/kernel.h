@@ -94,6 +94,7 @@ struct Functions {
 struct Kernel {
     const char* isa;
     Functions float32, float64;
+    double (*fma_bfloat16)(int64_t rounds);  // with pairs of them, if the variant has such products
     double (*read)(const void* data, int64_t bytes);  // reads every cache line
 };
 

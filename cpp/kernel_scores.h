@@ -218,6 +218,9 @@ class ScorePasses {
             end = (end + step - 1) / step * step;
             if (end > block.kv_len) end = block.kv_len;
         }
+        // Keys may be worked on in pairs, counted from the first of all.
+        begin -= begin % 2;
+        if (end < block.kv_len) end += end % 2;
     }
 
     // Calls visit(first, last) for the keys of a tile that may be hidden from some row.

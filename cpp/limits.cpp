@@ -23,7 +23,10 @@ double now() {
 }  // namespace
 
 double measure_fma(Dtype dtype, double seconds) {
-    const Functions& functions = dtype == Dtype::kFloat64 ? kernel().float64 : kernel().float32;
+    const Kernel& variant = kernel();
+    const auto fma = dtype == Dtype::kFloat64    ? variant.float64.fma
+                     : dtype == Dtype::kBFloat16 ? variant.fma_bfloat16
+                                                 : variant.float32.fma;
     const int threads = get_num_threads();
     std::vector<double> rates;
     int64_t rounds = 10000;
@@ -31,9 +34,8 @@ double measure_fma(Dtype dtype, double seconds) {
     do {
         std::vector<double> flops(size_t(threads), 0.0);
         const double start = now();
-        parallel_for(threads, threads, {}, [&](int64_t item, int, const Stop&) {
-            flops[size_t(item)] = functions.fma(rounds);
-        });
+        parallel_for(threads, threads, {},
+                     [&](int64_t item, int, const Stop&) { flops[size_t(item)] = fma(rounds); });
         const double took = now() - start;
         if (took < 2e-3) {  // so long that starting the threads does not count
             rounds *= 2;

@@ -102,6 +102,19 @@ Vec<T> abs(Vec<T> x) {
     return max(x, Vec<T>(T(0)) - x);
 }
 
+// Pairs of bfloat16, each the size of a float, where there is an instruction for their products.
+typedef uint32_t Pairs __attribute__((vector_size(kVectorBytes)));
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesPairs = true;
+// sum + a.first * b.first + a.second * b.second; subnormal numbers count as 0.
+inline Vec<float> fma(Pairs a, Pairs b, Vec<float> sum) { return isa::add_dot(a, b, sum.v); }
+inline Pairs to_pairs(Vec<float> first, Vec<float> second) {
+    return isa::to_pairs(first.v, second.v);
+}
+#else
+constexpr bool kMultipliesPairs = false;
+#endif
+
 // p * 2^n for the n of isa::split(x, n), x <= 100 (float) or 900 (double), rounded once.
 template <class T>
 Vec<T> times_power_of_two(Vec<T> p, Vec<T> n) {
@@ -132,12 +145,25 @@ inline Vec<double> exp2_slope(Vec<double> f) {
     return fma(q, f, Vec<double>(6.9314718055994569675e-1));
 }
 
+// The same, 3e-6: for what will be rounded to bfloat16.
+inline Vec<float> rough_exp2_slope(Vec<float> f) {
+    Vec<float> q = 9.582853038e-3f;
+    q = fma(q, f, Vec<float>(5.590642468e-2f));
+    q = fma(q, f, Vec<float>(2.402409861e-1f));
+    return fma(q, f, Vec<float>(6.931241934e-1f));
+}
+
 // 2^x for x <= 100: exactly 1 at 0, exactly 0 at -inf, NaN stays.
-template <class T>
+template <bool Rough = false, class T>
 Vec<T> exp2(Vec<T> x) {
-    Vec<T> n;
+    Vec<T> n, slope;
     const Vec<T> f = isa::split(x.v, n.v);
-    return times_power_of_two(fma(exp2_slope(f), f, Vec<T>(T(1))), n);
+    if constexpr (Rough) {
+        slope = rough_exp2_slope(f);
+    } else {
+        slope = exp2_slope(f);
+    }
+    return times_power_of_two(fma(slope, f, Vec<T>(T(1))), n);
 }
 
 // tanh(x) = e / (e + 2) with e = exp(2x) - 1, computed without cancellation near 0.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // AVX-512: registers of 64 bytes, 32 of them. See vec.h for what each function means.
+// Compiled a second time for CPUs that multiply pairs of bfloat16.
 #pragma once
 
 #include <immintrin.h>
@@ -41,6 +42,21 @@ inline __m512d times_power_of_two(__m512d p, __m512d n) { return _mm512_scalef_p
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 inline __m512 from_float16(HalfBits x) { return _mm512_cvtph_ps((__m256i)x); }
 inline HalfBits to_float16(__m512 x) { return (HalfBits)_mm512_cvtps_ph(x, 8); }
+
+#if defined(__AVX512BF16__)
+typedef uint32_t Pairs __attribute__((vector_size(kVectorBytes)));
+inline __m512 add_dot(Pairs a, Pairs b, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+inline Pairs to_pairs(__m512 first, __m512 second) {
+    const __m512i order = _mm512_add_epi16(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+        _mm512_slli_epi32(
+            _mm512_set_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16), 16));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    return (Pairs)_mm512_permutexvar_epi16(order, both);
+}
+#endif
 
 inline __m512 zip_low(__m512 a, __m512 b) {
     return _mm512_permutex2var_ps(

@@ -391,7 +391,8 @@ py::dict explain(FASTATTN_PARAMETERS) {
 Dtype dtype_named(const std::string& name) {
     if (name == "float32") return Dtype::kFloat32;
     if (name == "float64") return Dtype::kFloat64;
-    throw py::value_error("dtype_name must be float32 or float64, got " + name);
+    if (name == "bfloat16") return Dtype::kBFloat16;
+    throw py::value_error("dtype_name must be float32, float64 or bfloat16, got " + name);
 }
 
 }  // namespace

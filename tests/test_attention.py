@@ -16,6 +16,7 @@ from conftest import (
     assert_same_bits,
     assert_within_gate,
     attend_within_gate,
+    in_pairs,
     make_problem,
 )
 from numpy.lib.stride_tricks import as_strided
@@ -27,6 +28,10 @@ pytestmark = pytest.mark.usefixtures("isa")
 INF = np.inf
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+# bfloat16 may be multiplied in pairs, which no other dtype is.
+every_arithmetic = pytest.mark.parametrize(
+    "dtype", [*DTYPES, ml_dtypes.bfloat16], ids=lambda dtype: dtype.__name__
+)
 
 
 def with_lse(*operands, **options):
@@ -568,7 +573,7 @@ def test_one_key(dtype):
 POISON = (np.nan, INF, -INF)
 
 
-@both_dtypes
+@every_arithmetic
 @pytest.mark.parametrize("poison", POISON)
 @pytest.mark.parametrize("q_len", [1, 50])
 def test_poison_of_keys_that_no_row_sees(q_len, poison, dtype):
@@ -593,7 +598,7 @@ def test_poison_of_keys_that_no_row_sees(q_len, poison, dtype):
             assert_same_bits(with_lse(*poisoned, **options), expected)
 
 
-@both_dtypes
+@every_arithmetic
 @pytest.mark.parametrize("poison", POISON)
 @pytest.mark.parametrize("kv_len", [30, 300, 8400])
 def test_poison_that_some_rows_see(kv_len, poison, dtype):
@@ -647,7 +652,7 @@ def test_infinite_key(dtype):
         assert_within_gate(finite, query[:, ~up], key, value, mask=mask[~up])
 
 
-@both_dtypes
+@every_arithmetic
 @pytest.mark.parametrize("poison", POISON)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1)])
 def test_poisoned_query(heads, poison, dtype):
@@ -671,7 +676,7 @@ def test_poisoned_query(heads, poison, dtype):
             assert_same_bits(with_lse(blind, key, value, **options), expected)
 
 
-@both_dtypes
+@every_arithmetic
 @pytest.mark.parametrize("name", ["mask", "bias"])
 def test_poisoned_mask(name, dtype):
     """NaN or +inf in what is added reaches its row alone."""
@@ -757,7 +762,7 @@ def test_strides_change_no_bit(dtype, tmp_path):
     assert_same_bits(with_lse(query, key, value, **big_endian), expected)
 
 
-@both_dtypes
+@every_arithmetic
 def test_stride_zero_operands(dtype):
     query, key, value = make_problem(20, 150, heads=2, batch=(2,), dtype=dtype)
     for axis in range(-4, 0):
@@ -775,7 +780,7 @@ def test_stride_zero_operands(dtype):
     assert_same_bits(with_lse(same, same, same), with_lse(same, same.copy(), same.copy()))
 
 
-@both_dtypes
+@every_arithmetic
 def test_threads_and_runs_change_no_bit(dtype, threads):
     operands, options = problem_with_everything(dtype)
     for extra in (options, {}):
@@ -787,7 +792,7 @@ def test_threads_and_runs_change_no_bit(dtype, threads):
                 assert_same_bits(with_lse(*operands, **extra), expected)
 
 
-@both_dtypes
+@every_arithmetic
 def test_batch_neighbours_change_no_bit(dtype):
     operands, options = problem_with_everything(dtype)
     out, lse = with_lse(*operands, **options)
@@ -811,7 +816,7 @@ def test_batch_neighbours_change_no_bit(dtype):
     assert_same_bits(with_lse(*parts, **group), (out[:, 2:], lse[:, 2:]))
 
 
-@both_dtypes
+@every_arithmetic
 def test_padding_changes_no_bit(dtype):
     operands = make_problem(60, 131, heads=4, kv_heads=2, dtype=dtype)
     expected = with_lse(*operands)
@@ -829,7 +834,7 @@ def test_padding_changes_no_bit(dtype):
         assert_same_bits((out[:, :60], lse[:, :60]), expected)
 
 
-@both_dtypes
+@every_arithmetic
 @pytest.mark.parametrize("chunk", [17, 24, 25, 48, 63])
 def test_query_chunks_change_no_bit(chunk, dtype):
     operands, options = problem_with_everything(dtype)
@@ -917,7 +922,7 @@ def test_few_queries(q_len, dtype):
         attend_within_gate(*operands, **(positions | {name: value}))
 
 
-@both_dtypes
+@every_arithmetic
 def test_bits_of_few_queries(dtype, threads):
     """Threads, batch neighbours, padding, strides and other keys' poison change none."""
     operands, options = few_queries(dtype)
@@ -959,11 +964,26 @@ def test_few_queries_whose_parts_wait(dtype):
 # Half precision.
 
 
+@pytest.mark.parametrize(("kv_len", "q_len"), [(2048, 50), (16384, 20), (16384, 3), (40000, 17)])
+def test_accuracy_of_bfloat16(kv_len, q_len):
+    """As test_accuracy(); where pairs are multiplied, twice the error of rounding them."""
+    query, key, value = make_problem(q_len, kv_len, 32, 8, mean=1.0, dtype=ml_dtypes.bfloat16)
+    attend_within_gate(query, key, value)
+    attend_within_gate(query, key, value, is_causal=True, query_offset=kv_len - q_len - 101)
+    attend_within_gate(query * 0, key, value)
+    ramp = np.linspace(0, 30, kv_len)
+    for bias in (ramp, ramp[::-1]):
+        attend_within_gate(query, key, value, bias=bias, scale=-0.2)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
 def test_half_precision_is_float32_rounded_once(dtype):
     """Whichever operand is of half precision: each is widened, and the result rounded."""
     operands, options = problem_with_everything(np.float32)
     halves = [x.astype(dtype) for x in operands]
+    if in_pairs(*halves[:2]):  # an odd head_dim is not
+        halves[:2] = [x[..., :-1] for x in halves[:2]]
+    assert not in_pairs(*halves[:2])
     for extra in (options, {}, {"mask": options["mask"]}, {"kv_lengths": 129}):
         out, lse = with_lse(*[x.astype(np.float32) for x in halves], **extra)
         assert_same_bits(with_lse(*halves, **extra), (out.astype(dtype), lse))

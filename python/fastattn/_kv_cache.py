@@ -14,6 +14,7 @@ new length: if it fails in between, nothing has happened.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -77,9 +78,15 @@ class PagedKVCache:
     dtype : dtype
         What the cache holds: float32, float16, bfloat16 (of ml_dtypes) or int8. int8 keeps, for
         each token and head, ``round(x / scale)`` and ``scale = max|x| / 127``: a quarter of the
-        memory of float32, for an error of at most half a scale.
+        memory of float32, for an error of at most half a scale. A channel far larger than the
+        others makes the scale coarse for these.
     value_head_dim : int, optional
         head_dim unless given.
+
+    Attributes
+    ----------
+    kv_heads, head_dim, value_head_dim, page_size : int
+    dtype : dtype
 
     Raises
     ------
@@ -297,7 +304,7 @@ class PagedKVCache:
         self._table[n] = NONE
         if pages is not None:
             self._table[n, begin // self.page_size : self._pages(end)] = pages
-            self._counts[pages] += 1
+            np.add.at(self._counts, pages, 1)
         self._lengths[n], self._begins[n] = end, begin
         added = self._next
         self._next += 1
@@ -586,7 +593,9 @@ class PagedKVCache:
             ids = list(sequences)
         except TypeError:
             raise TypeError(f"sequences must be ids, not {type(sequences).__name__}") from None
-        rows = [self._row_of(f"sequences[{i}]", sequence) for i, sequence in enumerate(ids)]
+        rows = [self._row.get(sequence) if type(sequence) is int else None for sequence in ids]
+        if None in rows:
+            rows = [self._row_of(f"sequences[{i}]", sequence) for i, sequence in enumerate(ids)]
         if len(set(rows)) != len(rows):
             raise ValueError(f"sequences must be distinct, got sequences={ids}")
         return np.array(rows, np.int64), len(rows)
@@ -644,7 +653,7 @@ class PagedKVCache:
     def _grow(self, wanted: int) -> None:
         """Let the pool have so many pages."""
         slots = len(self._counts)
-        if wanted * max(x[:1].size for x in self._pool) >= MOST_ELEMENTS:
+        if wanted * max(math.prod(x.shape[1:]) for x in self._pool) >= MOST_ELEMENTS:
             raise MemoryError(f"no room for a pool of {wanted} pages")
         pool = [np.empty((wanted, *x.shape[1:]), x.dtype) for x in self._pool]
         counts = np.zeros(wanted, np.int64)
@@ -725,10 +734,11 @@ class PagedKVCache:
 
     def _save(self, file: File, kind: str, limit: int) -> None:
         """Write the cache; its limit is of pages, or what the kind of cache limits."""
-        n, columns, page_size = len(self._ids), self._table.shape[1], self.page_size
+        n, page_size = len(self._ids), self.page_size
         begins, lengths = self._begins[:n], self._lengths[:n]
+        columns = int(self._pages(lengths).max(initial=0))
         used = self._used(begins, lengths, columns)
-        slots, table = np.unique(self._table[:n][used], return_inverse=True)
+        slots, table = np.unique(self._table[:n, :columns][used], return_inverse=True)
         tables = np.full((n, columns), NONE, np.int64)
         tables[used] = table
         # What lies in the other rows of a page is not the file's business: zeros.
@@ -821,6 +831,12 @@ class KVCache:
         `PagedKVCache`.
     value_head_dim : int, optional
         head_dim unless given.
+
+    Attributes
+    ----------
+    batch, kv_heads, head_dim, value_head_dim : int
+    capacity : int or None
+    dtype : dtype
 
     Raises
     ------
@@ -1016,7 +1032,12 @@ class KVCache:
             The cache holds bfloat16, and nobody has imported ml_dtypes.
         """
         pool, limit = PagedKVCache._load(file, "KVCache")
-        batch = len(pool.sequences)
+        batch, kept = len(pool.sequences), (pool.lengths - pool.begins).max(initial=0)
+        if batch < 1 or (limit != NONE and limit < max(kept, 1)):
+            raise ValueError(
+                "file must hold a KVCache that save wrote: of a batch >= 1, and no more tokens "
+                f"than capacity, got batch={batch}, {kept} tokens, capacity={limit}"
+            )
         if limit != NONE:
             pool._fix(_pages_for(batch, limit, pool.page_size))
         cache = cls.__new__(cls)
@@ -1059,7 +1080,7 @@ def _per_sequence(name: str, x: Any, n: int, low: Any, high: Any, rule: str) -> 
         values = np.array(np.broadcast_to(array, (n,)), dtype=np.int64)
         if ((values >= low) & (values <= high)).all():
             return values
-    raise ValueError(f"{name} must be within {rule} = {low}..{high}, got {array}")
+    raise ValueError(f"{name} must be within {rule} = {low}..{high}, got {x}")
 
 
 def _pool(key: Any, value: Any, key_scale: Any = None, value_scale: Any = None) -> list[Array]:

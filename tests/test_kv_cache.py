@@ -5,6 +5,8 @@
 import ast
 import inspect
 import io
+import subprocess
+import sys
 import traceback
 
 import ml_dtypes
@@ -433,6 +435,17 @@ def test_growth():
     assert KVCache(2, 2, 16, capacity=128).nbytes == 4 * 2 * 128 * 32 * 4
 
 
+def test_growth_leaves_no_page_behind():
+    _, key, value = problem(np.float32, 600, batch=1)
+    cache = PagedKVCache(2, 16, value_head_dim=24)
+    cache.add()
+    pages = []
+    for count in (100, 100, 100, 300, 300):
+        cache.append(key, value, count)
+        pages.append((cache.used_pages, cache.free_pages))
+    assert pages == [(1, 0), (2, 0), (3, 1), (5, 3), (8, 0)]
+
+
 # Sharing.
 
 
@@ -548,6 +561,33 @@ def test_reorder_takes_lengths_and_begins_along():
     assert_array_equal(cache.lengths, [140, 300, 0])
     assert_array_equal(cache.begins, [0, 290, 0])
     check(cache, query, key[[2, 0, 1]], value[[2, 0, 1]])
+
+
+def test_ragged_beams_leave_nothing_behind():
+    rng = np.random.default_rng(0)
+    cache = KVCache(3, 1, 2, capacity=200)
+    pages = int(state(cache)["free"])
+    history = [np.zeros((1, 0, 2), np.float32)] * 3
+    for _ in range(200):
+        indices = rng.integers(0, 3, 3)
+        cache.reorder(indices)
+        new = rng.normal(size=(3, 1, 40, 2)).astype(np.float32)
+        counts = rng.integers(0, 41, 3)
+        cache.evict(160)
+        cache.append(new, new, counts)
+        history = [
+            np.concatenate([history[i], new[b, :, :count]], axis=1)
+            for b, (i, count) in enumerate(zip(indices, counts, strict=True))
+        ]
+    assert_array_equal(cache.lengths, [x.shape[1] for x in history])
+    query = rng.normal(size=(3, 1, 1, 2)).astype(np.float32)
+    out = cache.attend(query)
+    for b, x in enumerate(history):
+        own = x[:, cache.begins[b] :]
+        assert_allclose(out[b], fastattn.reference.attention(query[b], own, own), atol=1e-6)
+    cache.truncate(cache.begins)
+    cache.evict(0)
+    assert state(cache)["free"] >= pages - 3
 
 
 def test_sequences_come_and_go():
@@ -677,15 +717,15 @@ def test_files_of_pages(dtype, tmp_path):
     assert reopened(PagedKVCache(1, 1, dtype=dtype)).sequences == []
 
 
-def test_a_file_of_bfloat16_needs_the_dtype(monkeypatch):
-    cache = KVCache(1, 1, 1, dtype=BFLOAT16)
-
-    def unknown():
-        raise ImportError("ml_dtypes")
-
-    monkeypatch.setattr(_kv_cache, "_bfloat16", unknown)
-    with pytest.raises(ImportError):
-        reopened(cache)
+def test_a_file_of_bfloat16_needs_the_dtype(tmp_path):
+    KVCache(1, 1, 1, dtype=BFLOAT16).save(tmp_path / "file")
+    code = f"import fastattn; print(fastattn.KVCache.load({str(tmp_path / 'file')!r}).dtype)"
+    without, with_it = (
+        subprocess.run([sys.executable, "-c", imports + code], capture_output=True, text=True)
+        for imports in ("", "import ml_dtypes; ")
+    )
+    assert "ImportError: file holds bfloat16" in without.stderr
+    assert with_it.stdout == "bfloat16\n"
 
 
 # Whatever happens, in any order.
@@ -802,6 +842,8 @@ class Machine(RuleBasedStateMachine):
         assert_array_equal(self.cache.lengths, [len(x) for x, _ in self.model.values()])
         assert_array_equal(self.cache.begins, [begin for _, begin in self.model.values()])
         assert self.cache.used_pages <= self.pages_unshared()
+        pages = self.cache.used_pages + self.cache.free_pages
+        assert self.cache.nbytes == pages * 128 * (2 + 2) * 4
         if self.PAGES is not None:
             assert self.cache.used_pages + self.cache.free_pages == self.PAGES
 
@@ -890,6 +932,12 @@ def content(x):
     file = io.BytesIO()
     np.save(file, x)
     return file.getvalue()
+
+
+def no_bfloat16():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "dtype", None)  # calling it is a TypeError
+        _kv_cache._bfloat16()
 
 
 SHAPE = "{} must have shape (batch, kv_heads, tokens, head_dim) = (2, 2, any, {}), got {}.shape={}"
@@ -1353,6 +1401,7 @@ OTHERS = [
     (loads(b"PK\x03\x04" + bytes(99)), ValueError, None),
     (loads(content(ZEROS)), ValueError, None),
     (lambda: KVCache.load("/no/such/file"), FileNotFoundError, None),
+    (no_bfloat16, ImportError, "file holds bfloat16, which needs ml_dtypes to be imported"),
 ]
 
 
@@ -1362,7 +1411,7 @@ def raised(kind, text, function, *args):
     assert type(error.value) is kind
     if text is not None:
         assert str(error.value) == text
-    return error.tb
+    return error.value
 
 
 @pytest.mark.parametrize("number", range(len(CALLS)), ids=lambda i: f"{i}: {CALLS[i][2][:60]}")
@@ -1391,9 +1440,15 @@ def test_every_error_is_tested():
     }
     seen = set()
     for function, kind, text in CALLS + OTHERS:
-        tb = raised(kind, text, function, *([usual()] if (function, kind, text) in CALLS else []))
-        frames = traceback.walk_tb(tb)
-        seen |= {line for frame, line in frames if frame.f_code.co_filename == _kv_cache.__file__}
+        error = raised(
+            kind, text, function, *([usual()] if (function, kind, text) in CALLS else [])
+        )
+        while error is not None:
+            frames = traceback.walk_tb(error.__traceback__)
+            seen |= {
+                line for frame, line in frames if frame.f_code.co_filename == _kv_cache.__file__
+            }
+            error = error.__cause__
     lines = source.splitlines()
     assert not [lines[span[0] - 1] for span in raises if not seen & set(span)]
 

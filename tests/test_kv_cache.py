@@ -714,7 +714,7 @@ def test_files_of_pages(dtype, tmp_path):
                 np.count_nonzero(stored[name].any(axis=(1, 3) if stored[name].ndim == 4 else 1))
                 == 100
             )
-    assert reopened(PagedKVCache(1, 1, dtype=dtype)).sequences == []
+    assert reopened(PagedKVCache(1, 2, dtype=dtype)).sequences == []
 
 
 def test_a_file_of_bfloat16_needs_the_dtype(tmp_path):

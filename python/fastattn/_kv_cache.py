@@ -465,7 +465,7 @@ class PagedKVCache:
         kv_len = int(lengths.max(initial=0))
         kept = (n, self.kv_heads, kv_len)
         known = sizes(query.shape, (*kept, self.head_dim), (*kept, self.value_head_dim))
-        checked = options(
+        mask, bias, slopes, sinks, offset, _, *numbers = options(
             known,
             query.dtype,
             mask,
@@ -477,7 +477,7 @@ class PagedKVCache:
             softcap,
             alibi_slopes,
             sinks,
-            lengths,
+            None,
             0.0,
             None,
         )
@@ -486,11 +486,16 @@ class PagedKVCache:
         if out is None:
             out = np.empty(known.out_shape, query.dtype)
         else:
-            inputs = (query, *self._pool, *checked[:2])
+            inputs = (query, *self._pool, mask, bias)
             out = result_array(out, known.out_shape, query.dtype, inputs)
         lse = np.empty(known.lse_shape, np.float32) if return_lse else None
-        if out.size:
+        if kv_len == 0:  # then there may be no pool yet
+            out[...] = 0
+            if lse is not None:
+                lse[...] = -np.inf
+        elif out.size:
             key, value, *scales = self._pool
+            key_scale, value_scale = scales or (None, None)
             _core.cache_attention(
                 query,
                 key,
@@ -498,11 +503,18 @@ class PagedKVCache:
                 out,
                 lse,
                 known.batch_shape,
-                *checked,
+                mask,
+                bias,
+                slopes,
+                sinks,
+                offset,
+                lengths,
+                *numbers,
                 kv_len,
                 begins if begins.any() else None,
                 self._table[rows],
-                *(scales or (None, None)),
+                key_scale,
+                value_scale,
             )
         return out if lse is None else (out, lse)
 
@@ -1127,7 +1139,7 @@ def _pages(name: str, x: Any, dtypes: tuple[str, ...], ndim: int) -> Array:
         raise ValueError(
             f"{name} must be writeable, aligned and in native byte order, got an array that is not"
         )
-    if array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+    if array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
         raise ValueError(
             f"{name} must be contiguous along its last axis, got {name}.strides={array.strides}"
         )

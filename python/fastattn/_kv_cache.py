@@ -465,28 +465,31 @@ class PagedKVCache:
         kv_len = int(lengths.max(initial=0))
         kept = (n, self.kv_heads, kv_len)
         known = sizes(query.shape, (*kept, self.head_dim), (*kept, self.value_head_dim))
-        mask, bias, slopes, sinks, offset, _, *numbers = options(
-            known,
-            query.dtype,
-            mask,
-            bias,
-            scale,
-            is_causal,
-            lengths - known.q_len,
-            window,
-            softcap,
-            alibi_slopes,
-            sinks,
-            None,
-            0.0,
-            None,
-        )
+        checked = [
+            *options(
+                known,
+                query.dtype,
+                mask,
+                bias,
+                scale,
+                is_causal,
+                lengths - known.q_len,
+                window,
+                softcap,
+                alibi_slopes,
+                sinks,
+                None,
+                0.0,
+                None,
+            )
+        ]
+        checked[5] = lengths  # each of them, where options says None for kv_len
         if return_lse is not False:
             return_lse = boolean("return_lse", return_lse)
         if out is None:
             out = np.empty(known.out_shape, query.dtype)
         else:
-            inputs = (query, *self._pool, mask, bias)
+            inputs = (query, *self._pool, *checked[:2])
             out = result_array(out, known.out_shape, query.dtype, inputs)
         lse = np.empty(known.lse_shape, np.float32) if return_lse else None
         if kv_len == 0:  # then there may be no pool yet
@@ -495,27 +498,9 @@ class PagedKVCache:
                 lse[...] = -np.inf
         elif out.size:
             key, value, *scales = self._pool
-            key_scale, value_scale = scales or (None, None)
-            _core.cache_attention(
-                query,
-                key,
-                value,
-                out,
-                lse,
-                known.batch_shape,
-                mask,
-                bias,
-                slopes,
-                sinks,
-                offset,
-                lengths,
-                *numbers,
-                kv_len,
-                begins if begins.any() else None,
-                self._table[rows],
-                key_scale,
-                value_scale,
-            )
+            checked += [kv_len, begins if begins.any() else None, self._table[rows]]
+            checked += scales or (None, None)
+            _core.cache_attention(query, key, value, out, lse, known.batch_shape, *checked)
         return out if lse is None else (out, lse)
 
     def truncate(self, lengths: ArrayLike, *, sequences: Iterable[int] | None = None) -> None:

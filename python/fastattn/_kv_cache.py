@@ -188,7 +188,7 @@ class PagedKVCache:
             Its sequences are 0..batch - 1. The pages that no table names are free: an append writes
             there. There will be no others.
         """
-        pool = _pool(key, value, key_scale, value_scale)
+        pool = _pool_arrays(key, value, key_scale, value_scale)
         cache = cls.__new__(cls)
         cache._start(pool, fixed=True)
         cache._take_tables(tables, lengths, None)
@@ -784,7 +784,7 @@ class PagedKVCache:
                     if not (np.isfinite(x) & (x >= 0)).all():
                         raise ValueError("scales must be finite and >= 0")
                 cache = cls.__new__(cls)
-                cache._start(_pool(*pool), fixed=False)
+                cache._start(_pool_arrays(*pool), fixed=False)
                 cache._take_tables(arrays["tables"], arrays["lengths"], arrays["begins"])
                 ids, n = arrays["sequences"].tolist(), len(cache._ids)
                 cache._next, limit = (whole_number(x, arrays[x].item()) for x in ("next", "limit"))
@@ -1080,9 +1080,11 @@ def _per_sequence(name: str, x: Any, n: int, low: Any, high: Any, rule: str) -> 
     raise ValueError(f"{name} must be within {rule} = {low}..{high}, got {x}")
 
 
-def _pool(key: Any, value: Any, key_scale: Any = None, value_scale: Any = None) -> list[Array]:
+def _pool_arrays(
+    key: Any, value: Any, key_scale: Any = None, value_scale: Any = None
+) -> list[Array]:
     """Return the arrays of a pool of pages, if they can be one as they are."""
-    key, value = _pages("key", key, DTYPES, 4), _pages("value", value, DTYPES, 4)
+    key, value = _page_array("key", key, DTYPES, 4), _page_array("value", value, DTYPES, 4)
     if value.dtype != key.dtype:
         raise TypeError(f"value must have the dtype of key, {key.dtype}, not {value.dtype}")
     shape = key.shape[:3]
@@ -1091,7 +1093,7 @@ def _pool(key: Any, value: Any, key_scale: Any = None, value_scale: Any = None) 
         if (x is None) == (key.dtype == np.int8):
             raise TypeError(f"{name} must be given with int8 and only then, got {key.dtype} pages")
         if x is not None:
-            scales.append(_pages(name, x, ("float32",), 3))
+            scales.append(_page_array(name, x, ("float32",), 3))
     for name, x in zip(POOL[1:], (value, *scales), strict=False):
         if x.shape[:3] != shape:
             raise ValueError(
@@ -1108,7 +1110,7 @@ def _pool(key: Any, value: Any, key_scale: Any = None, value_scale: Any = None) 
     return [key, value, *scales]
 
 
-def _pages(name: str, x: Any, dtypes: tuple[str, ...], ndim: int) -> Array:
+def _page_array(name: str, x: Any, dtypes: tuple[str, ...], ndim: int) -> Array:
     """Return an array that can be read and written in place."""
     if not isinstance(x, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array, not {type(x).__name__}")

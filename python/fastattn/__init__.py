@@ -11,6 +11,7 @@ from fastattn._attention import (
     attention_weights,
     explain,
     scaled_dot_product_attention,
+    varlen_attention,
 )
 from fastattn._core import __version__
 from fastattn._kv_cache import KVCache, PagedKVCache
@@ -35,6 +36,7 @@ __all__ = [
     "reference",
     "scaled_dot_product_attention",
     "set_num_threads",
+    "varlen_attention",
 ]
 
 warn_of_unknown_variables()

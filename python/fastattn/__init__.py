@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact softmax attention, as fast as the CPU allows.
 
-The one function is `attention`; `reference` is its definition.
+The one function is `attention`; `reference` is its definition. `KVCache` keeps the keys and values
+of a model that writes token after token, `PagedKVCache` those of many sequences that come and go.
 """
 
 from fastattn import reference
@@ -13,6 +14,7 @@ from fastattn._attention import (
     varlen_attention,
 )
 from fastattn._core import __version__
+from fastattn._kv_cache import KVCache, PagedKVCache
 from fastattn._machine import (
     get_num_threads,
     info,
@@ -22,6 +24,8 @@ from fastattn._machine import (
 from fastattn._merge import merge
 
 __all__ = [
+    "KVCache",
+    "PagedKVCache",
     "__version__",
     "attention",
     "attention_weights",

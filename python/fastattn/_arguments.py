@@ -159,7 +159,7 @@ def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def of_dtypes(name: str, x: Any, dtypes: tuple[str, ...]) -> Array:
     """Return the array that x is or stands for, if it has one of the dtypes."""
-    kinds = ", ".join(dtypes[:-1]) + " or " + dtypes[-1]
+    kinds = ", ".join(dtypes[:-1]) + " or " + dtypes[-1] if len(dtypes) > 1 else dtypes[0]
     array = as_array(name, x, kinds)
     if array.dtype.name not in dtypes:
         raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
@@ -385,21 +385,7 @@ def large(dtype: np.dtype[Any]) -> float:
 
 def per_batch(name: str, x: Any, known: Sizes, low: int, high: int, usual: int) -> Array | None:
     """Return integers in low..high, one per batch element; None if they say no more than usual."""
-    kinds = "integers, or an int"
-    array = x
-    if isinstance(x, numbers.Integral) and not isinstance(x, bool):
-        least = most = int(x)
-    else:
-        array = as_array(name, x, kinds)
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
-        if broadcast(array.shape, known.batch_shape) != known.batch_shape:
-            raise ValueError(
-                f"{name} must broadcast to the batch shape {known.batch_shape}, "
-                f"got {name}.shape={array.shape}"
-            )
-        values = distinct(array, array.ndim)
-        least, most = (int(values.min()), int(values.max())) if values.size else (usual, usual)
+    array, least, most = integers(name, x, known.batch_shape, usual)
     if least < low or most > high:
         rule = f"0..kv_len = 0..{high}" if low == 0 else "-2**61..2**61"
         raise ValueError(f"{name} must be within {rule}, got {least if least < low else most}")
@@ -408,6 +394,25 @@ def per_batch(name: str, x: Any, known: Sizes, low: int, high: int, usual: int) 
     if least == most:
         return np.full(known.batch_shape, least, np.int64)
     return np.array(np.broadcast_to(array, known.batch_shape), dtype=np.int64, order="C")
+
+
+def integers(name: str, x: Any, batch_shape: tuple[int, ...], usual: int) -> tuple[Any, int, int]:
+    """Return what broadcasts to the batch shape, the least, the most (of none of them: usual)."""
+    if isinstance(x, numbers.Integral) and not isinstance(x, bool):
+        return x, int(x), int(x)
+    kinds = "integers, or an int"
+    array = as_array(name, x, kinds)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
+    if broadcast(array.shape, batch_shape) != batch_shape:
+        raise ValueError(
+            f"{name} must broadcast to the batch shape {batch_shape}, "
+            f"got {name}.shape={array.shape}"
+        )
+    values = distinct(array, array.ndim)
+    if not values.size:
+        return array, usual, usual
+    return array, int(values.min()), int(values.max())
 
 
 def lengths_within(kv_lengths: Any, longest: Array) -> None:

@@ -12,6 +12,7 @@ from fastattn.bench.report import duration
 
 COLORS = {
     "fastattn": "#d1495b",
+    "baseline": "#e5a3ab",
     "torch": "#2e4057",
     "onnxruntime": "#5b7b9a",
     "openvino": "#8fa9bf",
@@ -60,7 +61,7 @@ def save(run: Result, file: Path) -> None:
         left,
         1 - 0.55 / height,
         f"{machine['cpu']}, {machine['threads']} threads; limit: multiply-adds in registers, "
-        "for decoding the memory's read bandwidth",
+        "for decoding the time to read memory, or the sum of both",
         fontsize=8,
         color=GRAY,
     )

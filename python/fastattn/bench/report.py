@@ -4,14 +4,18 @@
 Called by the command (`__init__.py`) with the dicts that measure.py makes or a JSON file keeps.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
-from fastattn.bench.measure import BUSY, Result
+from fastattn.bench.measure import BASELINE, BUSY, Result
 
 TOLERANCE_POINTS = 2.0  # a floor missed by less counts as met
-PLAIN = ("fastattn", "numpy")  # what is no peer
-UNITS = {"float32": "GFLOP/s fp32 FMA", "float64": "GFLOP/s fp64 FMA", "read": "GB/s memory read"}
+PLAIN = ("fastattn", BASELINE, "numpy")  # what is no peer
+UNITS = {
+    "float32": "GFLOP/s fp32 FMA",
+    "float64": "GFLOP/s fp64 FMA",
+    "bfloat16": "GFLOP/s bf16 dot",
+    "read": "GB/s memory read",
+}
 NOISY = 1.1  # ratio of the limit's extremes from which a run is called noisy
 Rows = list[list[str]]
 
@@ -105,25 +109,33 @@ def table(run: Result, markdown: bool) -> str:
     return "\n\n".join(("\n".join(lines), *notes, *about))
 
 
-def best_peer(outcomes: Result, among: Iterable[str] = ()) -> str | None:
-    """Name the fastest library, of those that are peers or of `among`; None if there is none."""
-    wanted = set(among) or set(outcomes) - set(PLAIN)
-    times = {x: outcomes[x]["speedup"] for x in wanted if "speedup" in outcomes.get(x, {})}
+def best_peer(outcomes: Result) -> str | None:
+    """Name the fastest of the peers; None if there is none."""
+    peers = set(outcomes) - set(PLAIN)
+    times = {x: outcomes[x]["speedup"] for x in peers if "speedup" in outcomes[x]}
     return min(times, key=times.__getitem__, default=None)
 
 
 def floors(run: Result) -> tuple[str, bool]:
-    """Hold the results against what fastattn promises; the second item is whether all is kept."""
+    """
+    Hold the results against what fastattn promises; the second item is whether all is kept.
+
+    The text is empty where nothing is promised.
+    """
     rows = [["case", "of limit", "floor", "speed-up", "floor", "extra memory", "floor", "verdict"]]
     for result in run["results"]:
         floor, outcomes = result["floor"], result["libraries"]
+        if not any(floor.values()):
+            continue
         ours = outcomes.get("fastattn", {})
-        peer = best_peer(outcomes, floor["against"])
-        speedup = outcomes[peer]["speedup"] if peer else None
+        peer = best_peer(outcomes)
+        named = [(peer or x if x == "best" else x, least) for x, least in floor["speedups"].items()]
+        shown = named or ([(peer, None)] if peer else [])
+        speedups = {x: outcomes.get(x, {}).get("speedup") for x, _ in shown}
         extra = ours.get("extra_bytes")
         short = [  # by how many points (of percent, hundredths of a ratio) each promise is missed
             (floor["percent"], ours.get("percent"), 1.0),
-            (floor["speedup"], speedup, 100.0),
+            *((least, speedups[x], 100.0) for x, least in named),
             (
                 floor["extra_mebibytes"] and -floor["extra_mebibytes"],
                 None if extra is None else -extra / 2**20,
@@ -135,13 +147,15 @@ def floors(run: Result) -> tuple[str, bool]:
                 result["name"],
                 _percent(ours) if "percent" in ours else "-",
                 f"{floor['percent']} %" if floor["percent"] else "",
-                f"{_speedup(speedup)} {peer}" if speedup else "-",
-                f"{floor['speedup']:g}x" if floor["speedup"] else "",
+                ", ".join(f"{_speedup(y) if y else '-'} {x}" for x, y in speedups.items()) or "-",
+                ", ".join(f"{least:.3g}x" for _, least in named),
                 memory(extra),
                 f"{floor['extra_mebibytes']:g} MiB" if floor["extra_mebibytes"] else "",
                 verdict([(least, got, points) for least, got, points in short if least]),
             ]
         )
+    if not rows[1:]:
+        return "", True
     kept = all(row[-1] in ("met", "within 2 points") for row in rows[1:])
     return "\n".join((*_aligned(rows, left=(0, 7)), *_noise(run))), kept
 
@@ -175,8 +189,9 @@ def _noise(run: Result) -> list[str]:
         notes.append(f"Other programs disturbed {disturbed} of {len(rounds)} rounds.")
     rates: dict[str, list[float]] = {}
     for result in run["results"]:
-        if result["isa"] is None and result["limit"]["rate"]:
-            rates.setdefault(result["limit"]["of"], []).append(result["limit"]["rate"])
+        if result["isa"] is None:
+            for limit, rate in result["limits"].items():
+                rates.setdefault(limit, []).append(rate)
     return notes + [
         f"The machine was not quiet: its limit varied from {min(r) / 1e9:.4g} to "
         f"{max(r) / 1e9:.4g} {UNITS[limit]}."

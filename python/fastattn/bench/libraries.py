@@ -137,7 +137,7 @@ def _torch(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
     jax = _module("jax")
-    _require(case, "float32", "bfloat16", "float16")
+    _require(case, "float32", "bfloat16")
     operands = {
         name: jax.numpy.asarray(_tokens_first(x))
         for name, x in zip(("query", "key", "value"), inputs[:3], strict=True)
@@ -314,7 +314,10 @@ def _onnx_attention(case: Case, inputs: Inputs) -> _OnnxModel | None:
     return _OnnxModel("Attention", ",".join(arrays), arrays, outputs, attributes, domain="")
 
 
-def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Callable[[], Any]:
+ONNX_OPERATORS = (_onnx_group_query, _onnx_multi_head, _onnx_attention)
+
+
+def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Prepared:
     onnxruntime, helper = _module("onnxruntime"), _module("onnx.helper")
     types = helper.np_dtype_to_tensor_dtype
     declared = [
@@ -351,7 +354,14 @@ def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Callable[[], A
         session.run_with_iobinding(binding)
         return binding
 
-    return call
+    def to_numpy(binding: Any) -> Array:
+        out: Array = binding.get_outputs()[0].numpy()
+        if model.domain:
+            out = out.reshape(case.batch, case.q_len, case.q_heads, case.head_dim)
+            out = out.transpose(0, 2, 1, 3)
+        return out
+
+    return Prepared(call, to_numpy, model.operator)
 
 
 def _onnxruntime(case: Case, inputs: Inputs, threads: int) -> Prepared:
@@ -361,12 +371,12 @@ def _onnxruntime(case: Case, inputs: Inputs, threads: int) -> Prepared:
         _require_scores(case)  # only a mask can say it, and no operator with a mask is fused
     best: tuple[float, _OnnxModel] | None = None
     failures = []
-    for build in (_onnx_group_query, _onnx_multi_head, _onnx_attention):
+    for build in ONNX_OPERATORS:
         model = build(case, inputs)
         if model is None:
             continue
         try:
-            seconds = _seconds(_onnx_session(model, case, threads))
+            seconds = _seconds(_onnx_session(model, case, threads).call)
         except Exception as error:  # the next operator may do it; all reasons are reported
             failures.append(f"{model.operator}: {error}")
             continue
@@ -374,29 +384,20 @@ def _onnxruntime(case: Case, inputs: Inputs, threads: int) -> Prepared:
             best = (seconds, model)
     if best is None:
         raise RuntimeError("; ".join(failures))
-    chosen = best[1]
     # A session of its own, so that nothing of the trials lies in its memory pool.
-    call = _onnx_session(chosen, case, threads)
-
-    def to_numpy(binding: Any) -> Array:
-        out: Array = binding.get_outputs()[0].numpy()
-        if chosen.domain:
-            out = out.reshape(case.batch, case.q_len, case.q_heads, case.head_dim)
-            out = out.transpose(0, 2, 1, 3)
-        return out
-
-    return Prepared(call, to_numpy, chosen.operator)
+    return _onnx_session(best[1], case, threads)
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """Time the second call, or the first where that took long."""
-    for _ in range(2):
+    """Time the fastest of five calls, or the first that took long."""
+    samples = []
+    for _ in range(5):
         begin = time.perf_counter()
         call()
-        seconds = time.perf_counter() - begin
-        if seconds > 0.5:
+        samples.append(time.perf_counter() - begin)
+        if samples[-1] > 0.1:
             break
-    return seconds
+    return min(samples)
 
 
 # In the order in which a report shows them.

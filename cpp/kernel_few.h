@@ -171,7 +171,14 @@ class Stretch {
     }
 
     void attend_chunk(Span keys) {
-        in_row_groups([&]<int Rows>(int64_t r) { compute_scores<Rows>(r, keys.size()); });
+        const bool whole = head_dim % lanes == 0;
+        in_row_groups([&]<int Rows>(int64_t r) {
+            if (whole) {
+                compute_scores<Rows, true>(r, keys.size());
+            } else {
+                compute_scores<Rows, false>(r, keys.size());
+            }
+        });
         bool any_hidden = false;
         for (int64_t r = 0; r < rows; ++r) any_hidden |= apply_passes(r, keys);
         const bool apart = any_hidden && set_nonfinite_apart(keys);
@@ -195,18 +202,21 @@ class Stretch {
         for (; r < rows; ++r) step.template operator()<1>(r);
     }
 
-    // Rows x (lanes / Rows) sums at a time, which one transpose adds up.
-    template <int Rows>
-    [[gnu::always_inline]] void compute_scores(int64_t row, int64_t count) const {
+    // Rows x (lanes / Rows) sums at a time.
+    template <int Rows, bool Whole>  // Whole: vectors fill head_dim
+    [[gnu::noinline]] void compute_scores(int64_t row, int64_t count) const {
         constexpr int keys = lanes / Rows;
         const T* const queries = query + row * query_pitch;
         for (int64_t j = 0; j < count; j += keys) {
             if (row == 0) fetch(j, keys);
             const Element* from[keys];
+#pragma GCC unroll 16
             for (int i = 0; i < keys; ++i) {
                 from[i] = key + (j + i < count ? j + i : count - 1) * block.key_stride;
             }
-            V sum[lanes] = {};
+            V sum[lanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; ++i) sum[i] = T(0);
             int64_t d = 0;
             for (; d + lanes <= head_dim; d += lanes) {
                 V rows_query[Rows];
@@ -223,23 +233,19 @@ class Stretch {
                     }
                 }
             }
-            if (d < head_dim) {
+            if constexpr (!Whole) {
+#pragma GCC unroll 16
                 for (int i = 0; i < keys; ++i) {
                     const V k = load_some(from[i] + d, head_dim - d);
+#pragma GCC unroll 4
                     for (int r = 0; r < Rows; ++r) {
                         const V q = V::load(queries + r * query_pitch + d);
                         sum[r * keys + i] = fma(q, k, sum[r * keys + i]);
                     }
                 }
             }
-            transpose<T>(sum);
-#pragma GCC unroll 4
-            for (int n = lanes / 2; n > 0; n /= 2) {
-#pragma GCC unroll 8
-                for (int i = 0; i < n; ++i) sum[i] = sum[i] + sum[i + n];
-            }
             T dots[lanes];
-            sum[0].store(dots);
+            sums_across<T>(sum).store(dots);
             for (int r = 0; r < Rows; ++r) {
                 __builtin_memcpy(scores + (row + r) * kChunk + j, dots + r * keys,
                                  keys * sizeof(T));
@@ -258,7 +264,7 @@ class Stretch {
     }
 
     template <class From>
-    static V load_some(const From* from, int64_t count) {
+    [[gnu::noinline]] static V load_some(const From* from, int64_t count) {
         T some[lanes] = {};
         for (int64_t i = 0; i < count; ++i) some[i] = added<T>(from[i]);
         return V::load(some);
@@ -267,6 +273,10 @@ class Stretch {
     // Between the scores of a row and its softmax. Returns whether a pair is hidden.
     bool apply_passes(int64_t r, Span keys) const {
         const Row& row = block.rows[r];
+        const bool changed = row.mask != nullptr || row.bias != nullptr || block.softcap != 0 ||
+                             score_scale[r] != T(1);
+        const bool inside = row.begin <= keys.begin && keys.end <= row.end;
+        if (!changed && inside && !block.alibi && keys.size() % lanes == 0) return false;
         T* const s = scores + r * kChunk;
         const V hidden = -kInfinity<T>;
         T first[lanes];
@@ -275,8 +285,7 @@ class Stretch {
         const V low = T(row.begin > keys.begin ? row.begin - keys.begin : 0);
         const V high = T(row.end < keys.end ? row.end - keys.begin : keys.size());
         const V start = T(keys.begin - row.position), slope = T(-row.slope * kLog2e);
-        if (row.mask != nullptr || row.bias != nullptr || block.softcap != 0 ||
-            score_scale[r] != T(1)) {
+        if (changed) {
             for (int64_t j = 0; j < keys.size(); j += lanes) {
                 V score = V(score_scale[r]) * V::load(s + j);
                 if (block.softcap != 0) score = V(T(block.softcap * kLog2e)) * tanh(score);
@@ -308,8 +317,8 @@ class Stretch {
         T* const s = scores + r * kChunk;
         V peaks = -kInfinity<T>;
         for (int64_t j = 0; j < count; j += lanes) peaks = max(V::load(s + j), peaks);
-        T largest = part.row_max[r];
-        for (int i = 0; i < lanes; ++i) largest = peaks.v[i] > largest ? peaks.v[i] : largest;
+        const T peak = largest_across(peaks);
+        const T largest = peak > part.row_max[r] ? peak : part.row_max[r];
         const T offset = largest == -kInfinity<T> ? T(0) : largest;
         rescale[r] = exp2(V(part.row_max[r] - offset)).v[0];
         V sums = T(0);
@@ -318,8 +327,7 @@ class Stretch {
             sums = sums + prob;
             prob.store(s + j);
         }
-        T sum = T(0);
-        for (int i = 0; i < lanes; ++i) sum += sums.v[i];
+        const T sum = sum_across(sums);
         part.row_max[r] = largest;
         part.row_sum[r] = fma(V(part.row_sum[r]), V(rescale[r]), V(sum)).v[0];
     }

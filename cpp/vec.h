@@ -172,5 +172,39 @@ template <class T>
     }
 }
 
+// Lane i: the sum over the lanes of rows[i]. Each pass adds halves of half as many vectors.
+template <class T, int N = Vec<T>::lanes / 2, int Count>
+[[gnu::always_inline]] inline Vec<T> sums_across(const Vec<T> (&rows)[Count]) {
+    Vec<T> halves[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        const Vec<T> low = isa::zip_low(rows[i].v, rows[i + N].v);
+        halves[i] = low + Vec<T>(isa::zip_high(rows[i].v, rows[i + N].v));
+    }
+    if constexpr (N > 1) {
+        return sums_across<T, N / 2>(halves);
+    } else {
+        return halves[0];
+    }
+}
+
+template <class T>
+T largest_across(Vec<T> x) {
+#pragma GCC unroll 4
+    for (int n = Vec<T>::lanes; n > 1; n /= 2) {
+        x = max(Vec<T>(isa::zip_low(x.v, x.v)), Vec<T>(isa::zip_high(x.v, x.v)));
+    }
+    return x.v[0];
+}
+
+template <class T>
+T sum_across(Vec<T> x) {
+#pragma GCC unroll 4
+    for (int n = Vec<T>::lanes; n > 1; n /= 2) {
+        x = Vec<T>(isa::zip_low(x.v, x.v)) + Vec<T>(isa::zip_high(x.v, x.v));
+    }
+    return x.v[0];
+}
+
 }  // namespace
 }  // namespace fastattn

@@ -110,7 +110,7 @@ def _beside(case: Case, name: str, **changes: Any) -> Case:
 
 
 def _beside_float32(case: Case) -> Case:
-    return _beside(case, f"{case.name}, in float32", dtype="float32")
+    return _beside(case, "in float32", dtype="float32")
 
 
 def _decode(name: str, kv_len: int, kv_heads: int, **rest: Any) -> Case:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.bench.measure import Result
-from fastattn.bench.report import duration
+from fastattn.bench.report import duration, shown_libraries
 
 COLORS = {
     "fastattn": "#d1495b",
@@ -29,7 +29,7 @@ def save(run: Result, file: Path) -> None:
     from matplotlib.figure import Figure
 
     results = run["results"]
-    libraries = list(dict.fromkeys(x for result in results for x in result["libraries"]))
+    libraries = shown_libraries(run)
     bars = sum(len(result["libraries"]) + GAP for result in results)
     height = bars * BAR_INCHES + 1.9
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=150)

@@ -77,7 +77,7 @@ def _line(library: str, outcome: Result) -> list[str]:
 
 def table(run: Result, markdown: bool) -> str:
     """Show all cases of a run, a line per case, with what is missing explained below."""
-    libraries = list(dict.fromkeys(x for result in run["results"] for x in result["libraries"]))
+    libraries = shown_libraries(run)
     reasons: dict[str, int] = {}
     rows = [["case", *libraries, "speed-up", "max error", "extra memory"]]
     for result in run["results"]:
@@ -107,6 +107,12 @@ def table(run: Result, markdown: bool) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     about = (*heading(run).splitlines(), f"`{run['command']}`")
     return "\n\n".join(("\n".join(lines), *notes, *about))
+
+
+def shown_libraries(run: Result) -> list[str]:
+    """Name what any of the cases was measured with: fastattn, its baselines, the others."""
+    named = dict.fromkeys(x for result in run["results"] for x in result["libraries"])
+    return sorted(named, key=lambda x: ("fastattn", BASELINE, x).index(x))
 
 
 def best_peer(outcomes: Result) -> str | None:
@@ -170,7 +176,7 @@ def verdict(promises: list[tuple[float, float | None, float]]) -> str:
 
 def growth(run: Result) -> str:
     """Show the time per pair of a query and a key, which should not grow with the length."""
-    libraries = list(dict.fromkeys(x for result in run["results"] for x in result["libraries"]))
+    libraries = shown_libraries(run)
     rows = [["ns per query-key pair", *libraries]]
     for result in run["results"]:
         row = [result["title"].replace("\n", ", ")]

@@ -34,6 +34,14 @@ def memory(size: int | None) -> str:
     return f"{mebibytes:.1f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
 
 
+def percent(outcome: Result) -> str:
+    """Write how much of the limit was reached, if it is known."""
+    share = outcome.get("percent")
+    if share is None:
+        return "-"
+    return f"{share:.0f} %" if share >= 10 else f"{share:.1f} %"
+
+
 def limits(rates: dict[str, float]) -> str:
     """Write the machine's limits in one line."""
     return ", ".join(f"{rate / 1e9:.4g} {UNITS[limit]}" for limit, rate in rates.items())
@@ -67,7 +75,7 @@ def _line(library: str, outcome: Result) -> list[str]:
     return [
         library,
         duration(outcome["seconds"]),
-        _percent(outcome),
+        percent(outcome),
         _speedup(outcome["speedup"]) + " as fast" if "speedup" in outcome else "",
         f"{outcome['max_error']:.1e}",
         memory(outcome["extra_bytes"]),
@@ -91,7 +99,7 @@ def table(run: Result, markdown: bool) -> str:
                 reason = f"{library}: {outcome['failure']}"
                 row.append(f"- [{reasons.setdefault(reason, len(reasons) + 1)}]")
             else:
-                row.append(f"{_percent(outcome)} ({duration(outcome['seconds'])})")
+                row.append(f"{percent(outcome)} ({duration(outcome['seconds'])})")
         ours = outcomes.get("fastattn", {})
         peer = best_peer(outcomes)
         row.append(f"{_speedup(outcomes[peer]['speedup'])} {peer}" if peer else "-")
@@ -151,7 +159,7 @@ def floors(run: Result) -> tuple[str, bool]:
         rows.append(
             [
                 result["name"],
-                _percent(ours) if "percent" in ours else "-",
+                percent(ours),
                 f"{floor['percent']} %" if floor["percent"] else "",
                 ", ".join(f"{_speedup(y) if y else '-'} {x}" for x, y in speedups.items()) or "-",
                 ", ".join(f"{least:.3g}x" for _, least in named),
@@ -204,13 +212,6 @@ def _noise(run: Result) -> list[str]:
         for limit, r in rates.items()
         if max(r) > NOISY * min(r)
     ]
-
-
-def _percent(outcome: Result) -> str:
-    percent = outcome["percent"]
-    if percent is None:
-        return "-"
-    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %"
 
 
 def _speedup(ratio: float) -> str:

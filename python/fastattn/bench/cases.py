@@ -247,6 +247,7 @@ SERVING = [
         batch=8,
         lengths=(512, 8192, 1024, 6144, 1536, 4096, 2048, 3072),
         call="kv_lengths",
+        libraries=(*WITH_TORCH, "onnxruntime", "openvino"),
         floor=promise(78),
     ),
     # The cache in 8 bits, compared with one in bfloat16.

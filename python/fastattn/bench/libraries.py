@@ -170,11 +170,13 @@ def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
     mask = None if is_causal else _all_masks(case, inputs)
     heads = key.shape[1]
     grouped = case.groups > 1
-    # The operator wants as many key heads as query heads. Where no row is told from another the
+    # The operator wants as many key heads as query heads. Where no head is told from another the
     # queries of a group fold into one long query, which is free; elsewhere the model repeats K, V.
-    folded = grouped and not is_causal and mask is None
+    folded = grouped and not is_causal and (mask is None or mask.shape[1] == 1)
     if folded:
         query = query.reshape(case.batch, heads, case.groups * case.q_len, case.head_dim)
+        if mask is not None and mask.shape[2] > 1:
+            mask = np.tile(mask, (1, 1, case.groups, 1))
     arrays = [query, key, value] + ([] if mask is None else [mask])
     in_half = case.dtype == "bfloat16"
 

@@ -211,7 +211,7 @@ class Bench:
     def _disturbance(self, since: tuple[float, float]) -> float:
         """Tell how many CPUs were missing because other programs used them."""
         busy, wall = (now - then for now, then in zip(self._clocks(), since, strict=True))
-        return max(busy / wall - max((os.cpu_count() or 1) - self._threads, 0), 0.0)
+        return max(busy / (wall or 1) - max((os.cpu_count() or 1) - self._threads, 0), 0.0)
 
     def _await_quiet(self) -> None:
         self._progress("waiting for other programs")

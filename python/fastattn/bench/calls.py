@@ -40,7 +40,7 @@ def _attention(case: Case, inputs: Inputs) -> Prepared:
     def call() -> Any:
         return fastattn.attention(query, key, value, **options)
 
-    return Prepared(call, _as_it_is, "attention")
+    return Prepared(call, _as_it_is, f"attention({', '.join(options)})")
 
 
 def _packed(case: Case, inputs: Inputs) -> Prepared:

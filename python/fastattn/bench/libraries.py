@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How each library is asked for a case, at its best.
 
-Called by worker.py, in a process that holds one library alone; calls.py has fastattn's own
-calls. Every library gets the layout
-that is natural to it (the conversion is not counted), its fastest operator that expresses the
-case, and what need not be repeated (building, compiling, binding a dense mask) is done before
-the clock starts. A library that cannot express a case says so with Unsupported.
+Called by worker.py, in a process that holds one library alone; calls.py has fastattn's own calls.
+Every library gets the layout that is natural to it (the conversion is not counted), its fastest
+operator that expresses the case, and what need not be repeated (building, compiling, binding a
+dense mask) is done before the clock starts. A library that cannot express a case says so with
+Unsupported.
 """
 
 import importlib
@@ -52,9 +52,9 @@ def _all_masks(case: Case, inputs: Inputs) -> Array | None:
     return np.where(seen, inputs.mask, inputs.mask.dtype.type(-np.inf))
 
 
-def _require(case: Case, *dtypes: str) -> None:
+def _require(case: Case, *dtypes: str, otherwise: str = "does not compute in {}") -> None:
     if case.dtype not in dtypes:
-        raise Unsupported(f"does not compute in {case.dtype}")
+        raise Unsupported(otherwise.format(case.dtype))
 
 
 def _require_scores(case: Case) -> None:
@@ -81,7 +81,7 @@ def _fastattn(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """softmax(Q K^T) V with matmul, without a copy that can be spared; threads as BLAS has them."""
-    _require(case, "float32", "float64")  # matmul of half precision does without BLAS
+    _require(case, "float32", "float64", otherwise="has no BLAS for {}")
     _require_scores(case)
     query, key, value, _ = inputs
     kv_heads = key.shape[1]
@@ -164,7 +164,7 @@ def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
     openvino, op = _module("openvino"), _module("openvino.opset13")
-    _require(case, "float32", "bfloat16")
+    _require(case, "float32", "bfloat16", otherwise="computes {} as another type")
     query, key, value, _ = inputs
     is_causal = _plainly_causal(case, inputs)
     mask = None if is_causal else _all_masks(case, inputs)

@@ -1,19 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Who does which part: cuts a call into blocks of query rows that share a key and value head, gives
-// each thread its scratch memory, and lets the kernel attend. Called by src/bindings.cpp; calls the
-// kernel's table (kernel.h) through parallel_for.
+// Who does which part of a call with many queries: cuts each sequence into blocks of query rows
+// that share a key and value head, gives each thread its scratch memory, and lets the kernel
+// attend. Called by src/bindings.cpp; calls the kernel's table (kernel.h) through parallel_for.
+// Sequences of few queries go to decode.cpp.
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
+#include "call.h"
 #include "kernel.h"
 #include "parallel.h"
 
@@ -27,85 +24,52 @@ constexpr int kMostPanels = 4, kMostPanelsInWindow = 8;
 constexpr size_t kPanelBytes = 384 << 10;  // of one thread
 constexpr size_t kAllPanelBytes = 8 << 20;
 constexpr int64_t kBlocksPerThread = 16;
-// The few-queries form.
-constexpr int64_t kMostFewQueries = 16;  // by contract: longer queries may be cut anywhere
-constexpr int64_t kStretch = 512;  // keys of a part; a multiple of what the kernel takes at once
-constexpr size_t kAllPartBytes = 4 << 20;  // waiting to be merged
-constexpr double kMostVisited = 2e7;       // tiles, by plan(): seconds
-constexpr double kFlopsPerSecond = 50e9;   // of one thread, roughly: only to tell small calls apart
+constexpr double kMostVisited = 2e7;  // tiles, by plan(): seconds
 
-int64_t size_of(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::kBool:
-            return 1;
-        case Dtype::kFloat16:
-        case Dtype::kBFloat16:
-            return 2;
-        case Dtype::kFloat32:
-            return 4;
-        default:
-            return 8;
-    }
-}
-
-// The element [batch][head][row][0]; null stays null.
-void* at(const Array& array, int64_t batch_offset, int64_t head, int64_t row) {
-    if (array.data == nullptr) return nullptr;
-    const int64_t offset = batch_offset + head * array.head_stride + row * array.row_stride;
-    return static_cast<char*>(array.data) + offset * size_of(array.dtype);
-}
-
-// The rows of a group are (query, head of the group) pairs, query by query: all that share a key
-// and value head, so that a block is full even if queries are few, and as narrow as can be in
-// positions.
-class Call {
+// The blocks of all sequences, or of those that have many queries.
+class Blocks {
    public:
-    explicit Call(const AttentionArgs& args)
-        : args_(args),
-          functions_(args.query.dtype == Dtype::kFloat64 ? kernel().float64 : kernel().float32),
-          group_(args.q_heads / std::max<int64_t>(args.kv_heads, 1)),
-          rows_(args.q_len * group_) {
-        int64_t heads = args.kv_heads;
-        for (const int64_t size : args.batch_shape) {
-            if (__builtin_mul_overflow(heads, size, &heads)) {
-                throw std::invalid_argument("batch x kv_heads must be less than 2**63");
-            }
+    Blocks(const Call& call, bool every)
+        : call_(call), args_(call.args), functions_(call.functions), every_(every) {
+        if (args_.kv_heads == 0) return;
+        double seconds = 0;
+        const int64_t unlike = call.packed() ? call.batches : std::min<int64_t>(call.batches, 1);
+        for (int64_t batch = 0; batch < unlike; ++batch) {
+            const Sequence sequence = call.sequence(batch);
+            if (!included(sequence)) continue;
+            most_rows_ = std::max(most_rows_, rows(sequence));
+            seconds += call.seconds(sequence);
         }
-        const double pairs =
-            double(heads) * double(rows_) * double(std::min(args.kv_len, visible_at_most()));
-        const double flops = 2 * pairs * double(args.head_dim + args.value_head_dim + 16);
-        few_ = args.q_len <= kMostFewQueries && rows_ <= functions_.few_rows;
-        find_stretches();
-        threads_ = team_size(heads * (few_ ? stretches_ : blocks(1)), flops / kFlopsPerSecond);
+        if (most_rows_ == 0) return;
+        if (!call.packed()) seconds *= double(call.batches);
+        cut(1);
+        threads_ = team_size(items(), seconds);
 
-        int panels = visible_at_most() < args.kv_len ? kMostPanelsInWindow : kMostPanels;
+        int panels = call.visible_at_most() < args_.kv_len ? kMostPanelsInWindow : kMostPanels;
         const size_t room = std::min(kPanelBytes, kAllPanelBytes / size_t(threads_));
-        while (panels > 1 && (blocks(panels) * heads < kBlocksPerThread * threads_ ||
-                              scratch_bytes(panels) > room)) {
-            panels /= 2;
+        for (; panels > 1; panels /= 2) {
+            cut(panels);
+            if (items() >= kBlocksPerThread * threads_ && kernel_bytes() <= room) break;
         }
-        block_rows_ = std::min<int64_t>(rows_, panels * functions_.panel_rows);
-        blocks_ = blocks(panels);
-        items_ = heads * blocks_;
+        cut(panels);
         rows_bytes_ = rounded(size_t(block_rows_) * sizeof(Row));
-        scratch_bytes_ = rows_bytes_ + scratch_bytes(few_ ? 1 : panels);
+        scratch_bytes_ = rows_bytes_ + kernel_bytes();
     }
 
     bool run(Interrupt interrupt) const {
-        if (items_ == 0) return true;
-        if (few_) return run_few(interrupt);
-        const Memory memory = scratch(threads_);
+        if (items() == 0) return true;
+        const Memory memory = allocate(scratch_bytes_ * size_t(threads_));
         return parallel_for(
-            items_, threads_, interrupt, [&](int64_t item, int worker, const Stop& stop) {
-                functions_.attend(
-                    block(item, memory.get() + size_t(worker) * scratch_bytes_, stop));
+            items(), threads_, interrupt, [&](int64_t item, int worker, const Stop& stop) {
+                functions_.attend(block(item, memory.get() + size_t(worker) * scratch_bytes_, stop),
+                                  nullptr);
             });
     }
 
+    // Of sequences that are all alike in length.
     Plan plan() const {
-        const TileCounts counts = items_ == 0 ? TileCounts{} : count();
+        const TileCounts counts = items() == 0 ? TileCounts{} : count();
         Plan plan;
-        plan.few_queries = few_;
         plan.query_tile = functions_.panel_rows;
         plan.key_tile = functions_.key_tile;
         plan.threads = threads_;
@@ -113,25 +77,50 @@ class Call {
         plan.tiles_skipped = counts.skipped;
         plan.tiles_edge = counts.edge;
         plan.pairs_computed = counts.pairs;
-        plan.scratch_bytes = items_ == 0 ? 0 : scratch_bytes_ * size_t(threads_);
+        plan.scratch_bytes = scratch_bytes_ * size_t(threads_);
         return plan;
     }
 
    private:
-    using Memory = std::unique_ptr<char, decltype(&std::free)>;
+    bool included(const Sequence& sequence) const { return every_ || !sequence.few(); }
+    int64_t rows(const Sequence& sequence) const { return sequence.q_len * call_.group; }
+    int64_t blocks(const Sequence& sequence) const {
+        return (rows(sequence) + block_rows_ - 1) / block_rows_;
+    }
+    int64_t items() const { return all_blocks_ * args_.kv_heads; }
+
+    // Into blocks of so many panels.
+    void cut(int panels) {
+        block_rows_ = std::min<int64_t>(most_rows_, int64_t(panels) * functions_.panel_rows);
+        blocks_ = (most_rows_ + block_rows_ - 1) / block_rows_;
+        all_blocks_ = blocks_ * call_.batches;
+        if (!call_.packed()) return;
+        first_block_.clear();
+        all_blocks_ = 0;
+        for (int64_t batch = 0; batch < call_.batches; ++batch) {
+            const Sequence sequence = call_.sequence(batch);
+            first_block_.push_back(all_blocks_);
+            if (included(sequence)) all_blocks_ += blocks(sequence);
+        }
+    }
+
+    // Scratch memory of the kernel, for one thread.
+    size_t kernel_bytes() const {
+        Block block = call_.shared_block();
+        block.row_count = int(block_rows_);
+        return rounded(functions_.scratch_bytes(block));
+    }
 
     // Counts one of each batch elements, heads and blocks that are alike, as often as it occurs.
     TileCounts count() const {
-        const int64_t batches = items_ / blocks_ / args_.kv_heads;
+        const int64_t batches = call_.batches;
         const int64_t some_batches = batches_are_alike(batches) ? 1 : batches;
         const int64_t some_heads = heads_are_alike() ? 1 : args_.kv_heads;
         // The first is the one that may be less than full.
         const int64_t some_blocks = blocks_are_alike() ? std::min<int64_t>(blocks_, 2) : blocks_;
         require_few(double(some_batches) * double(some_heads) * double(some_blocks));
 
-        Block any = shared_block();
-        any.row_count = int(block_rows_);
-        const Memory memory = aligned(rows_bytes_ + rounded(functions_.scratch_bytes(any)));
+        const Memory memory = allocate(scratch_bytes_);
         TileCounts counts{};
         for (int64_t i = 0; i < some_batches * some_heads * some_blocks; ++i) {
             const int64_t index = i % some_blocks;
@@ -185,197 +174,60 @@ class Call {
             std::to_string(int64_t(tiles)));
     }
 
-    static size_t rounded(size_t bytes) {
-        return (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
-    }
-
-    Memory scratch(int threads) const { return aligned(scratch_bytes_ * size_t(threads)); }
-
-    static Memory aligned(size_t bytes) {
-        void* const memory = std::aligned_alloc(kScratchAlignment, bytes);
-        if (memory == nullptr) throw std::bad_alloc();
-        return Memory(static_cast<char*>(memory), &std::free);
-    }
-
-    // Of one thread, for blocks of so many panels.
-    size_t scratch_bytes(int panels) const {
-        Block block = shared_block();
-        block.row_count = int(std::min<int64_t>(rows_, panels * functions_.panel_rows));
-        if (block.row_count == 0) return 0;
-        return rounded(few_ ? functions_.part_scratch_bytes(block)
-                            : functions_.scratch_bytes(block));
-    }
-
-    // Parts of all heads go to the threads; each time that no more may wait, they are merged in
-    // order.
-    bool run_few(Interrupt interrupt) const {
-        const int64_t all = items_ * stretches_;
-        Block any = shared_block();
-        any.row_count = int(rows_);
-        const size_t part_bytes = rounded(functions_.part_bytes(any));
-        const int64_t wave = std::min<int64_t>(
-            all, std::max<int64_t>(int64_t(kAllPartBytes / part_bytes), threads_));
-        const Memory memory =
-            aligned(scratch_bytes_ * size_t(threads_) + part_bytes * size_t(wave + 1));
-        char* const carried = memory.get() + scratch_bytes_ * size_t(threads_);
-        char* const parts = carried + part_bytes;
-        for (int64_t first = 0; first < all; first += wave) {
-            const int64_t count = std::min(wave, all - first);
-            const auto attend = [&](int64_t item, int worker, const Stop& stop) {
-                const int64_t stretch = (first_stretch_ + (first + item) % stretches_) * kStretch;
-                functions_.attend_part(block((first + item) / stretches_,
-                                             memory.get() + size_t(worker) * scratch_bytes_, stop),
-                                       stretch, std::min(stretch + kStretch, args_.kv_len),
-                                       parts + item * part_bytes);
-            };
-            const auto merge = [&](int64_t, int, const Stop& stop) {
-                char* into = carried;
-                for (int64_t item = 0; item < count; ++item) {
-                    const int64_t head = (first + item) / stretches_;
-                    const int64_t stretch = (first + item) % stretches_;
-                    char* const part = parts + item * part_bytes;
-                    const Block whole = block(head, memory.get(), stop);
-                    if (stretch == 0) {
-                        into = part;
-                    } else {
-                        functions_.merge_parts(whole, into, part);
-                    }
-                    if (stretch == stretches_ - 1) functions_.finish_part(whole, into);
-                }
-                if (into != carried) std::memcpy(carried, into, part_bytes);
-            };
-            if (threads_ == 1) {  // a small call: one trip
-                const auto both = [&](int64_t, int, const Stop& stop) {
-                    for (int64_t item = 0; item < count; ++item) attend(item, 0, stop);
-                    merge(0, 0, stop);
-                };
-                if (!parallel_for(1, 1, interrupt, both)) return false;
-            } else {
-                if (!parallel_for(count, threads_, interrupt, attend)) return false;
-                parallel_for(1, 1, {}, merge);
-            }
-        }
-        return true;
-    }
-
-    // Those that hold a key inside the interval of some row, in whatever batch element.
-    void find_stretches() {
-        int64_t batches = 1, begin = args_.kv_len, end = 0;
-        for (const int64_t size : args_.batch_shape) batches *= size;
-        const bool alike = args_.query_offset == nullptr && args_.kv_lengths == nullptr;
-        for (int64_t batch = 0; batch < (alike ? 1 : batches); ++batch) {
-            for (const int64_t i : {int64_t{0}, args_.q_len - 1}) {
-                Row row;
-                set_interval(row, i, batch);
-                begin = std::min(begin, row.begin);
-                end = std::max(end, row.end);
-            }
-        }
-        first_stretch_ = std::min(begin, end) / kStretch;
-        stretches_ = std::max<int64_t>((end + kStretch - 1) / kStretch - first_stretch_, 1);
-    }
-
-    // The keys that query i sees by causality, window and length.
-    void set_interval(Row& row, int64_t i, int64_t batch) const {
-        const int64_t length = args_.kv_lengths ? args_.kv_lengths[batch] : args_.kv_len;
-        row.position = i + (args_.query_offset ? args_.query_offset[batch] : 0);
-        row.begin = args_.left == kUnlimited ? 0 : row.position - args_.left;
-        row.end = args_.right == kUnlimited ? length : row.position + args_.right + 1;
-        row.begin = std::clamp<int64_t>(row.begin, 0, length);
-        row.end = std::clamp<int64_t>(row.end, row.begin, length);
-    }
-
-    // Of one head.
-    int64_t blocks(int panels) const {
-        const int64_t rows = int64_t(panels) * functions_.panel_rows;
-        return (rows_ + rows - 1) / rows;
-    }
-
-    // Keys that a window leaves to a row.
-    int64_t visible_at_most() const {
-        if (args_.left == kUnlimited || args_.right == kUnlimited) return args_.kv_len;
-        return std::min(args_.left, args_.kv_len) + std::min(args_.right, args_.kv_len) + 1;
-    }
-
-    Block shared_block() const {
-        Block block{};
-        block.key_stride = args_.key.row_stride;
-        block.value_stride = args_.value.row_stride;
-        block.head_dim = args_.head_dim;
-        block.value_head_dim = args_.value_head_dim;
-        block.kv_len = args_.kv_len;
-        block.query_dtype = args_.query.dtype;
-        block.kv_dtype = args_.key.dtype;
-        block.mask_dtype = args_.mask.dtype;
-        block.bias_dtype = args_.bias.dtype;
-        block.mask_stride = args_.mask.col_stride;
-        block.bias_stride = args_.bias.col_stride;
-        block.scale = args_.scale;
-        block.softcap = args_.softcap;
-        block.alibi = args_.alibi_slopes != nullptr;
-        return block;
-    }
-
-    int64_t offset(const Array& array, int64_t batch) const {
-        int64_t offset = 0;
-        for (size_t axis = array.batch_strides.size(); axis-- > 0;) {
-            offset += batch % args_.batch_shape[axis] * array.batch_strides[axis];
-            batch /= args_.batch_shape[axis];
-        }
-        return offset;
-    }
-
     // Late blocks first: under a causal mask they are the long ones, and what ends last is short.
     // memory: scratch_bytes_, for the rows and the kernel.
     Block block(int64_t item, char* memory, const Stop& stop) const {
-        const int64_t first = (blocks_ - 1 - item % blocks_) * block_rows_;
-        const int64_t kv_head = item / blocks_ % args_.kv_heads;
-        const int64_t batch = item / blocks_ / args_.kv_heads;
-        const int64_t query = offset(args_.query, batch), out = offset(args_.out, batch),
-                      lse = offset(args_.lse, batch), mask = offset(args_.mask, batch),
-                      bias = offset(args_.bias, batch);
-        Row* const rows = reinterpret_cast<Row*>(memory);
-        Block block = shared_block();
-        block.rows = rows;
-        block.row_count = int(std::min<int64_t>(rows_ - first, block_rows_));
-        block.key = at(args_.key, offset(args_.key, batch), kv_head, 0);
-        block.value = at(args_.value, offset(args_.value, batch), kv_head, 0);
+        const int64_t head = item / blocks_ % args_.kv_heads;
+        if (!call_.packed()) {
+            const Sequence sequence = call_.sequence(item / blocks_ / args_.kv_heads);
+            return block(sequence, head, blocks_ - 1 - item % blocks_, memory, stop);
+        }
+        const int64_t index = item / args_.kv_heads;
+        const auto next = std::upper_bound(first_block_.begin(), first_block_.end(), index) - 1;
+        const Sequence sequence = call_.sequence(next - first_block_.begin());
+        return block(sequence, item % args_.kv_heads, blocks(sequence) - 1 - (index - *next),
+                     memory, stop);
+    }
+
+    Block block(const Sequence& sequence, int64_t kv_head, int64_t index, char* memory,
+                const Stop& stop) const {
+        const int64_t first = index * block_rows_;
+        Row* const rows_here = reinterpret_cast<Row*>(memory);
+        Block block = call_.shared_block();
+        block.rows = rows_here;
+        block.row_count = int(std::min(rows(sequence) - first, block_rows_));
         block.scratch = memory + rows_bytes_;
         block.stop = stop;
-        const int64_t first_head = kv_head * group_;
-        int64_t i = first / group_, head = first_head + first % group_;
-        for (int r = 0; r < block.row_count; ++r, ++head) {
-            if (head == first_head + group_) {
-                head = first_head;
-                ++i;
-            }
-            Row& row = rows[r];
-            row.query = at(args_.query, query, head, i);
-            row.out = at(args_.out, out, head, i);
-            row.lse = at(args_.lse, lse, head, i);
-            row.mask = at(args_.mask, mask, head, i);
-            row.bias = at(args_.bias, bias, head, i);
-            set_interval(row, i, batch);
-            row.slope = args_.alibi_slopes ? args_.alibi_slopes[batch * args_.q_heads + head] : 0;
-            row.sink = args_.sinks ? args_.sinks[head] : -std::numeric_limits<double>::infinity();
-        }
+        call_.set_keys(block, sequence, kv_head);
+        call_.set_rows(rows_here, block.row_count, sequence, kv_head, first);
         return block;
     }
 
+    const Call& call_;
     const AttentionArgs& args_;
     const Functions& functions_;
-    const int64_t group_, rows_;           // heads of a group, rows of all of them
-    int64_t block_rows_, blocks_, items_;  // blocks of a head, of all heads
-    bool few_;                             // the form for few queries, and
-    int64_t first_stretch_, stretches_;    // its parts of a head
-    size_t rows_bytes_, scratch_bytes_;    // of one thread; the rows are part of the scratch memory
-    int threads_;
+    const bool every_;
+    int64_t most_rows_ = 0;                                 // of one head of one sequence
+    int64_t block_rows_ = 1, blocks_ = 0, all_blocks_ = 0;  // blocks of such a head; of all
+    std::vector<int64_t> first_block_;                      // of each packed sequence
+    size_t rows_bytes_ = 0, scratch_bytes_ = 0;  // of one thread; the rows are part of the scratch
+    int threads_ = 1;
 };
 
 }  // namespace
 
-bool attention(const AttentionArgs& args, Interrupt interrupt) { return Call(args).run(interrupt); }
+bool attention(const AttentionArgs& args, Interrupt interrupt) {
+    const Call call(args);
+    if (!call.packed() && args.q_len <= kFewQueries) return attend_few(call, interrupt);
+    if (!Blocks(call, false).run(interrupt)) return false;
+    return !call.packed() || attend_few(call, interrupt);
+}
 
-Plan plan_attention(const AttentionArgs& args) { return Call(args).plan(); }
+Plan plan_attention(const AttentionArgs& args) {
+    const Call call(args);
+    Plan plan = Blocks(call, true).plan();
+    if (args.q_len <= kFewQueries) plan_few(call, plan);
+    return plan;
+}
 
 }  // namespace fastattn

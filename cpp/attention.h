@@ -11,7 +11,7 @@
 
 namespace fastattn {
 
-enum class Dtype : uint8_t { kBool, kFloat16, kBFloat16, kFloat32, kFloat64 };
+enum class Dtype : uint8_t { kBool, kInt8, kFloat16, kBFloat16, kFloat32, kFloat64 };
 
 // An array of shape batch_shape + (heads, rows, cols). Strides are in elements; 0 repeats an axis
 // without a copy, negative ones walk backwards.
@@ -23,21 +23,34 @@ struct Array {
 };
 
 constexpr int64_t kUnlimited = -1;
+constexpr int64_t kPageKeys = 128;  // no tile of keys crosses a multiple of it
 
 // One call. query and out share a dtype, and so do key and value: all float64, which is then the
 // type of lse and of all arithmetic; or float32 or half precision, and then it is float32.
-// Half-precision queries have keys and values of the same dtype. The last axis is contiguous.
-// Trusted: the caller has checked it.
+// Half-precision queries have keys and values of the same dtype, or int8. The last axis is
+// contiguous. Trusted: the caller has checked it.
+//
+// Three layouts of the sequences. Plain: each batch element has q_len rows and kv_len keys. Packed:
+// it has the rows and keys between two starts, of arrays without a batch axis; q_len and kv_len are
+// the longest. Paged: its keys lie in the pages of a pool, page_keys in each.
 struct AttentionArgs {
     Array query, key, value, out;
-    Array lse;         // cols absent; null: not asked for
-    Array mask, bias;  // (..., q_heads, q_len, kv_len)
+    Array key_scale, value_scale;  // (..., kv_heads, rows): what an int8 row is to be multiplied by
+    Array lse;                     // cols absent; null: not asked for
+    Array mask, bias;              // (..., q_heads, q_len, kv_len)
     std::vector<int64_t> batch_shape;
     int64_t q_heads = 0, kv_heads = 0, q_len = 0, kv_len = 0, head_dim = 0, value_head_dim = 0;
-    const double* alibi_slopes = nullptr;   // (batch, q_heads)
-    const double* sinks = nullptr;          // (q_heads)
-    const int64_t* query_offset = nullptr;  // (batch); null: 0
-    const int64_t* kv_lengths = nullptr;    // (batch); null: kv_len
+    const double* alibi_slopes = nullptr;     // (batch, q_heads)
+    const double* sinks = nullptr;            // (q_heads)
+    const int64_t* query_offset = nullptr;    // (batch); null: 0
+    const int64_t* kv_lengths = nullptr;      // (batch); null: kv_len
+    const int64_t* kv_begins = nullptr;       // (batch); keys before are not seen; null: 0
+    const int64_t* q_starts = nullptr;        // (batch + 1); packed
+    const int64_t* kv_starts = nullptr;       // (batch + 1)
+    const int64_t* pages = nullptr;           // (batch, page_columns); paged: places in the pool
+    int64_t page_columns = 0, page_keys = 0;  // page_keys: a multiple of kPageKeys
+    int64_t key_page_stride = 0, value_page_stride = 0;  // in elements
+    int64_t key_scale_page_stride = 0, value_scale_page_stride = 0;
     double scale = 1.0;
     double softcap = 0.0;  // 0: off
     // Query i sees key j iff -left <= j - (i + query_offset) <= right; causality is right = 0.
@@ -46,7 +59,7 @@ struct AttentionArgs {
 
 // What a call does, counted instead of computed.
 struct Plan {
-    bool few_queries = false;  // that form; its tiles are counted as if it were the tiled one
+    bool few_queries = false;  // the keys are cut, not the queries; counted as if it were not so
     int query_tile = 0, key_tile = 0, threads = 0;
     int64_t tiles = 0, tiles_skipped = 0, tiles_edge = 0;
     int64_t pairs_computed = 0;  // (query, key) pairs inside the tiles that are computed

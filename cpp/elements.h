@@ -18,6 +18,9 @@ constexpr T kLowest = T(sizeof(T) == 4 ? -0x1.fffffep127 : -0x1.fffffffffffffp10
 struct Bool {
     uint8_t byte;  // whoever made it, it need not be 0 or 1
 };
+struct Int8 {
+    int8_t number;
+};
 struct Float16 {
     uint16_t bits;
 };
@@ -61,6 +64,10 @@ T added(double x) {
     return x - x == 0 ? nearest_finite<T>(x) : T(x);  // only Inf may become Inf
 }
 template <class T>
+T added(Int8 x) {
+    return x.number;
+}
+template <class T>
 T added(BFloat16 x) {
     return from_bits(uint32_t(x.bits) << 16);
 }
@@ -100,14 +107,23 @@ auto with_element(Dtype dtype, const Visit& visit) {
     }
 }
 
-// The same for an operand of the arithmetic in T: float also takes the half-precision types.
+// The same for a query in the arithmetic of T: float also takes half precision.
 template <class T, class Visit>
-auto with_operand(Dtype dtype, const Visit& visit) {
+auto with_query(Dtype dtype, const Visit& visit) {
     if constexpr (sizeof(T) == 4) {
         if (dtype == Dtype::kFloat16) return visit(static_cast<const Float16*>(nullptr));
         if (dtype == Dtype::kBFloat16) return visit(static_cast<const BFloat16*>(nullptr));
     }
     return visit(static_cast<const T*>(nullptr));
+}
+
+// The same for a key or value: float also takes int8.
+template <class T, class Visit>
+auto with_key(Dtype dtype, const Visit& visit) {
+    if constexpr (sizeof(T) == 4) {
+        if (dtype == Dtype::kInt8) return visit(static_cast<const Int8*>(nullptr));
+    }
+    return with_query<T>(dtype, visit);
 }
 
 inline Vec<float> load(const float* from) { return Vec<float>::load(from); }
@@ -124,6 +140,13 @@ inline Vec<float> load(const BFloat16* from) {
     return Vec<float>::Native(__builtin_convertvector(bits, Bits) << 16);
 }
 
+inline Vec<float> load(const Int8* from) {
+    typedef int8_t Numbers __attribute__((vector_size(kVectorBytes / 4)));
+    Numbers numbers;
+    __builtin_memcpy(&numbers, from, sizeof numbers);
+    return __builtin_convertvector(numbers, Vec<float>::Native);
+}
+
 // To the nearest, and to the even one of two.
 inline void store(Vec<float> x, float* to) { x.store(to); }
 inline void store(Vec<double> x, double* to) { x.store(to); }
@@ -138,6 +161,25 @@ inline void store(Vec<float> x, BFloat16* to) {
     const Bits kept = x.v == x.v ? nearest : bits | 0x400000;
     const isa::HalfBits half = __builtin_convertvector(kept >> 16, isa::HalfBits);
     __builtin_memcpy(to, &half, sizeof half);
+}
+
+// The first `count` lanes, or all.
+template <class Element, class T>
+void store_some(Vec<T> x, int64_t count, Element* to) {
+    constexpr int lanes = Vec<T>::lanes;
+    if (count >= lanes) return store(x, to);
+    Element some[lanes];
+    store(x, some);
+    for (int64_t i = 0; i < count; ++i) to[i] = some[i];
+}
+
+// The row of a key, and with it those of all keys up to the next multiple of kPageKeys.
+template <class Element>
+const Element* row_of(const Block& block, const KeyRows& rows, int64_t key) {
+    const auto* const data = static_cast<const Element*>(rows.data);
+    if (block.pages == nullptr) return data + key * rows.stride;
+    return data + block.pages[key / block.page_keys] * rows.page_stride +
+           key % block.page_keys * rows.stride;
 }
 
 // Rows of `columns` elements, one after the other in `to`.

@@ -20,6 +20,7 @@
 
 #include "elements.h"
 #include "kernel_few.h"
+#include "kernel_parts.h"
 #include "kernel_scores.h"
 #include "vec.h"
 
@@ -30,6 +31,7 @@ namespace {
 // and over pieces of a long head_dim.
 constexpr int64_t kGroup = 64 * kKeyTile;  // keys
 constexpr int64_t kDepth = 512;
+static_assert(kPageKeys % kKeyTile == 0);
 
 // For c in [First, Last), sum[r][c] += over k < depth: a[r * a_row + k * a_step] * b[k][c], a row
 // of b being Columns vectors.
@@ -146,6 +148,7 @@ class Panel {
     // Panels are made in scratch memory and need no end.
     static void* operator new(size_t, void* where) { return where; }
 
+    size_t rows() const { return size_t(block.row_count); }
     int64_t begin() const { return passes.begin; }
     int64_t end() const { return passes.end; }
 
@@ -163,10 +166,14 @@ class Panel {
         attend(keys, seen, keys.begin - tile);
     }
 
-    void finish() {
+    // parts: null, or where those of the panel's rows go, instead of the result.
+    void finish(void* parts) {
         if (!has_started) start();
         if (has_total) close_group();
-        store(has_total ? total : acc, has_total ? total_sum : row_sum);
+        const T* const sum = has_total ? total : acc;
+        const V* const sums = has_total ? total_sum : row_sum;
+        if (parts == nullptr) return store(sum, sums);
+        for (int c = 0; c < Columns; ++c) store_parts(sum, sums, Parts<T>(block, parts), c);
     }
 
     // Without a mask or bias, only the outer two tiles on either side may be unlike the others: the
@@ -216,25 +223,38 @@ class Panel {
 
     // Keys and values are read where they lie, or else widened once for all panels.
     void find_operands(int64_t tile) {
-        with_operand<T>(block.kv_dtype, [&]<class Element>(const Element*) {
-            const auto* key = static_cast<const Element*>(block.key) + tile * block.key_stride;
-            const auto* value =
-                static_cast<const Element*>(block.value) + tile * block.value_stride;
+        with_key<T>(block.kv_dtype, [&]<class Element>(const Element*) {
+            const auto* key = row_of<Element>(block, block.key, tile);
+            const auto* value = row_of<Element>(block, block.value, tile);
             if constexpr (sizeof(Element) == sizeof(T)) {
-                tile_key = key, key_stride = block.key_stride;
-                tile_value = value, value_stride = block.value_stride;
+                tile_key = key, key_stride = block.key.stride;
+                tile_value = value, value_stride = block.value.stride;
             } else {
                 if (shared->tile != tile) {
                     const int64_t left = block.kv_len - tile;
                     const int64_t keys = left < kKeyTile ? left : kKeyTile;
-                    widen(key, block.key_stride, keys, head_dim, shared->key);
-                    widen(value, block.value_stride, keys, value_head_dim, shared->value);
+                    widen(key, block.key.stride, keys, head_dim, shared->key);
+                    widen(value, block.value.stride, keys, value_head_dim, shared->value);
+                    if constexpr (sizeof(Element) == 1) {
+                        multiply_rows(block.key_scale, tile, keys, head_dim, shared->key);
+                        multiply_rows(block.value_scale, tile, keys, value_head_dim, shared->value);
+                    }
                     shared->tile = tile;
                 }
                 tile_key = shared->key, key_stride = head_dim;
                 tile_value = shared->value, value_stride = value_head_dim;
             }
         });
+    }
+
+    // By the scales of quantized keys or values.
+    void multiply_rows(const KeyRows& scales, int64_t tile, int64_t rows, int64_t columns,
+                       T* matrix) const {
+        const float* const scale = row_of<float>(block, scales, tile);
+        for (int64_t j = 0; j < rows; ++j) {
+            const T factor = T(scale[j * scales.stride]);
+            for (int64_t d = 0; d < columns; ++d) matrix[j * columns + d] *= factor;
+        }
     }
 
     void clear(T* matrix) const {
@@ -247,7 +267,7 @@ class Panel {
     void load_query() {
         const V scale = query_scale<T>(block);
         for (int c = 0; c < Columns; ++c) {
-            with_operand<T>(block.query_dtype, [&]<class Element>(const Element*) {
+            with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {
                 const auto too_large = load_rows<Element>(c, scale);
                 score_scale[c] = select<T>(too_large, scale, V(T(1)));
                 if (!any<T>(too_large)) return;
@@ -496,7 +516,7 @@ class Panel {
             const V factor = select<T>(all == V(T(0)), V(T(0)), shrink / all);
             row_max[c].store(largest);
             sums[c].store(denominator);
-            with_operand<T>(block.query_dtype, [&]<class Element>(const Element*) {
+            with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {
                 store_out<Element>(sum + c * lanes, factor, c * lanes);
             });
             for (int i = 0; i < lanes && c * lanes + i < block.row_count; ++i) {
@@ -508,26 +528,41 @@ class Panel {
         }
     }
 
-    // Transposes `lanes` rows of the result into place.
     template <class Element>
     void store_out(const T* sum, V factor, int first_row) const {
+        // Adding 0 turns -0 into 0: which one a sum of zeros is depends on skipped tiles.
+        transpose_rows(
+            sum, first_row,
+            [&](int row, int64_t d, V x) {
+                Element* const out = static_cast<Element*>(block.rows[row].out);
+                store_some(x, value_head_dim - d, out + d);
+            },
+            [&](V x) { return fma(x, factor, V(T(0))); });
+    }
+
+    void store_parts(const T* sum, const V* sums, const Parts<T>& parts, int c) const {
+        for (int i = 0; i < lanes && c * lanes + i < block.row_count; ++i) {
+            parts.row_max(c * lanes + i) = row_max[c].v[i];
+            parts.row_sum(c * lanes + i) = sums[c].v[i];
+        }
+        transpose_rows(
+            sum + c * lanes, c * lanes,
+            [&](int row, int64_t d, V x) { x.store(parts.acc(row) + d); }, [](V x) { return x; });
+    }
+
+    // Gives put(row, d, x) `lanes` rows of a matrix like acc, where x is of columns d on.
+    template <class Put, class Change>
+    void transpose_rows(const T* matrix, int first_row, const Put& put,
+                        const Change& change) const {
         for (int64_t d = 0; d < value_head_dim; d += lanes) {
-            const int64_t n = value_head_dim - d < lanes ? value_head_dim - d : lanes;
             V square[lanes];
             for (int k = 0; k < lanes; ++k) {
-                // Adding 0 turns -0 into 0: which one a sum of zeros is depends on skipped tiles.
-                square[k] = k < n ? fma(V::load(sum + (d + k) * width), factor, V(T(0))) : V(T(0));
+                const bool inside = k < value_head_dim - d;
+                square[k] = inside ? change(V::load(matrix + (d + k) * width)) : V(T(0));
             }
             transpose<T>(square);
             for (int i = 0; i < lanes && first_row + i < block.row_count; ++i) {
-                Element* out = static_cast<Element*>(block.rows[first_row + i].out) + d;
-                if (n == lanes) {
-                    fastattn::store(square[i], out);
-                } else {
-                    Element part[lanes];
-                    fastattn::store(square[i], part);
-                    for (int k = 0; k < n; ++k) out[k] = part[k];
-                }
+                put(first_row + i, d, square[i]);
             }
         }
     }
@@ -606,7 +641,7 @@ void with_panels(const Block& block, const Use& use) {
 }
 
 template <class T>
-void attend(const Block& block) {
+void attend(const Block& block, void* parts) {
     with_panels<T>(block, [&](const auto& each_panel) {
         int64_t begin = block.kv_len, end = 0;
         each_panel([&](auto& panel) {
@@ -617,7 +652,11 @@ void attend(const Block& block) {
             if (block.stop.requested(block.stop.context)) return;
             each_panel([&](auto& panel) { panel.attend_tile(tile); });
         }
-        each_panel([&](auto& panel) { panel.finish(); });
+        char* here = static_cast<char*>(parts);
+        each_panel([&](auto& panel) {
+            panel.finish(here);
+            if (parts != nullptr) here += panel.rows() * Parts<T>::bytes(block);
+        });
     });
 }
 
@@ -656,10 +695,10 @@ double read_bytes(const void* data, int64_t bytes) {
 }
 
 template <class T>
-constexpr Functions functions = {Cut<T>::panel_rows, int(kKeyTile),         scratch_bytes<T>,
-                                 attend<T>,          count_tiles<T>,        kFewRows,
-                                 Part<T>::bytes,     part_scratch_bytes<T>, attend_part<T>,
-                                 merge_parts<T>,     finish_part<T>,        run_fma<T>};
+constexpr Functions functions = {Cut<T>::panel_rows, int(kKeyTile),        scratch_bytes<T>,
+                                 attend<T>,          count_tiles<T>,       Parts<T>::bytes,
+                                 kFewRows,           few_scratch_bytes<T>, attend_few<T>,
+                                 merge_parts<T>,     finish_parts<T>,      run_fma<T>};
 
 }  // namespace
 

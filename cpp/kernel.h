@@ -40,14 +40,21 @@ struct Stop {
     void* context;
 };
 
+// A row per key: of a key or value head, or of its scales.
+struct KeyRows {
+    const void* data;
+    int64_t stride, page_stride;  // from one key, one page to the next; in elements
+};
+
 // Rows that share one key and value head, and are worked on in panels of panel_rows. A key tile is
 // brought to the near caches once for all panels; how many there are changes no bit of a result.
 struct Block {
     const Row* rows;
     int row_count;  // 1 or more; the last panel may be less than full
-    const void* key;
-    const void* value;
-    int64_t key_stride, value_stride;  // from one key to the next, in elements
+    KeyRows key, value;
+    KeyRows key_scale, value_scale;  // float, of int8 keys and values
+    const int64_t* pages;            // which page of the pool holds keys [0, page_keys), and so on;
+    int64_t page_keys;               // null: no pages
     int64_t head_dim, value_head_dim, kv_len;
     Dtype query_dtype, kv_dtype;  // of query and out, of key and value
     Dtype mask_dtype, bias_dtype;
@@ -68,17 +75,18 @@ struct TileCounts {
 // The functions for arithmetic in one type; float32's take half precision too.
 struct Functions {
     int panel_rows, key_tile;
-    size_t (*scratch_bytes)(const Block&);  // of the sizes and row_count alone
-    void (*attend)(const Block&);
+    size_t (*scratch_bytes)(const Block&);      // of the sizes and row_count alone
+    void (*attend)(const Block&, void* parts);  // stores the result, or its parts, if not null
     void (*count)(const Block&, TileCounts&);
 
-    // The form for few rows: parts of a block's keys, of which the first takes in the others.
-    int few_rows;  // at most
-    size_t (*part_bytes)(const Block&);
-    size_t (*part_scratch_bytes)(const Block&);  // instead of scratch_bytes()
-    void (*attend_part)(const Block&, int64_t begin, int64_t end, void* part);
+    // For few queries: the keys that the rows' intervals leave are a part of all. Each row has its
+    // part, one after the other, and what that holds depends on no other row.
+    size_t (*part_bytes)(const Block&);         // of a row
+    int few_rows;                               // of a sequence: up to there this is faster:
+    size_t (*few_scratch_bytes)(const Block&);  // instead of scratch_bytes and attend
+    void (*attend_few)(const Block&, void* parts);
     void (*merge_parts)(const Block&, void* into, void* later);  // in the order of the keys
-    void (*finish_part)(const Block&, void* part);               // stores the result
+    void (*finish_parts)(const Block&, void* parts);             // stores the result
 
     double (*fma)(int64_t rounds);  // runs fused multiply-adds in registers, returns their FLOPs
 };

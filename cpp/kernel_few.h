@@ -2,15 +2,15 @@
 //
 // The form for few rows against long keys and values, which is bound by reading these once: the
 // vectors lie along head_dim, a key is read whole, and all rows that share it use it while it is in
-// registers. Keys come in fixed stretches, so that one head keeps every core busy; what a stretch
-// gives is a Part, and parts are merged in order. Called by attention.cpp through the table at the
-// end of kernel.cpp.
+// registers. What it gives are parts (kernel_parts.h). Called by decode.cpp through the table at
+// the end of kernel.cpp.
 //
 // Names and rules are those of kernel.cpp; a row's bits depend on no other row.
 #pragma once
 
 #include "elements.h"
 #include "kernel.h"
+#include "kernel_parts.h"
 #include "kernel_scores.h"
 #include "vec.h"
 
@@ -20,79 +20,33 @@ namespace {
 constexpr int64_t kChunk = 64;  // keys between two looks at the maximum
 constexpr int kFewRows = 8;     // beyond, the tiled form is faster
 
-// The softmax over some keys: its maximum, its sum, and the values that it weighs.
-template <class T>
-struct Part {
-    static constexpr int64_t lanes = Vec<T>::lanes;
-
-    const int64_t rows, pitch;
-    T* const row_max;  // (rows)
-    T* const row_sum;  // (rows)
-    T* const acc;      // (rows, pitch)
-
-    Part(const Block& block, void* memory)
-        : rows(block.row_count),
-          pitch(padded(block.value_head_dim)),
-          row_max(static_cast<T*>(memory)),
-          row_sum(row_max + padded(rows)),
-          acc(row_sum + padded(rows)) {}
-
-    static int64_t padded(int64_t x) { return (x + lanes - 1) / lanes * lanes; }
-    static size_t bytes(const Block& block) {
-        const int64_t elements =
-            2 * padded(block.row_count) + block.row_count * padded(block.value_head_dim);
-        return size_t(elements) * sizeof(T);
-    }
-
-    void clear() const {
-        for (int64_t r = 0; r < rows; ++r) {
-            row_max[r] = -kInfinity<T>;
-            row_sum[r] = T(0);
-        }
-        for (int64_t i = 0; i < rows * pitch; i += lanes) Vec<T>(T(0)).store(acc + i);
-    }
-
-    // Adds a part about later keys. One that saw nothing changes no bit.
-    void merge(const Part& later) const {
-        for (int64_t r = 0; r < rows; ++r) {
-            const T largest = row_max[r] > later.row_max[r] ? row_max[r] : later.row_max[r];
-            const T offset = largest == -kInfinity<T> ? T(0) : largest;
-            const Vec<T> mine = exp2(Vec<T>(row_max[r] - offset));
-            const Vec<T> others = exp2(Vec<T>(later.row_max[r] - offset));
-            for (int64_t d = r * pitch; d < (r + 1) * pitch; d += lanes) {
-                const Vec<T> added = others * Vec<T>::load(later.acc + d);
-                fma(Vec<T>::load(acc + d), mine, added).store(acc + d);
-            }
-            row_sum[r] = fma(Vec<T>(row_sum[r]), mine, others * Vec<T>(later.row_sum[r])).v[0];
-            row_max[r] = largest;
-        }
-    }
-};
-
-// All rows of a block against the keys of one stretch.
+// All rows of a block against the keys of one stretch, in parts.
 template <class T, class Element>
 class Stretch {
     using V = Vec<T>;
     static constexpr int lanes = V::lanes;
+    static constexpr bool quantized = sizeof(Element) == 1;
 
     const Block& block;
     const int64_t rows, head_dim, value_head_dim, query_pitch;
-    const Part<T> part;
+    const Parts<T> parts;
     const Element *key, *value;  // of the chunk
-    int64_t last_key;            // of the block's keys, as seen from the chunk's first
+    const Element* next_key;     // of the chunk to come, which has
+    int64_t next_keys;
 
     // In scratch.
     T* const query;        // (rows, query_pitch) scaled, padded with zeros
     T* const scores;       // (rows, kChunk) S, then P
     T* const rescale;      // (rows)
     T* const score_scale;  // (rows) what load_query() left out of the query
-    T* const staging;      // (kChunk) of a mask, or (kChunk, part.pitch) of values to use instead
+    T* const
+        staging;  // (kChunk) of a mask or scales, or (kChunk, parts.pitch) of values to use instead
 
    public:
     static size_t scratch_bytes(const Block& block) {
-        const int64_t wide = Part<T>::padded(block.value_head_dim > 0 ? block.value_head_dim : 1);
-        const int64_t elements = block.row_count * (Part<T>::padded(block.head_dim) + kChunk) +
-                                 2 * Part<T>::padded(block.row_count) + kChunk * wide;
+        const int64_t wide = Parts<T>::padded(block.value_head_dim > 0 ? block.value_head_dim : 1);
+        const int64_t elements = block.row_count * (Parts<T>::padded(block.head_dim) + kChunk) +
+                                 2 * Parts<T>::padded(block.row_count) + kChunk * wide;
         return size_t(elements) * sizeof(T);
     }
 
@@ -101,30 +55,44 @@ class Stretch {
           rows(block.row_count),
           head_dim(block.head_dim),
           value_head_dim(block.value_head_dim),
-          query_pitch(Part<T>::padded(head_dim)),
-          part(block, memory),
+          query_pitch(Parts<T>::padded(head_dim)),
+          parts(block, memory),
           query(static_cast<T*>(block.scratch)),
           scores(query + rows * query_pitch),
           rescale(scores + rows * kChunk),
-          score_scale(rescale + Part<T>::padded(rows)),
-          staging(score_scale + Part<T>::padded(rows)) {}
+          score_scale(rescale + Parts<T>::padded(rows)),
+          staging(score_scale + Parts<T>::padded(rows)) {}
 
-    void attend(int64_t begin, int64_t end) {
-        part.clear();
-        for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+    void attend() {
+        parts.clear();
+        const Span all = keys_of_rows();
+        for (int64_t chunk = all.begin / kChunk * kChunk; chunk < all.end; chunk += kChunk) {
             if (block.stop.requested(block.stop.context)) return;
-            const Span keys = {chunk, chunk + kChunk < end ? chunk + kChunk : end};
+            const int64_t next = chunk + kChunk;
+            const Span keys = {chunk, next < all.end ? next : all.end};
             if (!any_seen(keys)) continue;
             if (query_is_missing) load_query();
-            key = static_cast<const Element*>(block.key) + chunk * block.key_stride;
-            value = static_cast<const Element*>(block.value) + chunk * block.value_stride;
-            last_key = block.kv_len - 1 - chunk;
+            key = row_of<Element>(block, block.key, chunk);
+            value = row_of<Element>(block, block.value, chunk);
+            next_keys = all.end - next < kChunk ? all.end - next : kChunk;
+            if (next_keys > 0) next_key = row_of<Element>(block, block.key, next);
             attend_chunk(keys);
         }
     }
 
    private:
     bool query_is_missing = true;
+
+    Span keys_of_rows() const {
+        Span all = {block.kv_len, 0};
+        for (int64_t r = 0; r < rows; ++r) {
+            const Row& row = block.rows[r];
+            if (row.begin >= row.end) continue;
+            if (row.begin < all.begin) all.begin = row.begin;
+            if (row.end > all.end) all.end = row.end;
+        }
+        return all;
+    }
 
     bool any_seen(Span keys) const {
         for (int64_t r = 0; r < rows; ++r) {
@@ -154,7 +122,7 @@ class Stretch {
     void load_query() {
         query_is_missing = false;
         const T scale = query_scale<T>(block);
-        with_operand<T>(block.query_dtype, [&]<class Q>(const Q*) {
+        with_query<T>(block.query_dtype, [&]<class Q>(const Q*) {
             for (int64_t r = 0; r < rows; ++r) {
                 const auto* const from = static_cast<const Q*>(block.rows[r].query);
                 T* const to = query + r * query_pitch;
@@ -179,17 +147,32 @@ class Stretch {
                 compute_scores<Rows, false>(r, keys.size());
             }
         });
+        if constexpr (quantized) multiply_scores(block.key_scale, keys);
         bool any_hidden = false;
         for (int64_t r = 0; r < rows; ++r) any_hidden |= apply_passes(r, keys);
         const bool apart = any_hidden && set_nonfinite_apart(keys);
         for (int64_t r = 0; r < rows; ++r) softmax(r, keys.size());
+        if constexpr (quantized) multiply_scores(block.value_scale, keys);
         in_row_groups([&]<int Rows>(int64_t r) {
             if (apart) {
-                add_values<Rows>(r, staging, part.pitch, keys.size());
+                add_values<Rows>(r, staging, parts.pitch, keys.size());
             } else {
-                add_values<Rows>(r, value, block.value_stride, keys.size());
+                add_values<Rows>(r, value, block.value.stride, keys.size());
             }
         });
+    }
+
+    // By the keys' scales; a 0 stays, whatever the scale.
+    void multiply_scores(const KeyRows& scales, Span keys) const {
+        const float* const from = row_of<float>(block, scales, keys.begin);
+        for (int64_t j = 0; j < keys.size(); ++j) staging[j] = T(from[j * scales.stride]);
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t j = 0; j < keys.size(); j += lanes) {
+                T* const s = scores + r * kChunk + j;
+                const V score = V::load(s), zero = T(0);
+                select<T>(score == zero, zero, score * V::load(staging + j)).store(s);
+            }
+        }
     }
 
     // step<Rows>(r) for groups of at most 4 rows.
@@ -208,11 +191,11 @@ class Stretch {
         constexpr int keys = lanes / Rows;
         const T* const queries = query + row * query_pitch;
         for (int64_t j = 0; j < count; j += keys) {
-            if (row == 0) fetch(j, keys);
+            if (row == 0) fetch(j, keys, count);
             const Element* from[keys];
 #pragma GCC unroll 16
             for (int i = 0; i < keys; ++i) {
-                from[i] = key + (j + i < count ? j + i : count - 1) * block.key_stride;
+                from[i] = key + (j + i < count ? j + i : count - 1) * block.key.stride;
             }
             V sum[lanes];
 #pragma GCC unroll 16
@@ -253,13 +236,11 @@ class Stretch {
         }
     }
 
-    // The values that follow these keys, and the keys of the next chunk.
-    void fetch(int64_t j, int64_t count) const {
-        for (int64_t i = j; i < j + count; ++i) {
-            const int64_t v = i < last_key ? i : last_key;
-            const int64_t k = i + kChunk < last_key ? i + kChunk : last_key;
-            prefetch(value + v * block.value_stride, value_head_dim);
-            prefetch(key + k * block.key_stride, head_dim);
+    // The values of these keys, and as many keys of the next chunk.
+    void fetch(int64_t j, int64_t keys, int64_t count) const {
+        for (int64_t i = j; i < j + keys; ++i) {
+            if (i < count) prefetch(value + i * block.value.stride, value_head_dim);
+            if (i < next_keys) prefetch(next_key + i * block.key.stride, head_dim);
         }
     }
 
@@ -318,9 +299,9 @@ class Stretch {
         V peaks = -kInfinity<T>;
         for (int64_t j = 0; j < count; j += lanes) peaks = max(V::load(s + j), peaks);
         const T peak = largest_across(peaks);
-        const T largest = peak > part.row_max[r] ? peak : part.row_max[r];
+        const T largest = peak > parts.row_max(r) ? peak : parts.row_max(r);
         const T offset = largest == -kInfinity<T> ? T(0) : largest;
-        rescale[r] = exp2(V(part.row_max[r] - offset)).v[0];
+        rescale[r] = exp2(V(parts.row_max(r) - offset)).v[0];
         V sums = T(0);
         for (int64_t j = 0; j < count; j += lanes) {
             const V prob = exp2(V::load(s + j) - V(offset));
@@ -328,15 +309,15 @@ class Stretch {
             prob.store(s + j);
         }
         const T sum = sum_across(sums);
-        part.row_max[r] = largest;
-        part.row_sum[r] = fma(V(part.row_sum[r]), V(rescale[r]), V(sum)).v[0];
+        parts.row_max(r) = largest;
+        parts.row_sum(r) = fma(V(parts.row_sum(r)), V(rescale[r]), V(sum)).v[0];
     }
 
     // As Panel::set_nonfinite_apart().
     bool set_nonfinite_apart(Span keys) const {
         bool found = false;
         for (int64_t j = 0; j < keys.size() && !found; ++j) {
-            const Element* const from = value + j * block.value_stride;
+            const Element* const from = value + j * block.value.stride;
             int64_t d = 0;
             typename V::Mask bad = {};
             for (; d + lanes <= value_head_dim; d += lanes) bad |= ~is_finite<T>(load(from + d));
@@ -346,11 +327,11 @@ class Stretch {
         if (!found) return false;
         for (int64_t j = 0; j < keys.size(); ++j) {
             for (int64_t d = 0; d < value_head_dim; ++d) {
-                const T x = added<T>(value[j * block.value_stride + d]);
+                const T x = added<T>(value[j * block.value.stride + d]);
                 const bool finite = x - x == 0;
-                staging[j * part.pitch + d] = finite ? x : T(0);
+                staging[j * parts.pitch + d] = finite ? x : T(0);
                 for (int64_t r = 0; r < rows && !finite; ++r) {
-                    if (scores[r * kChunk + j] != -kInfinity<T>) part.acc[r * part.pitch + d] += x;
+                    if (scores[r * kChunk + j] != -kInfinity<T>) parts.acc(r)[d] += x;
                 }
             }
         }
@@ -393,60 +374,21 @@ class Stretch {
         for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) {
-                T* const out = part.acc + (row + r) * part.pitch + d + c * lanes;
+                T* const out = parts.acc(row + r) + d + c * lanes;
                 fma(V::load(out), V(rescale[row + r]), sum[r][c]).store(out);
             }
         }
     }
 };
 
-// out and lse of a block's rows from the part about all its keys.
 template <class T>
-void finish_part(const Block& block, void* memory) {
-    using V = Vec<T>;
-    const Part<T> part(block, memory);
-    for (int64_t r = 0; r < part.rows; ++r) {
-        const Row& row = block.rows[r];
-        const T sink = T(row.sink * kLog2e);
-        const T peak = part.row_max[r] > sink ? part.row_max[r] : sink;
-        const T offset = peak == -kInfinity<T> ? T(0) : peak;
-        const V shrink = exp2(V(part.row_max[r] - offset));
-        const V all = fma(V(part.row_sum[r]), shrink, exp2(V(sink - offset)));
-        const V factor = select<T>(all == V(T(0)), V(T(0)), shrink / all);
-        with_operand<T>(block.query_dtype, [&]<class Out>(const Out*) {
-            for (int64_t d = 0; d < block.value_head_dim; d += V::lanes) {
-                const V result = fma(V::load(part.acc + r * part.pitch + d), factor, V(T(0)));
-                Out* const to = static_cast<Out*>(row.out) + d;
-                const int64_t n = block.value_head_dim - d;
-                if (n >= V::lanes) {
-                    store(result, to);
-                } else {
-                    Out some[V::lanes];
-                    store(result, some);
-                    for (int64_t i = 0; i < n; ++i) to[i] = some[i];
-                }
-            }
-        });
-        if (row.lse == nullptr) continue;
-        *static_cast<T*>(row.lse) =
-            T(double(part.row_max[r]) * kLn2 + __builtin_log(double(part.row_sum[r])));
-    }
+void attend_few(const Block& block, void* parts) {
+    with_key<T>(block.kv_dtype,
+                [&]<class Element>(const Element*) { Stretch<T, Element>(block, parts).attend(); });
 }
 
 template <class T>
-void attend_part(const Block& block, int64_t begin, int64_t end, void* part) {
-    with_operand<T>(block.kv_dtype, [&]<class Element>(const Element*) {
-        Stretch<T, Element>(block, part).attend(begin, end);
-    });
-}
-
-template <class T>
-void merge_parts(const Block& block, void* into, void* later) {
-    Part<T>(block, into).merge(Part<T>(block, later));
-}
-
-template <class T>
-size_t part_scratch_bytes(const Block& block) {
+size_t few_scratch_bytes(const Block& block) {
     return Stretch<T, T>::scratch_bytes(block);
 }
 

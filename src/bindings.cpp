@@ -10,6 +10,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "attention.h"
@@ -25,6 +26,9 @@ Dtype dtype_of(const py::array& array) {
     switch (dtype.kind()) {
         case 'b':
             return Dtype::kBool;
+        case 'i':
+            if (size == 1) return Dtype::kInt8;
+            break;
         case 'f':
             if (size == 2) return Dtype::kFloat16;
             if (size == 4) return Dtype::kFloat32;
@@ -85,67 +89,94 @@ const T* values(const py::object& object, int64_t size) {
     return static_cast<const T*>(array.data());
 }
 
-AttentionArgs arguments(const py::array& query, const py::array& key, const py::array& value,
-                        const py::object& out, const py::object& lse,
-                        const std::vector<int64_t>& batch_shape, const py::object& mask,
-                        const py::object& bias, const py::object& alibi_slopes,
-                        const py::object& sinks, const py::object& query_offset,
-                        const py::object& kv_lengths, double scale, double softcap, int64_t left,
-                        int64_t right) {
+// The arguments shared by all calls.
+#define FASTATTN_PARAMETERS                                                                      \
+    const py::array &query, const py::array &key, const py::array &value, const py::object &out, \
+        const py::object &lse, const std::vector<int64_t>&batch_shape, const py::object &mask,   \
+        const py::object &bias, const py::object &alibi_slopes, const py::object &sinks,         \
+        const py::object &query_offset, const py::object &kv_lengths, double scale,              \
+        double softcap, int64_t left, int64_t right
+#define FASTATTN_ARGUMENTS                                                                   \
+    query, key, value, out, lse, batch_shape, mask, bias, alibi_slopes, sinks, query_offset, \
+        kv_lengths, scale, softcap, left, right
+
+int64_t product(const std::vector<int64_t>& shape) {
+    int64_t product = 1;
+    for (const int64_t size : shape) product *= size;
+    return product;
+}
+
+// Where the sequences' rows begin in packed arrays.
+const int64_t* starts(const py::object& object, int64_t batch, int64_t rows, int64_t& longest) {
+    const int64_t* const starts = values<int64_t>(object, batch + 1);
+    require(starts[0] >= 0 && starts[batch] <= rows, "a sequence ends beyond the rows");
+    longest = 0;
+    for (int64_t b = 0; b < batch; ++b) {
+        require(starts[b] <= starts[b + 1], "a sequence has less than no rows");
+        longest = std::max(longest, starts[b + 1] - starts[b]);
+    }
+    return starts;
+}
+
+// All but what the layout decides: the lengths, and where keys and values lie. q_rows, kv_rows: the
+// rows of arrays.
+AttentionArgs arguments(FASTATTN_PARAMETERS, int64_t q_rows, int64_t q_len, int64_t kv_heads,
+                        int64_t kv_len) {
     AttentionArgs args;
     args.batch_shape = batch_shape;
     args.q_heads = axis_size(query, 2);
-    args.q_len = axis_size(query, 1);
+    args.q_len = q_len;
     args.head_dim = axis_size(query, 0);
-    args.kv_heads = axis_size(key, 2);
-    args.kv_len = axis_size(key, 1);
+    args.kv_heads = kv_heads;
+    args.kv_len = kv_len;
     args.value_head_dim = axis_size(value, 0);
     require(query.ndim() >= 2 && key.ndim() >= 2 && value.ndim() >= 2, "arrays need two axes");
     require(args.head_dim >= 1, "head_dim must be at least 1");
     require(args.q_heads == 0 || (args.kv_heads >= 1 && args.q_heads % args.kv_heads == 0),
             "q_heads must be a multiple of kv_heads");
-    int64_t batch = 1;
-    for (const int64_t size : batch_shape) batch *= size;
-    args.query = view(query, batch_shape, args.q_heads, args.q_len, args.head_dim);
-    args.key = view(key, batch_shape, args.kv_heads, args.kv_len, args.head_dim);
-    args.value = view(value, batch_shape, args.kv_heads, args.kv_len, args.value_head_dim);
+    args.query = view(query, batch_shape, args.q_heads, q_rows, args.head_dim);
     const Dtype dtype = args.query.dtype;
-    const Dtype kv_dtype = args.key.dtype;
+    const Dtype kv_dtype = dtype_of(key);
     const bool half = kv_dtype == Dtype::kFloat16 || kv_dtype == Dtype::kBFloat16;
-    require(dtype != Dtype::kBool && args.value.dtype == kv_dtype, "dtypes are not supported");
-    require(kv_dtype == dtype || (half && dtype == Dtype::kFloat32), "dtypes do not go together");
-    for (const Array* array : {&args.query, &args.key, &args.value}) {
-        require(array->col_stride <= 1 && array->col_stride >= 0,
-                "the last axis is not contiguous");
-    }
+    const bool int8 = kv_dtype == Dtype::kInt8;
+    require(dtype != Dtype::kBool && dtype != Dtype::kInt8 && dtype_of(value) == kv_dtype,
+            "dtypes are not supported");
+    require(kv_dtype == dtype || (half && dtype == Dtype::kFloat32) ||
+                (int8 && dtype != Dtype::kFloat64),
+            "dtypes do not go together");
+    require(args.query.col_stride <= 1 && args.query.col_stride >= 0,
+            "the last axis is not contiguous");
     require(axis_size(key, 0) == args.head_dim, "head_dim of query and key differ");
-    require(axis_size(value, 1) == args.kv_len, "kv_len of key and value differ");
     if (!out.is_none()) {
         auto array = py::reinterpret_borrow<py::array>(out);
         require(array.writeable(), "out is not writeable");
-        require(axis_size(array, 0) == args.value_head_dim && axis_size(array, 1) == args.q_len &&
+        require(axis_size(array, 0) == args.value_head_dim && axis_size(array, 1) == q_rows &&
                     axis_size(array, 2) == args.q_heads,
                 "out has the wrong shape");
-        args.out = view(array, batch_shape, args.q_heads, args.q_len, args.value_head_dim);
+        args.out = view(array, batch_shape, args.q_heads, q_rows, args.value_head_dim);
         require(args.out.dtype == dtype && args.out.col_stride <= 1 && args.out.col_stride >= 0,
                 "out has the wrong dtype or layout");
     }
     if (!lse.is_none()) {
         auto array = py::reinterpret_borrow<py::array>(lse);
         require(array.writeable(), "lse is not writeable");
-        args.lse = view(array, batch_shape, args.q_heads, args.q_len, 1, 2);
+        args.lse = view(array, batch_shape, args.q_heads, q_rows, 1, 2);
         const bool wide = dtype == Dtype::kFloat64;
         require(args.lse.dtype == (wide ? Dtype::kFloat64 : Dtype::kFloat32),
                 "lse has the wrong dtype");
     }
     if (!mask.is_none()) {
-        args.mask = view(py::reinterpret_borrow<py::array>(mask), batch_shape, args.q_heads,
-                         args.q_len, args.kv_len);
+        args.mask = view(py::reinterpret_borrow<py::array>(mask), batch_shape, args.q_heads, q_rows,
+                         args.kv_len);
     }
     if (!bias.is_none()) {
-        args.bias = view(py::reinterpret_borrow<py::array>(bias), batch_shape, args.q_heads,
-                         args.q_len, args.kv_len);
+        args.bias = view(py::reinterpret_borrow<py::array>(bias), batch_shape, args.q_heads, q_rows,
+                         args.kv_len);
     }
+    require(args.mask.dtype != Dtype::kInt8 && args.bias.dtype != Dtype::kInt8 &&
+                args.bias.dtype != Dtype::kBool,
+            "mask or bias has the wrong dtype");
+    const int64_t batch = product(batch_shape);
     args.alibi_slopes = values<double>(alibi_slopes, batch * args.q_heads);
     args.sinks = values<double>(sinks, args.q_heads);
     args.query_offset = values<int64_t>(query_offset, batch);
@@ -158,6 +189,105 @@ AttentionArgs arguments(const py::array& query, const py::array& key, const py::
     args.softcap = softcap;
     args.left = left;
     args.right = right;
+    return args;
+}
+
+// Keys and values as arrays like query, with so many rows.
+void set_keys(AttentionArgs& args, const py::array& key, const py::array& value, int64_t rows) {
+    args.key = view(key, args.batch_shape, args.kv_heads, rows, args.head_dim);
+    args.value = view(value, args.batch_shape, args.kv_heads, rows, args.value_head_dim);
+    require(axis_size(value, 1) == rows, "kv_len of key and value differ");
+    require(args.key.dtype != Dtype::kInt8, "int8 has no scales");
+    for (const Array* array : {&args.key, &args.value}) {
+        require(array->col_stride <= 1 && array->col_stride >= 0,
+                "the last axis is not contiguous");
+    }
+}
+
+AttentionArgs plain(FASTATTN_PARAMETERS) {
+    AttentionArgs args = arguments(FASTATTN_ARGUMENTS, axis_size(query, 1), axis_size(query, 1),
+                                   axis_size(key, 2), axis_size(key, 1));
+    set_keys(args, key, value, args.kv_len);
+    return args;
+}
+
+AttentionArgs packed(FASTATTN_PARAMETERS, const py::object& q_starts, const py::object& kv_starts) {
+    const int64_t batch = product(batch_shape);
+    require(!q_starts.is_none() && !kv_starts.is_none(), "starts are missing");
+    int64_t q_len, kv_len;
+    const int64_t* const q = starts(q_starts, batch, axis_size(query, 1), q_len);
+    const int64_t* const kv = starts(kv_starts, batch, axis_size(key, 1), kv_len);
+    AttentionArgs args =
+        arguments(FASTATTN_ARGUMENTS, axis_size(query, 1), q_len, axis_size(key, 2), kv_len);
+    set_keys(args, key, value, axis_size(key, 1));
+    args.q_starts = q;
+    args.kv_starts = kv;
+    for (int64_t b = 0; args.kv_lengths != nullptr && b < batch; ++b) {
+        require(args.kv_lengths[b] <= kv[b + 1] - kv[b], "kv_lengths beyond a sequence");
+    }
+    return args;
+}
+
+// A pool (pages, kv_heads, page_keys, cols), or (pages, kv_heads, page_keys) of scales.
+Array pool(const py::array& array, const py::array& like, int ndim, int64_t& page_stride) {
+    require(array.ndim() == ndim && array.shape(0) == like.shape(0) &&
+                array.shape(1) == like.shape(1) && array.shape(2) == like.shape(2),
+            "arrays of pages have different shapes");
+    const auto item = array.itemsize();
+    for (int axis = 0; axis < ndim; ++axis) {
+        require(array.strides(axis) % item == 0, "a stride is not a multiple of the item size");
+    }
+    Array result;
+    result.dtype = dtype_of(array);
+    result.data = const_cast<void*>(array.data());
+    page_stride = array.strides(0) / item;
+    result.head_stride = array.strides(1) / item;
+    result.row_stride = array.strides(2) / item;
+    result.col_stride = 1;
+    require(ndim < 4 || array.shape(3) <= 1 || array.strides(3) == item,
+            "the last axis is not contiguous");
+    return result;
+}
+
+AttentionArgs paged(FASTATTN_PARAMETERS, int64_t kv_len, const py::object& kv_begins,
+                    const py::array& pages, const py::object& key_scale,
+                    const py::object& value_scale) {
+    require(key.ndim() == 4 && value.ndim() == 4, "arrays of pages need four axes");
+    AttentionArgs args = arguments(FASTATTN_ARGUMENTS, axis_size(query, 1), axis_size(query, 1),
+                                   key.shape(1), kv_len);
+    const int64_t batch = product(batch_shape);
+    args.page_keys = key.shape(2);
+    args.page_columns = pages.ndim() == 2 ? pages.shape(1) : 0;
+    args.pages = values<int64_t>(pages, batch * args.page_columns);
+    args.kv_begins = values<int64_t>(kv_begins, batch);
+    require(args.page_keys > 0 && args.page_keys % kPageKeys == 0,
+            "the keys of a page must be a multiple of 128");
+    require(kv_len >= 0 && kv_len <= args.page_columns * args.page_keys,
+            "kv_len is more than the pages hold");
+    require(args.kv_lengths != nullptr, "kv_lengths are missing");
+    args.key = pool(key, key, 4, args.key_page_stride);
+    args.value = pool(value, key, 4, args.value_page_stride);
+    args.key.batch_strides.assign(batch_shape.size(), 0);
+    args.value.batch_strides = args.key.batch_strides;
+    if (args.key.dtype == Dtype::kInt8) {
+        require(!key_scale.is_none() && !value_scale.is_none(), "int8 has no scales");
+        args.key_scale =
+            pool(py::reinterpret_borrow<py::array>(key_scale), key, 3, args.key_scale_page_stride);
+        args.value_scale = pool(py::reinterpret_borrow<py::array>(value_scale), key, 3,
+                                args.value_scale_page_stride);
+        require(
+            args.key_scale.dtype == Dtype::kFloat32 && args.value_scale.dtype == Dtype::kFloat32,
+            "scales must be float32");
+        args.key_scale.batch_strides = args.value_scale.batch_strides = args.key.batch_strides;
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+        const int64_t begin = args.kv_begins ? args.kv_begins[b] : 0, end = args.kv_lengths[b];
+        require(begin >= 0, "kv_begins must be at least 0");
+        for (int64_t i = begin / args.page_keys; i * args.page_keys < end; ++i) {
+            const int64_t page = args.pages[b * args.page_columns + i];
+            require(page >= 0 && page < key.shape(0), "a page lies outside the pool");
+        }
+    }
     return args;
 }
 
@@ -216,29 +346,28 @@ auto without_gil(const Work& work) {
     return *result;
 }
 
-// The arguments shared by attention and explain, with whatever else `call` needs.
-#define FASTATTN_PARAMETERS                                                                      \
-    const py::array &query, const py::array &key, const py::array &value, const py::object &out, \
-        const py::object &lse, const std::vector<int64_t>&batch_shape, const py::object &mask,   \
-        const py::object &bias, const py::object &alibi_slopes, const py::object &sinks,         \
-        const py::object &query_offset, const py::object &kv_lengths, double scale,              \
-        double softcap, int64_t left, int64_t right
-#define FASTATTN_ARGUMENTS                                                                   \
-    query, key, value, out, lse, batch_shape, mask, bias, alibi_slopes, sinks, query_offset, \
-        kv_lengths, scale, softcap, left, right
-
-void attend(FASTATTN_PARAMETERS) {
-    const AttentionArgs args = arguments(FASTATTN_ARGUMENTS);
+void run(const AttentionArgs& args) {
     require(args.out.data != nullptr, "out is missing");
     const bool finished = without_gil([&] { return attention(args, Interrupt{signal_arrived}); });
     if (!finished) throw py::error_already_set();
 }
 
+void attend(FASTATTN_PARAMETERS) { run(plain(FASTATTN_ARGUMENTS)); }
+
+void attend_packed(FASTATTN_PARAMETERS, const py::object& q_starts, const py::object& kv_starts) {
+    run(packed(FASTATTN_ARGUMENTS, q_starts, kv_starts));
+}
+
+void attend_paged(FASTATTN_PARAMETERS, int64_t kv_len, const py::object& kv_begins,
+                  const py::array& pages, const py::object& key_scale,
+                  const py::object& value_scale) {
+    run(paged(FASTATTN_ARGUMENTS, kv_len, kv_begins, pages, key_scale, value_scale));
+}
+
 py::dict explain(FASTATTN_PARAMETERS) {
-    const AttentionArgs args = arguments(FASTATTN_ARGUMENTS);
+    const AttentionArgs args = plain(FASTATTN_ARGUMENTS);
     const Plan plan = without_gil([&] { return plan_attention(args); });
-    int64_t batch = 1;
-    for (const int64_t size : args.batch_shape) batch *= size;
+    const int64_t batch = product(args.batch_shape);
     const double dims = double(args.head_dim + args.value_head_dim);
     py::dict report;
     report["kernel"] = plan.few_queries ? "few queries" : "tiled";
@@ -271,6 +400,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not
     m.attr("__version__") = FASTATTN_VERSION;
     m.attr("MOST_THREADS") = kMostThreads;
     m.def("attention", attend);
+    m.def("varlen_attention", attend_packed);
+    m.def("cache_attention", attend_paged);
     m.def("explain", explain);
     m.def("isa", isa);
     m.def("isas", isas);

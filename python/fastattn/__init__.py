@@ -10,6 +10,7 @@ from fastattn._attention import (
     attention_weights,
     explain,
     scaled_dot_product_attention,
+    varlen_attention,
 )
 from fastattn._core import __version__
 from fastattn._machine import (
@@ -31,6 +32,7 @@ __all__ = [
     "reference",
     "scaled_dot_product_attention",
     "set_num_threads",
+    "varlen_attention",
 ]
 
 warn_of_unknown_variables()

@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
     scale: float
     has_pairs: bool
     pairs_shape: tuple[int, ...]  # what mask and bias broadcast to
-    square: bool  # as many queries as keys
+    unequal: str  # the lengths, if there are not as many queries as keys
 
 
 def check(
@@ -105,12 +105,12 @@ def options(
     offset = query_offset
     if query_offset is not None:
         offset = per_batch("query_offset", query_offset, known, -FARTHEST, FARTHEST, usual=0)
-    elif not known.square and (is_causal or window is not None or alibi_slopes is not None):
+    elif known.unequal and (is_causal or window is not None or alibi_slopes is not None):
         argument = "is_causal" if is_causal else "alibi_slopes" if window is None else "window"
         raise ValueError(
             f"query_offset must be given with {argument} if q_len differs from kv_len "
             "(0: the first query stands at the first key; kv_len - q_len: the last at the last), "
-            f"got q_len={known.q_len}, kv_len={known.kv_len}"
+            f"got {known.unequal}"
         )
     softcap = 0.0 if softcap is None else min(positive_number("softcap", softcap), large(dtype))
     if alibi_slopes is not None:
@@ -248,8 +248,66 @@ def sizes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) 
         scale=1 / math.sqrt(head_dim),
         has_pairs=0 not in lse_shape and kv_len > 0,
         pairs_shape=(*batch_shape, q_heads, q_len, kv_len),
-        square=q_len == kv_len,
+        unequal="" if q_len == kv_len else f"q_len={q_len}, kv_len={kv_len}",
     )
+
+
+def packed_sizes(
+    query: Array, key: Array, value: Array, cu_seqlens_q: Any, cu_seqlens_kv: Any
+) -> tuple[Sizes, Array, Array]:
+    """Return what the shapes of packed arrays say together, and where their sequences start."""
+    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
+    for name, shape in shapes.items():
+        if len(shape) != 3:
+            raise ValueError(
+                f"{name} must have 3 axes, (total, heads, head_dim), got {name}.shape={shape}"
+            )
+    total, q_heads, head_dim = query.shape
+    got = ", ".join(f"{name}.shape={shape}" for name, shape in shapes.items())
+    if key.shape[2] != head_dim or head_dim < 1:
+        raise ValueError(f"query and key must have one head_dim, of 1 or more, got {got}")
+    if key.shape[:2] != value.shape[:2]:
+        raise ValueError(f"key and value must have equal totals and heads, got {got}")
+    if q_heads and (key.shape[1] == 0 or q_heads % key.shape[1]):
+        raise ValueError(f"query's heads must be a multiple of key's, got {got}")
+    q_starts = starts("cu_seqlens_q", cu_seqlens_q, total)
+    kv_starts = starts("cu_seqlens_kv", cu_seqlens_kv, len(key))
+    if len(q_starts) != len(kv_starts):
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_kv must be equally long, got "
+            f"{len(q_starts)} and {len(kv_starts)} entries"
+        )
+    whole = sizes(*((heads, rows, dim) for rows, heads, dim in shapes.values()))
+    q_lens, kv_lens = np.diff(q_starts), np.diff(kv_starts)
+    longest = int(kv_lens.max(initial=0))
+    unlike = np.flatnonzero(q_lens != kv_lens)[:1]
+    known = whole._replace(
+        batch_shape=q_lens.shape,
+        q_len=int(q_lens.max(initial=0)),
+        kv_len=longest,
+        out_shape=(total, q_heads, value.shape[2]),
+        has_pairs=whole.has_pairs and longest > 0,
+        pairs_shape=(q_heads, total, longest),
+        unequal="".join(f"q_len={q_lens[i]}, kv_len={kv_lens[i]} in sequence {i}" for i in unlike),
+    )
+    return known, q_starts, kv_starts
+
+
+def starts(name: str, x: Any, total: int) -> Array:
+    """Return where the sequences of packed arrays start, and the last one ends."""
+    array = as_array(name, x, "integers")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be an array of integers, not {array.dtype.name}")
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"{name} must have shape (sequences + 1,), got {name}.shape={array.shape}")
+    if array[0] < 0 or array[-1] > total:
+        raise ValueError(
+            f"{name} must be within 0..{total}, the rows there are, got {array[0]}..{array[-1]}"
+        )
+    wrong = np.flatnonzero(array[1:] < array[:-1])[:1]
+    for i in wrong:
+        raise ValueError(f"{name} must ascend, got {array[i]} before {array[i + 1]} at {i}")
+    return array.astype(np.int64, order="C")
 
 
 def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -350,6 +408,16 @@ def per_batch(name: str, x: Any, known: Sizes, low: int, high: int, usual: int) 
     if least == most:
         return np.full(known.batch_shape, least, np.int64)
     return np.array(np.broadcast_to(array, known.batch_shape), dtype=np.int64, order="C")
+
+
+def lengths_within(kv_lengths: Any, longest: Array) -> None:
+    """Accept lengths of packed sequences that are no longer than these are."""
+    lengths = np.broadcast_to(kv_lengths, longest.shape)
+    for i in np.flatnonzero(lengths > longest)[:1]:
+        raise ValueError(
+            f"kv_lengths must be within 0..kv_len = 0..{longest[i]} for sequence {i}, "
+            f"got {lengths[i]}"
+        )
 
 
 def window_sides(window: Any) -> tuple[int, int]:

@@ -19,6 +19,10 @@ from fastattn._arguments import (
     check,
     countable,
     floats,
+    lengths_within,
+    mixed_dtypes,
+    options,
+    packed_sizes,
     pair_array,
     result_array,
     sizes,
@@ -181,7 +185,7 @@ def attention(
            [0.36, 0.64, 0.  ],
            [0.26, 0.26, 0.47]], dtype=float32)
     """
-    query, key, value, known, options = check(
+    query, key, value, known, arguments = check(
         query,
         key,
         value,
@@ -204,11 +208,117 @@ def attention(
     if out is None:
         out = np.empty(known.out_shape, dtype)
     else:
-        out = result_array(out, known.out_shape, dtype, (query, key, value, *options[:2]))
+        out = result_array(out, known.out_shape, dtype, (query, key, value, *arguments[:2]))
     lse = np.empty(known.lse_shape, arithmetic(dtype)) if return_lse else None
     if out.size == 0 and lse is None:
         return out
-    _core.attention(query, key, value, out, lse, known.batch_shape, *options)
+    _core.attention(query, key, value, out, lse, known.batch_shape, *arguments)
+    return out if lse is None else (out, lse)
+
+
+def varlen_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
+    """Compute attention over sequences of different lengths, packed one after the other.
+
+    Sequence b has the queries ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]`` and the keys
+    ``cu_seqlens_kv[b] : cu_seqlens_kv[b + 1]``, and sees no others. No padding is computed, and the
+    result of a sequence is bitwise what `attention` gives for it alone.
+
+    Parameters
+    ----------
+    query : array of shape (total_q, q_heads, head_dim)
+        Of dtypes as for `attention`. Any strides; a last axis that is not contiguous is copied
+        once.
+    key : array of shape (total_kv, kv_heads, head_dim)
+    value : array of shape (total_kv, kv_heads, value_head_dim)
+    cu_seqlens_q, cu_seqlens_kv : array of int, shape (sequences + 1,)
+        Where each sequence starts, and the last one ends: ascending, within the rows there are.
+    mask, bias : array, broadcastable to (q_heads, total_q, longest kv_len), optional
+        Column j is key j of the row's own sequence.
+    query_offset, kv_lengths : int, or array of int of shape (sequences,), optional
+        One per sequence. query_offset must be given with is_causal, window or alibi_slopes if a
+        sequence has not as many queries as keys.
+    alibi_slopes : array of shape (q_heads,) or (sequences, q_heads), optional
+    scale, is_causal, window, softcap, sinks, dropout_p, seed, return_lse
+        As for `attention`.
+    out : ndarray of shape (total_q, q_heads, value_head_dim) and the result's dtype, optional
+        Where to write the result; it must not overlap an input.
+
+    Returns
+    -------
+    out : ndarray of shape (total_q, q_heads, value_head_dim)
+        0 in rows of no sequence and of queries that see no key.
+    lse : ndarray of shape (q_heads, total_q), only if return_lse
+        -inf in those rows.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError, KeyboardInterrupt
+        As for `attention`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastattn
+    >>> x = np.ones((5, 1, 2), np.float32)
+    >>> fastattn.varlen_attention(x, x, x, [0, 2, 5], [0, 2, 5], is_causal=True).shape
+    (5, 1, 2)
+    """
+    query, key, value = floats("query", query), floats("key", key), floats("value", value)
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        mixed_dtypes(query.dtype, key.dtype, value.dtype)
+    known, q_starts, kv_starts = packed_sizes(query, key, value, cu_seqlens_q, cu_seqlens_kv)
+    arguments = options(
+        known,
+        query.dtype,
+        mask,
+        bias,
+        scale,
+        is_causal,
+        query_offset,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        kv_lengths,
+        dropout_p,
+        seed,
+    )
+    if kv_lengths is not None:
+        lengths_within(kv_lengths, np.diff(kv_starts))
+    return_lse = boolean("return_lse", return_lse)
+    if out is None:
+        out = np.empty(known.out_shape, query.dtype)
+    else:
+        out = result_array(out, known.out_shape, query.dtype, (query, key, value, *arguments[:2]))
+    lse = np.empty(known.lse_shape, arithmetic(query.dtype)) if return_lse else None
+    for rows in (slice(q_starts[0]), slice(q_starts[-1], None)):
+        out[rows] = 0
+        if lse is not None:
+            lse[:, rows] = -np.inf
+    if lse is not None or out.size:
+        query, key, value, results = (x.swapaxes(0, 1) for x in (query, key, value, out))
+        arguments = (*arguments, q_starts, kv_starts)
+        _core.varlen_attention(query, key, value, results, lse, known.batch_shape, *arguments)
     return out if lse is None else (out, lse)
 
 
@@ -415,7 +525,7 @@ sinks, kv_lengths
         As for `attention`; also if there are so many tiles, made unlike by a mask, bias or
         positions, that looking at them would take long.
     """
-    query, key, value, known, options = check(
+    query, key, value, known, arguments = check(
         query,
         key,
         value,
@@ -433,7 +543,7 @@ sinks, kv_lengths
         None,
     )
     countable(known)
-    plan = _core.explain(query, key, value, None, None, known.batch_shape, *options)
+    plan = _core.explain(query, key, value, None, None, known.batch_shape, *arguments)
     skipped = plan["tiles_skipped"] / plan["tiles"] if plan["tiles"] else 0.0
     return Report(
         "attention",

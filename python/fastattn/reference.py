@@ -92,6 +92,55 @@ def attention(
     return (result, lse) if return_lse else result
 
 
+def varlen_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike,
+    *,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """Return `attention` of each sequence by itself, packed as its arguments are.
+
+    Parameters
+    ----------
+    query, key, value, cu_seqlens_q, cu_seqlens_kv, return_lse, **options
+        As for `fastattn.varlen_attention`.
+
+    Returns
+    -------
+    out : ndarray of shape (total_q, q_heads, value_head_dim)
+    lse : ndarray of shape (q_heads, total_q), only if return_lse
+    """
+    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    q_starts, kv_starts = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_kv)
+    total, heads = query.shape[:2]
+    wide = np.float64 if query.dtype == np.float64 else np.float32
+    out = np.zeros((total, heads, value.shape[2]), query.dtype)
+    lse = np.full((heads, total), -np.inf, wide)
+    longest = int(np.diff(kv_starts).max(initial=0))
+    for b in range(len(q_starts) - 1):
+        rows = slice(q_starts[b], q_starts[b + 1])
+        keys = slice(kv_starts[b], kv_starts[b + 1])
+        own = dict(options)
+        for name in ("mask", "bias"):
+            if own.get(name) is not None:
+                whole = np.broadcast_to(own[name], (heads, total, longest))
+                own[name] = whole[:, rows, : keys.stop - keys.start]
+        for name in ("query_offset", "kv_lengths"):
+            if own.get(name) is not None:
+                own[name] = np.broadcast_to(own[name], len(q_starts) - 1)[b]
+        if own.get("alibi_slopes") is not None:
+            slopes = np.asarray(own["alibi_slopes"])
+            own["alibi_slopes"] = slopes[b] if slopes.ndim == 2 else slopes
+        x = (query[rows], key[keys], value[keys])
+        result = attention(*(a.swapaxes(0, 1) for a in x), return_lse=True, **own)
+        out[rows], lse[:, rows] = result[0].swapaxes(0, 1), result[1]
+    return (out, lse) if return_lse else out
+
+
 def attention_weights(
     query: ArrayLike, key: ArrayLike, *, compute_dtype: DTypeLike | None = None, **options: Any
 ) -> NDArray[Any]:

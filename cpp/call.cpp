@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// See call.h.
+#include "call.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <new>
+#include <stdexcept>
+
+namespace fastattn {
+namespace {
+
+constexpr double kFlopsPerSecond = 50e9;  // of one thread, roughly
+
+int64_t size_of(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::kBool:
+        case Dtype::kInt8:
+            return 1;
+        case Dtype::kFloat16:
+        case Dtype::kBFloat16:
+            return 2;
+        case Dtype::kFloat32:
+            return 4;
+        default:
+            return 8;
+    }
+}
+
+// The element [batch][head][row][0]; null stays null.
+void* at(const Array& array, int64_t batch_offset, int64_t head, int64_t row) {
+    if (array.data == nullptr) return nullptr;
+    const int64_t offset = batch_offset + head * array.head_stride + row * array.row_stride;
+    return static_cast<char*>(array.data) + offset * size_of(array.dtype);
+}
+
+}  // namespace
+
+Call::Call(const AttentionArgs& arguments)
+    : args(arguments),
+      functions(args.query.dtype == Dtype::kFloat64 ? kernel().float64 : kernel().float32),
+      group(args.q_heads / std::max<int64_t>(args.kv_heads, 1)) {
+    int64_t heads = args.kv_heads;
+    for (const int64_t size : args.batch_shape) {
+        batches *= size;
+        if (__builtin_mul_overflow(heads, size, &heads)) {
+            throw std::invalid_argument("batch x kv_heads must be less than 2**63");
+        }
+    }
+}
+
+Sequence Call::sequence(int64_t batch) const {
+    Sequence s{};
+    s.batch = batch;
+    s.q_start = args.q_starts ? args.q_starts[batch] : 0;
+    s.q_len = args.q_starts ? args.q_starts[batch + 1] - s.q_start : args.q_len;
+    s.kv_start = args.kv_starts ? args.kv_starts[batch] : 0;
+    s.kv_len = args.kv_starts ? args.kv_starts[batch + 1] - s.kv_start : args.kv_len;
+    s.end = args.kv_lengths ? args.kv_lengths[batch] : s.kv_len;
+    s.begin = args.kv_begins ? std::min(args.kv_begins[batch], s.end) : 0;
+    s.offset = args.query_offset ? args.query_offset[batch] : 0;
+    return s;
+}
+
+Interval Call::interval(const Sequence& s, int64_t i) const {
+    const int64_t position = i + s.offset;
+    const int64_t first = args.left == kUnlimited ? s.begin : position - args.left;
+    const int64_t past = args.right == kUnlimited ? s.end : position + args.right + 1;
+    const int64_t begin = std::clamp(first, s.begin, s.end);
+    return {begin, std::clamp(past, begin, s.end)};
+}
+
+int64_t Call::visible_at_most() const {
+    if (args.left == kUnlimited || args.right == kUnlimited) return args.kv_len;
+    return std::min(args.left, args.kv_len) + std::min(args.right, args.kv_len) + 1;
+}
+
+double Call::seconds(const Sequence& s) const {
+    const double pairs = double(args.q_heads) * double(s.q_len) *
+                         double(std::min(s.end - s.begin, visible_at_most()));
+    return 2 * pairs * double(args.head_dim + args.value_head_dim + 16) / kFlopsPerSecond;
+}
+
+int64_t Call::offset(const Array& array, int64_t batch) const {
+    int64_t offset = 0;
+    for (size_t axis = array.batch_strides.size(); axis-- > 0;) {
+        offset += batch % args.batch_shape[axis] * array.batch_strides[axis];
+        batch /= args.batch_shape[axis];
+    }
+    return offset;
+}
+
+Block Call::shared_block() const {
+    Block block{};
+    block.key = {nullptr, args.key.row_stride, args.key_page_stride};
+    block.value = {nullptr, args.value.row_stride, args.value_page_stride};
+    block.key_scale = {nullptr, args.key_scale.row_stride, args.key_scale_page_stride};
+    block.value_scale = {nullptr, args.value_scale.row_stride, args.value_scale_page_stride};
+    block.page_keys = args.page_keys;
+    block.head_dim = args.head_dim;
+    block.value_head_dim = args.value_head_dim;
+    block.kv_len = args.kv_len;
+    block.query_dtype = args.query.dtype;
+    block.kv_dtype = args.key.dtype;
+    block.mask_dtype = args.mask.dtype;
+    block.bias_dtype = args.bias.dtype;
+    block.mask_stride = args.mask.col_stride;
+    block.bias_stride = args.bias.col_stride;
+    block.scale = args.scale;
+    block.softcap = args.softcap;
+    block.alibi = args.alibi_slopes != nullptr;
+    return block;
+}
+
+void Call::set_keys(Block& block, const Sequence& s, int64_t kv_head) const {
+    block.key.data = at(args.key, offset(args.key, s.batch), kv_head, s.kv_start);
+    block.value.data = at(args.value, offset(args.value, s.batch), kv_head, s.kv_start);
+    block.key_scale.data = at(args.key_scale, offset(args.key_scale, s.batch), kv_head, s.kv_start);
+    block.value_scale.data =
+        at(args.value_scale, offset(args.value_scale, s.batch), kv_head, s.kv_start);
+    block.pages = args.pages == nullptr ? nullptr : args.pages + s.batch * args.page_columns;
+    block.kv_len = s.kv_len;
+}
+
+void Call::set_rows(Row* rows, int count, const Sequence& s, int64_t kv_head, int64_t first) const {
+    const int64_t query = offset(args.query, s.batch), out = offset(args.out, s.batch),
+                  lse = offset(args.lse, s.batch), mask = offset(args.mask, s.batch),
+                  bias = offset(args.bias, s.batch);
+    const int64_t first_head = kv_head * group;
+    int64_t i = first / group, head = first_head + first % group;
+    for (Row* row = rows; row < rows + count; ++row, ++head) {
+        if (head == first_head + group) {
+            head = first_head;
+            ++i;
+        }
+        row->query = at(args.query, query, head, s.q_start + i);
+        row->out = at(args.out, out, head, s.q_start + i);
+        row->lse = at(args.lse, lse, head, s.q_start + i);
+        row->mask = at(args.mask, mask, head, s.q_start + i);
+        row->bias = at(args.bias, bias, head, s.q_start + i);
+        row->position = i + s.offset;
+        const Interval seen = interval(s, i);
+        row->begin = seen.begin;
+        row->end = seen.end;
+        row->slope = args.alibi_slopes ? args.alibi_slopes[s.batch * args.q_heads + head] : 0;
+        row->sink = args.sinks ? args.sinks[head] : -std::numeric_limits<double>::infinity();
+    }
+}
+
+Memory allocate(size_t bytes) {
+    void* const memory = std::aligned_alloc(kScratchAlignment, std::max(bytes, kScratchAlignment));
+    if (memory == nullptr) throw std::bad_alloc();
+    return Memory(static_cast<char*>(memory), &std::free);
+}
+
+}  // namespace fastattn

@@ -137,6 +137,7 @@ _TITLES = {
 }
 ALONE = ("fastattn",)
 WITH_TORCH = ("fastattn", "torch")
+DECODERS = (*WITH_TORCH, "onnxruntime")  # the others are several times slower
 
 FAMILIAR = [
     _square("bert-128", 128, 12, 64, batch=8),
@@ -231,8 +232,8 @@ _GROUPED, _EACH = ("gqa", 8), ("mha", 32)  # 4 query heads to a key head, or 1
 SERVING = [
     # One new token.
     *(
-        _decode(f"decode-{k}k-{name}", k * 1024, kv_heads, libraries=libraries, floor=floor)
-        for k, percent, libraries in ((4, 80, ()), (32, 84, (*WITH_TORCH, "onnxruntime")))
+        _decode(f"decode-{k}k-{name}", k * 1024, kv_heads, libraries=DECODERS, floor=floor)
+        for k, percent in ((4, 80), (32, 84))
         for (name, kv_heads), floor in (
             (_GROUPED, promise(percent, onnxruntime=2.5, torch=8.0)),
             (_EACH, promise(percent, onnxruntime=1.2, torch=3.0)),
@@ -247,7 +248,7 @@ SERVING = [
         batch=8,
         lengths=(512, 8192, 1024, 6144, 1536, 4096, 2048, 3072),
         call="kv_lengths",
-        libraries=(*WITH_TORCH, "onnxruntime", "openvino"),
+        libraries=DECODERS,
         floor=promise(78),
     ),
     # The cache in 8 bits, compared with one in bfloat16.

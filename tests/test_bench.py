@@ -304,7 +304,7 @@ def test_a_run_goes_on_without_a_library_that_fails(monkeypatch):
         return ask(self, patience, request, *arguments)
 
     monkeypatch.setattr(measure.Member, "ask", failing)
-    pace = measure.Pace(rounds=2, turn_seconds=0.01)
+    pace = measure.Pace(rounds=2, quiet_seconds=0, turn_seconds=0.01)
     bench = measure.Bench(["fastattn", "numpy"], 2, pace, lambda text: None)
     try:
         [result] = bench.run([SMALL[0]])

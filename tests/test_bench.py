@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ import pytest
 
 import fastattn
 from fastattn import __main__, _selftest, reference
-from fastattn.bench import cases, measure, report
+from fastattn.bench import cases, libraries, measure, report
 from fastattn.bench.accuracy import expected, max_error, sampled
-from fastattn.bench.cases import Case, Floor
+from fastattn.bench.calls import CALLS
+from fastattn.bench.cases import Case, Floor, promise
 from fastattn.bench.libraries import PREPARE, missing
 
 PATIENCE = 60
@@ -30,13 +32,41 @@ SMALL = [
     Case("causal", 70, 70, 2, 16, is_causal=True),
     Case("causal-gqa", 70, 70, 4, 16, kv_heads=2, is_causal=True),
     Case("gqa", 70, 70, 4, 16, kv_heads=2),
-    Case("decode", 1, 90, 4, 16, kv_heads=2, memory_bound=True),
+    Case("decode", 1, 90, 4, 16, kv_heads=2, bound_by=("read",)),
+    Case("decode-each", 1, 90, 4, 16),
+    Case("decode-ragged", 1, 90, 4, 16, kv_heads=2, batch=3, lengths=(90, 7, 41)),
+    Case("draft", 5, 90, 4, 16, kv_heads=2, is_causal=True, at_end=True),
     Case("padded", 70, 70, 2, 16, batch=2, lengths=(70, 41)),
     Case("added", 70, 70, 2, 16, float_mask=True),
     Case("window", 70, 70, 2, 16, window=(9, 4)),
     Case("left-window", 70, 70, 2, 16, window=(9, 0)),
     Case("double", 70, 70, 2, 16, dtype="float64"),
+    *(
+        Case(f"{name}-{dtype}", *sizes, 4, 16, kv_heads=2, dtype=dtype)
+        for dtype in ("bfloat16", "float16")
+        for name, sizes in (("half", (70, 70)), ("decode", (1, 90)))
+    ),
 ]
+PACKED = {"lengths": (70, 41, 3), "batch": 3, "ragged_queries": True}
+OWN = [  # the other ways in which fastattn is asked
+    Case("lengths", 1, 90, 4, 16, batch=2, lengths=(90, 41), call="kv_lengths"),
+    Case("packed", 70, 70, 2, 16, **PACKED, call="varlen"),
+    Case("packed-causal", 70, 70, 2, 16, **PACKED, is_causal=True, call="varlen"),
+    Case("one-by-one", 70, 70, 2, 16, **PACKED, call="one by one"),
+    Case("cache", 1, 90, 4, 16, kv_heads=2, call="cache"),
+    Case("cache-draft", 5, 90, 4, 16, is_causal=True, at_end=True, call="cache"),
+    Case("cache-int8", 1, 90, 4, 16, cache_dtype="int8", call="cache"),
+    Case("append", 1, 90, 4, 16, kv_heads=2, bound_by=(), call="append"),
+    Case("pages", 1, 200, 4, 16, kv_heads=2, batch=3, call="pages"),
+    Case("pages-shared", 1, 200, 4, 16, kv_heads=2, batch=3, shared=150, call="pages"),
+]
+BOUNDS = {"float64": 1e-12, "float32": 1e-4, "float16": 4e-3, "bfloat16": 4e-2, "int8": 0.1}
+UNKNOWN = {  # what a library does not compute in
+    "onnxruntime": ("bfloat16",),
+    "openvino": ("float64", "float16"),
+    "jax": ("float64", "float16"),
+    "numpy": ("bfloat16", "float16"),
+}
 EVERY = [case for suite in cases.SUITES.values() for case in suite]
 
 
@@ -47,7 +77,13 @@ def by_name(items):
 def options(case, inputs):
     """Return what `attention` is told of a case."""
     mask, bias = (None, inputs.mask) if case.float_mask else (inputs.mask, None)
-    return {"mask": mask, "bias": bias, "is_causal": case.is_causal, "window": case.window}
+    return {
+        "mask": mask,
+        "bias": bias,
+        "is_causal": case.is_causal,
+        "window": case.window,
+        "query_offset": case.query_offset,
+    }
 
 
 @pytest.fixture
@@ -69,7 +105,7 @@ def member():
 # ---- What is measured
 
 
-@by_name(SMALL)
+@by_name(SMALL + OWN)
 def test_flops_count_visible_pairs(case):
     inputs = cases.make_inputs(case)
     query = np.ones((case.batch, 1, case.q_len, 1))
@@ -79,10 +115,58 @@ def test_flops_count_visible_pairs(case):
         mask=None if case.float_mask else inputs.mask,
         is_causal=case.is_causal,
         window=case.window,
+        query_offset=case.query_offset,
     )
-    pairs = np.count_nonzero(weights)
+    if case.ragged_queries:
+        weights = [x[:, :n] for x, n in zip(weights, case.lengths, strict=True)]
+    pairs = sum(np.count_nonzero(x) for x in weights)
     assert cases.visible_pairs(case) == pairs
     assert cases.flops(case) == 4 * case.head_dim * case.q_heads * pairs
+
+
+def test_bytes_count_what_is_read_once():
+    result = 3 * 4 * 2 * 16  # of (batch, q_heads, q_len, head_dim)
+    case = Case("bytes", 2, 90, 4, 16, kv_heads=2, batch=3, bound_by=("read",))
+    token = 2 * 2 * 16  # a key and a value of each kv_head
+    assert cases.work(case) == {"read": 4 * (2 * result + 3 * 90 * token)}
+    for changes, expected_bytes in (
+        ({"dtype": "bfloat16"}, 2 * (2 * result + 3 * 90 * token)),
+        ({"dtype": "float16", "cache_dtype": "int8"}, 2 * 2 * result + 3 * 90 * token),
+        ({"lengths": (90, 7, 41)}, 4 * (2 * result + (90 + 7 + 41) * token)),
+        ({"shared": 80}, 4 * (2 * result + (80 + 3 * 10) * token)),
+    ):
+        assert cases.bytes_moved(replace(case, **changes)) == expected_bytes
+    packed = Case("packed", 70, 70, 2, 16, **PACKED)
+    assert cases.bytes_moved(packed) == 4 * 4 * (70 + 41 + 3) * 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [
+        ("float64", "float64"),
+        ("float32", "float32"),
+        ("float16", "float32"),
+        ("bfloat16", "bfloat16"),
+    ],
+)
+def test_work_is_named_by_its_limit(dtype, limit):
+    case = Case("work", 1, 90, 4, 16, dtype=dtype)
+    flops = {limit: cases.flops(case)}
+    read = {"read": cases.bytes_moved(case)}
+    for bound_by, amounts in (
+        (("arithmetic",), flops),
+        (("read",), read),
+        (("read", "arithmetic"), read | flops),
+        ((), {}),
+    ):
+        assert cases.work(replace(case, bound_by=bound_by)) == amounts
+
+
+def test_what_is_shared_is_the_same():
+    _, key, value, _ = cases.make_inputs(OWN[-1])
+    for x in (key, value):
+        assert (x[1:, :, :150] == x[:1, :, :150]).all()
+        assert (x[1:, :, 150:] != x[:1, :, 150:]).any(axis=(1, 2, 3)).all()
 
 
 @by_name(SMALL)
@@ -99,6 +183,11 @@ def test_names_are_unique_and_sizes_sound():
         assert case.q_heads % (case.kv_heads or case.q_heads) == 0
         assert not case.lengths or len(case.lengths) == case.batch
         assert cases.shrunk(case).kv_len <= 64
+        assert case.call in CALLS
+        assert ("baseline" in case.floor.speedups) == (case.baseline is not None)
+        assert case.floor.speedups.keys() <= {"best", "baseline", *PREPARE} - {"fastattn"}
+        if case.libraries:
+            assert case.floor.speedups.keys() <= {"best", "baseline", *case.libraries}
     assert set(cases.QUICK) <= {case.name for case in cases.FAMILIAR}
 
 
@@ -115,14 +204,33 @@ def test_processes_make_the_same_inputs():
 def test_library_computes_attention(library, member):
     worker = member(library)
     for case in SMALL:
-        if library in ("openvino", "jax") and case.dtype == "float64":
-            with pytest.raises(measure.Failure, match="computes float64 in float32"):
+        if case.dtype in UNKNOWN.get(library, ()):
+            with pytest.raises(measure.Failure, match=f" {case.dtype}"):
                 worker.ask(PATIENCE, "prepare", case)
             continue
         _, rows = worker.ask(PATIENCE, "prepare", case)
-        bound = 1e-12 if case.dtype == "float64" else 1e-4
-        assert max_error(rows, expected(case)) < bound, case
+        assert max_error(rows, expected(case)) < BOUNDS[case.dtype], case
         assert all(seconds > 0 for seconds in worker.ask(PATIENCE, "measure", 0.0)), case
+
+
+@by_name(OWN)
+def test_ways_to_ask_fastattn(case):
+    prepared = CALLS[case.call](case, cases.make_inputs(case))
+    prepared.call()  # a call must leave what the next one needs
+    rows = prepared.to_numpy(prepared.call())[np.ix_(*sampled(case))]
+    assert max_error(rows, expected(case)) < BOUNDS[case.cache_dtype or case.dtype]
+
+
+@by_name([x for x in SMALL if x.q_len < x.kv_len and x.dtype != "bfloat16"])
+def test_each_operator_of_onnxruntime_decodes(case):
+    if absent := missing("onnxruntime"):
+        pytest.skip(f"{' and '.join(absent)} not installed")
+    models = [build(case, cases.make_inputs(case)) for build in libraries.ONNX_OPERATORS]
+    assert models[0] is None or models[0].in_place  # it need not copy the cache
+    for model in filter(None, models):
+        prepared = libraries._onnx_session(model, case, 2)
+        rows = prepared.to_numpy(prepared.call())[np.ix_(*sampled(case))]
+        assert max_error(rows, expected(case)) < BOUNDS[case.dtype], model.operator
 
 
 @pytest.mark.parametrize("isa", fastattn.info()["isas"])
@@ -196,7 +304,7 @@ def test_a_run_goes_on_without_a_library_that_fails(monkeypatch):
         return ask(self, patience, request, *arguments)
 
     monkeypatch.setattr(measure.Member, "ask", failing)
-    pace = measure.Pace(rounds=2, turn_seconds=0.01)
+    pace = measure.Pace(rounds=2, quiet_seconds=0, turn_seconds=0.01)
     bench = measure.Bench(["fastattn", "numpy"], 2, pace, lambda text: None)
     try:
         [result] = bench.run([SMALL[0]])
@@ -205,6 +313,49 @@ def test_a_run_goes_on_without_a_library_that_fails(monkeypatch):
     assert result["libraries"]["numpy"] == {"failure": "it rains"}
     assert [list(x["samples"]) for x in result["rounds"]] == [["fastattn"]] * pace.rounds
     assert result["libraries"]["fastattn"]["percent"] > 0
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Replace the workers: limits of 1e9, and calls that take a second, in float32 two."""
+
+    def ask(self, library, isa, request, *arguments):
+        if request == "probe":
+            return 1e9
+        if request == "prepare":
+            asked[library] = arguments[0]
+            rows = np.zeros((*map(len, sampled(arguments[0])), 16))
+            return {"how": "call", "first_seconds": 0.1, "extra_bytes": 0}, rows
+        return [2.0 if asked[library].dtype == "float32" else 1.0]
+
+    asked = {}
+    monkeypatch.setattr(measure.Bench, "_ask", ask)
+    monkeypatch.setattr(measure.Bench, "_disturbance", lambda self, since: 0.0)
+    return asked
+
+
+def test_baseline_takes_turns_with_its_case(answers):
+    case = Case("half", 70, 70, 2, 16, dtype="float16", libraries=("fastattn",))
+    case = replace(case, baseline=replace(case, name="in float32", dtype="float32"))
+    bench = measure.Bench(["fastattn", "numpy"], 2, measure.Pace(rounds=2), lambda text: None)
+    [result] = bench.run([case])
+    assert answers == {"fastattn": case, "baseline": case.baseline}
+    assert [list(x["samples"]) for x in result["rounds"]] == [["fastattn", "baseline"]] * 2
+    ours, other = result["libraries"].values()
+    assert other["speedup"] == 2
+    assert other["percent"] == ours["percent"] / 2
+    assert other["how"] == "call, in float32"
+
+
+@pytest.mark.parametrize("bound_by", [("arithmetic",), ("read",), ("read", "arithmetic"), ()])
+def test_limit_is_the_sum_of_what_bounds(bound_by, answers):
+    case = Case("sum", 2, 90, 4, 16, dtype="bfloat16", bound_by=bound_by)
+    bench = measure.Bench(["fastattn"], 2, measure.Pace(rounds=1), lambda text: None)
+    [result] = bench.run([case])
+    amounts = cases.work(case)
+    assert result["limits"] == dict.fromkeys(amounts, 1e9)
+    percent = result["libraries"]["fastattn"]["percent"]
+    assert percent == (pytest.approx(sum(amounts.values()) / 1e7) if bound_by else None)
 
 
 # ---- What is shown
@@ -231,13 +382,14 @@ def a_run(floor=Floor()):  # noqa: B008
         "name": "a-case",
         "isa": None,
         "title": "A case\nof two lines",
-        "work": 8e8,
+        "work": {"float32": 8e8},
         "pairs": 1000,
-        "limit": {"of": "float32", "rate": 1e12},
-        "rounds": [{"disturbance": 0.01, "rate": 1e12, "samples": {}}],
-        "floor": floor._asdict(),
+        "limits": {"float32": 1e12},
+        "rounds": [{"disturbance": 0.01, "rates": {"float32": 1e12}, "samples": {}}],
+        "floor": asdict(floor),
         "libraries": {
             "fastattn": ours,
+            "baseline": outcome(0.9e-3),
             "torch": outcome(1.5e-3),
             "onnxruntime": outcome(1.2e-3),
             "jax": {"failure": "not enough memory"},
@@ -249,7 +401,7 @@ def a_run(floor=Floor()):  # noqa: B008
         "command": "fastattn bench",
         "machine": dict(fastattn.info()),
         "versions": {"fastattn": "1", "torch": "2"},
-        "limits": {"float32": 1e12, "float64": 5e11, "read": 3e10},
+        "limits": {"float32": 1e12, "float64": 5e11, "bfloat16": 2e12, "read": 3e10},
         "results": [result],
     }
 
@@ -259,34 +411,40 @@ def test_table_of_markdown():
     header, ruler, row = text.splitlines()[:3]
     assert header.count("|") == ruler.count("|") == row.count("|")
     assert "**80 % (1.00 ms)**" in row
-    assert "1.20x onnxruntime" in row  # numpy is no peer
+    assert "1.20x onnxruntime" in row  # neither numpy nor the baseline is a peer
     assert "A case, of two lines" in row
     assert "- [1]" in row
     assert "[1] jax: not enough memory" in text
-    assert "1000 GFLOP/s fp32 FMA, 500 GFLOP/s fp64 FMA, 30 GB/s memory read" in text
+    assert "1000 GFLOP/s fp32 FMA, 500 GFLOP/s fp64 FMA, 2000 GFLOP/s bf16 dot" in text
+    assert "30 GB/s memory read" in text
 
 
 def test_block_has_a_line_per_library():
     lines = report.block(a_run()["results"][0]).splitlines()
     assert lines[0] == "a-case: A case, of two lines"
-    assert re.split("  +", lines[3]) == [
+    assert re.split("  +", lines[4]) == [
         *("torch", "1.50 ms", "53 %", "1.50x as fast", "1.2e-07", "3.0 MiB", "call")
     ]
-    assert lines[5].endswith("not enough memory")
+    assert lines[6].endswith("not enough memory")
 
 
 @pytest.mark.parametrize(
     ("floor", "verdict"),
     [
-        (Floor(80.0, 1.2), "met"),
-        (Floor(81.9), "within 2 points"),
-        (Floor(82.1), "missed"),
-        (Floor(None, 1.21), "within 2 points"),
-        (Floor(None, 1.4, ("torch",)), "met"),
-        (Floor(None, 1.2, ("numpy",)), "missed"),
-        (Floor(80.0, 1.0, ("jax",)), "not measured"),
-        (Floor(extra_mebibytes=3.0), "met"),
-        (Floor(extra_mebibytes=2.0), "missed"),
+        (promise(80.0, best=1.2), "met"),
+        (promise(81.9), "within 2 points"),
+        (promise(82.1), "missed"),
+        (promise(best=1.21), "within 2 points"),
+        (promise(torch=1.4), "met"),
+        (promise(torch=1.4, onnxruntime=1.23), "missed"),
+        (promise(torch=1.51, best=1.2), "within 2 points"),
+        (promise(numpy=1.2), "missed"),
+        (promise(80.0, jax=1.0), "not measured"),
+        (promise(openvino=1.0), "not measured"),
+        (promise(baseline=0.89), "met"),
+        (promise(baseline=0.95), "missed"),
+        (promise(extra_mebibytes=3.0), "met"),
+        (promise(extra_mebibytes=2.0), "missed"),
     ],
 )
 def test_verdict_on_a_floor(floor, verdict):
@@ -295,15 +453,21 @@ def test_verdict_on_a_floor(floor, verdict):
     assert kept == (verdict in ("met", "within 2 points"))
 
 
+def test_floors_name_their_peers():
+    text, _ = report.floors(a_run(promise(torch=1.4, baseline=1 / 1.05)))
+    assert "1.50x torch, 0.90x baseline  1.4x, 0.952x" in text
+    assert report.floors(a_run()) == ("", True)
+
+
 def test_growth_is_time_per_pair():
     row = report.growth(a_run()).splitlines()[1]
-    assert re.split("  +", row)[1:] == ["1000", "1500", "1200", "-", "1100"]
+    assert re.split("  +", row)[1:] == ["1000", "900", "1500", "1200", "-", "1100"]
 
 
 def test_noise_is_said():
     run = a_run()
     noisy = json.loads(json.dumps(run["results"][0]))
-    noisy["limit"]["rate"] = 7e11
+    noisy["limits"]["float32"] = 7e11
     run["results"].append(noisy)
     noisy["rounds"][0]["disturbance"] = 0.5
     text = report.table(run, markdown=False)
@@ -350,12 +514,12 @@ def test_bench_from_end_to_end(tmp_path):
     assert done.stdout.startswith("| case | fastattn | numpy |")
     assert "tiny" in done.stderr
     run = json.loads(kept.read_text())
-    assert run["limits"].keys() == {"float32", "float64", "read"}
+    assert run["limits"].keys() == {"float32", "float64", "bfloat16", "read"}
     assert run["machine"]["isa"] in run["machine"]["isas"]
     [result] = run["results"]
     assert list(result["libraries"]) == ["fastattn", "numpy"]
     for a_round in result["rounds"]:
-        assert a_round["rate"] > 0
+        assert a_round["rates"]["float32"] > 0
         assert all(min(a_round["samples"][library]) > 0 for library in result["libraries"])
     again = subprocess.run(
         command("bench", "--from", str(kept), "--markdown"), capture_output=True, text=True

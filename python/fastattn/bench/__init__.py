@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure how fast exact attention is on this machine, in fastattn and in other libraries.
 
-The command `fastattn bench`, called by `__main__.py`. cases.py says what is measured, libraries.py
-how each library is asked, worker.py does it in a process per library, measure.py takes turns,
-accuracy.py compares with float64, report.py and chart.py show the results. benchmarks/README.md
-explains the method and how to read the tables.
+The command `fastattn bench`, called by `__main__.py`. cases.py says what is measured, calls.py how
+fastattn is asked, libraries.py how each other library is, worker.py does it in a process per
+library, measure.py takes turns, accuracy.py compares with float64, report.py and chart.py show the
+results. benchmarks/README.md explains the method and how to read the tables.
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import shlex
 import sys
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="keep every sample there")
     add("--plot", type=Path, metavar="FILE.png", help="draw the results there")
     add("--markdown", action="store_true", help="print the table as Markdown, all else to stderr")
-    add("--check", action="store_true", help="with --suite floors: exit with 1 if one is missed")
+    add("--check", action="store_true", help="exit with 1 if a floor is missed")
     add("--from", type=Path, metavar="FILE", dest="source", help="show a kept JSON file instead")
 
 
@@ -60,13 +60,12 @@ def main(options: argparse.Namespace) -> int:
         return _complain("nothing was measured")
     if options.plot is not None:
         chart.save(run, options.plot)
-    kept = True
     _say(report.table(run, options.markdown))
     if run["suite"] == "growth":
         _say("\n" + report.growth(run))
-    if run["suite"] == "floors":
-        text, kept = report.floors(run)
-        _say("\n" + text)
+    promises, kept = report.floors(run)
+    if promises:
+        _say("\n" + promises)
     return 130 if interrupted else int(options.check and not kept)
 
 
@@ -106,9 +105,13 @@ def _chosen_cases(options: argparse.Namespace) -> list[cases.Case]:
         if name not in every:
             raise ValueError(f"--case must be one of {', '.join(every)}, got {name}")
     if options.case:
-        return [every[name] for name in options.case]
-    if options.quick and options.suite == "familiar":
-        return [case for case in suite if case.name in cases.QUICK]
+        suite = [every[name] for name in options.case]
+    elif options.quick and options.suite == "familiar":
+        suite = [case for case in suite if case.name in cases.QUICK]
+    if not importlib.util.find_spec("ml_dtypes"):
+        for case in suite:
+            if case.dtype == "bfloat16":
+                raise ValueError(f"{case.name} needs ml_dtypes: pip install it")
     return suite
 
 

@@ -14,9 +14,14 @@ ROWS = 64
 
 
 def sampled(case: Case) -> tuple[Array, Array, Array]:
-    """Name the rows: of the first and last batch, their first and last head, 64 spread evenly."""
+    """
+    Name the rows: of the first and last batch, their first and last head, 64 spread evenly.
+
+    Where queries are padded, only those that both of the batch have.
+    """
     batches, heads = (np.unique([0, n - 1]) for n in (case.batch, case.q_heads))
-    rows = np.unique(np.linspace(0, case.q_len - 1, ROWS).astype(int))
+    q_len = min(case.lengths[0], case.lengths[-1]) if case.ragged_queries else case.q_len
+    rows = np.unique(np.linspace(0, q_len - 1, ROWS).astype(int))
     return batches, heads, rows
 
 

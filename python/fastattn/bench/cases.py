@@ -5,6 +5,7 @@ Called by every other file of the harness, in the parent and in the workers: a c
 name and size, and each process makes the same inputs from the case's seed.
 """
 
+import importlib
 import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,18 +16,25 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-class Floor(NamedTuple):
-    """What fastattn promises for a case; None where it promises nothing."""
+@dataclass(frozen=True)
+class Floor:
+    """What fastattn promises for a case; nothing where it is empty."""
 
     percent: float | None = None  # of the machine's limit, for the work left
-    speedup: float | None = None  # over the fastest library of `against`
-    against: tuple[str, ...] = ()  # empty: over every peer
+    speedups: dict[str, float] = field(default_factory=dict)  # see promise()
     extra_mebibytes: float | None = None  # memory beside the output
+
+
+def promise(
+    percent: float | None = None, extra_mebibytes: float | None = None, **speedups: float
+) -> Floor:
+    """Write a floor; speed-ups are over a library, the `best` peer or the case's `baseline`."""
+    return Floor(percent, speedups, extra_mebibytes)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call. `name` is for the command line, `title` for a person."""
+    """One call of fastattn. `name` is for the command line, `title` for a person."""
 
     name: str
     q_len: int
@@ -37,12 +45,18 @@ class Case:
     batch: int = 1
     dtype: str = "float32"
     is_causal: bool = False
+    at_end: bool = False  # the last query stands at the last key; else the first at the first
     window: tuple[int, int] | None = None
-    lengths: tuple[int, ...] = ()  # bool padding mask (batch, 1, 1, kv_len): one length per batch
+    lengths: tuple[int, ...] = ()  # keys of each batch element; what follows is padding
+    ragged_queries: bool = False  # the lengths are those of the queries too
+    shared: int = 0  # so many first keys and values are the same in the whole batch
     float_mask: bool = False  # added mask (1, q_heads, q_len, kv_len)
-    memory_bound: bool = False  # the limit is the read bandwidth, and caches are cold
+    call: str = "attention"  # how fastattn is asked: a name in calls.py
+    cache_dtype: str = ""  # of the keys and values in a cache; empty: dtype
+    bound_by: tuple[str, ...] = ("arithmetic",)  # and/or "read": caches are cold then
     isa: str | None = None  # the FASTATTN_ISA that this case is about
     libraries: tuple[str, ...] = ()  # empty: every library; else these alone
+    baseline: "Case | None" = None  # another call of fastattn, timed in turn with this one
     floor: Floor = field(default_factory=Floor)
 
     @property
@@ -56,14 +70,20 @@ class Case:
         return self.q_heads // (self.kv_heads or self.q_heads)
 
     @property
+    def query_offset(self) -> int:
+        """Position of the first query among the keys."""
+        return self.kv_len - self.q_len if self.at_end else 0
+
+    @property
     def output_shape(self) -> tuple[int, int, int, int]:
         """(batch, q_heads, q_len, head_dim)."""
         return (self.batch, self.q_heads, self.q_len, self.head_dim)
 
     @property
     def output_bytes(self) -> int:
-        """Size of the result."""
-        return int(np.prod(self.output_shape)) * np.dtype(self.dtype).itemsize
+        """Size of the result, padding left out."""
+        rows = sum(self.lengths) if self.ragged_queries else self.batch * self.q_len
+        return rows * self.q_heads * self.head_dim * numpy_dtype(self.dtype).itemsize
 
 
 class Inputs(NamedTuple):
@@ -75,8 +95,34 @@ class Inputs(NamedTuple):
     mask: Array | None
 
 
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Give NumPy's dtype of that name, or that of ml_dtypes, which brings bfloat16."""
+    return np.dtype(importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
+
+
 def _square(name: str, tokens: int, heads: int, head_dim: int, **rest: Any) -> Case:
     return Case(name, tokens, tokens, heads, head_dim, **rest)
+
+
+def _beside(case: Case, name: str, **changes: Any) -> Case:
+    """Compare a case with itself, changed so."""
+    return replace(case, baseline=replace(case, name=name, floor=Floor(), **changes))
+
+
+def _beside_float32(case: Case) -> Case:
+    return _beside(case, "in float32", dtype="float32")
+
+
+def _decode(name: str, kv_len: int, kv_heads: int, **rest: Any) -> Case:
+    """32 heads of 128 and one query, unless told otherwise, from memory that no cache holds."""
+    return Case(
+        name,
+        **{"q_len": 1, "bound_by": ("read",), **rest},
+        kv_len=kv_len,
+        q_heads=32,
+        head_dim=128,
+        kv_heads=kv_heads,
+    )
 
 
 _TITLES = {
@@ -90,6 +136,8 @@ _TITLES = {
     "decode-4k": "Llama-3-8B decode\n1 token after 4k, GQA",
 }
 ALONE = ("fastattn",)
+WITH_TORCH = ("fastattn", "torch")
+DECODERS = (*WITH_TORCH, "onnxruntime")  # the others are several times slower
 
 FAMILIAR = [
     _square("bert-128", 128, 12, 64, batch=8),
@@ -99,16 +147,16 @@ FAMILIAR = [
     _square("llama-2k", 2048, 32, 128, kv_heads=8, is_causal=True),
     _square("causal-8k", 8192, 8, 128, kv_heads=2, is_causal=True),
     _square("document-32k", 32768, 4, 64, window=(256, 256)),
-    Case("decode-4k", 1, 4096, 32, 128, kv_heads=8, memory_bound=True),
+    Case("decode-4k", 1, 4096, 32, 128, kv_heads=8, bound_by=("read",)),
 ]
 
 # What fastattn promises; benchmarks/README.md says how to read the result.
 FLOORS = [
-    _square("f32-512-d64", 512, 12, 64, floor=Floor(76, 1.15)),
-    _square("f32-2k-d64", 2048, 12, 64, floor=Floor(86, 1.1)),
-    _square("f32-2k-d64-causal", 2048, 12, 64, is_causal=True, floor=Floor(80, 1.4)),
-    _square("f32-2k-d128", 2048, 12, 128, floor=Floor(90, 1.05)),
-    _square("f32-4k-d128-causal", 4096, 12, 128, is_causal=True, floor=Floor(88, 1.3)),
+    _square("f32-512-d64", 512, 12, 64, floor=promise(76, best=1.15)),
+    _square("f32-2k-d64", 2048, 12, 64, floor=promise(86, best=1.1)),
+    _square("f32-2k-d64-causal", 2048, 12, 64, is_causal=True, floor=promise(80, best=1.4)),
+    _square("f32-2k-d128", 2048, 12, 128, floor=promise(90, best=1.05)),
+    _square("f32-4k-d128-causal", 4096, 12, 128, is_causal=True, floor=promise(88, best=1.3)),
     _square(
         "f32-2k-d64-padding",
         2048,
@@ -116,23 +164,184 @@ FLOORS = [
         64,
         batch=2,
         lengths=(1300, 1772),
-        floor=Floor(80, 1.5, ("torch",)),
+        floor=promise(80, torch=1.5),
+    ),
+    _square("f32-2k-d64-float-mask", 2048, 12, 64, float_mask=True, floor=promise(torch=2.0)),
+    _square("f32-8k-d64-window", 8192, 12, 64, window=(256, 0), floor=promise(65, torch=8.0)),
+    _square("f64-2k-d64", 2048, 12, 64, dtype="float64", floor=promise(76)),
+    _square("avx2-2k-d64", 2048, 12, 64, isa="avx2", libraries=ALONE, floor=promise(75)),
+    _square("avx2-2k-d128", 2048, 12, 128, isa="avx2", libraries=ALONE, floor=promise(80)),
+    _square("tiny", 8, 2, 64, floor=promise(torch=2.0)),
+    _square("one-by-one", 1, 1, 1, floor=promise(numpy=1.0)),
+    _square("memory-128k", 131072, 1, 64, libraries=ALONE, floor=promise(extra_mebibytes=16.0)),
+]
+
+HALF = [
+    _square(
+        "bf16-2k-d64", 2048, 12, 64, dtype="bfloat16", floor=promise(76, openvino=1.15, torch=2.3)
     ),
     _square(
-        "f32-2k-d64-float-mask", 2048, 12, 64, float_mask=True, floor=Floor(None, 2.0, ("torch",))
+        "bf16-2k-d128", 2048, 12, 128, dtype="bfloat16", floor=promise(83, openvino=1.08, torch=2.3)
     ),
-    _square("f32-8k-d64-window", 8192, 12, 64, window=(256, 0), floor=Floor(65, 8.0, ("torch",))),
-    _square("f64-2k-d64", 2048, 12, 64, dtype="float64", floor=Floor(76)),
-    _square("avx2-2k-d64", 2048, 12, 64, isa="avx2", libraries=ALONE, floor=Floor(75)),
-    _square("avx2-2k-d128", 2048, 12, 128, isa="avx2", libraries=ALONE, floor=Floor(80)),
-    _square("tiny", 8, 2, 64, floor=Floor(None, 2.0, ("torch",))),
-    _square("one-by-one", 1, 1, 1, floor=Floor(None, 1.0, ("numpy",))),
-    _square("memory-128k", 131072, 1, 64, libraries=ALONE, floor=Floor(extra_mebibytes=16.0)),
+    _square(
+        "bf16-2k-d64-causal",
+        2048,
+        12,
+        64,
+        dtype="bfloat16",
+        is_causal=True,
+        floor=promise(72, best=2.0),
+    ),
+    _beside_float32(
+        _square(
+            "fp16-2k-d64", 2048, 12, 64, dtype="float16", floor=promise(baseline=0.95, torch=4.0)
+        )
+    ),
+    _beside_float32(
+        _square(
+            "fp16-2k-d128-causal",
+            2048,
+            12,
+            128,
+            dtype="float16",
+            is_causal=True,
+            floor=promise(baseline=0.95, torch=4.0),
+        )
+    ),
+    *(
+        _beside_float32(
+            _square(
+                f"bf16-{isa}-2k-d64",
+                2048,
+                12,
+                64,
+                dtype="bfloat16",
+                isa=isa,
+                libraries=ALONE,
+                floor=promise(baseline=0.95),
+            )
+        )
+        for isa in ("avx512", "avx2")
+    ),
 ]
 
 GROWTH = [_square(f"growth-{k}k", k * 1024, 2, 64) for k in (1, 2, 4, 8, 16, 32, 64)]
 
-SUITES = {"familiar": FAMILIAR, "floors": FLOORS, "growth": GROWTH}
+_GROUPED, _EACH = ("gqa", 8), ("mha", 32)  # 4 query heads to a key head, or 1
+
+SERVING = [
+    # One new token.
+    *(
+        _decode(f"decode-{k}k-{name}", k * 1024, kv_heads, libraries=DECODERS, floor=floor)
+        for k, percent in ((4, 80), (32, 84))
+        for (name, kv_heads), floor in (
+            (_GROUPED, promise(percent, onnxruntime=2.5, torch=8.0)),
+            (_EACH, promise(percent, onnxruntime=1.2, torch=3.0)),
+        )
+    ),
+    _decode("decode-8k-gqa-bf16", 8192, 8, dtype="bfloat16", floor=promise(74, torch=30.0)),
+    _decode("decode-8k-gqa-fp16", 8192, 8, dtype="float16", floor=promise(60, onnxruntime=5.0)),
+    _decode(
+        "decode-ragged",
+        8192,
+        8,
+        batch=8,
+        lengths=(512, 8192, 1024, 6144, 1536, 4096, 2048, 3072),
+        call="kv_lengths",
+        libraries=DECODERS,
+        floor=promise(78),
+    ),
+    # The cache in 8 bits, compared with one in bfloat16.
+    *(
+        _beside(
+            _decode(
+                f"decode-8k-{name}-int8",
+                8192,
+                kv_heads,
+                dtype="bfloat16",
+                call="cache",
+                cache_dtype="int8",
+                libraries=ALONE,
+                floor=promise(baseline=speedup),
+            ),
+            "cache in bfloat16",
+            cache_dtype="",
+        )
+        for (name, kv_heads), speedup in ((_EACH, 1.4), (_GROUPED, 1.0))
+    ),
+    # A few new tokens, as speculative decoding checks them.
+    *(
+        _decode(
+            f"draft-{q_len}-{name}-{short}",
+            8192,
+            kv_heads,
+            q_len=q_len,
+            dtype=dtype,
+            is_causal=True,
+            at_end=True,
+            bound_by=("read", "arithmetic"),
+            libraries=WITH_TORCH,
+            floor=promise(91, torch=3.0),
+        )
+        for short, dtype in (("f32", "float32"), ("bf16", "bfloat16"))
+        for name, kv_heads in (_GROUPED, _EACH)
+        for q_len in (2, 4, 8, 16)
+    ),
+    # Many sequences.
+    _beside(
+        _decode(
+            "shared-prefix",
+            4096 + 128,
+            8,
+            batch=16,
+            shared=4096,
+            call="pages",
+            bound_by=("read", "arithmetic"),
+            libraries=WITH_TORCH,
+            floor=promise(77, baseline=2.0),
+        ),
+        "nothing shared",
+        shared=0,
+    ),
+    _beside(
+        _square(
+            "varlen",
+            1024,
+            12,
+            64,
+            batch=64,
+            lengths=tuple((37 * i + 50) % 64 * 16 + 16 for i in range(64)),  # 16..1024, shuffled
+            ragged_queries=True,
+            call="varlen",
+            libraries=WITH_TORCH,
+            floor=promise(baseline=1 / 1.05, torch=2.0),
+        ),
+        "one by one",
+        call="one by one",
+    ),
+    # Its time should not depend on what the cache holds; no limit of the machine is near.
+    _beside(
+        _decode(
+            "append-32k",
+            32768,
+            8,
+            call="append",
+            bound_by=(),
+            libraries=ALONE,
+            floor=promise(baseline=0.8),
+        ),
+        "cache of 256",
+        kv_len=256,
+    ),
+]
+
+SUITES = {
+    "familiar": FAMILIAR,
+    "floors": FLOORS,
+    "half": HALF,
+    "serving": SERVING,
+    "growth": GROWTH,
+}
 QUICK = ("bert-128", "gpt2-1k", "decode-4k")
 
 
@@ -146,6 +355,7 @@ def shrunk(case: Case) -> Case:
         q_heads=case.groups,
         kv_heads=1,
         lengths=(48,) if case.lengths else (),
+        shared=min(case.shared, 32),
     )
 
 
@@ -157,25 +367,29 @@ def make_inputs(case: Case) -> Inputs:
     keys would cancel around 0.
     """
     rng = np.random.default_rng(zlib.crc32(case.name.encode()))
-    dtype = np.dtype(case.dtype).type
+    dtype = numpy_dtype(case.dtype)
 
     def normal(*shape: int) -> Array:
-        return rng.standard_normal(shape, dtype)
+        drawn = np.float64 if dtype == np.float64 else np.float32
+        return rng.standard_normal(shape, drawn)
 
     kv_shape = (case.batch, case.kv_heads or case.q_heads, case.kv_len, case.head_dim)
     query, key, value = normal(*case.output_shape), normal(*kv_shape), normal(*kv_shape)
-    value += dtype(1)
+    value += 1
+    for x in (key, value):
+        x[1:, :, : case.shared] = x[:1, :, : case.shared]
     mask: Array | None = None
     if case.lengths:
         mask = np.arange(case.kv_len) < np.array(case.lengths)[:, None, None, None]
     elif case.float_mask:
-        mask = normal(1, case.q_heads, case.q_len, case.kv_len)
+        mask = normal(1, case.q_heads, case.q_len, case.kv_len).astype(dtype, copy=False)
+    query, key, value = (x.astype(dtype, copy=False) for x in (query, key, value))
     return Inputs(query, key, value, mask)
 
 
 def _first_and_last(case: Case, rows: Array | None = None) -> tuple[Array, Array]:
     """First key seen by each query, and one past the last, by causality and window alone."""
-    position = np.arange(case.q_len, dtype=np.int64) if rows is None else rows
+    position = (np.arange(case.q_len) if rows is None else rows) + case.query_offset
     left, right = case.window if case.window is not None else (case.kv_len, case.kv_len)
     if case.is_causal:
         right = 0
@@ -196,7 +410,8 @@ def visible_pairs(case: Case) -> int:
     first, past = _first_and_last(case)
     pairs = 0
     for length in case.lengths or (case.kv_len,) * case.batch:
-        pairs += int(np.maximum(np.minimum(past, length) - first, 0).sum())
+        rows = slice(length if case.ragged_queries else case.q_len)
+        pairs += int(np.maximum(np.minimum(past[rows], length) - first[rows], 0).sum())
     return pairs
 
 
@@ -213,7 +428,27 @@ def flops(case: Case) -> int:
 
 
 def bytes_moved(case: Case) -> int:
-    """Count the bytes that must be read or written once: query, key, value, output."""
-    kv_heads = case.kv_heads or case.q_heads
-    kv_items = 2 * case.batch * kv_heads * case.kv_len * case.head_dim
-    return kv_items * np.dtype(case.dtype).itemsize + 2 * case.output_bytes
+    """
+    Count the bytes that must be read or written once: query, key, value, output.
+
+    Padding counts nothing, what a batch shares counts once, and so does a cache's own dtype; the
+    scales of one in int8 do not.
+    """
+    keys = sum(case.lengths or (case.kv_len,) * case.batch) - (case.batch - 1) * case.shared
+    kv_items = 2 * (case.kv_heads or case.q_heads) * keys * case.head_dim
+    return kv_items * numpy_dtype(case.cache_dtype or case.dtype).itemsize + 2 * case.output_bytes
+
+
+def work(case: Case) -> dict[str, int]:
+    """
+    Give what nobody can leave out, by the limit that it meets: FLOPs or bytes.
+
+    Where there are two, each is done in its own time: the limit is the sum of the times. float16
+    is computed in float32.
+    """
+    amounts = {}
+    if "read" in case.bound_by:
+        amounts["read"] = bytes_moved(case)
+    if "arithmetic" in case.bound_by:
+        amounts["float32" if case.dtype == "float16" else case.dtype] = flops(case)
+    return amounts

@@ -7,11 +7,12 @@ Called by the command (`__init__.py`) for --plot. Needs matplotlib, which the ex
 from pathlib import Path
 from typing import Any
 
-from fastattn.bench.measure import Result
-from fastattn.bench.report import duration
+from fastattn.bench.measure import BASELINE, Result
+from fastattn.bench.report import duration, percent, shown_libraries
 
 COLORS = {
     "fastattn": "#d1495b",
+    "baseline": "#e5a3ab",
     "torch": "#2e4057",
     "onnxruntime": "#5b7b9a",
     "openvino": "#8fa9bf",
@@ -28,7 +29,7 @@ def save(run: Result, file: Path) -> None:
     from matplotlib.figure import Figure
 
     results = run["results"]
-    libraries = list(dict.fromkeys(x for result in results for x in result["libraries"]))
+    libraries = shown_libraries(run)
     bars = sum(len(result["libraries"]) + GAP for result in results)
     height = bars * BAR_INCHES + 1.9
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=150)
@@ -60,7 +61,7 @@ def save(run: Result, file: Path) -> None:
         left,
         1 - 0.55 / height,
         f"{machine['cpu']}, {machine['threads']} threads; limit: multiply-adds in registers, "
-        "for decoding the memory's read bandwidth",
+        "for decoding the time to read memory, or the sum of both",
         fontsize=8,
         color=GRAY,
     )
@@ -80,13 +81,13 @@ def _bar(axes: Any, y: float, library: str, outcome: Result) -> None:
     """Draw one bar with what it says; for a missing one, why."""
     ours = library == "fastattn"
     if "failure" in outcome:
-        percent, text = 0.0, f"{library}: {_shortened(outcome['failure'])}"
+        length, text = 0.0, f"{library}: {_shortened(outcome['failure'])}"
     else:
-        percent = outcome["percent"] or 0.0
-        text = f"{percent:.{0 if percent >= 10 else 1}f} %   {duration(outcome['seconds'])}"
-        axes.barh(y, percent, height=0.92, color=COLORS.get(library, GRAY))
+        length = outcome["percent"] or 0.0
+        text = f"{percent(outcome)}   {duration(outcome['seconds'])}"
+        axes.barh(y, length, height=0.92, color=COLORS.get(library, GRAY))
     axes.text(
-        percent + 0.7,
+        length + 0.7,
         y,
         text,
         va="center",
@@ -103,5 +104,7 @@ def _shortened(reason: str) -> str:
 
 def _named(run: Result, library: str) -> str:
     """Write the library with its version."""
+    if library == BASELINE:
+        return "fastattn, another call"
     version = run["versions"].get(library, run["machine"]["version"])
     return f"{library} {version}"

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How each library is asked for a case, at its best.
 
-Called by worker.py, in a process that holds one library alone. Every library gets the layout
-that is natural to it (the conversion is not counted), its fastest operator that expresses the
-case, and what need not be repeated (building, compiling, binding a dense mask) is done before
-the clock starts. A library that cannot express a case says so with Unsupported.
+Called by worker.py, in a process that holds one library alone; calls.py has fastattn's own calls.
+Every library gets the layout that is natural to it (the conversion is not counted), its fastest
+operator that expresses the case, and what need not be repeated (building, compiling, binding a
+dense mask) is done before the clock starts. A library that cannot express a case says so with
+Unsupported.
 """
 
 import importlib
@@ -15,19 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn.bench.cases import Array, Case, Inputs, seen_by_position
+from fastattn.bench.calls import CALLS, Prepared
+from fastattn.bench.cases import Array, Case, Inputs, numpy_dtype, seen_by_position
 
 
 class Unsupported(Exception):
     """The library has no way to express the case; the message says what is missing."""
-
-
-class Prepared(NamedTuple):
-    """A case ready to be timed: `call()`, then `to_numpy(result)` in fastattn's layout."""
-
-    call: Callable[[], Any]
-    to_numpy: Callable[[Any], Array]
-    how: str  # the operator that was chosen, for the report
 
 
 def thread_environment(threads: int) -> dict[str, str]:
@@ -43,7 +37,7 @@ def _module(name: str) -> Any:
 
 def _plainly_causal(case: Case, inputs: Inputs) -> bool:
     """Tell whether a flag for causality says it all."""
-    return case.is_causal and case.window is None and inputs.mask is None
+    return case.is_causal and not case.at_end and case.window is None and inputs.mask is None
 
 
 def _all_masks(case: Case, inputs: Inputs) -> Array | None:
@@ -58,21 +52,21 @@ def _all_masks(case: Case, inputs: Inputs) -> Array | None:
     return np.where(seen, inputs.mask, inputs.mask.dtype.type(-np.inf))
 
 
-def _require_float32(case: Case) -> None:
-    if case.dtype != "float32":
-        raise Unsupported(f"computes {case.dtype} in float32")
+def _require(case: Case, *dtypes: str, otherwise: str = "does not compute in {}") -> None:
+    if case.dtype not in dtypes:
+        raise Unsupported(otherwise.format(case.dtype))
 
 
 def _require_scores(case: Case) -> None:
     """Fail at once, not after a long preparation, where scores and a mask cannot fit in memory."""
-    np.empty((case.batch * case.q_heads + 2, case.q_len, case.kv_len), case.dtype)
+    np.empty((case.batch * case.q_heads + 2, case.q_len, case.kv_len), numpy_dtype(case.dtype))
 
 
 def _additive(mask: Array, dtype: str) -> Array:
     """Turn a bool mask into one to be added."""
     if mask.dtype != bool:
         return mask
-    return np.where(mask, 0, -np.inf).astype(dtype)
+    return np.where(mask, 0, -np.inf).astype(numpy_dtype(dtype))
 
 
 def _tokens_first(x: Array) -> Array:
@@ -81,25 +75,13 @@ def _tokens_first(x: Array) -> Array:
 
 
 def _fastattn(case: Case, inputs: Inputs, threads: int) -> Prepared:
-    fastattn = _module("fastattn")
-    fastattn.set_num_threads(threads)
-    query, key, value, mask = inputs
-    options: dict[str, Any] = {}
-    if mask is not None:
-        options["mask"] = mask
-    if case.is_causal:
-        options["is_causal"] = True
-    if case.window is not None:
-        options["window"] = case.window
-
-    def call() -> Any:
-        return fastattn.attention(query, key, value, **options)
-
-    return Prepared(call, lambda out: out, "fastattn.attention")
+    _module("fastattn").set_num_threads(threads)
+    return CALLS[case.call](case, inputs)
 
 
 def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """softmax(Q K^T) V with matmul, without a copy that can be spared; threads as BLAS has them."""
+    _require(case, "float32", "float64", otherwise="has no BLAS for {}")
     _require_scores(case)
     query, key, value, _ = inputs
     kv_heads = key.shape[1]
@@ -129,12 +111,18 @@ def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
 def _torch(case: Case, inputs: Inputs, threads: int) -> Prepared:
     torch = _module("torch")
     torch.set_num_threads(threads)
-    query, key, value = (torch.from_numpy(x) for x in inputs[:3])
+
+    def tensor(x: Array) -> Any:
+        if x.dtype.name == "bfloat16":  # torch does not know NumPy's
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(x)
+
+    query, key, value = map(tensor, inputs[:3])
     options: dict[str, Any] = {}
     if _plainly_causal(case, inputs):
         options["is_causal"] = True
     elif (mask := _all_masks(case, inputs)) is not None:
-        options["attn_mask"] = torch.from_numpy(mask)
+        options["attn_mask"] = tensor(mask)
     if case.groups > 1:
         options["enable_gqa"] = True
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -144,24 +132,25 @@ def _torch(case: Case, inputs: Inputs, threads: int) -> Prepared:
             return attention(query, key, value, **options)
 
     how = f"scaled_dot_product_attention({', '.join(options)})"
-    return Prepared(call, lambda out: np.asarray(out), how)
+    return Prepared(call, lambda out: out.double().numpy(), how)
 
 
 def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
     jax = _module("jax")
-    _require_float32(case)
+    _require(case, "float32", "bfloat16")
     operands = {
         name: jax.numpy.asarray(_tokens_first(x))
         for name, x in zip(("query", "key", "value"), inputs[:3], strict=True)
     }
-    if inputs.mask is not None:
-        name = "mask" if inputs.mask.dtype == bool else "bias"
-        operands[name] = jax.numpy.asarray(inputs.mask)
+    mask = inputs.mask
+    flags: dict[str, Any] = {"is_causal": case.is_causal, "local_window_size": case.window}
+    if case.at_end:  # the flags count from the first key
+        mask, flags = _all_masks(case, inputs), {}
+    if mask is not None:
+        operands["mask" if mask.dtype == bool else "bias"] = jax.numpy.asarray(mask)
 
     def attention(operands: dict[str, Any]) -> Any:
-        return jax.nn.dot_product_attention(
-            **operands, is_causal=case.is_causal, local_window_size=case.window
-        )
+        return jax.nn.dot_product_attention(**operands, **flags)
 
     compiled = jax.jit(attention).lower(operands).compile()
 
@@ -175,19 +164,26 @@ def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
     openvino, op = _module("openvino"), _module("openvino.opset13")
-    _require_float32(case)
+    _require(case, "float32", "bfloat16", otherwise="computes {} as another type")
     query, key, value, _ = inputs
     is_causal = _plainly_causal(case, inputs)
     mask = None if is_causal else _all_masks(case, inputs)
     heads = key.shape[1]
     grouped = case.groups > 1
-    # The operator wants as many key heads as query heads. Where no row is told from another the
+    # The operator wants as many key heads as query heads. Where no head is told from another the
     # queries of a group fold into one long query, which is free; elsewhere the model repeats K, V.
-    folded = grouped and not is_causal and mask is None
+    folded = grouped and not is_causal and (mask is None or mask.shape[1] == 1)
     if folded:
         query = query.reshape(case.batch, heads, case.groups * case.q_len, case.head_dim)
+        if mask is not None and mask.shape[2] > 1:
+            mask = np.tile(mask, (1, 1, case.groups, 1))
     arrays = [query, key, value] + ([] if mask is None else [mask])
-    parameters = [op.parameter(x.shape, openvino.Type(x.dtype)) for x in arrays]
+    in_half = case.dtype == "bfloat16"
+
+    def kind(x: Array) -> Any:
+        return openvino.Type.bf16 if x.dtype.name == "bfloat16" else openvino.Type(x.dtype)
+
+    parameters = [op.parameter(x.shape, kind(x)) for x in arrays]
 
     def repeated(x: Any) -> Any:
         batch, heads, tokens, dim = x.shape
@@ -203,12 +199,13 @@ def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
     hints = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if in_half else "f32",
     }
     model = openvino.Core().compile_model(openvino.Model([result], parameters), "CPU", hints)
     request = model.create_infer_request()
     for i, x in enumerate(arrays):
-        request.set_input_tensor(i, openvino.Tensor(x, shared_memory=True))
+        plain = x.view(np.int16) if x.dtype.name == "bfloat16" else x  # the bits alone
+        request.set_input_tensor(i, openvino.Tensor(plain, openvino.Shape(x.shape), kind(x)))
 
     def call(_held: object = arrays) -> Any:  # the tensors do not keep their memory alive
         request.infer()
@@ -217,7 +214,12 @@ def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
     how = "opset13.scaled_dot_product_attention"
     if grouped:
         how += " (group folded into q_len)" if folded else " (K and V repeated)"
-    return Prepared(call, lambda out: out.data.reshape(case.output_shape), how)
+
+    def to_numpy(out: Any) -> Array:
+        result: Array = out.data.view(numpy_dtype(case.dtype)).reshape(case.output_shape)
+        return result
+
+    return Prepared(call, to_numpy, how)
 
 
 class _OnnxModel(NamedTuple):
@@ -229,6 +231,7 @@ class _OnnxModel(NamedTuple):
     outputs: dict[str, tuple[int, ...]]
     attributes: dict[str, int]
     domain: str = "com.microsoft"
+    in_place: dict[str, str] = {}  # outputs that are the memory of an input  # noqa: RUF012
 
 
 def _onnx_flat(inputs: Inputs) -> dict[str, Array]:
@@ -239,19 +242,34 @@ def _onnx_flat(inputs: Inputs) -> dict[str, Array]:
 
 
 def _onnx_group_query(case: Case, inputs: Inputs) -> _OnnxModel | None:
-    """GroupQueryAttention: causal always, with a left window; the keys are returned too."""
+    """
+    GroupQueryAttention: causal always, with a left window; takes the new keys, returns all.
+
+    In decoding all lie in a cache, to which it adds the new ones in place.
+    """
     left, right = case.window if case.window is not None else (None, None)
-    if case.dtype != "float32" or inputs.mask is not None or case.q_len != case.kv_len:
+    if case.q_len < case.kv_len:
+        last = case.q_len == 1 or (case.is_causal and case.at_end and not case.lengths)
+        fits = last and case.window is None
+    else:
+        fits = not case.lengths and (right == 0 or (case.is_causal and right is None))
+    if case.dtype == "float64" or case.float_mask or not fits:
         return None
-    if right != 0 and not (case.is_causal and right is None):
-        return None
-    arrays = _onnx_flat(inputs)
-    arrays["lengths"] = np.full(case.batch, case.kv_len - 1, np.int32)
-    arrays["total"] = np.full(1, case.kv_len, np.int32)
+    lengths = np.array(case.lengths or (case.kv_len,) * case.batch, np.int32)
+    names, new, past = "query,key,value,,,lengths,total", inputs, {}
+    if case.q_len < case.kv_len:
+        names = "query,key,value,past_key,past_value,lengths,total"
+        past = {"past_key": inputs.key, "past_value": inputs.value}
+        at = lengths[:, None] + np.arange(-case.q_len, 0)
+        key, value = (np.take_along_axis(x, at[:, None, :, None], 2) for x in past.values())
+        new = inputs._replace(key=key, value=value)
+    arrays = _onnx_flat(new) | past
+    arrays["lengths"] = lengths - 1
+    arrays["total"] = lengths.max(keepdims=True)
     cache = inputs.key.shape
     return _OnnxModel(
         "GroupQueryAttention",
-        "query,key,value,,,lengths,total",
+        names,
         arrays,
         {"out": arrays["query"].shape, "all_keys": cache, "all_values": cache},
         {
@@ -259,14 +277,17 @@ def _onnx_group_query(case: Case, inputs: Inputs) -> _OnnxModel | None:
             "kv_num_heads": cache[1],
             "local_window_size": -1 if left is None else left + 1,  # counts the query itself
         },
+        in_place=dict(zip(("all_keys", "all_values"), past, strict=False)),
     )
 
 
 def _onnx_multi_head(case: Case, inputs: Inputs) -> _OnnxModel | None:
     """MultiHeadAttention: as many key heads as query heads; any mask, as one that is added."""
-    if case.dtype != "float32" or case.groups > 1:
+    if case.dtype == "float64" or case.groups > 1:
         return None
     arrays = _onnx_flat(inputs)
+    if case.q_len < case.kv_len:  # as a cache has them, which need not be turned
+        arrays |= {"key": inputs.key, "value": inputs.value}
     names = "query,key,value"
     attributes = {"num_heads": case.q_heads}
     if case.lengths and not case.is_causal and case.window is None:
@@ -295,7 +316,10 @@ def _onnx_attention(case: Case, inputs: Inputs) -> _OnnxModel | None:
     return _OnnxModel("Attention", ",".join(arrays), arrays, outputs, attributes, domain="")
 
 
-def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Callable[[], Any]:
+ONNX_OPERATORS = (_onnx_group_query, _onnx_multi_head, _onnx_attention)
+
+
+def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Prepared:
     onnxruntime, helper = _module("onnxruntime"), _module("onnx.helper")
     types = helper.np_dtype_to_tensor_dtype
     declared = [
@@ -303,7 +327,7 @@ def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Callable[[], A
         for name, x in model.arrays.items()
     ]
     results = [
-        helper.make_tensor_value_info(name, types(np.dtype(case.dtype)), shape)
+        helper.make_tensor_value_info(name, types(numpy_dtype(case.dtype)), shape)
         for name, shape in model.outputs.items()
     ]
     names = model.inputs.split(","), list(model.outputs)
@@ -319,30 +343,42 @@ def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Callable[[], A
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     binding = session.io_binding()
-    for name, x in model.arrays.items():
-        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(x))
+    values = {k: onnxruntime.OrtValue.ortvalue_from_numpy(x) for k, x in model.arrays.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
     for name in model.outputs:
-        binding.bind_output(name, "cpu")
+        if name in model.in_place:
+            binding.bind_ortvalue_output(name, values[model.in_place[name]])
+        else:
+            binding.bind_output(name, "cpu")
 
     def call() -> Any:
         session.run_with_iobinding(binding)
         return binding
 
-    return call
+    def to_numpy(binding: Any) -> Array:
+        out: Array = binding.get_outputs()[0].numpy()
+        if model.domain:
+            out = out.reshape(case.batch, case.q_len, case.q_heads, case.head_dim)
+            out = out.transpose(0, 2, 1, 3)
+        return out
+
+    return Prepared(call, to_numpy, model.operator)
 
 
 def _onnxruntime(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """Try each operator that can express the case, and keep the fastest."""
+    _require(case, "float32", "float64", "float16")
     if case.window is not None and case.window[1] > 0:
         _require_scores(case)  # only a mask can say it, and no operator with a mask is fused
     best: tuple[float, _OnnxModel] | None = None
     failures = []
-    for build in (_onnx_group_query, _onnx_multi_head, _onnx_attention):
+    for build in ONNX_OPERATORS:
         model = build(case, inputs)
         if model is None:
             continue
         try:
-            seconds = _seconds(_onnx_session(model, case, threads))
+            seconds = _seconds(_onnx_session(model, case, threads).call)
         except Exception as error:  # the next operator may do it; all reasons are reported
             failures.append(f"{model.operator}: {error}")
             continue
@@ -350,29 +386,20 @@ def _onnxruntime(case: Case, inputs: Inputs, threads: int) -> Prepared:
             best = (seconds, model)
     if best is None:
         raise RuntimeError("; ".join(failures))
-    chosen = best[1]
     # A session of its own, so that nothing of the trials lies in its memory pool.
-    call = _onnx_session(chosen, case, threads)
-
-    def to_numpy(binding: Any) -> Array:
-        out: Array = binding.get_outputs()[0].numpy()
-        if chosen.domain:
-            out = out.reshape(case.batch, case.q_len, case.q_heads, case.head_dim)
-            out = out.transpose(0, 2, 1, 3)
-        return out
-
-    return Prepared(call, to_numpy, chosen.operator)
+    return _onnx_session(best[1], case, threads)
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """Time the second call, or the first where that took long."""
-    for _ in range(2):
+    """Time the fastest of five calls, or the first that took long."""
+    samples = []
+    for _ in range(5):
         begin = time.perf_counter()
         call()
-        seconds = time.perf_counter() - begin
-        if seconds > 0.5:
+        samples.append(time.perf_counter() - begin)
+        if samples[-1] > 0.1:
             break
-    return seconds
+    return min(samples)
 
 
 # In the order in which a report shows them.

@@ -4,14 +4,18 @@
 Called by the command (`__init__.py`) with the dicts that measure.py makes or a JSON file keeps.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
-from fastattn.bench.measure import BUSY, Result
+from fastattn.bench.measure import BASELINE, BUSY, Result
 
 TOLERANCE_POINTS = 2.0  # a floor missed by less counts as met
-PLAIN = ("fastattn", "numpy")  # what is no peer
-UNITS = {"float32": "GFLOP/s fp32 FMA", "float64": "GFLOP/s fp64 FMA", "read": "GB/s memory read"}
+PLAIN = ("fastattn", BASELINE, "numpy")  # what is no peer
+UNITS = {
+    "float32": "GFLOP/s fp32 FMA",
+    "float64": "GFLOP/s fp64 FMA",
+    "bfloat16": "GFLOP/s bf16 dot",
+    "read": "GB/s memory read",
+}
 NOISY = 1.1  # ratio of the limit's extremes from which a run is called noisy
 Rows = list[list[str]]
 
@@ -28,6 +32,14 @@ def memory(size: int | None) -> str:
         return "-"
     mebibytes = size / 2**20
     return f"{mebibytes:.1f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
+
+
+def percent(outcome: Result) -> str:
+    """Write how much of the limit was reached, if it is known."""
+    share = outcome.get("percent")
+    if share is None:
+        return "-"
+    return f"{share:.0f} %" if share >= 10 else f"{share:.1f} %"
 
 
 def limits(rates: dict[str, float]) -> str:
@@ -63,7 +75,7 @@ def _line(library: str, outcome: Result) -> list[str]:
     return [
         library,
         duration(outcome["seconds"]),
-        _percent(outcome),
+        percent(outcome),
         _speedup(outcome["speedup"]) + " as fast" if "speedup" in outcome else "",
         f"{outcome['max_error']:.1e}",
         memory(outcome["extra_bytes"]),
@@ -73,7 +85,7 @@ def _line(library: str, outcome: Result) -> list[str]:
 
 def table(run: Result, markdown: bool) -> str:
     """Show all cases of a run, a line per case, with what is missing explained below."""
-    libraries = list(dict.fromkeys(x for result in run["results"] for x in result["libraries"]))
+    libraries = shown_libraries(run)
     reasons: dict[str, int] = {}
     rows = [["case", *libraries, "speed-up", "max error", "extra memory"]]
     for result in run["results"]:
@@ -87,7 +99,7 @@ def table(run: Result, markdown: bool) -> str:
                 reason = f"{library}: {outcome['failure']}"
                 row.append(f"- [{reasons.setdefault(reason, len(reasons) + 1)}]")
             else:
-                row.append(f"{_percent(outcome)} ({duration(outcome['seconds'])})")
+                row.append(f"{percent(outcome)} ({duration(outcome['seconds'])})")
         ours = outcomes.get("fastattn", {})
         peer = best_peer(outcomes)
         row.append(f"{_speedup(outcomes[peer]['speedup'])} {peer}" if peer else "-")
@@ -105,25 +117,39 @@ def table(run: Result, markdown: bool) -> str:
     return "\n\n".join(("\n".join(lines), *notes, *about))
 
 
-def best_peer(outcomes: Result, among: Iterable[str] = ()) -> str | None:
-    """Name the fastest library, of those that are peers or of `among`; None if there is none."""
-    wanted = set(among) or set(outcomes) - set(PLAIN)
-    times = {x: outcomes[x]["speedup"] for x in wanted if "speedup" in outcomes.get(x, {})}
+def shown_libraries(run: Result) -> list[str]:
+    """Name what any of the cases was measured with: fastattn, its baselines, the others."""
+    named = dict.fromkeys(x for result in run["results"] for x in result["libraries"])
+    return sorted(named, key=lambda x: ("fastattn", BASELINE, x).index(x))
+
+
+def best_peer(outcomes: Result) -> str | None:
+    """Name the fastest of the peers; None if there is none."""
+    peers = set(outcomes) - set(PLAIN)
+    times = {x: outcomes[x]["speedup"] for x in peers if "speedup" in outcomes[x]}
     return min(times, key=times.__getitem__, default=None)
 
 
 def floors(run: Result) -> tuple[str, bool]:
-    """Hold the results against what fastattn promises; the second item is whether all is kept."""
+    """
+    Hold the results against what fastattn promises; the second item is whether all is kept.
+
+    The text is empty where nothing is promised.
+    """
     rows = [["case", "of limit", "floor", "speed-up", "floor", "extra memory", "floor", "verdict"]]
     for result in run["results"]:
         floor, outcomes = result["floor"], result["libraries"]
+        if not any(floor.values()):
+            continue
         ours = outcomes.get("fastattn", {})
-        peer = best_peer(outcomes, floor["against"])
-        speedup = outcomes[peer]["speedup"] if peer else None
+        peer = best_peer(outcomes)
+        named = [(peer or x if x == "best" else x, least) for x, least in floor["speedups"].items()]
+        shown = named or ([(peer, None)] if peer else [])
+        speedups = {x: outcomes.get(x, {}).get("speedup") for x, _ in shown}
         extra = ours.get("extra_bytes")
         short = [  # by how many points (of percent, hundredths of a ratio) each promise is missed
             (floor["percent"], ours.get("percent"), 1.0),
-            (floor["speedup"], speedup, 100.0),
+            *((least, speedups[x], 100.0) for x, least in named),
             (
                 floor["extra_mebibytes"] and -floor["extra_mebibytes"],
                 None if extra is None else -extra / 2**20,
@@ -133,15 +159,17 @@ def floors(run: Result) -> tuple[str, bool]:
         rows.append(
             [
                 result["name"],
-                _percent(ours) if "percent" in ours else "-",
+                percent(ours),
                 f"{floor['percent']} %" if floor["percent"] else "",
-                f"{_speedup(speedup)} {peer}" if speedup else "-",
-                f"{floor['speedup']:g}x" if floor["speedup"] else "",
+                ", ".join(f"{_speedup(y) if y else '-'} {x}" for x, y in speedups.items()) or "-",
+                ", ".join(f"{least:.3g}x" for _, least in named),
                 memory(extra),
                 f"{floor['extra_mebibytes']:g} MiB" if floor["extra_mebibytes"] else "",
                 verdict([(least, got, points) for least, got, points in short if least]),
             ]
         )
+    if not rows[1:]:
+        return "", True
     kept = all(row[-1] in ("met", "within 2 points") for row in rows[1:])
     return "\n".join((*_aligned(rows, left=(0, 7)), *_noise(run))), kept
 
@@ -156,7 +184,7 @@ def verdict(promises: list[tuple[float, float | None, float]]) -> str:
 
 def growth(run: Result) -> str:
     """Show the time per pair of a query and a key, which should not grow with the length."""
-    libraries = list(dict.fromkeys(x for result in run["results"] for x in result["libraries"]))
+    libraries = shown_libraries(run)
     rows = [["ns per query-key pair", *libraries]]
     for result in run["results"]:
         row = [result["title"].replace("\n", ", ")]
@@ -175,21 +203,15 @@ def _noise(run: Result) -> list[str]:
         notes.append(f"Other programs disturbed {disturbed} of {len(rounds)} rounds.")
     rates: dict[str, list[float]] = {}
     for result in run["results"]:
-        if result["isa"] is None and result["limit"]["rate"]:
-            rates.setdefault(result["limit"]["of"], []).append(result["limit"]["rate"])
+        if result["isa"] is None:
+            for limit, rate in result["limits"].items():
+                rates.setdefault(limit, []).append(rate)
     return notes + [
         f"The machine was not quiet: its limit varied from {min(r) / 1e9:.4g} to "
         f"{max(r) / 1e9:.4g} {UNITS[limit]}."
         for limit, r in rates.items()
         if max(r) > NOISY * min(r)
     ]
-
-
-def _percent(outcome: Result) -> str:
-    percent = outcome["percent"]
-    if percent is None:
-        return "-"
-    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %"
 
 
 def _speedup(ratio: float) -> str:

@@ -21,8 +21,9 @@ from typing import IO, Any
 import numpy as np
 
 from fastattn.bench.accuracy import sampled
+from fastattn.bench.calls import Prepared
 from fastattn.bench.cases import Array, Case, make_inputs, shrunk
-from fastattn.bench.libraries import NEEDS, PREPARE, Prepared, thread_environment
+from fastattn.bench.libraries import NEEDS, PREPARE, thread_environment
 
 WARM_SECONDS = 0.05  # of calls before the first sample of a turn
 SETTLE_SECONDS, QUIET_SECONDS = 1.0, 0.02  # at most; how long a quiet process is watched
@@ -39,10 +40,11 @@ class Worker:
         self._threads = threads
         self._case: Case
         self._prepared: Prepared | None = None
+        self._cold: Array | None = None  # memory that takes the place of all others in the caches
 
     def prepare(self, case: Case) -> tuple[dict[str, Any], Array]:
         """Make the case ready and call it once; return what that showed, and the sampled rows."""
-        self._prepared = None  # frees the case before
+        self._prepared = self._cold = None  # frees the case before
         _limit_memory()
         small = shrunk(case)
         self._prepare(small, make_inputs(small), self._threads).call()
@@ -54,7 +56,7 @@ class Worker:
         extra = None  # where the system does not tell
         if resident is not None:
             extra = max(_kibibytes("VmHWM") * 1024 - resident - case.output_bytes, 0)
-        rows = prepared.to_numpy(result)[np.ix_(*sampled(case))]
+        rows = prepared.to_numpy(result)[np.ix_(*sampled(case))].astype(np.float64)
         self._case, self._prepared = case, prepared
         return {"how": prepared.how, "first_seconds": seconds, "extra_bytes": extra}, rows
 
@@ -68,18 +70,20 @@ class Worker:
             return [took]
         while time.perf_counter() < begin + WARM_SECONDS:  # threads find their cores
             took = _timed(call, 1)
-        loops = 1 if self._case.memory_bound else max(1, int(SAMPLE_SECONDS / took))
-        cold = np.ones(FLUSH_BYTES // 8) if self._case.memory_bound else None
+        from_memory = "read" in self._case.bound_by
+        loops = 1 if from_memory else max(1, int(SAMPLE_SECONDS / took))
+        if from_memory and self._cold is None:
+            self._cold = np.ones(FLUSH_BYTES // 8)
         samples: list[float] = []
         end = time.perf_counter() + seconds
         while not samples or time.perf_counter() < end:
-            if cold is not None:
-                cold += 1
+            if self._cold is not None:
+                self._cold += 1
             samples.append(_timed(call, loops))
         return samples
 
     def probe(self, limit: str, seconds: float) -> float:
-        """Measure a limit of the machine: "float32" and "float64" in FLOP/s, "read" in bytes/s."""
+        """Measure a limit of the machine: "read" in bytes/s, of a dtype's arithmetic in FLOP/s."""
         import fastattn
         from fastattn import _core
 

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fastattn itself is asked: a function for each `call` that a case can name.
+
+Called by libraries.py. What a user does once, such as filling a cache or packing sequences, is
+done before the clock starts.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import fastattn
+from fastattn.bench.cases import Array, Case, Inputs, numpy_dtype
+
+
+class Prepared(NamedTuple):
+    """A case ready to be timed: `call()`, then `to_numpy(result)` in fastattn's layout."""
+
+    call: Callable[[], Any]
+    to_numpy: Callable[[Any], Array]
+    how: str  # the operator that was chosen, for the report
+
+
+def _attention(case: Case, inputs: Inputs) -> Prepared:
+    query, key, value, mask = inputs
+    options: dict[str, Any] = {}
+    if case.call == "kv_lengths":
+        options["kv_lengths"] = np.array(case.lengths)
+    elif mask is not None:
+        options["mask"] = mask
+    if case.is_causal:
+        options["is_causal"] = True
+    if case.at_end:
+        options["query_offset"] = case.query_offset
+    if case.window is not None:
+        options["window"] = case.window
+
+    def call() -> Any:
+        return fastattn.attention(query, key, value, **options)
+
+    return Prepared(call, _as_it_is, f"attention({', '.join(options)})")
+
+
+def _packed(case: Case, inputs: Inputs) -> Prepared:
+    """Lay the sequences one behind the other; ask for all at once, or for one after the other."""
+    ends = np.cumsum(case.lengths)
+    starts = np.array([0, *ends], np.int32)
+    query, key, value = (
+        np.concatenate([x[i, :, :n].swapaxes(0, 1) for i, n in enumerate(case.lengths)])
+        for x in inputs[:3]
+    )
+
+    def together() -> Any:
+        return fastattn.varlen_attention(
+            query, key, value, starts, starts, is_causal=case.is_causal
+        )
+
+    sequences = [
+        tuple(x[begin:end].swapaxes(0, 1) for x in (query, key, value))
+        for begin, end in itertools.pairwise(starts)
+    ]
+
+    def one_by_one() -> list[Array]:
+        return [fastattn.attention(*each, is_causal=case.is_causal) for each in sequences]
+
+    def padded(out: Array | list[Array]) -> Array:
+        if isinstance(out, list):
+            parts = out
+        else:
+            parts = [x.swapaxes(0, 1) for x in np.split(out, ends[:-1])]
+        whole = np.zeros(case.output_shape, query.dtype)
+        for i, part in enumerate(parts):
+            whole[i, :, : part.shape[1]] = part
+        return whole
+
+    if case.call == "varlen":
+        return Prepared(together, padded, "varlen_attention")
+    return Prepared(one_by_one, padded, f"attention, {len(sequences)} calls")
+
+
+def _cache(case: Case, inputs: Inputs) -> Prepared:
+    query, key, value, _ = inputs
+    cache = _new_cache(case)
+    cache.append(key, value)
+    return Prepared(lambda: cache.attend(query), _as_it_is, _named("KVCache.attend", case))
+
+
+def _append(case: Case, inputs: Inputs) -> Prepared:
+    """Append the last token, and take it back: the cache is the same for each call."""
+    query, key, value, _ = inputs
+    cache = _new_cache(case)
+    cache.append(key[:, :, :-1], value[:, :, :-1])
+    new = key[:, :, -1:], value[:, :, -1:]
+    before = np.full(case.batch, case.kv_len - 1)
+
+    def call() -> None:
+        cache.append(*new)
+        cache.truncate(before)
+
+    def attended(_: None) -> Any:
+        cache.append(*new)
+        out = cache.attend(query)
+        cache.truncate(before)
+        return out
+
+    return Prepared(call, attended, _named("KVCache.append, truncate", case))
+
+
+def _pages(case: Case, inputs: Inputs) -> Prepared:
+    """Put what is shared into the cache once, and let the sequences begin with it."""
+    query, key, value, _ = inputs
+    cache = fastattn.PagedKVCache(key.shape[1], case.head_dim, dtype=_cache_dtype(case))
+    prefix = None
+    if case.shared:
+        prefix = cache.add()
+        common = (x[:1, :, : case.shared] for x in (key, value))
+        cache.append(*common, sequences=[prefix])
+    sequences = [cache.add(prefix) for _ in range(case.batch)]
+    cache.append(key[:, :, case.shared :], value[:, :, case.shared :], sequences=sequences)
+
+    def call() -> Any:
+        return cache.attend(query, sequences=sequences)
+
+    return Prepared(call, _as_it_is, _named("PagedKVCache.attend", case))
+
+
+def _new_cache(case: Case) -> "fastattn.KVCache":
+    kv_heads = case.kv_heads or case.q_heads
+    return fastattn.KVCache(
+        case.batch, kv_heads, case.head_dim, capacity=case.kv_len, dtype=_cache_dtype(case)
+    )
+
+
+def _cache_dtype(case: Case) -> Any:
+    return numpy_dtype(case.cache_dtype or case.dtype)
+
+
+def _named(how: str, case: Case) -> str:
+    return f"{how} ({case.cache_dtype or case.dtype})"
+
+
+def _as_it_is(out: Array) -> Array:
+    return out
+
+
+CALLS: dict[str, Callable[[Case, Inputs], Prepared]] = {
+    "attention": _attention,
+    "kv_lengths": _attention,
+    "varlen": _packed,
+    "one by one": _packed,
+    "cache": _cache,
+    "append": _append,
+    "pages": _pages,
+}

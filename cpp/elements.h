@@ -28,6 +28,11 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+template <class Element>
+constexpr bool kIsBFloat16 = false;
+template <>
+constexpr bool kIsBFloat16<BFloat16> = true;
+
 inline bool hides(Bool x) { return x.byte == 0; }
 inline bool hides(float x) { return x == -kInfinity<float>; }
 inline bool hides(double x) { return x == -kInfinity<double>; }
@@ -83,11 +88,12 @@ T added(Float16 x) {
 template <class T>
 constexpr Dtype kDtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
 
-// Brings a row to the second-level cache, to be read or (Write = 1) written.
-template <int Write = 0, class Element>
+// Brings a row near, to be read or (Write = 1) written: 3 to the first-level cache, 2 to the
+// second.
+template <int Write = 0, int Near = 2, class Element>
 void prefetch(const Element* row, int64_t count) {
     constexpr int64_t line = 64 / sizeof(Element);
-    for (int64_t i = 0; i < count; i += line) __builtin_prefetch(row + i, Write, 2);
+    for (int64_t i = 0; i < count; i += line) __builtin_prefetch(row + i, Write, Near);
 }
 
 // visit(pointer to the element type); the pointer is null.
@@ -136,15 +142,13 @@ inline Vec<float> load(const Float16* from) {
 inline Vec<float> load(const BFloat16* from) {
     isa::HalfBits bits;
     __builtin_memcpy(&bits, from, sizeof bits);
-    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
-    return Vec<float>::Native(__builtin_convertvector(bits, Bits) << 16);
+    return isa::from_bfloat16(bits);
 }
 
 inline Vec<float> load(const Int8* from) {
-    typedef int8_t Numbers __attribute__((vector_size(kVectorBytes / 4)));
-    Numbers numbers;
+    isa::Int8s numbers;
     __builtin_memcpy(&numbers, from, sizeof numbers);
-    return __builtin_convertvector(numbers, Vec<float>::Native);
+    return isa::from_int8(numbers);
 }
 
 // To the nearest, and to the even one of two.
@@ -172,8 +176,7 @@ inline void store_pairs(const BFloat16* first, const BFloat16* second, int64_t c
         isa::HalfBits low, high;
         __builtin_memcpy(&low, first + d, sizeof low);
         __builtin_memcpy(&high, second + d, sizeof high);
-        const Pairs pairs =
-            __builtin_convertvector(low, Pairs) | __builtin_convertvector(high, Pairs) << 16;
+        const Pairs pairs = Pairs(isa::from_bfloat16(high)) | Pairs(isa::from_bfloat16(low)) >> 16;
         __builtin_memcpy(to + 2 * d, &pairs, sizeof pairs);
     }
     for (; d < columns; ++d) {

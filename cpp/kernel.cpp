@@ -19,6 +19,7 @@
 #include "kernel.h"
 
 #include "elements.h"
+#include "kernel_factors.h"
 #include "kernel_few.h"
 #include "kernel_parts.h"
 #include "kernel_scores.h"
@@ -32,27 +33,6 @@ namespace {
 constexpr int64_t kGroup = 64 * kKeyTile;  // keys
 constexpr int64_t kDepth = 512;
 static_assert(kPageKeys % kKeyTile == 0);
-
-// What the products are taken of, k by k: numbers, or pairs of bfloat16. a: the memory of one, of
-// which a is an array of elements; b: vectors of them, in memory of T.
-template <class T, bool InPairs>
-struct Factor {
-    using Element = T;
-    using Vector = Vec<T>;
-    static constexpr int64_t size = 1;  // in elements
-    static Vector everywhere(const T* a) { return *a; }
-};
-template <>
-struct Factor<float, true> {
-    using Element = BFloat16;
-    using Vector = Pairs;
-    static constexpr int64_t size = 2;
-    static Vector everywhere(const BFloat16* a) {
-        uint32_t pair;
-        __builtin_memcpy(&pair, a, sizeof pair);
-        return pair - Pairs{};
-    }
-};
 
 // For c in [First, Last), sum[r][c] += over k < depth: a[r * a_row + k * a_step] * b[k][c], a row
 // of b being Columns vectors.
@@ -106,7 +86,9 @@ struct Shared {
     T* staging;  // (kKeyTile, value_head_dim or lanes) rows of a mask, or values to use instead
     T* key;      // (kKeyTile, head_dim) and
     T* value;    // (kKeyTile, value_head_dim): of a narrower type, widened; or values, in pairs
-    int64_t tile = -1;  // that key and value are those of
+    int64_t key_tile = -1, value_tile = -1;          // that they are those of
+    bool few_queries = false;                        // reading keys takes longer than their use
+    int64_t fetched_values = -1, fetched_keys = -1;  // the tile that they were fetched for
 };
 
 // Whether the products are those of pairs: not for an odd head_dim, whose last would be half one.
@@ -200,8 +182,8 @@ class Panel {
             close_group();
             group = tile / kGroup;
         }
-        find_operands(tile);
-        attend(keys, seen, keys.begin - tile);
+        find_keys(tile);
+        attend(keys, seen, tile);
     }
 
     // parts: null, or where those of the panel's rows go, instead of the result.
@@ -259,16 +241,37 @@ class Panel {
         return block.query_dtype == kDtype<T> ? count : (count + 1) / 2;
     }
 
-    // Keys and values are read where they lie, or else prepared once for all panels.
-    void find_operands(int64_t tile) {
-        const int64_t left = block.kv_len - tile;
-        const int64_t keys = left < kKeyTile ? left : kKeyTile;
+    // Keys are read where they lie, or else prepared once for all panels.
+    void find_keys(int64_t tile) {
         if constexpr (InPairs) {
             tile_key = row_of<BFloat16>(block, block.key, tile), key_stride = block.key.stride;
+        } else {
+            with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
+                const From* const key = row_of<From>(block, block.key, tile);
+                if constexpr (sizeof(From) == sizeof(T)) {
+                    tile_key = key, key_stride = block.key.stride;
+                } else {
+                    tile_key = shared->key, key_stride = head_dim;
+                    if (shared->key_tile == tile) return;
+                    shared->key_tile = tile;
+                    const int64_t keys = keys_of(tile);
+                    widen(key, block.key.stride, keys, head_dim, shared->key);
+                    if constexpr (sizeof(From) == 1) {
+                        multiply_rows(block.key_scale, tile, keys, head_dim, shared->key);
+                    }
+                }
+            });
+        }
+    }
+
+    // Likewise values.
+    void find_values(int64_t tile) {
+        const int64_t keys = keys_of(tile);
+        if constexpr (InPairs) {
             tile_value = reinterpret_cast<const BFloat16*>(shared->value);
             value_stride = value_head_dim;
-            if (shared->tile == tile) return;
-            shared->tile = tile;
+            if (shared->value_tile == tile) return;
+            shared->value_tile = tile;
             const auto* value = row_of<BFloat16>(block, block.value, tile);
             auto* to = reinterpret_cast<BFloat16*>(shared->value);
             for (int64_t j = 0; j < keys; j += 2, to += 2 * value_head_dim) {
@@ -278,25 +281,33 @@ class Panel {
             }
         } else {
             with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
-                const auto* key = row_of<From>(block, block.key, tile);
-                const auto* value = row_of<From>(block, block.value, tile);
+                const From* const value = row_of<From>(block, block.value, tile);
                 if constexpr (sizeof(From) == sizeof(T)) {
-                    tile_key = key, key_stride = block.key.stride;
                     tile_value = value, value_stride = block.value.stride;
                 } else {
-                    tile_key = shared->key, key_stride = head_dim;
                     tile_value = shared->value, value_stride = value_head_dim;
-                    if (shared->tile == tile) return;
-                    shared->tile = tile;
-                    widen(key, block.key.stride, keys, head_dim, shared->key);
+                    if (shared->value_tile == tile) return;
+                    shared->value_tile = tile;
                     widen(value, block.value.stride, keys, value_head_dim, shared->value);
                     if constexpr (sizeof(From) == 1) {
-                        multiply_rows(block.key_scale, tile, keys, head_dim, shared->key);
                         multiply_rows(block.value_scale, tile, keys, value_head_dim, shared->value);
                     }
                 }
             });
         }
+    }
+
+    int64_t keys_of(int64_t tile) const {
+        return block.kv_len - tile < kKeyTile ? block.kv_len - tile : kKeyTile;
+    }
+
+    // Some rows of keys or values, to be near when they are read.
+    void fetch(const KeyRows& rows, int64_t begin, int64_t end, int64_t columns) const {
+        if (begin >= end) return;
+        with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
+            const From* row = row_of<From>(block, rows, begin);
+            for (; begin < end; ++begin, row += rows.stride) fastattn::prefetch(row, columns);
+        });
     }
 
     // By the scales of quantized keys or values.
@@ -373,13 +384,16 @@ class Panel {
         return too_large;
     }
 
-    // first: where the keys begin in the tile.
-    void attend(Span keys, Seen seen, int64_t first) {
-        const Element* value = tile_value + first * value_stride;
-        int64_t stride = value_stride;
+    void attend(Span keys, Seen seen, int64_t tile) {
         passes.find_cuts(keys, cuts);
         passes.prefetch(keys);
-        compute_scores(tile_key + first * key_stride);
+        const bool fetch_values = shared->few_queries && shared->fetched_values != tile;
+        const bool fetch_keys = shared->few_queries && shared->fetched_keys != tile;
+        shared->fetched_values = shared->fetched_keys = tile;
+        compute_scores(tile_key + (keys.begin - tile) * key_stride, fetch_values ? &keys : nullptr);
+        find_values(tile);
+        const Element* value = tile_value + (keys.begin - tile) * value_stride;
+        int64_t stride = value_stride;
         const bool plain = seen == Seen::kAll;
         if (InPairs && plain) {
             for (int c = 0; c < Columns; ++c) tile_max[c] = score_scale[c] * tile_max[c];
@@ -399,7 +413,12 @@ class Panel {
             softmax<false>(keys);
         }
         const bool whole = cuts[Columns - 1] == 0 && cuts[Columns] == keys.size();
+        const Span next = fetch_keys ? passes.span(tile + kKeyTile) : Span{0, 0};
         in_steps<micro_rows(Columns)>(0, value_head_dim, [&]<int Rows>(int64_t d) {
+            if (next.size() > 0) {
+                fetch(block.key, next.begin + next.size() * d / value_head_dim,
+                      next.begin + next.size() * (d + Rows) / value_head_dim, head_dim);
+            }
             if (whole) {
                 V sum[Rows][Columns] = {};
                 multiply_values<0, Columns>(d, value, stride, 0, keys.size(), sum);
@@ -443,13 +462,18 @@ class Panel {
         add_to_acc(d, sum);
     }
 
-    void compute_scores(const Element* key) {
+    // to_fetch: keys whose values are to be brought near meanwhile; null: none.
+    void compute_scores(const Element* key, const Span* to_fetch) {
         for (int64_t d = 0; d < head_dim; d += kDepth) {
             const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
             V largest[Columns];
             for (int c = 0; c < Columns; ++c) largest[c] = -kInfinity<T>;
             between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
                 in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
+                    if (to_fetch != nullptr && d == 0) {
+                        fetch(block.value, to_fetch->begin + j, to_fetch->begin + j + Rows,
+                              value_head_dim);
+                    }
                     V sum[Rows][Columns] = {};
                     multiply<First, Last, InPairs>(key + j * key_stride + d, key_stride,
                                                    Operand::size, query + d / Operand::size * width,
@@ -745,7 +769,7 @@ size_t scratch_bytes(const Block& block) {
 
 // use(full panels, last panel)
 template <class T, bool InPairs, class Use>
-void with_panels(const Block& block, const Use& use) {
+void with_panels(const Block& block, bool few_queries, const Use& use) {
     using Full = Panel<T, InPairs, kColumns>;
     static_assert(sizeof(Full) == sizeof(Panel<T, false, kColumns>));
     const Cut<T> cut(block);
@@ -756,6 +780,7 @@ void with_panels(const Block& block, const Use& use) {
     shared.staging = shared.scores + cut.score_elements;
     shared.key = shared.staging + cut.staging_elements;
     shared.value = shared.key + cut.key_elements;
+    shared.few_queries = few_queries;
     scratch = shared.value + cut.value_elements;
     for (int i = 0; i < cut.full; ++i, scratch += Full::scratch_elements(block)) {
         new (panels + i) Full(block, i * Cut<T>::panel_rows, Cut<T>::panel_rows, scratch, &shared);
@@ -772,7 +797,7 @@ void with_panels(const Block& block, const Use& use) {
 
 template <class T, bool InPairs>
 void attend_panels(const Block& block, void* parts) {
-    with_panels<T, InPairs>(block, [&](const auto& each_panel) {
+    with_panels<T, InPairs>(block, parts != nullptr, [&](const auto& each_panel) {
         int64_t begin = block.kv_len, end = 0;
         each_panel([&](auto& panel) {
             if (panel.begin() < begin) begin = panel.begin();
@@ -797,7 +822,7 @@ void attend(const Block& block, void* parts) {
 
 template <class T>
 void count_tiles(const Block& block, TileCounts& counts) {
-    with_panels<T, false>(block, [&](const auto& each_panel) {
+    with_panels<T, false>(block, false, [&](const auto& each_panel) {
         each_panel([&](const auto& panel) { panel.count(counts); });
     });
 }

@@ -10,6 +10,7 @@
 
 #include "elements.h"
 #include "kernel.h"
+#include "kernel_factors.h"
 #include "kernel_parts.h"
 #include "kernel_scores.h"
 #include "vec.h"
@@ -17,14 +18,19 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kChunk = 64;  // keys between two looks at the maximum
+constexpr int64_t kChunk = 32;  // keys between two looks at the maximum
 constexpr int kFewRows = 8;     // beyond, the tiled form is faster
 
 // All rows of a block against the keys of one stretch, in parts.
-template <class T, class Element>
+//
+// In pairs (kernel_factors.h), the query is bfloat16, and so is what becomes of keys, probabilities
+// and values; the scale goes to the scores.
+template <class T, class Element, bool InPairs>
 class Stretch {
     using V = Vec<T>;
+    using Vector = typename Factor<T, InPairs>::Vector;
     static constexpr int lanes = V::lanes;
+    static constexpr int step = lanes * Factor<T, InPairs>::size;  // elements of a Vector
     static constexpr bool quantized = sizeof(Element) == 1;
 
     const Block& block;
@@ -35,7 +41,7 @@ class Stretch {
     int64_t next_keys;
 
     // In scratch.
-    T* const query;        // (rows, query_pitch) scaled, padded with zeros
+    T* const query;        // (rows, query_pitch) scaled, padded with zeros; or pairs
     T* const scores;       // (rows, kChunk) S, then P
     T* const rescale;      // (rows)
     T* const score_scale;  // (rows) what load_query() left out of the query
@@ -126,20 +132,26 @@ class Stretch {
             for (int64_t r = 0; r < rows; ++r) {
                 const auto* const from = static_cast<const Q*>(block.rows[r].query);
                 T* const to = query + r * query_pitch;
+                score_scale[r] = T(1);
+                if constexpr (InPairs) {
+                    __builtin_memcpy(to, from, size_t(head_dim) * sizeof(Q));
+                    continue;
+                }
                 bool too_large = false;
                 for (int64_t d = 0; d < query_pitch; ++d) {
                     const T x = d < head_dim ? added<T>(from[d]) : T(0);
                     to[d] = scale * x;
                     too_large |= x - x == 0 && to[d] - to[d] != 0;
                 }
-                score_scale[r] = too_large ? scale : T(1);
-                for (int64_t d = 0; too_large && d < head_dim; ++d) to[d] = added<T>(from[d]);
+                if (!too_large) continue;
+                score_scale[r] = scale;
+                for (int64_t d = 0; d < head_dim; ++d) to[d] = added<T>(from[d]);
             }
         });
     }
 
     void attend_chunk(Span keys) {
-        const bool whole = head_dim % lanes == 0;
+        const bool whole = InPairs || head_dim % lanes == 0;
         in_row_groups([&]<int Rows>(int64_t r) {
             if (whole) {
                 compute_scores<Rows, true>(r, keys.size());
@@ -153,8 +165,13 @@ class Stretch {
         const bool apart = any_hidden && set_nonfinite_apart(keys);
         for (int64_t r = 0; r < rows; ++r) softmax(r, keys.size());
         if constexpr (quantized) multiply_scores(block.value_scale, keys);
+        if constexpr (InPairs) pair_probabilities();
         in_row_groups([&]<int Rows>(int64_t r) {
-            if (apart) {
+            if constexpr (InPairs) {
+                const auto* const instead = reinterpret_cast<const Element*>(staging);
+                add_pairs<Rows>(r, apart ? instead : value,
+                                apart ? value_head_dim : block.value.stride, keys.size());
+            } else if (apart) {
                 add_values<Rows>(r, staging, parts.pitch, keys.size());
             } else {
                 add_values<Rows>(r, value, block.value.stride, keys.size());
@@ -175,6 +192,17 @@ class Stretch {
         }
     }
 
+    // In place: a row's pairs fill the first half of its memory.
+    void pair_probabilities() const {
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t j = 0; j < kChunk; j += 2 * lanes) {
+                const T* const s = scores + r * kChunk + j;
+                const Pairs pairs = adjacent_pairs(V::load(s), V::load(s + lanes));
+                __builtin_memcpy(scores + r * kChunk + j / 2, &pairs, sizeof pairs);
+            }
+        }
+    }
+
     // step<Rows>(r) for groups of at most 4 rows.
     template <class Step>
     void in_row_groups(const Step& step) const {
@@ -189,9 +217,10 @@ class Stretch {
     template <int Rows, bool Whole>  // Whole: vectors fill head_dim
     [[gnu::noinline]] void compute_scores(int64_t row, int64_t count) const {
         constexpr int keys = lanes / Rows;
+        [[maybe_unused]] const V scale = query_scale<T>(block);
         const T* const queries = query + row * query_pitch;
         for (int64_t j = 0; j < count; j += keys) {
-            if (row == 0) fetch(j, keys, count);
+            if (row == 0) fetch_values(j, keys, count);
             const Element* from[keys];
 #pragma GCC unroll 16
             for (int i = 0; i < keys; ++i) {
@@ -201,15 +230,17 @@ class Stretch {
 #pragma GCC unroll 16
             for (int i = 0; i < lanes; ++i) sum[i] = T(0);
             int64_t d = 0;
-            for (; d + lanes <= head_dim; d += lanes) {
-                V rows_query[Rows];
+            for (; d + step <= head_dim; d += step) {
+                Vector rows_query[Rows];
 #pragma GCC unroll 4
                 for (int r = 0; r < Rows; ++r) {
-                    rows_query[r] = V::load(queries + r * query_pitch + d);
+                    __builtin_memcpy(&rows_query[r],
+                                     queries + r * query_pitch + d / Factor<T, InPairs>::size,
+                                     sizeof(Vector));
                 }
 #pragma GCC unroll 16
                 for (int i = 0; i < keys; ++i) {
-                    const V k = load(from[i] + d);
+                    const Vector k = load_factor<T, InPairs>(from[i] + d);
 #pragma GCC unroll 4
                     for (int r = 0; r < Rows; ++r) {
                         sum[r * keys + i] = fma(rows_query[r], k, sum[r * keys + i]);
@@ -228,7 +259,9 @@ class Stretch {
                 }
             }
             T dots[lanes];
-            sums_across<T>(sum).store(dots);
+            V all = sums_across<T>(sum);
+            if constexpr (InPairs) all = scale * all;
+            all.store(dots);
             for (int r = 0; r < Rows; ++r) {
                 __builtin_memcpy(scores + (row + r) * kChunk + j, dots + r * keys,
                                  keys * sizeof(T));
@@ -236,12 +269,15 @@ class Stretch {
         }
     }
 
-    // The values of these keys, and as many keys of the next chunk.
-    void fetch(int64_t j, int64_t keys, int64_t count) const {
-        for (int64_t i = j; i < j + keys; ++i) {
-            if (i < count) prefetch(value + i * block.value.stride, value_head_dim);
-            if (i < next_keys) prefetch(next_key + i * block.key.stride, head_dim);
+    // The values of these keys, while their scores are computed, and keys of the next chunk, while
+    // values are read: so memory is busy all the time.
+    void fetch_values(int64_t j, int64_t keys, int64_t count) const {
+        for (int64_t i = j; i < j + keys && i < count; ++i) {
+            prefetch<0, 3>(value + i * block.value.stride, value_head_dim);
         }
+    }
+    void fetch_key(int64_t j) const {
+        if (j < next_keys) prefetch<0, 3>(next_key + j * block.key.stride, head_dim);
     }
 
     template <class From>
@@ -304,10 +340,12 @@ class Stretch {
         rescale[r] = exp2(V(parts.row_max(r) - offset)).v[0];
         V sums = T(0);
         for (int64_t j = 0; j < count; j += lanes) {
-            const V prob = exp2(V::load(s + j) - V(offset));
+            const V prob = exp2<InPairs>(V::load(s + j) - V(offset));
             sums = sums + prob;
             prob.store(s + j);
         }
+        for (int64_t j = (count + lanes - 1) / lanes * lanes; InPairs && j < kChunk; ++j)
+            s[j] = T(0);
         const T sum = sum_across(sums);
         parts.row_max(r) = largest;
         parts.row_sum(r) = fma(V(parts.row_sum(r)), V(rescale[r]), V(sum)).v[0];
@@ -329,7 +367,12 @@ class Stretch {
             for (int64_t d = 0; d < value_head_dim; ++d) {
                 const T x = added<T>(value[j * block.value.stride + d]);
                 const bool finite = x - x == 0;
-                staging[j * parts.pitch + d] = finite ? x : T(0);
+                if constexpr (InPairs) {
+                    const Element kept = finite ? value[j * block.value.stride + d] : Element{};
+                    reinterpret_cast<Element*>(staging)[j * value_head_dim + d] = kept;
+                } else {
+                    staging[j * parts.pitch + d] = finite ? x : T(0);
+                }
                 for (int64_t r = 0; r < rows && !finite; ++r) {
                     if (scores[r * kChunk + j] != -kInfinity<T>) parts.acc(r)[d] += x;
                 }
@@ -340,13 +383,79 @@ class Stretch {
 
     template <int Rows, class From>
     void add_values(int64_t row, const From* from, int64_t stride, int64_t count) const {
-        constexpr int most = Rows == 1 ? 8 : 4;
+        constexpr int most = Rows <= 2 ? 8 : 4;
+        if constexpr (Rows == 4) {  // whole rows of values, so that memory is read in order
+            if (rows == Rows && value_head_dim % (8 * lanes) == 0) {
+                add_values<2>(row, from, stride, count);
+                return add_values<2>(row + 2, from, stride, count);
+            }
+        }
         int64_t d = 0;
         for (; d + most * lanes <= value_head_dim; d += most * lanes) {
             add_columns<Rows, most>(row, d, from, stride, count);
         }
         for (; d < value_head_dim; d += lanes) {
             add_columns<Rows, 1>(row, d, from, stride, count);
+        }
+    }
+
+    // The values of two keys at a time, whose elements are paired in registers.
+    template <int Rows>
+    void add_pairs(int64_t row, const Element* from, int64_t stride, int64_t count) const {
+        constexpr int most = Rows <= 2 ? 4 : 2;  // of a vector for the low halves, one for the high
+        if constexpr (Rows == 4) {               // as in add_values()
+            if (rows == Rows && value_head_dim % (4 * step) == 0) {
+                add_pairs<2>(row, from, stride, count);
+                return add_pairs<2>(row + 2, from, stride, count);
+            }
+        }
+        int64_t d = 0;
+        for (; d + most * step <= value_head_dim; d += most * step) {
+            add_paired_columns<Rows, most>(row, d, from, stride, count);
+        }
+        for (; d < value_head_dim; d += step) {
+            add_paired_columns<Rows, 1>(row, d, from, stride, count);
+        }
+    }
+
+    template <int Rows, int Columns>
+    [[gnu::always_inline]] void add_paired_columns(int64_t row, int64_t d, const Element* from,
+                                                   int64_t stride, int64_t count) const {
+        V sum[Rows][2 * Columns] = {};
+        for (int64_t j = 0; j < count; j += 2) {
+            if (row == 0 && d == 0) {
+                fetch_key(j);
+                fetch_key(j + 1);
+            }
+            // Of an odd count, the last probability is 0, and any value will do.
+            const Element* const first = from + j * stride + d;
+            const Element* const second = j + 1 < count ? first + stride : first;
+            Pairs column[2 * Columns];
+#pragma GCC unroll 4
+            for (int c = 0; c < Columns; ++c) {
+                pair_rows(load_factor<T, true>(first + c * step),
+                          load_factor<T, true>(second + c * step), column[2 * c],
+                          column[2 * c + 1]);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < Rows; ++r) {
+                uint32_t pair;
+                __builtin_memcpy(&pair, scores + (row + r) * kChunk + j / 2, sizeof pair);
+                const Pairs prob = pair - Pairs{};
+#pragma GCC unroll 8
+                for (int c = 0; c < 2 * Columns; ++c) sum[r][c] = fma(prob, column[c], sum[r][c]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+            for (int c = 0; c < Columns; ++c) {
+                in_order(sum[r][2 * c], sum[r][2 * c + 1]);
+                for (int half = 0; half < 2; ++half) {
+                    T* const out = parts.acc(row + r) + d + c * step + half * lanes;
+                    fma(V::load(out), V(rescale[row + r]), sum[r][2 * c + half]).store(out);
+                }
+            }
         }
     }
 
@@ -357,6 +466,7 @@ class Stretch {
         const bool whole = d + Columns * lanes <= value_head_dim;
         V sum[Rows][Columns] = {};
         for (int64_t j = 0; j < count; ++j) {
+            if (row == 0 && d == 0) fetch_key(j);
             V column[Columns];
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) {
@@ -383,13 +493,22 @@ class Stretch {
 
 template <class T>
 void attend_few(const Block& block, void* parts) {
-    with_key<T>(block.kv_dtype,
-                [&]<class Element>(const Element*) { Stretch<T, Element>(block, parts).attend(); });
+    with_key<T>(block.kv_dtype, [&]<class Element>(const Element*) {
+        constexpr bool narrow = sizeof(Element) == 1 || kIsBFloat16<Element>;
+        if constexpr (kMultipliesPairs && narrow) {
+            constexpr int64_t step = 2 * Vec<T>::lanes;
+            if (block.query_dtype == Dtype::kBFloat16 && block.head_dim % step == 0 &&
+                block.value_head_dim % step == 0) {
+                return Stretch<T, Element, true>(block, parts).attend();
+            }
+        }
+        Stretch<T, Element, false>(block, parts).attend();
+    });
 }
 
 template <class T>
 size_t few_scratch_bytes(const Block& block) {
-    return Stretch<T, T>::scratch_bytes(block);
+    return Stretch<T, T, false>::scratch_bytes(block);
 }
 
 }  // namespace

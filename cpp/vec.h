@@ -108,9 +108,20 @@ typedef uint32_t Pairs __attribute__((vector_size(kVectorBytes)));
 constexpr bool kMultipliesPairs = true;
 // sum + a.first * b.first + a.second * b.second; subnormal numbers count as 0.
 inline Vec<float> fma(Pairs a, Pairs b, Vec<float> sum) { return isa::add_dot(a, b, sum.v); }
+// Lane i: a pair of first[i] and second[i].
 inline Pairs to_pairs(Vec<float> first, Vec<float> second) {
     return isa::to_pairs(first.v, second.v);
 }
+// Pairs of neighbours: of low[0] and low[1], and so on, to those of high.
+inline Pairs adjacent_pairs(Vec<float> low, Vec<float> high) {
+    return isa::adjacent_pairs(low.v, high.v);
+}
+// Pairs of an element of `first` and the one of `second` in the same place. The sums that come of
+// them are brought into the order of the elements by in_order().
+inline void pair_rows(Pairs first, Pairs second, Pairs& a, Pairs& b) {
+    isa::pair_rows(first, second, a, b);
+}
+inline void in_order(Vec<float>& a, Vec<float>& b) { isa::in_order(a.v, b.v); }
 #else
 constexpr bool kMultipliesPairs = false;
 #endif

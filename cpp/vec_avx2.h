@@ -54,6 +54,13 @@ inline __m256d times_power_of_two(__m256d p, __m256d n) {
 }
 
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+inline __m256 from_bfloat16(HalfBits x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16));
+}
+typedef int8_t Int8s __attribute__((vector_size(kVectorBytes / 4)));
+inline __m256 from_int8(Int8s x) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)x)));
+}
 inline __m256 from_float16(HalfBits x) { return _mm256_cvtph_ps((__m128i)x); }
 inline HalfBits to_float16(__m256 x) { return (HalfBits)_mm256_cvtps_ph(x, 8); }
 

@@ -40,6 +40,11 @@ inline __m512 times_power_of_two(__m512 p, __m512 n) { return _mm512_scalef_ps(p
 inline __m512d times_power_of_two(__m512d p, __m512d n) { return _mm512_scalef_pd(p, n); }
 
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+inline __m512 from_bfloat16(HalfBits x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16));
+}
+typedef int8_t Int8s __attribute__((vector_size(kVectorBytes / 4)));
+inline __m512 from_int8(Int8s x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x)); }
 inline __m512 from_float16(HalfBits x) { return _mm512_cvtph_ps((__m256i)x); }
 inline HalfBits to_float16(__m512 x) { return (HalfBits)_mm512_cvtps_ph(x, 8); }
 
@@ -48,13 +53,24 @@ typedef uint32_t Pairs __attribute__((vector_size(kVectorBytes)));
 inline __m512 add_dot(Pairs a, Pairs b, __m512 sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
+inline Pairs adjacent_pairs(__m512 low, __m512 high) {
+    return (Pairs)_mm512_cvtne2ps_pbh(high, low);
+}
 inline Pairs to_pairs(__m512 first, __m512 second) {
-    const __m512i order = _mm512_add_epi16(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-        _mm512_slli_epi32(
-            _mm512_set_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16), 16));
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    return (Pairs)_mm512_permutexvar_epi16(order, both);
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i high = _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16);
+    return (Pairs)_mm512_permutexvar_epi16(_mm512_or_si512(low, high),
+                                           (__m512i)adjacent_pairs(first, second));
+}
+inline void pair_rows(Pairs first, Pairs second, Pairs& a, Pairs& b) {
+    a = (Pairs)_mm512_unpacklo_epi16((__m512i)first, (__m512i)second);
+    b = (Pairs)_mm512_unpackhi_epi16((__m512i)first, (__m512i)second);
+}
+// Unpacking takes 4 pairs of each 16 bytes in turn.
+inline void in_order(__m512& a, __m512& b) {
+    const __m512 low = _mm512_shuffle_f32x4(a, b, 0x44), high = _mm512_shuffle_f32x4(a, b, 0xee);
+    a = _mm512_shuffle_f32x4(low, low, 0xd8);
+    b = _mm512_shuffle_f32x4(high, high, 0xd8);
 }
 #endif
 

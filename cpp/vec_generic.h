@@ -62,6 +62,12 @@ inline Double times_power_of_two(Double p, Double n) {
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 
+inline Float from_bfloat16(HalfBits half) {
+    return (Float)(__builtin_convertvector(half, Bits) << 16);
+}
+typedef int8_t Int8s __attribute__((vector_size(kVectorBytes / 4)));
+inline Float from_int8(Int8s x) { return __builtin_convertvector(x, Float); }
+
 // The product moves the exponent's bias, subnormals included; Inf and NaN get all exponent bits.
 inline Float from_float16(HalfBits half) {
     const Bits x = __builtin_convertvector(half, Bits);

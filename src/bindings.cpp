@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 
 #include "attention.h"
@@ -34,9 +35,13 @@ Dtype dtype_of(const py::array& array) {
             if (size == 4) return Dtype::kFloat32;
             if (size == 8) return Dtype::kFloat64;
             break;
-        case 'V':
-            if (dtype.attr("name").cast<std::string>() == "bfloat16") return Dtype::kBFloat16;
-            break;
+        case 'V': {
+            static std::atomic<int> bfloat16{-1};  // its number: a name takes long
+            if (dtype.num() == bfloat16) return Dtype::kBFloat16;
+            if (dtype.attr("name").cast<std::string>() != "bfloat16") break;
+            bfloat16 = dtype.num();
+            return Dtype::kBFloat16;
+        }
     }
     throw py::type_error("unsupported dtype " + py::str(dtype).cast<std::string>());
 }

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ndarray = np.ndarray
 FLOAT16, FLOAT32, FLOAT64 = map(np.dtype, (np.float16, np.float32, np.float64))
+float_dtypes = {FLOAT16, FLOAT32, FLOAT64}  # and bfloat16, once it was met: a name takes long
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 MASK_NAMES = ("bool", *FLOAT_NAMES)
 HALF_NAMES = FLOAT_NAMES[:2]
@@ -131,11 +132,11 @@ def options(
 
 def floats(name: str, x: Any) -> Array:
     """Return query, key or value as the core takes it: x itself if it can be read in place."""
-    if type(x) is ndarray and x.flags.carray:
-        dtype = x.dtype
-        if dtype is FLOAT32 or dtype is FLOAT64 or dtype is FLOAT16:
-            return x
+    if type(x) is ndarray and x.flags.carray and x.dtype in float_dtypes:
+        return x
     array = of_dtypes(name, x, FLOAT_NAMES)
+    if array.dtype.isnative:
+        float_dtypes.add(array.dtype)
     contiguous = array.shape[-1:] <= (1,) or array.strides[-1] == array.itemsize
     if contiguous and array.flags.aligned and array.dtype.isnative:
         return array

@@ -2,6 +2,8 @@
 //
 // The machine's limits, against which the benchmark measures: multiply-adds in registers, and
 // reading memory. Measured with the variant in use and all threads.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -50,11 +52,12 @@ double measure_fma(Dtype dtype, double seconds) {
 }
 
 double measure_read(int64_t bytes, int repeats) {
-    constexpr int64_t piece = 1 << 20;
+    constexpr int64_t piece = 8 << 20;
     const int64_t pieces = std::max<int64_t>(bytes / piece, 1);
     std::unique_ptr<char, decltype(&std::free)> data(
         static_cast<char*>(std::aligned_alloc(4096, size_t(pieces * piece))), &std::free);
     if (data == nullptr) throw std::bad_alloc();
+    madvise(data.get(), size_t(pieces * piece), MADV_HUGEPAGE);
     std::memset(data.get(), 0, size_t(pieces * piece));
     const int threads = int(std::min<int64_t>(pieces, get_num_threads()));
     const Kernel& variant = kernel();  // may throw, which must not happen below

@@ -36,6 +36,18 @@ def call(**arguments):
         assert not MEMORY.any()
 
 
+def varlen(**arguments):
+    """Call varlen_attention with some arguments replaced."""
+    arguments = {
+        "query": zeros(9, 4, 8),
+        "key": zeros(12, 2, 8),
+        "value": zeros(12, 2, 3),
+        "cu_seqlens_q": [0, 4, 9],
+        "cu_seqlens_kv": [0, 7, 12],
+    } | arguments
+    return fastattn.varlen_attention(**arguments)
+
+
 def sdpa(*operands, **options):
     return fastattn.scaled_dot_product_attention(*operands, **options)
 
@@ -239,6 +251,32 @@ OTHER_CASES = [
     (lambda: sdpa(QUERY, KEY, VALUE, is_causal=0), TypeError, "is_causal must be a bool, not int"),
     (lambda: sdpa([[1.0], [1.0, 2.0]], KEY, VALUE), TypeError, f"query must be an array of {FLOATS}: {ragged_error()}"),
     (lambda: sdpa(QUERY, KEY, VALUE, zeros(5, 6), enable_gqa=True), ValueError, BROADCAST.format("mask", (5, 6)).replace("mask", "attn_mask")),
+    (lambda: varlen(query=zeros(4, 8)), ValueError, "query must have 3 axes, (total, heads, head_dim), got query.shape=(4, 8)"),
+    (lambda: varlen(key=zeros(1, 12, 2, 8)), ValueError, "key must have 3 axes, (total, heads, head_dim), got key.shape=(1, 12, 2, 8)"),
+    (lambda: varlen(query=zeros(9, 4, 7)), ValueError, "query and key must have one head_dim, of 1 or more, got query.shape=(9, 4, 7), key.shape=(12, 2, 8), value.shape=(12, 2, 3)"),
+    (lambda: varlen(query=zeros(9, 4, 0), key=zeros(12, 2, 0)), ValueError, "query and key must have one head_dim, of 1 or more, got query.shape=(9, 4, 0), key.shape=(12, 2, 0), value.shape=(12, 2, 3)"),
+    (lambda: varlen(value=zeros(11, 2, 3)), ValueError, "key and value must have equal totals and heads, got query.shape=(9, 4, 8), key.shape=(12, 2, 8), value.shape=(11, 2, 3)"),
+    (lambda: varlen(query=zeros(9, 3, 8)), ValueError, "query's heads must be a multiple of key's, got query.shape=(9, 3, 8), key.shape=(12, 2, 8), value.shape=(12, 2, 3)"),
+    (lambda: varlen(key=zeros(12, 2, 8, dtype=float)), TypeError, "key must have the dtype of query, float32, not float64"),
+    (lambda: varlen(cu_seqlens_q=[0, 4, 10]), ValueError, "cu_seqlens_q must be within 0..9, the rows there are, got 0..10"),
+    (lambda: varlen(cu_seqlens_kv=[-1, 4, 10]), ValueError, "cu_seqlens_kv must be within 0..12, the rows there are, got -1..10"),
+    (lambda: varlen(cu_seqlens_kv=[0, 13]), ValueError, "cu_seqlens_kv must be within 0..12, the rows there are, got 0..13"),
+    (lambda: varlen(cu_seqlens_q=[0, 5, 4, 9]), ValueError, "cu_seqlens_q must ascend, got 5 before 4 at 1"),
+    (lambda: varlen(cu_seqlens_q=[0, 9]), ValueError, "cu_seqlens_q and cu_seqlens_kv must be equally long, got 2 and 3 entries"),
+    (lambda: varlen(cu_seqlens_q=[[0, 9]]), ValueError, "cu_seqlens_q must have shape (sequences + 1,), got cu_seqlens_q.shape=(1, 2)"),
+    (lambda: varlen(cu_seqlens_q=zeros(0, dtype=int)), ValueError, "cu_seqlens_q must have shape (sequences + 1,), got cu_seqlens_q.shape=(0,)"),
+    (lambda: varlen(cu_seqlens_q=4), ValueError, "cu_seqlens_q must have shape (sequences + 1,), got cu_seqlens_q.shape=()"),
+    (lambda: varlen(cu_seqlens_q=[0.0, 9.0]), TypeError, "cu_seqlens_q must be an array of integers, not float64"),
+    (lambda: varlen(cu_seqlens_kv="rows"), TypeError, "cu_seqlens_kv must be an array of integers, not str"),
+    (lambda: varlen(is_causal=True), ValueError, "query_offset must be given with is_causal if q_len differs from kv_len (0: the first query stands at the first key; kv_len - q_len: the last at the last), got q_len=4, kv_len=7 in sequence 0"),
+    (lambda: varlen(query_offset=[1, 2, 3]), ValueError, "query_offset must broadcast to the batch shape (2,), got query_offset.shape=(3,)"),
+    (lambda: varlen(kv_lengths=6), ValueError, "kv_lengths must be within 0..kv_len = 0..5 for sequence 1, got 6"),
+    (lambda: varlen(kv_lengths=8), ValueError, "kv_lengths must be within 0..kv_len = 0..7, got 8"),
+    (lambda: varlen(mask=zeros(12)), ValueError, "mask must broadcast to (batch, q_heads, q_len, kv_len) = (4, 9, 7), got mask.shape=(12,)"),
+    (lambda: varlen(bias=zeros(9, 7, dtype=int)), TypeError, "bias must be an array of float16, bfloat16, float32 or float64, not int64"),
+    (lambda: varlen(alibi_slopes=zeros(4), query_offset=0, sinks=zeros(2)), ValueError, "sinks must have shape (4,), got sinks.shape=(2,)"),
+    (lambda: varlen(return_lse=1), TypeError, "return_lse must be a bool, not int"),
+    (lambda: varlen(out=zeros(4, 9, 3)), ValueError, "out must have the shape of the result, (9, 4, 3), got out.shape=(4, 9, 3)"),
     (lambda: fastattn.attention_weights(QUERY, KEY[..., :3]), ValueError, "key has head_dim 3 but query has head_dim 8 (key.shape=(2, 2, 7, 3), query.shape=(2, 4, 5, 8))"),
     (lambda: fastattn.attention_weights(QUERY, None), TypeError, f"key must be an array of {FLOATS}, not NoneType"),
     (lambda: fastattn.attention_weights(QUERY, [[1.0], [1.0, 2.0]]), TypeError, f"key must be an array of {FLOATS}: {ragged_error()}"),

@@ -961,6 +961,26 @@ def test_few_queries_whose_parts_wait(dtype):
     attend_within_gate(query, key, value[..., :3])
 
 
+@pytest.mark.parametrize(
+    "dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda dtype: dtype.__name__
+)
+@pytest.mark.parametrize(("q_len", "heads"), [(1, 8), (2, 6), (16, 12)])
+def test_keys_that_a_batch_shares(q_len, heads, dtype):
+    """A prefix that the batch repeats is read once for all; each still gets what it gets alone."""
+    batch, kv_len = 21, 1100  # more rows than share a stretch
+    query = make_problem(q_len, 1, 64, heads=heads, batch=(batch,), dtype=dtype)[0]
+    _, key, value = make_problem(1, kv_len, 64, heads=2, dtype=dtype, mean=1)
+    options = {"kv_lengths": np.arange(batch) * 53, "window": (900, None), "query_offset": 0}
+    together = with_lse(query, key, value, **options)
+    for b in range(batch):
+        own = {**options, "kv_lengths": int(options["kv_lengths"][b])}
+        alone = with_lse(query[b : b + 1], key, value, **own)
+        assert_same_bits(tuple(x[b : b + 1] for x in together), alone)
+    assert_within_gate(
+        together, query, *(np.repeat(x[None], batch, 0) for x in (key, value)), **options
+    )
+
+
 # Half precision.
 
 

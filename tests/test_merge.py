@@ -55,6 +55,23 @@ def test_nothing_and_nothing_is_nothing(dtype):
 
 
 @both_dtypes
+def test_a_prefix_that_a_batch_shares(dtype):
+    """Its keys need no batch axis; what each sequence adds has one."""
+    query, own_key, own_value = make_problem(1, 40, 32, heads=8, kv_heads=2, batch=(5,), dtype=dtype)
+    _, key, value = make_problem(1, 1500, 32, heads=8, kv_heads=2, dtype=dtype, seed=1)
+    lengths = np.array([0, 3, 17, 39, 40])
+    sinks = np.linspace(-1, 1, 8)
+    prefix = attention(query, key, value, return_lse=True)
+    own = attention(query, own_key, own_value, kv_lengths=lengths, return_lse=True)
+    out, lse = merge(prefix, own, sinks=sinks)
+    whole = [
+        np.concatenate([np.broadcast_to(x, (5, *x.shape)), y], axis=-2)
+        for x, y in ((key, own_key), (value, own_value))
+    ]
+    assert_within_gate((out, lse), query, *whole, kv_lengths=1500 + lengths, sinks=sinks)
+
+
+@both_dtypes
 def test_rows_that_see_different_parts(dtype):
     query, key, value = make_problem(20, 300, heads=2, dtype=dtype)
     parts = [

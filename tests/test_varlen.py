@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed sequences: each is attended as if it were alone, to the bit, on every variant."""
 
-import re
-
 import numpy as np
 import pytest
 from conftest import DTYPES, HALVES, assert_same_bits
@@ -168,66 +166,3 @@ def test_it_needs_no_room_for_padding():
     out = varlen_attention(x, x, x, starts(lens), starts(lens), is_causal=True)
     tail = x[-4096:].swapaxes(0, 1)
     assert_same_bits(out[-4096:].swapaxes(0, 1), attention(tail, tail, tail, is_causal=True))
-
-
-Q, K, V, CU_Q, CU_KV = problem()
-BAD = {
-    "axes": ((Q[0], K, V, CU_Q, CU_KV), {}, "query must have 3 axes, (total, heads, head_dim), "),
-    "batch": ((Q, K[None], V, CU_Q, CU_KV), {}, "key must have 3 axes, (total, heads, head_dim), "),
-    "head_dim": ((Q[..., 1:], K, V, CU_Q, CU_KV), {}, "query and key must have one head_dim, of 1"),
-    "totals": ((Q, K, V[1:], CU_Q, CU_KV), {}, "key and value must have equal totals and heads"),
-    "heads": ((Q[:, :5], K, V, CU_Q, CU_KV), {}, "query's heads must be a multiple of key's, got"),
-    "beyond": (
-        (Q, K, V, CU_Q, CU_KV + 1),
-        {},
-        "cu_seqlens_kv must be within 0..1535, the rows there are, got 1..1536",
-    ),
-    "before": ((Q, K, V, CU_Q - 1, CU_KV), {}, "cu_seqlens_q must be within 0..102, the rows"),
-    "descending": (
-        (Q, K, V, [0, 5, 4, 20], [0, 1, 2, 3]),
-        {},
-        "cu_seqlens_q must ascend, got 5 before 4 at 1",
-    ),
-    "lengths": (
-        (Q, K, V, CU_Q[:-1], CU_KV),
-        {},
-        "cu_seqlens_q and cu_seqlens_kv must be equally long, got 8 and 9 entries",
-    ),
-    "shape": ((Q, K, V, CU_Q[None], CU_KV), {}, "cu_seqlens_q must have shape (sequences + 1,)"),
-    "empty": ((Q, K, V, CU_Q[:0].astype(int), CU_KV), {}, "cu_seqlens_q must have shape (sequenc"),
-    "unsaid offset": (
-        (Q, K, V, CU_Q, CU_KV),
-        {"is_causal": True},
-        "got q_len=3, kv_len=9 in sequence 0",
-    ),
-    "kv_lengths": (
-        (Q, K, V, CU_Q, CU_KV),
-        {"kv_lengths": 5},
-        "kv_lengths must be within 0..kv_len = 0..4 for sequence 1, got 5",
-    ),
-    "mask": (
-        (Q, K, V, CU_Q, CU_KV),
-        {"mask": MASK[..., 1:]},
-        "mask must broadcast to (batch, q_heads, q_len, kv_len) = (6, 102, 1300)",
-    ),
-    "out": ((Q, K, V, CU_Q, CU_KV), {"out": Q.copy()}, "out must have the shape of the result, "),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_what_is_refused(name):
-    operands, options, message = BAD[name]
-    with pytest.raises(ValueError, match=re.escape(message)):
-        varlen_attention(*operands, **options)
-
-
-@pytest.mark.parametrize(
-    ("cu_seqlens_q", "message"),
-    [
-        (np.array([0.0, 3.0]), "cu_seqlens_q must be an array of integers, not float64"),
-        ("rows", "cu_seqlens_q must be an array of integers, not str"),
-    ],
-)
-def test_what_is_no_array_of_integers(cu_seqlens_q, message):
-    with pytest.raises(TypeError, match=re.escape(message)):
-        varlen_attention(Q, K, V, cu_seqlens_q, CU_KV)

@@ -63,6 +63,9 @@ def _checks() -> Iterator[tuple[str, Callable[[], str]]]:
         calls = list(_calls(dtype))
         for isa in _core.supported_isas():
             yield f"{isa}, {np.dtype(dtype).name}", functools.partial(_accuracy, isa, calls)
+    for isa in _core.supported_isas():
+        yield f"{isa}, caches", functools.partial(_caches, isa)
+    yield "packed sequences", _packed
     yield "threads change no bit", _threads
     yield "a forked process", _fork
 
@@ -138,6 +141,45 @@ def _features(rng: np.random.Generator, sizes: tuple[int, ...], dtype: Any) -> d
         "softcap": {"softcap": 2.0},
         "window": {"window": (kv_len // 3, 2)},
     }
+
+
+def _caches(isa: str) -> str:
+    """Check that sequences which share pages are attended as arrays are, and int8 nearly so."""
+    _core.set_isa(isa)
+    rng = np.random.default_rng(3)
+    largest = 0.0
+    for dtype, held in ((np.float32, np.float32), (np.float16, np.float16), (np.float32, np.int8)):
+        query, key, value = _operands(rng, (8, 2, 1, 1300, 64, 40), dtype)
+        key[1, :, :900], value[1, :, :900] = key[0, :, :900], value[0, :, :900]
+        cache = fastattn.PagedKVCache(2, 64, dtype=held, value_head_dim=40)
+        first = cache.add()
+        cache.append(key[:1, :, :900], value[:1, :, :900])
+        cache.add(first)
+        cache.append(key[:, :, 900:], value[:, :, 900:])
+        result = cache.attend(query)
+        expected = fastattn.attention(query, key, value)
+        error = float(np.abs(result - expected).max())
+        if error > 0 and held is not np.int8:
+            raise AssertionError(f"{np.dtype(held).name}: pages differ from arrays by {error:.2g}")
+        largest = max(largest, error)
+    if largest > 0.02:
+        raise AssertionError(f"int8 differs from float32 by {largest:.2g}")
+    return f"as arrays; int8 to {largest:.1g}"
+
+
+def _packed() -> str:
+    """Check that packed sequences are attended as if each were alone."""
+    rng = np.random.default_rng(4)
+    lengths = (3, 200, 0, 17)
+    starts = np.cumsum([0, *lengths])
+    x = rng.standard_normal((starts[-1], 4, 32), np.float32)
+    result = fastattn.varlen_attention(x, x, x, starts, starts, is_causal=True)
+    for first, last in itertools.pairwise(starts):
+        alone = x[first:last].swapaxes(0, 1)
+        expected = fastattn.attention(alone, alone, alone, is_causal=True).swapaxes(0, 1)
+        if not np.array_equal(result[first:last], expected):
+            raise AssertionError(f"rows {first}..{last} differ from what they are alone")
+    return f"{len(lengths)} sequences"
 
 
 def _threads() -> str:

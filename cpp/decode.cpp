@@ -17,8 +17,7 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kStretch = 1024;         // keys; whole tiles
-constexpr int64_t kMostTogether = 128;     // rows that share a stretch
+constexpr int64_t kMostTogether = 64;      // rows that share a stretch
 constexpr size_t kCarriedBytes = 2 << 20;  // of what is merged so far
 constexpr size_t kWaitingBytes = 4 << 20;  // of parts to be merged
 constexpr int64_t kMostPieces = 1 << 16;   // in a list

@@ -66,6 +66,7 @@ struct Block {
 };
 
 constexpr size_t kScratchAlignment = 64;
+constexpr int64_t kStretch = 1024;  // keys of a part; whole tiles
 
 struct TileCounts {
     int64_t skipped, edge, computed;  // tiles

@@ -18,10 +18,12 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kChunk = 32;  // keys between two looks at the maximum
+constexpr int64_t kChunk = 32;  // keys that all rows use while they are near
 constexpr int kFewRows = 8;     // beyond, the tiled form is faster
+static_assert(kStretch <= 32 * kChunk);
 
-// All rows of a block against the keys of one stretch, in parts.
+// All rows of a block against the keys of one stretch, in parts: all scores, then the softmax, then
+// the values, so that memory is read in long pieces.
 //
 // In pairs (kernel_factors.h), the query is bfloat16, and so is what becomes of keys, probabilities
 // and values; the scale goes to the scores.
@@ -36,23 +38,24 @@ class Stretch {
     const Block& block;
     const int64_t rows, head_dim, value_head_dim, query_pitch;
     const Parts<T> parts;
-    const Element *key, *value;  // of the chunk
-    const Element* next_key;     // of the chunk to come, which has
-    int64_t next_keys;
+    int64_t base = 0, count = 0;       // the stretch's first key, in whole chunks, and its keys
+    uint32_t seen = 0, set_apart = 0;  // chunks that some row sees, that hold NaN or Inf
+    const Element *key, *value;        // of the chunk
+    const Element* ahead = nullptr;    // what is to be read after it:
+    int64_t ahead_rows = 0, ahead_stride = 0, ahead_columns = 0;
 
     // In scratch.
     T* const query;        // (rows, query_pitch) scaled, padded with zeros; or pairs
-    T* const scores;       // (rows, kChunk) S, then P
-    T* const rescale;      // (rows)
+    T* const scores;       // (rows, kStretch) S, then P
     T* const score_scale;  // (rows) what load_query() left out of the query
-    T* const
-        staging;  // (kChunk) of a mask or scales, or (kChunk, parts.pitch) of values to use instead
+    T* const staging;      // (kChunk) of a mask, (kStretch) scales, or (kChunk, parts.pitch) values
 
    public:
     static size_t scratch_bytes(const Block& block) {
-        const int64_t wide = Parts<T>::padded(block.value_head_dim > 0 ? block.value_head_dim : 1);
-        const int64_t elements = block.row_count * (Parts<T>::padded(block.head_dim) + kChunk) +
-                                 2 * Parts<T>::padded(block.row_count) + kChunk * wide;
+        const int64_t wide = kChunk * Parts<T>::padded(block.value_head_dim);
+        const int64_t elements = block.row_count * (Parts<T>::padded(block.head_dim) + kStretch) +
+                                 Parts<T>::padded(block.row_count) +
+                                 (wide > kStretch ? wide : kStretch);
         return size_t(elements) * sizeof(T);
     }
 
@@ -65,29 +68,78 @@ class Stretch {
           parts(block, memory),
           query(static_cast<T*>(block.scratch)),
           scores(query + rows * query_pitch),
-          rescale(scores + rows * kChunk),
-          score_scale(rescale + Parts<T>::padded(rows)),
+          score_scale(scores + rows * kStretch),
           staging(score_scale + Parts<T>::padded(rows)) {}
 
     void attend() {
         parts.clear();
         const Span all = keys_of_rows();
-        for (int64_t chunk = all.begin / kChunk * kChunk; chunk < all.end; chunk += kChunk) {
-            if (block.stop.requested(block.stop.context)) return;
-            const int64_t next = chunk + kChunk;
-            const Span keys = {chunk, next < all.end ? next : all.end};
-            if (!any_seen(keys)) continue;
-            if (query_is_missing) load_query();
-            key = row_of<Element>(block, block.key, chunk);
-            value = row_of<Element>(block, block.value, chunk);
-            next_keys = all.end - next < kChunk ? all.end - next : kChunk;
-            if (next_keys > 0) next_key = row_of<Element>(block, block.key, next);
-            attend_chunk(keys);
-        }
+        base = all.begin / kChunk * kChunk;
+        count = all.end - base;
+        each_chunk([&](Span keys, uint32_t bit) {
+            if (any_seen(keys)) seen |= bit;
+        });
+        if (seen == 0) return;
+        load_query();
+        each_chunk([&](Span keys, uint32_t bit) {
+            if ((seen & bit) == 0) return hide(keys);
+            key = row_of<Element>(block, block.key, keys.begin);
+            if (keys.end < all.end) {
+                look_ahead(block.key, {keys.end, all.end}, head_dim);
+            } else {
+                look_ahead(block.value, all, value_head_dim);
+            }
+            compute_scores(keys);
+            bool any_hidden = false;
+            for (int64_t r = 0; r < rows; ++r) any_hidden |= apply_passes(r, keys);
+            if (any_hidden && add_nonfinite(keys)) set_apart |= bit;
+        });
+        for (int64_t r = 0; r < rows; ++r) softmax(r);
+        if constexpr (quantized) multiply_scores(block.value_scale, {base, all.end});
+        if constexpr (InPairs) pair_probabilities();
+        each_chunk([&](Span keys, uint32_t bit) {
+            if ((seen & bit) == 0) return;
+            value = row_of<Element>(block, block.value, keys.begin);
+            look_ahead(block.value, {keys.end, all.end}, value_head_dim);
+            const bool apart = (set_apart & bit) != 0;
+            if (apart) stage_finite(keys);
+            in_row_groups([&]<int Rows>(int64_t r) { add_values<Rows>(r, keys, apart); });
+        });
     }
 
    private:
-    bool query_is_missing = true;
+    // step(keys, the chunk's bit), until the call is to stop.
+    template <class Step>
+    void each_chunk(const Step& step) const {
+        uint32_t bit = 1;
+        for (int64_t begin = base; begin < base + count; begin += kChunk, bit <<= 1) {
+            if (block.stop.requested(block.stop.context)) return;
+            const int64_t end = begin + kChunk;
+            step(Span{begin, end < base + count ? end : base + count}, bit);
+        }
+    }
+
+    // What is read next is fetched while a chunk is computed: so memory is busy all the time.
+    void look_ahead(const KeyRows& next, Span keys, int64_t columns) {
+        ahead_rows = keys.size() < kChunk ? keys.size() : kChunk;
+        if (ahead_rows <= 0) return;
+        ahead = row_of<Element>(block, next, keys.begin);
+        ahead_stride = next.stride;
+        ahead_columns = columns;
+    }
+    void fetch(int64_t j) const {
+        if (j < ahead_rows) prefetch<0, 3>(ahead + j * ahead_stride, ahead_columns);
+    }
+
+    T* scores_of(int64_t r, Span keys) const { return scores + r * kStretch + keys.begin - base; }
+
+    void hide(Span keys) const {
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t j = 0; j < kChunk; j += lanes) {
+                V(-kInfinity<T>).store(scores_of(r, keys) + j);
+            }
+        }
+    }
 
     Span keys_of_rows() const {
         Span all = {block.kv_len, 0};
@@ -125,8 +177,7 @@ class Stretch {
     }
 
     // As Panel::load_query(), row by row.
-    void load_query() {
-        query_is_missing = false;
+    void load_query() const {
         const T scale = query_scale<T>(block);
         with_query<T>(block.query_dtype, [&]<class Q>(const Q*) {
             for (int64_t r = 0; r < rows; ++r) {
@@ -150,42 +201,26 @@ class Stretch {
         });
     }
 
-    void attend_chunk(Span keys) {
+    void compute_scores(Span keys) const {
         const bool whole = InPairs || head_dim % lanes == 0;
         in_row_groups([&]<int Rows>(int64_t r) {
             if (whole) {
-                compute_scores<Rows, true>(r, keys.size());
+                compute_scores<Rows, true>(r, keys);
             } else {
-                compute_scores<Rows, false>(r, keys.size());
+                compute_scores<Rows, false>(r, keys);
             }
         });
         if constexpr (quantized) multiply_scores(block.key_scale, keys);
-        bool any_hidden = false;
-        for (int64_t r = 0; r < rows; ++r) any_hidden |= apply_passes(r, keys);
-        const bool apart = any_hidden && set_nonfinite_apart(keys);
-        for (int64_t r = 0; r < rows; ++r) softmax(r, keys.size());
-        if constexpr (quantized) multiply_scores(block.value_scale, keys);
-        if constexpr (InPairs) pair_probabilities();
-        in_row_groups([&]<int Rows>(int64_t r) {
-            if constexpr (InPairs) {
-                const auto* const instead = reinterpret_cast<const Element*>(staging);
-                add_pairs<Rows>(r, apart ? instead : value,
-                                apart ? value_head_dim : block.value.stride, keys.size());
-            } else if (apart) {
-                add_values<Rows>(r, staging, parts.pitch, keys.size());
-            } else {
-                add_values<Rows>(r, value, block.value.stride, keys.size());
-            }
-        });
     }
 
     // By the keys' scales; a 0 stays, whatever the scale.
     void multiply_scores(const KeyRows& scales, Span keys) const {
-        const float* const from = row_of<float>(block, scales, keys.begin);
-        for (int64_t j = 0; j < keys.size(); ++j) staging[j] = T(from[j * scales.stride]);
+        for (int64_t j = 0, page = keys.begin; page < keys.end; ++j, ++page) {
+            staging[j] = T(*row_of<float>(block, scales, page));
+        }
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t j = 0; j < keys.size(); j += lanes) {
-                T* const s = scores + r * kChunk + j;
+                T* const s = scores_of(r, keys) + j;
                 const V score = V::load(s), zero = T(0);
                 select<T>(score == zero, zero, score * V::load(staging + j)).store(s);
             }
@@ -195,10 +230,10 @@ class Stretch {
     // In place: a row's pairs fill the first half of its memory.
     void pair_probabilities() const {
         for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t j = 0; j < kChunk; j += 2 * lanes) {
-                const T* const s = scores + r * kChunk + j;
-                const Pairs pairs = adjacent_pairs(V::load(s), V::load(s + lanes));
-                __builtin_memcpy(scores + r * kChunk + j / 2, &pairs, sizeof pairs);
+            T* const s = scores + r * kStretch;
+            for (int64_t j = 0; j < count; j += 2 * lanes) {
+                const Pairs pairs = adjacent_pairs(V::load(s + j), V::load(s + j + lanes));
+                __builtin_memcpy(s + j / 2, &pairs, sizeof pairs);
             }
         }
     }
@@ -215,12 +250,13 @@ class Stretch {
 
     // Rows x (lanes / Rows) sums at a time.
     template <int Rows, bool Whole>  // Whole: vectors fill head_dim
-    [[gnu::noinline]] void compute_scores(int64_t row, int64_t count) const {
+    [[gnu::noinline]] void compute_scores(int64_t row, Span chunk) const {
         constexpr int keys = lanes / Rows;
+        const int64_t count = chunk.size();
         [[maybe_unused]] const V scale = query_scale<T>(block);
         const T* const queries = query + row * query_pitch;
         for (int64_t j = 0; j < count; j += keys) {
-            if (row == 0) fetch_values(j, keys, count);
+            for (int i = 0; row == 0 && i < keys; ++i) fetch(j + i);
             const Element* from[keys];
 #pragma GCC unroll 16
             for (int i = 0; i < keys; ++i) {
@@ -259,25 +295,13 @@ class Stretch {
                 }
             }
             T dots[lanes];
-            V all = sums_across<T>(sum);
-            if constexpr (InPairs) all = scale * all;
-            all.store(dots);
+            V products = sums_across<T>(sum);
+            if constexpr (InPairs) products = scale * products;
+            products.store(dots);
             for (int r = 0; r < Rows; ++r) {
-                __builtin_memcpy(scores + (row + r) * kChunk + j, dots + r * keys,
-                                 keys * sizeof(T));
+                __builtin_memcpy(scores_of(row + r, chunk) + j, dots + r * keys, keys * sizeof(T));
             }
         }
-    }
-
-    // The values of these keys, while their scores are computed, and keys of the next chunk, while
-    // values are read: so memory is busy all the time.
-    void fetch_values(int64_t j, int64_t keys, int64_t count) const {
-        for (int64_t i = j; i < j + keys && i < count; ++i) {
-            prefetch<0, 3>(value + i * block.value.stride, value_head_dim);
-        }
-    }
-    void fetch_key(int64_t j) const {
-        if (j < next_keys) prefetch<0, 3>(next_key + j * block.key.stride, head_dim);
     }
 
     template <class From>
@@ -294,7 +318,7 @@ class Stretch {
                              score_scale[r] != T(1);
         const bool inside = row.begin <= keys.begin && keys.end <= row.end;
         if (!changed && inside && !block.alibi && keys.size() % lanes == 0) return false;
-        T* const s = scores + r * kChunk;
+        T* const s = scores_of(r, keys);
         const V hidden = -kInfinity<T>;
         T first[lanes];
         for (int i = 0; i < lanes; ++i) first[i] = T(i);
@@ -330,32 +354,31 @@ class Stretch {
         for (int64_t j = 0; j < keys.size(); j += lanes) add_to_scores(s + j, V::load(staging + j));
     }
 
-    void softmax(int64_t r, int64_t count) const {
-        T* const s = scores + r * kChunk;
+    void softmax(int64_t r) const {
+        T* const s = scores + r * kStretch;
         V peaks = -kInfinity<T>;
         for (int64_t j = 0; j < count; j += lanes) peaks = max(V::load(s + j), peaks);
-        const T peak = largest_across(peaks);
-        const T largest = peak > parts.row_max(r) ? peak : parts.row_max(r);
-        const T offset = largest == -kInfinity<T> ? T(0) : largest;
-        rescale[r] = exp2(V(parts.row_max(r) - offset)).v[0];
+        const T largest = largest_across(peaks);
+        const V offset = largest == -kInfinity<T> ? T(0) : largest;
         V sums = T(0);
-        for (int64_t j = 0; j < count; j += lanes) {
-            const V prob = exp2<InPairs>(V::load(s + j) - V(offset));
+        int64_t j = 0;
+        for (; j < count; j += lanes) {
+            const V prob = exp2<InPairs>(V::load(s + j) - offset);
             sums = sums + prob;
             prob.store(s + j);
         }
-        for (int64_t j = (count + lanes - 1) / lanes * lanes; InPairs && j < kChunk; ++j)
-            s[j] = T(0);
-        const T sum = sum_across(sums);
+        if (InPairs && j % (2 * lanes) != 0) V(T(0)).store(s + j);
         parts.row_max(r) = largest;
-        parts.row_sum(r) = fma(V(parts.row_sum(r)), V(rescale[r]), V(sum)).v[0];
+        parts.row_sum(r) = sum_across(sums);
     }
 
-    // As Panel::set_nonfinite_apart().
-    bool set_nonfinite_apart(Span keys) const {
+    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it: if
+    // a chunk holds any, they are added to the rows that see them, here, and are left out later.
+    bool add_nonfinite(Span keys) const {
+        const Element* const values = row_of<Element>(block, block.value, keys.begin);
         bool found = false;
         for (int64_t j = 0; j < keys.size() && !found; ++j) {
-            const Element* const from = value + j * block.value.stride;
+            const Element* const from = values + j * block.value.stride;
             int64_t d = 0;
             typename V::Mask bad = {};
             for (; d + lanes <= value_head_dim; d += lanes) bad |= ~is_finite<T>(load(from + d));
@@ -365,67 +388,85 @@ class Stretch {
         if (!found) return false;
         for (int64_t j = 0; j < keys.size(); ++j) {
             for (int64_t d = 0; d < value_head_dim; ++d) {
-                const T x = added<T>(value[j * block.value.stride + d]);
-                const bool finite = x - x == 0;
-                if constexpr (InPairs) {
-                    const Element kept = finite ? value[j * block.value.stride + d] : Element{};
-                    reinterpret_cast<Element*>(staging)[j * value_head_dim + d] = kept;
-                } else {
-                    staging[j * parts.pitch + d] = finite ? x : T(0);
-                }
-                for (int64_t r = 0; r < rows && !finite; ++r) {
-                    if (scores[r * kChunk + j] != -kInfinity<T>) parts.acc(r)[d] += x;
+                const T x = added<T>(values[j * block.value.stride + d]);
+                if (x - x == 0) continue;
+                for (int64_t r = 0; r < rows; ++r) {
+                    if (scores_of(r, keys)[j] != -kInfinity<T>) parts.acc(r)[d] += x;
                 }
             }
         }
         return true;
     }
 
-    template <int Rows, class From>
-    void add_values(int64_t row, const From* from, int64_t stride, int64_t count) const {
-        constexpr int most = Rows <= 2 ? 8 : 4;
-        if constexpr (Rows == 4) {  // whole rows of values, so that memory is read in order
-            if (rows == Rows && value_head_dim % (8 * lanes) == 0) {
-                add_values<2>(row, from, stride, count);
-                return add_values<2>(row + 2, from, stride, count);
+    // The values to use instead: (kChunk, parts.pitch), or (kChunk, value_head_dim) Elements.
+    void stage_finite(Span keys) const {
+        for (int64_t j = 0; j < keys.size(); ++j) {
+            for (int64_t d = 0; d < value_head_dim; ++d) {
+                const Element from = value[j * block.value.stride + d];
+                const T x = added<T>(from);
+                const bool finite = x - x == 0;
+                if constexpr (InPairs) {
+                    reinterpret_cast<Element*>(staging)[j * value_head_dim + d] =
+                        finite ? from : Element{};
+                } else {
+                    staging[j * parts.pitch + d] = finite ? x : T(0);
+                }
             }
         }
+    }
+
+    // Of a chunk; staged: those of stage_finite().
+    template <int Rows>
+    void add_values(int64_t row, Span keys, bool staged) const {
+        const int64_t count = keys.size();
+        const T* const probs = scores_of(row, keys) - (InPairs ? (keys.begin - base) / 2 : 0);
+        if constexpr (InPairs) {
+            const auto* const instead = reinterpret_cast<const Element*>(staging);
+            add_pairs<Rows>(row, probs, staged ? instead : value,
+                            staged ? value_head_dim : block.value.stride, count);
+        } else if (staged) {
+            add_numbers<Rows>(row, probs, staging, parts.pitch, count);
+        } else {
+            add_numbers<Rows>(row, probs, value, block.value.stride, count);
+        }
+    }
+
+    template <int Rows, class From>
+    void add_numbers(int64_t row, const T* probs, const From* from, int64_t stride,
+                     int64_t count) const {
+        constexpr int most = Rows <= 2 ? 8 : 4;
         int64_t d = 0;
         for (; d + most * lanes <= value_head_dim; d += most * lanes) {
-            add_columns<Rows, most>(row, d, from, stride, count);
+            add_columns<Rows, most>(row, d, probs, from, stride, count);
         }
         for (; d < value_head_dim; d += lanes) {
-            add_columns<Rows, 1>(row, d, from, stride, count);
+            add_columns<Rows, 1>(row, d, probs, from, stride, count);
         }
     }
 
     // The values of two keys at a time, whose elements are paired in registers.
     template <int Rows>
-    void add_pairs(int64_t row, const Element* from, int64_t stride, int64_t count) const {
+    void add_pairs(int64_t row, const T* probs, const Element* from, int64_t stride,
+                   int64_t count) const {
         constexpr int most = Rows <= 2 ? 4 : 2;  // of a vector for the low halves, one for the high
-        if constexpr (Rows == 4) {               // as in add_values()
-            if (rows == Rows && value_head_dim % (4 * step) == 0) {
-                add_pairs<2>(row, from, stride, count);
-                return add_pairs<2>(row + 2, from, stride, count);
-            }
-        }
         int64_t d = 0;
         for (; d + most * step <= value_head_dim; d += most * step) {
-            add_paired_columns<Rows, most>(row, d, from, stride, count);
+            add_paired_columns<Rows, most>(row, d, probs, from, stride, count);
         }
         for (; d < value_head_dim; d += step) {
-            add_paired_columns<Rows, 1>(row, d, from, stride, count);
+            add_paired_columns<Rows, 1>(row, d, probs, from, stride, count);
         }
     }
 
     template <int Rows, int Columns>
-    [[gnu::always_inline]] void add_paired_columns(int64_t row, int64_t d, const Element* from,
-                                                   int64_t stride, int64_t count) const {
+    [[gnu::always_inline]] void add_paired_columns(int64_t row, int64_t d, const T* probs,
+                                                   const Element* from, int64_t stride,
+                                                   int64_t count) const {
         V sum[Rows][2 * Columns] = {};
         for (int64_t j = 0; j < count; j += 2) {
             if (row == 0 && d == 0) {
-                fetch_key(j);
-                fetch_key(j + 1);
+                fetch(j);
+                fetch(j + 1);
             }
             // Of an odd count, the last probability is 0, and any value will do.
             const Element* const first = from + j * stride + d;
@@ -440,7 +481,7 @@ class Stretch {
 #pragma GCC unroll 4
             for (int r = 0; r < Rows; ++r) {
                 uint32_t pair;
-                __builtin_memcpy(&pair, scores + (row + r) * kChunk + j / 2, sizeof pair);
+                __builtin_memcpy(&pair, probs + r * kStretch + j / 2, sizeof pair);
                 const Pairs prob = pair - Pairs{};
 #pragma GCC unroll 8
                 for (int c = 0; c < 2 * Columns; ++c) sum[r][c] = fma(prob, column[c], sum[r][c]);
@@ -453,20 +494,19 @@ class Stretch {
                 in_order(sum[r][2 * c], sum[r][2 * c + 1]);
                 for (int half = 0; half < 2; ++half) {
                     T* const out = parts.acc(row + r) + d + c * step + half * lanes;
-                    fma(V::load(out), V(rescale[row + r]), sum[r][2 * c + half]).store(out);
+                    (V::load(out) + sum[r][2 * c + half]).store(out);
                 }
             }
         }
     }
 
     template <int Rows, int Columns, class From>
-    [[gnu::always_inline]] void add_columns(int64_t row, int64_t d, const From* from,
-                                            int64_t stride, int64_t count) const {
-        const T* const probs = scores + row * kChunk;
+    [[gnu::always_inline]] void add_columns(int64_t row, int64_t d, const T* probs,
+                                            const From* from, int64_t stride, int64_t count) const {
         const bool whole = d + Columns * lanes <= value_head_dim;
         V sum[Rows][Columns] = {};
         for (int64_t j = 0; j < count; ++j) {
-            if (row == 0 && d == 0) fetch_key(j);
+            if (row == 0 && d == 0) fetch(j);
             V column[Columns];
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) {
@@ -475,7 +515,7 @@ class Stretch {
             }
 #pragma GCC unroll 4
             for (int r = 0; r < Rows; ++r) {
-                const V prob = probs[r * kChunk + j];
+                const V prob = probs[r * kStretch + j];
 #pragma GCC unroll 8
                 for (int c = 0; c < Columns; ++c) sum[r][c] = fma(prob, column[c], sum[r][c]);
             }
@@ -485,7 +525,7 @@ class Stretch {
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) {
                 T* const out = parts.acc(row + r) + d + c * lanes;
-                fma(V::load(out), V(rescale[row + r]), sum[r][c]).store(out);
+                (V::load(out) + sum[r][c]).store(out);
             }
         }
     }

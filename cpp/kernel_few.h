@@ -19,7 +19,7 @@ namespace fastattn {
 namespace {
 
 constexpr int64_t kChunk = 32;  // keys that all rows use while they are near
-constexpr int kFewRows = 8;     // beyond, the tiled form is faster
+constexpr int kFewRows = 16;    // beyond, the tiled form is faster
 static_assert(kStretch <= 32 * kChunk);
 
 // All rows of a block against the keys of one stretch, in parts: all scores, then the softmax, then

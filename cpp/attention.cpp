@@ -82,7 +82,7 @@ class Blocks {
     }
 
    private:
-    bool included(const Sequence& sequence) const { return every_ || !sequence.few(); }
+    bool included(const Sequence& sequence) const { return every_ || !call_.few(sequence.q_len); }
     int64_t rows(const Sequence& sequence) const { return sequence.q_len * call_.group; }
     int64_t blocks(const Sequence& sequence) const {
         return (rows(sequence) + block_rows_ - 1) / block_rows_;
@@ -218,7 +218,7 @@ class Blocks {
 
 bool attention(const AttentionArgs& args, Interrupt interrupt) {
     const Call call(args);
-    if (!call.packed() && args.q_len <= kFewQueries) return attend_few(call, interrupt);
+    if (!call.packed() && call.few(args.q_len)) return attend_few(call, interrupt);
     if (!Blocks(call, false).run(interrupt)) return false;
     return !call.packed() || attend_few(call, interrupt);
 }
@@ -226,7 +226,7 @@ bool attention(const AttentionArgs& args, Interrupt interrupt) {
 Plan plan_attention(const AttentionArgs& args) {
     const Call call(args);
     Plan plan = Blocks(call, true).plan();
-    if (args.q_len <= kFewQueries) plan_few(call, plan);
+    if (call.few(args.q_len)) plan_few(call, plan);
     return plan;
 }
 

@@ -12,9 +12,10 @@
 
 namespace fastattn {
 
-// Queries beyond are cut into blocks (attention.cpp); up to that many, the keys are (decode.cpp).
-// By contract no more than 16: longer queries may be cut anywhere.
-constexpr int64_t kFewQueries = 16;
+// Queries beyond are cut into blocks (attention.cpp); up to that many, the keys are (decode.cpp),
+// unless so many heads share a key head that their rows would take much memory. By contract no more
+// than 16: longer queries may be cut anywhere.
+constexpr int64_t kFewQueries = 16, kMostFewRows = 256;
 
 // One batch element, or one of the sequences that packed arrays hold.
 struct Sequence {
@@ -23,7 +24,6 @@ struct Sequence {
     int64_t kv_start, kv_len;  // its rows of key and value
     int64_t begin, end;        // the keys that length and eviction leave
     int64_t offset;            // position of its first query
-    bool few() const { return q_len <= kFewQueries; }
 };
 
 struct Interval {
@@ -41,6 +41,7 @@ class Call {
 
     bool packed() const { return args.q_starts != nullptr; }
     Sequence sequence(int64_t batch) const;
+    bool few(int64_t q_len) const { return q_len <= kFewQueries && q_len * group <= kMostFewRows; }
 
     // The keys that query i sees by causality, window, length and eviction.
     Interval interval(const Sequence& sequence, int64_t i) const;

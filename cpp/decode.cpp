@@ -65,7 +65,7 @@ class Few {
         Slice slice;
         for (; next < call_.batches; ++next) {
             Member member{call_.sequence(next), 0, 0};
-            if (member.sequence.q_len == 0 || !member.sequence.few()) continue;
+            if (member.sequence.q_len == 0 || !call_.few(member.sequence.q_len)) continue;
             const size_t bytes = (slice.rows + rows(member)) * head_bytes_;
             if (slice.rows > 0 && bytes > kCarriedBytes) break;
             find_stretches(member);
@@ -226,7 +226,8 @@ class Few {
     int64_t compare(const Member& a, const Member& b, int64_t stretch) const {
         const auto place = [&](const Member& member) {
             const Sequence& s = member.sequence;
-            return std::make_tuple(s.q_len, s.kv_start, call_.offset(call_.args.key, s.batch),
+            return std::make_tuple(s.q_len, s.kv_start, s.kv_len,
+                                   call_.offset(call_.args.key, s.batch),
                                    call_.offset(call_.args.value, s.batch));
         };
         const auto mine = place(a), other = place(b);

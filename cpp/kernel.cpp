@@ -136,6 +136,7 @@ class Panel {
 
     V score_scale[Columns];     // what load_query() left out of the query
     bool scale_scores = false;  // some lane's is not 1
+    const bool scales_late;     // in pairs: in the step that subtracts the maximum, in every tile
 
     static int64_t total_rows(const Block& b) { return b.kv_len > kGroup ? b.value_head_dim : 0; }
 
@@ -163,7 +164,8 @@ class Panel {
           scores(in_turn->scores),
           staging(in_turn->staging),
           shared(in_turn),
-          group(passes.begin / kGroup) {}
+          group(passes.begin / kGroup),
+          scales_late(!passes.changes_scores() && query_scale<T>(block) != 0) {}
 
     // Panels are made in scratch memory and need no end.
     static void* operator new(size_t, void* where) { return where; }
@@ -394,20 +396,16 @@ class Panel {
         find_values(tile);
         const Element* value = tile_value + (keys.begin - tile) * value_stride;
         int64_t stride = value_stride;
-        const bool plain = seen == Seen::kAll;
-        if (InPairs && plain) {
-            for (int c = 0; c < Columns; ++c) tile_max[c] = score_scale[c] * tile_max[c];
-        } else if (InPairs || scale_scores) {
-            apply_score_scale(keys);
-        }
-        if (!plain) {
+        if (!InPairs && scale_scores) apply_score_scale(keys);
+        if (seen == Seen::kSome) {
             passes.apply(scores, keys, staging);
             if (find_tile_max(keys) && set_nonfinite_apart(keys)) {
                 value = reinterpret_cast<const Element*>(staging);
                 stride = value_head_dim;
             }
         }
-        if (InPairs && plain) {
+        if (InPairs && scales_late) {
+            for (int c = 0; c < Columns; ++c) tile_max[c] = score_scale[c] * tile_max[c];
             softmax<true>(keys);
         } else {
             softmax<false>(keys);
@@ -484,6 +482,9 @@ class Panel {
                         for (int c = 0; c < Columns; ++c) {
                             T* const score = scores + (j + r) * width + c * lanes;
                             if (d > 0) sum[r][c] = V::load(score) + sum[r][c];
+                            if (InPairs && !scales_late && d + depth == head_dim) {
+                                sum[r][c] = score_scale[c] * sum[r][c];
+                            }
                             if (c < First || c >= Last) sum[r][c] = -kInfinity<T>;
                             sum[r][c].store(score);
                             largest[c] = max(sum[r][c], largest[c]);

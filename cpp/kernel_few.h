@@ -341,7 +341,7 @@ class Stretch {
             V score = V::load(s + j);
             if (block.alibi) score = bounded_sum(score, abs(start + place), slope);
             score = select<T>((place >= low) & (place < high), score, hidden);
-            any_hidden |= score == hidden;
+            any_hidden |= (score == hidden) & (place < V(T(keys.size())));
             score.store(s + j);
         }
         return any<T>(any_hidden);

@@ -124,6 +124,7 @@ class RowArray {
             while (begin < end && hides(row[(end - 1) * stride])) --end;
             begin -= (begin - keys.begin) % step;
             end += (keys.end - end) % step;
+            if (end < keys.end) end += (end - begin) % 2;  // whole pairs
             return Span{begin, end};
         });
     }
@@ -211,16 +212,27 @@ class ScorePasses {
             if (row.begin < begin) begin = row.begin;
             if (row.end > end) end = row.end;
         }
-        // An edge that must be cut anyway moves out to a whole step of the micro-kernel.
+        // An edge that must be cut anyway moves out to a whole step of the micro-kernel, but not to
+        // another tile, of which a page may lack.
         constexpr int64_t step = micro_rows(Columns);
-        if (begin < inner_begin) begin = begin / step * step;
+        if (begin < inner_begin) {
+            const int64_t tile = begin / kKeyTile * kKeyTile;
+            begin = begin / step * step > tile ? begin / step * step : tile;
+        }
         if (end > inner_end) {
+            int64_t most = (end + kKeyTile - 1) / kKeyTile * kKeyTile;
+            if (most > block.kv_len) most = block.kv_len;
             end = (end + step - 1) / step * step;
-            if (end > block.kv_len) end = block.kv_len;
+            if (end > most) end = most;
         }
         // Keys may be worked on in pairs, counted from the first of all.
         begin -= begin % 2;
         if (end < block.kv_len) end += end % 2;
+    }
+
+    // Not only by hiding some of them.
+    bool changes_scores() const {
+        return mask.given || bias.given || block.softcap != 0 || block.alibi;
     }
 
     // Calls visit(first, last) for the keys of a tile that may be hidden from some row.

@@ -105,9 +105,16 @@ const T* values(const py::object& object, int64_t size) {
     query, key, value, out, lse, batch_shape, mask, bias, alibi_slopes, sinks, query_offset, \
         kv_lengths, scale, softcap, left, right
 
+void require_rows(const Array& array, int64_t cols) {
+    require(array.col_stride == 1 || cols <= 1, "the last axis is not contiguous");
+}
+
 int64_t product(const std::vector<int64_t>& shape) {
     int64_t product = 1;
-    for (const int64_t size : shape) product *= size;
+    for (const int64_t size : shape) {
+        require(size >= 0, "a batch axis has a negative size");
+        product *= size;
+    }
     return product;
 }
 
@@ -149,8 +156,7 @@ AttentionArgs arguments(FASTATTN_PARAMETERS, int64_t q_rows, int64_t q_len, int6
     require(kv_dtype == dtype || (half && dtype == Dtype::kFloat32) ||
                 (int8 && dtype != Dtype::kFloat64),
             "dtypes do not go together");
-    require(args.query.col_stride <= 1 && args.query.col_stride >= 0,
-            "the last axis is not contiguous");
+    require_rows(args.query, args.head_dim);
     require(axis_size(key, 0) == args.head_dim, "head_dim of query and key differ");
     if (!out.is_none()) {
         auto array = py::reinterpret_borrow<py::array>(out);
@@ -159,8 +165,8 @@ AttentionArgs arguments(FASTATTN_PARAMETERS, int64_t q_rows, int64_t q_len, int6
                     axis_size(array, 2) == args.q_heads,
                 "out has the wrong shape");
         args.out = view(array, batch_shape, args.q_heads, q_rows, args.value_head_dim);
-        require(args.out.dtype == dtype && args.out.col_stride <= 1 && args.out.col_stride >= 0,
-                "out has the wrong dtype or layout");
+        require(args.out.dtype == dtype, "out has the wrong dtype");
+        require_rows(args.out, args.value_head_dim);
     }
     if (!lse.is_none()) {
         auto array = py::reinterpret_borrow<py::array>(lse);
@@ -203,10 +209,8 @@ void set_keys(AttentionArgs& args, const py::array& key, const py::array& value,
     args.value = view(value, args.batch_shape, args.kv_heads, rows, args.value_head_dim);
     require(axis_size(value, 1) == rows, "kv_len of key and value differ");
     require(args.key.dtype != Dtype::kInt8, "int8 has no scales");
-    for (const Array* array : {&args.key, &args.value}) {
-        require(array->col_stride <= 1 && array->col_stride >= 0,
-                "the last axis is not contiguous");
-    }
+    require_rows(args.key, args.head_dim);
+    require_rows(args.value, args.value_head_dim);
 }
 
 AttentionArgs plain(FASTATTN_PARAMETERS) {
@@ -262,7 +266,8 @@ AttentionArgs paged(FASTATTN_PARAMETERS, int64_t kv_len, const py::object& kv_be
                                    key.shape(1), kv_len);
     const int64_t batch = product(batch_shape);
     args.page_keys = key.shape(2);
-    args.page_columns = pages.ndim() == 2 ? pages.shape(1) : 0;
+    require(pages.ndim() == 2, "pages need two axes");
+    args.page_columns = pages.shape(1);
     args.pages = values<int64_t>(pages, batch * args.page_columns);
     args.kv_begins = values<int64_t>(kv_begins, batch);
     require(args.page_keys > 0 && args.page_keys % kPageKeys == 0,

@@ -72,7 +72,7 @@ struct Interrupt {
     bool (*requested)() = nullptr;
 };
 
-// False: interrupted, out and lse are unfinished. Throws std::bad_alloc before anything is written.
+// False: interrupted, out and lse are unfinished; so they are where it throws std::bad_alloc.
 bool attention(const AttentionArgs& args, Interrupt interrupt);
 Plan plan_attention(const AttentionArgs& args);
 

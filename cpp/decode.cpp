@@ -118,8 +118,14 @@ class Few {
         return most;
     }
 
+    size_t carried_bytes(const Slice& slice) const { return slice.rows * head_bytes_; }
+    size_t waiting_bytes(const Pieces& pieces) const {
+        return std::min(kWaitingBytes, pieces.rows * head_bytes_) +
+               size_t(std::max(pieces.most_few_rows, pieces.most_lane_rows)) * part_bytes_;
+    }
+
     bool run(const Slice& slice, Interrupt interrupt) const {
-        const Memory carried = allocate(slice.rows * head_bytes_);
+        const Memory carried = allocate(carried_bytes(slice));
         for (int64_t next = slice.first_stretch; next <= slice.last_stretch;) {
             if (!run(slice, pieces(slice, next), carried.get(), interrupt)) return false;
         }
@@ -137,10 +143,7 @@ class Few {
             const size_t head = size_t(item / count);
             return (head * pieces.rows + pieces.waiting_at[size_t(place)]) * part_bytes_;
         };
-        const size_t most_waiting =
-            std::min(kWaitingBytes, pieces.rows * head_bytes_) +
-            size_t(std::max(pieces.most_few_rows, pieces.most_lane_rows)) * part_bytes_;
-        const Memory memory = allocate(scratch * size_t(team) + most_waiting);
+        const Memory memory = allocate(scratch * size_t(team) + waiting_bytes(pieces));
         char* const parts = memory.get() + scratch * size_t(team);
 
         for (int64_t first = 0, last = 0; first < all; first = last) {
@@ -334,7 +337,9 @@ void plan_few(const Call& call, Plan& plan) {
     if (slice.members.empty()) return;
     int64_t stretch = slice.first_stretch;
     plan.threads = few.threads(slice);
-    plan.scratch_bytes = few.scratch_bytes(few.pieces(slice, stretch)) * size_t(plan.threads);
+    const Pieces pieces = few.pieces(slice, stretch);
+    plan.scratch_bytes = few.scratch_bytes(pieces) * size_t(plan.threads) +
+                         few.carried_bytes(slice) + few.waiting_bytes(pieces);
 }
 
 }  // namespace fastattn

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The types that numbers have in memory, and how they become the T of the arithmetic and back.
-// Called by kernel.cpp and kernel_scores.h.
+// Called by all of the kernel.
 #pragma once
 
 #include "kernel.h"

@@ -2,7 +2,8 @@
 //
 // The algorithm: one block of query rows against all the keys that they see, key tile after key
 // tile, with the running softmax of FlashAttention-2 (Dao 2023, algorithm 1). Called by
-// attention.cpp through the table at the end; compiled once per instruction set over vec.h.
+// attention.cpp and decode.cpp through the table at the end; compiled once per instruction set over
+// vec.h.
 //
 // Queries lie along the vector lanes: the scores are S^T = K Q^T and the output O^T = V^T P^T. Keys
 // and values are then read where they lie, as scalars that are broadcast; only the query tile is

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The table that every instruction-set variant fills: one block of query rows against all the keys
-// that they see. attention.cpp and limits.cpp call through it; kernel.cpp fills it, once per
-// variant.
+// that they see. attention.cpp, decode.cpp and limits.cpp call through it; kernel.cpp fills it,
+// once per variant.
 //
 // Rules for code that is compiled with instruction-set flags (kernel.cpp, kernel_*.h, vec*.h). An
 // inline function that is compiled twice with different flags is merged by the linker, and an old
@@ -58,7 +58,7 @@ struct Block {
     int64_t head_dim, value_head_dim, kv_len;
     Dtype query_dtype, kv_dtype;  // of query and out, of key and value
     Dtype mask_dtype, bias_dtype;
-    int64_t mask_stride, bias_stride;  // likewise
+    int64_t mask_stride, bias_stride;  // from one key to the next
     double scale, softcap;
     bool alibi;
     void* scratch;  // scratch_bytes(), aligned to kScratchAlignment

@@ -2,7 +2,8 @@
 //
 // What happens to a tile of scores between the two products: softcap, bias, mask, ALiBi, and the
 // edges that causality, window and length cut. Each is a pass of its own over the tile, so that
-// they all compose, and a tile that needs none is left alone. Called by kernel.cpp.
+// they all compose, and a tile that needs none is left alone. Called by kernel.cpp; of its smaller
+// functions, also by kernel_few.h and kernel_parts.h.
 #pragma once
 
 #include "elements.h"

@@ -70,6 +70,7 @@ Array view(const py::array& array, const std::vector<int64_t>& batch_shape, int6
     };
     int from_end = 0;
     if (core == 3) result.col_stride = stride(from_end++, cols);
+    if (array.size() == 0) result.col_stride = 1;  // NumPy gives any
     result.row_stride = stride(from_end++, rows);
     result.head_stride = stride(from_end++, heads);
     result.batch_strides.resize(batch_shape.size());
@@ -253,7 +254,7 @@ Array pool(const py::array& array, const py::array& like, int ndim, int64_t& pag
     result.head_stride = array.strides(1) / item;
     result.row_stride = array.strides(2) / item;
     result.col_stride = 1;
-    require(ndim < 4 || array.shape(3) <= 1 || array.strides(3) == item,
+    require(ndim < 4 || array.size() == 0 || array.shape(3) <= 1 || array.strides(3) == item,
             "the last axis is not contiguous");
     return result;
 }

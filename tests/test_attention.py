@@ -984,6 +984,34 @@ def test_keys_that_a_batch_shares(q_len, heads, dtype):
 # Half precision.
 
 
+@pytest.mark.parametrize("seen", [53, 60, 61, 116])
+def test_poison_behind_an_odd_number_of_keys(seen):
+    """A pair of keys may have one that is hidden."""
+    query, key, value = make_problem(48, 117, 64, dtype=ml_dtypes.bfloat16)
+    mask = np.arange(117) < seen
+    expected = with_lse(query, key, value, mask=mask)
+    key[:, seen:] = value[:, seen:] = np.nan
+    assert_same_bits(with_lse(query, key, value, mask=mask), expected)
+    assert_same_bits(
+        with_lse(query, key, value, kv_lengths=seen),
+        with_lse(query, key[:, :seen], value[:, :seen]),
+    )
+
+
+@pytest.mark.parametrize("spread", [1, 8])
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (50, 0)}, {"kv_lengths": 301}])
+def test_bits_of_bfloat16_where_tiles_are_cut(options, spread):
+    """Whether an edge cuts a tile depends on rows nearby, and must change no bit."""
+    query, key, value = make_problem(300, 302, 64, heads=2, dtype=ml_dtypes.bfloat16)
+    query = (query * spread).astype(query.dtype)
+    whole = with_lse(query, key, value, query_offset=2, **options)
+    for first in (17, 20, 40, 150, 283):
+        part = with_lse(query[:, first:], key, value, query_offset=2 + first, **options)
+        assert_same_bits(part, tuple(x[:, first:] for x in whole))
+    if "kv_lengths" in options:
+        assert_same_bits(whole, with_lse(query, key[:, :301], value[:, :301]))
+
+
 @pytest.mark.parametrize(("kv_len", "q_len"), [(2048, 50), (16384, 20), (16384, 3), (40000, 17)])
 def test_accuracy_of_bfloat16(kv_len, q_len):
     """As test_accuracy(); where pairs are multiplied, twice the error of rounding them."""

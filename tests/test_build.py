@@ -178,13 +178,12 @@ def test_versions_agree():
     assert re.search(r"^## \[(\d.*?)\]", in_checkout("CHANGELOG.md"), re.M)[1] == version
 
 
-def test_readme_example():
-    examples = re.findall(r"^```python\n(.*?)^```$", in_checkout("README.md"), re.M | re.S)
-    assert examples
-    for text in examples:
-        test = doctest.DocTestParser().get_doctest(text, {}, "README", "README.md", 0)
-        report = []
-        assert not doctest.DocTestRunner().run(test, out=report.append).failed, "".join(report)
+def test_readme_examples():
+    blocks = re.findall(r"^```python\n(.*?)^```$", in_checkout("README.md"), re.M | re.S)
+    assert blocks
+    test = doctest.DocTestParser().get_doctest("".join(blocks), {}, "README", "README.md", 0)
+    report = []
+    assert not doctest.DocTestRunner().run(test, out=report.append).failed, "".join(report)
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/kernel.md"])

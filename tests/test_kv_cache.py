@@ -1032,6 +1032,7 @@ OTHERS = [
     (pages(key=np.zeros((4, 2, 128, 4), ">f4")), ValueError, "key must be writeable, aligned and in native byte order, got an array that is not"),
     (pages(key=np.zeros((4, 2, 128, 8), np.float32)[..., ::2]), ValueError, "key must be contiguous along its last axis, got key.strides=(8192, 4096, 32, 8)"),
     (pages(key=np.lib.stride_tricks.as_strided(np.zeros(9999, np.float32), (4, 2, 128, 4), (2048, 2048, 16, 4))), ValueError, "key must not overlap itself, got key.strides=(2048, 2048, 16, 4)"),
+    (pages(**dict.fromkeys(("key", "value"), np.zeros((4, 2, 128, 4), np.float32))), ValueError, "value must not overlap key, got arrays that share memory"),
     (pages(np.int8, key_scale=None), TypeError, "key_scale must be given with int8 and only then, got int8 pages"),
     (pages(value_scale=np.zeros((4, 2, 128), np.float32)), TypeError, "value_scale must be given with int8 and only then, got float32 pages"),
     (pages(np.int8, key_scale=np.zeros((4, 2, 128))), TypeError, "key_scale must be an array of float32, not float64"),

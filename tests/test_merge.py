@@ -57,7 +57,9 @@ def test_nothing_and_nothing_is_nothing(dtype):
 @both_dtypes
 def test_a_prefix_that_a_batch_shares(dtype):
     """Its keys need no batch axis; what each sequence adds has one."""
-    query, own_key, own_value = make_problem(1, 40, 32, heads=8, kv_heads=2, batch=(5,), dtype=dtype)
+    query, own_key, own_value = make_problem(
+        1, 40, 32, heads=8, kv_heads=2, batch=(5,), dtype=dtype
+    )
     _, key, value = make_problem(1, 1500, 32, heads=8, kv_heads=2, dtype=dtype, seed=1)
     lengths = np.array([0, 3, 17, 39, 40])
     sinks = np.linspace(-1, 1, 8)

@@ -143,6 +143,17 @@ def test_rows_of_no_sequence():
     assert_same_bits(room, out)
 
 
+@pytest.mark.parametrize("q_len", [1, 8, 16])
+def test_a_sequence_without_keys_before_one_with_keys(q_len):
+    """Both begin at the same key."""
+    lens = (q_len, q_len), (0, 2000)
+    operands = problem(q_lens=lens[0], kv_lens=lens[1])
+    out, lse = varlen_attention(*operands, return_lse=True)
+    expected = one_by_one(*operands, lambda b, rows: {})
+    assert_same_bits(out, expected[0])
+    assert_same_bits(lse, expected[1])
+
+
 def test_no_sequences_and_no_rows():
     query, key, value = problem()[:3]
     assert not varlen_attention(query, key, value, [0], [0]).any()

@@ -159,9 +159,9 @@ def attention(
     TypeError, ValueError
         An argument breaks a rule; the message says which argument, the rule, and what was given.
     MemoryError
-        There is no room for the result or the scratch memory. Nothing was written.
+        There is no room for the result or the scratch memory; what `out` then holds is undefined.
     KeyboardInterrupt
-        Ctrl-C; what `out` then holds is undefined.
+        Ctrl-C; likewise.
 
     Notes
     -----

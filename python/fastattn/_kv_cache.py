@@ -9,11 +9,12 @@ rules about the options of a call are those of `attention` (`_arguments.py`).
 A sequence has pages for the positions from its begin to its length, whole pages: those of table
 columns begin // page_size up to length / page_size, rounded up. All other entries of the table, and
 all other rows of a page, mean nothing. So an append writes first and becomes visible last, by the
-new length: if it fails in between, nothing has happened.
+new length: if it raises in between, no sequence has changed.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -30,6 +31,7 @@ from fastattn._arguments import (
     boolean,
     floats,
     integers,
+    may_share_memory,
     of_dtypes,
     options,
     overlaps_itself,
@@ -1107,6 +1109,10 @@ def _pool_arrays(
                 f"got {name}.shape={x.shape}"
             )
     _page_size(shape[2])
+    arrays = dict(zip(POOL, (key, value, *scales), strict=False))
+    for (name, x), (other, y) in itertools.combinations(arrays.items(), 2):
+        if may_share_memory(x, y):
+            raise ValueError(f"{other} must not overlap {name}, got arrays that share memory")
     return [key, value, *scales]
 
 

@@ -44,8 +44,9 @@ def merge(
 
     Notes
     -----
-    A prefix that a whole batch shares is a part of its own, whose keys and values have no batch axis:
-    few queries then read it once for all.
+    A prefix that a whole batch shares is a part of its own, whose keys and values have no batch
+    axis: up to 16 queries then read it once for all, 64 rows (queries and heads that share a key
+    head) at a time.
 
     With ``w[i] = exp(lse[i] - max(lse))``, out is ``sum(w[i] * out[i]) / sum(w)`` [1]_. The sums
     are taken in float64, in the order of the parts.

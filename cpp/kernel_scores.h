@@ -231,9 +231,10 @@ class ScorePasses {
         if (end < block.kv_len) end += end % 2;
     }
 
-    // Not only by hiding some of them.
+    // Not only by hiding some of them: then no tile is plain.
     bool changes_scores() const {
-        return mask.given || bias.given || block.softcap != 0 || block.alibi;
+        const bool float_mask = mask.given && block.mask_dtype != Dtype::kBool;
+        return float_mask || bias.given || block.softcap != 0 || block.alibi;
     }
 
     // Calls visit(first, last) for the keys of a tile that may be hidden from some row.

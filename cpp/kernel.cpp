@@ -87,9 +87,9 @@ struct Shared {
     T* staging;  // (kKeyTile, value_head_dim or lanes) rows of a mask, or values to use instead
     T* key;      // (kKeyTile, head_dim) and
     T* value;    // (kKeyTile, value_head_dim): of a narrower type, widened; or values, in pairs
-    int64_t key_tile = -1, value_tile = -1;          // that they are those of
-    bool few_queries = false;                        // reading keys takes longer than their use
-    int64_t fetched_values = -1, fetched_keys = -1;  // the tile that they were fetched for
+    int64_t key_tile = -1, value_tile = -1;  // that they are those of
+    bool few_queries = false;                // reading keys takes longer than their use
+    int64_t fetched = -1;  // the tile at which values, and keys to come, were fetched
 };
 
 // Whether the products are those of pairs: not for an odd head_dim, whose last would be half one.
@@ -390,10 +390,9 @@ class Panel {
     void attend(Span keys, Seen seen, int64_t tile) {
         passes.find_cuts(keys, cuts);
         passes.prefetch(keys);
-        const bool fetch_values = shared->few_queries && shared->fetched_values != tile;
-        const bool fetch_keys = shared->few_queries && shared->fetched_keys != tile;
-        shared->fetched_values = shared->fetched_keys = tile;
-        compute_scores(tile_key + (keys.begin - tile) * key_stride, fetch_values ? &keys : nullptr);
+        const bool fetches = shared->few_queries && shared->fetched != tile;
+        shared->fetched = tile;
+        compute_scores(tile_key + (keys.begin - tile) * key_stride, fetches ? &keys : nullptr);
         find_values(tile);
         const Element* value = tile_value + (keys.begin - tile) * value_stride;
         int64_t stride = value_stride;
@@ -412,7 +411,7 @@ class Panel {
             softmax<false>(keys);
         }
         const bool whole = cuts[Columns - 1] == 0 && cuts[Columns] == keys.size();
-        const Span next = fetch_keys ? passes.span(tile + kKeyTile) : Span{0, 0};
+        const Span next = fetches ? passes.span(tile + kKeyTile) : Span{0, 0};
         in_steps<micro_rows(Columns)>(0, value_head_dim, [&]<int Rows>(int64_t d) {
             if (next.size() > 0) {
                 fetch(block.key, next.begin + next.size() * d / value_head_dim,

@@ -120,7 +120,6 @@ void Call::set_keys(Block& block, const Sequence& s, int64_t kv_head) const {
     block.key_scale.data = at(args.key_scale, offset(args.key_scale, s.batch), kv_head, s.kv_start);
     block.value_scale.data =
         at(args.value_scale, offset(args.value_scale, s.batch), kv_head, s.kv_start);
-    block.pages = args.pages == nullptr ? nullptr : args.pages + s.batch * args.page_columns;
     block.kv_len = s.kv_len;
 }
 
@@ -128,6 +127,7 @@ void Call::set_rows(Row* rows, int count, const Sequence& s, int64_t kv_head, in
     const int64_t query = offset(args.query, s.batch), out = offset(args.out, s.batch),
                   lse = offset(args.lse, s.batch), mask = offset(args.mask, s.batch),
                   bias = offset(args.bias, s.batch);
+    const int64_t* const pages = args.pages ? args.pages + s.batch * args.page_columns : nullptr;
     const int64_t first_head = kv_head * group;
     int64_t i = first / group, head = first_head + first % group;
     for (Row* row = rows; row < rows + count; ++row, ++head) {
@@ -140,6 +140,7 @@ void Call::set_rows(Row* rows, int count, const Sequence& s, int64_t kv_head, in
         row->lse = at(args.lse, lse, head, s.q_start + i);
         row->mask = at(args.mask, mask, head, s.q_start + i);
         row->bias = at(args.bias, bias, head, s.q_start + i);
+        row->pages = pages;
         row->position = i + s.offset;
         const Interval seen = interval(s, i);
         row->begin = seen.begin;

@@ -2,8 +2,8 @@
 //
 // Who does which part of a call with few queries, as in decoding: here the keys are cut, into
 // stretches of fixed length, so that one head keeps every core busy. What a stretch gives is a part
-// for each row, and a row's parts are merged in order. Sequences that hold the same keys in a
-// stretch, be it a broadcast array or the same pages, are attended together: these keys are read
+// for each row, and a row's parts are merged in order. Sequences that hold some of the same keys in
+// a stretch, be it a broadcast array or the same pages, are attended together: these keys are read
 // once. Called by attention.cpp; calls the kernel's table (kernel.h) through parallel_for.
 #include <algorithm>
 #include <cstring>
@@ -18,13 +18,15 @@ namespace fastattn {
 namespace {
 
 constexpr int64_t kMostTogether = 64;      // rows that share a stretch
+constexpr int64_t kItemsPerThread = 2;     // and that sharing leaves, so that all threads have work
 constexpr size_t kCarriedBytes = 2 << 20;  // of what is merged so far
 constexpr size_t kWaitingBytes = 4 << 20;  // of parts to be merged
 constexpr int64_t kMostPieces = 1 << 16;   // in a list
 
 struct Member {
     Sequence sequence;
-    int64_t first_stretch, last_stretch;  // that some of its rows see; one at least
+    int64_t begin, end;                   // the keys that some of its rows see
+    int64_t first_stretch, last_stretch;  // that hold them; one at least
     bool one_stretch() const { return first_stretch == last_stretch; }
 };
 
@@ -41,6 +43,7 @@ struct Slice {
     size_t rows = 0;
     int64_t first_stretch = INT64_MAX, last_stretch = 0, stretches = 0;  // in all
     double seconds = 0;
+    int team = 1;
 };
 
 // The pieces that each head has in some stretches.
@@ -64,7 +67,7 @@ class Few {
     Slice take(int64_t& next) const {
         Slice slice;
         for (; next < call_.batches; ++next) {
-            Member member{call_.sequence(next), 0, 0};
+            Member member{call_.sequence(next), 0, 0, 0, 0};
             if (member.sequence.q_len == 0 || !call_.few(member.sequence.q_len)) continue;
             const size_t bytes = (slice.rows + rows(member)) * head_bytes_;
             if (slice.rows > 0 && bytes > kCarriedBytes) break;
@@ -77,11 +80,8 @@ class Few {
             slice.seconds += call_.seconds(member.sequence);
             slice.members.push_back(member);
         }
+        slice.team = team_size(slice.stretches * call_.args.kv_heads, slice.seconds);
         return slice;
-    }
-
-    int threads(const Slice& slice) const {
-        return team_size(slice.stretches * call_.args.kv_heads, slice.seconds);
     }
 
     // Those of the stretches from `next` on, as many as fit a list.
@@ -136,7 +136,7 @@ class Few {
     // In waves: no more parts may wait to be merged than there is memory for.
     bool run(const Slice& slice, const Pieces& pieces, char* carried, Interrupt interrupt) const {
         const int64_t count = int64_t(pieces.list.size()), all = count * call_.args.kv_heads;
-        const int team = threads(slice);
+        const int team = slice.team;
         const size_t scratch = scratch_bytes(pieces);
         const auto waiting = [&](int64_t item) {
             const int place = pieces.list[size_t(item % count)].first;
@@ -188,10 +188,11 @@ class Few {
     // Positions grow with the queries, and so do both ends of what they see.
     void find_stretches(Member& member) const {
         const Sequence& sequence = member.sequence;
-        const int64_t begin = call_.interval(sequence, 0).begin;
-        const int64_t end = call_.interval(sequence, sequence.q_len - 1).end;
-        member.first_stretch = std::min(begin, end) / kStretch;
-        member.last_stretch = std::max((end + kStretch - 1) / kStretch - 1, member.first_stretch);
+        member.end = call_.interval(sequence, sequence.q_len - 1).end;
+        member.begin = std::min(call_.interval(sequence, 0).begin, member.end);
+        member.first_stretch = member.begin / kStretch;
+        member.last_stretch =
+            std::max((member.end + kStretch - 1) / kStretch - 1, member.first_stretch);
     }
 
     void add_pieces(const Slice& slice, int64_t stretch, Pieces& pieces) const {
@@ -211,12 +212,15 @@ class Few {
                 return compare(slice.members[size_t(a)], slice.members[size_t(b)], stretch) < 0;
             });
         }
+        const int64_t items = slice.stretches * call_.args.kv_heads;
+        const int64_t most_members = items / (slice.team * kItemsPerThread);
         for (size_t i = begin; i < order.size(); ++i) {
             pieces.waiting_at.push_back(pieces.rows);
             pieces.rows += rows(member(i));
-            if (i > begin && compare(member(i - 1), member(i), stretch) == 0) {
+            if (i > begin && together(member(i - 1), member(i), stretch)) {
                 Piece& before = pieces.list.back();
-                if (size_t(before.count + 1) * rows(member(i)) <= kMostTogether) {
+                const int64_t count = before.count + 1;
+                if (count * int64_t(rows(member(i))) <= kMostTogether && count <= most_members) {
                     ++before.count;
                     continue;
                 }
@@ -225,27 +229,47 @@ class Few {
         }
     }
 
-    // 0: the same keys, and as many queries.
+    // Whether neighbours in a stretch's order share keys there. Panels have the pages of one row;
+    // in the other form, one page that both see is enough.
+    bool together(const Member& a, const Member& b, int64_t stretch) const {
+        if (call_.args.pages == nullptr || along_lanes(a)) return compare(a, b, stretch) == 0;
+        if (place(a) != place(b)) return false;
+        const Interval columns = columns_of(std::max({a.begin, b.begin, stretch * kStretch}),
+                                            std::min({a.end, b.end, (stretch + 1) * kStretch}));
+        for (int64_t column = columns.begin; column < columns.end; ++column) {
+            if (page(a, column) == page(b, column)) return true;
+        }
+        return false;
+    }
+
+    // 0: the same keys, and as many queries. Sequences whose first pages are the same are
+    // neighbours.
     int64_t compare(const Member& a, const Member& b, int64_t stretch) const {
-        const auto place = [&](const Member& member) {
-            const Sequence& s = member.sequence;
-            return std::make_tuple(s.q_len, s.kv_start, s.kv_len,
-                                   call_.offset(call_.args.key, s.batch),
-                                   call_.offset(call_.args.value, s.batch));
-        };
         const auto mine = place(a), other = place(b);
         if (mine != other) return mine < other ? -1 : 1;
-        const AttentionArgs& args = call_.args;
-        if (args.pages == nullptr) return 0;
-        const int64_t first = stretch * kStretch / args.page_keys;
-        const int64_t last =
-            std::min(((stretch + 1) * kStretch - 1) / args.page_keys + 1, args.page_columns);
-        for (int64_t column = first; column < last; ++column) {
-            const int64_t x = args.pages[a.sequence.batch * args.page_columns + column];
-            const int64_t y = args.pages[b.sequence.batch * args.page_columns + column];
+        if (call_.args.pages == nullptr) return 0;
+        const Interval columns = columns_of(stretch * kStretch, (stretch + 1) * kStretch);
+        for (int64_t column = columns.begin; column < columns.end; ++column) {
+            const int64_t x = page(a, column), y = page(b, column);
             if (x != y) return x < y ? -1 : 1;
         }
         return 0;
+    }
+
+    std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> place(const Member& member) const {
+        const Sequence& s = member.sequence;
+        return {s.q_len, s.kv_start, s.kv_len, call_.offset(call_.args.key, s.batch),
+                call_.offset(call_.args.value, s.batch)};
+    }
+
+    // The columns of the page table that hold these keys.
+    Interval columns_of(int64_t begin, int64_t end) const {
+        const int64_t keys = call_.args.page_keys;
+        return {begin / keys, std::min((end + keys - 1) / keys, call_.args.page_columns)};
+    }
+
+    int64_t page(const Member& member, int64_t column) const {
+        return call_.args.pages[member.sequence.batch * call_.args.page_columns + column];
     }
 
     Block block(const Member& member, int64_t kv_head, Row* rows_here, int64_t count) const {
@@ -336,7 +360,7 @@ void plan_few(const Call& call, Plan& plan) {
     const Slice slice = few.take(batch);
     if (slice.members.empty()) return;
     int64_t stretch = slice.first_stretch;
-    plan.threads = few.threads(slice);
+    plan.threads = slice.team;
     const Pieces pieces = few.pieces(slice, stretch);
     plan.scratch_bytes = few.scratch_bytes(pieces) * size_t(plan.threads) +
                          few.carried_bytes(slice) + few.waiting_bytes(pieces);

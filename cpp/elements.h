@@ -195,12 +195,14 @@ void store_some(Vec<T> x, int64_t count, Element* to) {
     for (int64_t i = 0; i < count; ++i) to[i] = some[i];
 }
 
-// The row of a key, and with it those of all keys up to the next multiple of kPageKeys.
+// The row of a key, and with it those of all keys up to the next multiple of kPageKeys; in the
+// pages of one of the block's rows.
 template <class Element>
-const Element* row_of(const Block& block, const KeyRows& rows, int64_t key) {
+const Element* row_of(const Block& block, const KeyRows& rows, int64_t key, int64_t r = 0) {
     const auto* const data = static_cast<const Element*>(rows.data);
-    if (block.pages == nullptr) return data + key * rows.stride;
-    return data + block.pages[key / block.page_keys] * rows.page_stride +
+    const int64_t* const pages = block.rows[r].pages;
+    if (pages == nullptr) return data + key * rows.stride;
+    return data + pages[key / block.page_keys] * rows.page_stride +
            key % block.page_keys * rows.stride;
 }
 

@@ -25,9 +25,11 @@ namespace fastattn {
 struct Row {
     const void* query;
     void* out;
-    void* lse;           // null: not asked for
-    const void* mask;    // the row's first element; null: none
-    const void* bias;    // likewise
+    void* lse;         // null: not asked for
+    const void* mask;  // the row's first element; null: none
+    const void* bias;  // likewise
+    const int64_t*
+        pages;           // which page of the pool holds keys [0, page_keys), and so on; null: none
     int64_t begin, end;  // the keys that causality, window and length leave; begin <= end
     int64_t position;    // of the query among the keys, for ALiBi
     double slope;        // ALiBi
@@ -48,13 +50,13 @@ struct KeyRows {
 
 // Rows that share one key and value head, and are worked on in panels of panel_rows. A key tile is
 // brought to the near caches once for all panels; how many there are changes no bit of a result.
+// Only in attend_few() may the pages of some rows be others than those of the first.
 struct Block {
     const Row* rows;
     int row_count;  // 1 or more; the last panel may be less than full
     KeyRows key, value;
     KeyRows key_scale, value_scale;  // float, of int8 keys and values
-    const int64_t* pages;            // which page of the pool holds keys [0, page_keys), and so on;
-    int64_t page_keys;               // null: no pages
+    int64_t page_keys;
     int64_t head_dim, value_head_dim, kv_len;
     Dtype query_dtype, kv_dtype;  // of query and out, of key and value
     Dtype mask_dtype, bias_dtype;

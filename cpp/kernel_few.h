@@ -23,7 +23,8 @@ constexpr int kFewRows = 16;    // beyond, the tiled form is faster
 static_assert(kStretch <= 32 * kChunk);
 
 // All rows of a block against the keys of one stretch, in parts: all scores, then the softmax, then
-// the values, so that memory is read in long pieces.
+// the values, so that memory is read in long pieces. Neighbours whose page with some keys is the
+// same read it together.
 //
 // In pairs (kernel_factors.h), the query is bfloat16, and so is what becomes of keys, probabilities
 // and values; the scale goes to the scores.
@@ -35,28 +36,36 @@ class Stretch {
     static constexpr int step = lanes * Factor<T, InPairs>::size;  // elements of a Vector
     static constexpr bool quantized = sizeof(Element) == 1;
 
+    struct Chunk {
+        Span keys;
+        int64_t first, last;  // the rows that read them from the same memory
+        Span page;            // all keys for which that is so
+    };
+
     const Block& block;
     const int64_t rows, head_dim, value_head_dim, query_pitch;
     const Parts<T> parts;
-    int64_t base = 0, count = 0;       // the stretch's first key, in whole chunks, and its keys
-    uint32_t seen = 0, set_apart = 0;  // chunks that some row sees, that hold NaN or Inf
-    const Element *key, *value;        // of the chunk
-    const Element* ahead = nullptr;    // what is to be read after it:
+    int64_t base = 0, count = 0;     // the stretch's first key, in whole chunks, and its keys
+    Chunk chunk;                     // that is worked on
+    const Element *key, *value;      // of it
+    const Element* ahead = nullptr;  // what is to be read after it:
     int64_t ahead_rows = 0, ahead_stride = 0, ahead_columns = 0;
 
     // In scratch.
     T* const query;        // (rows, query_pitch) scaled, padded with zeros; or pairs
     T* const scores;       // (rows, kStretch) S, then P
     T* const score_scale;  // (rows) what load_query() left out of the query
-    T* const staging;      // (kChunk) of a mask, (kStretch) scales, or (kChunk, parts.pitch) values
+    T* const staging;      // (kChunk) of a mask, or of scales, or (kChunk, parts.pitch) values
+    uint32_t* const
+        seen;  // (rows) a bit for each chunk of which the row is the first: some row sees
+    uint32_t* const set_apart;  // (rows) likewise: it holds NaN or Inf
 
    public:
     static size_t scratch_bytes(const Block& block) {
-        const int64_t wide = kChunk * Parts<T>::padded(block.value_head_dim);
+        const int64_t row_count = Parts<T>::padded(block.row_count);
         const int64_t elements = block.row_count * (Parts<T>::padded(block.head_dim) + kStretch) +
-                                 Parts<T>::padded(block.row_count) +
-                                 (wide > kStretch ? wide : kStretch);
-        return size_t(elements) * sizeof(T);
+                                 row_count + staging_elements(block);
+        return size_t(elements) * sizeof(T) + size_t(2 * row_count) * sizeof(uint32_t);
     }
 
     Stretch(const Block& whole, void* memory)
@@ -69,74 +78,122 @@ class Stretch {
           query(static_cast<T*>(block.scratch)),
           scores(query + rows * query_pitch),
           score_scale(scores + rows * kStretch),
-          staging(score_scale + Parts<T>::padded(rows)) {}
+          staging(score_scale + Parts<T>::padded(rows)),
+          seen(reinterpret_cast<uint32_t*>(staging + staging_elements(block))),
+          set_apart(seen + rows) {}
 
     void attend() {
         parts.clear();
         const Span all = keys_of_rows();
         base = all.begin / kChunk * kChunk;
         count = all.end - base;
-        each_chunk([&](Span keys, uint32_t bit) {
-            if (any_seen(keys)) seen |= bit;
+        for (int64_t r = 0; r < rows; ++r) seen[r] = set_apart[r] = 0;
+        bool sees_any = false;
+        each_chunk([&] {
+            if (!any_seen()) return;
+            seen[chunk.first] |= bit(chunk);
+            sees_any = true;
         });
-        if (seen == 0) return;
+        if (!sees_any) return;
         load_query();
-        each_chunk([&](Span keys, uint32_t bit) {
-            if ((seen & bit) == 0) return hide(keys);
-            key = row_of<Element>(block, block.key, keys.begin);
-            if (keys.end < all.end) {
-                look_ahead(block.key, {keys.end, all.end}, head_dim);
-            } else {
-                look_ahead(block.value, all, value_head_dim);
+        each_chunk([&] {
+            if (!is_seen(chunk)) return hide();
+            key = row_of<Element>(block, block.key, chunk.keys.begin, chunk.first);
+            if (!look_ahead(block.key, following(chunk), head_dim)) {
+                look_ahead(block.value, chunk_at(base, 0), value_head_dim);
             }
-            compute_scores(keys);
+            compute_scores();
             bool any_hidden = false;
-            for (int64_t r = 0; r < rows; ++r) any_hidden |= apply_passes(r, keys);
-            if (any_hidden && add_nonfinite(keys)) set_apart |= bit;
+            for (int64_t r = chunk.first; r < chunk.last; ++r) any_hidden |= apply_passes(r);
+            if (any_hidden && add_nonfinite()) set_apart[chunk.first] |= bit(chunk);
         });
         for (int64_t r = 0; r < rows; ++r) softmax(r);
-        if constexpr (quantized) multiply_scores(block.value_scale, {base, all.end});
+        if constexpr (quantized) {
+            each_chunk([&] {
+                if (is_seen(chunk)) multiply_scores(block.value_scale);
+            });
+        }
         if constexpr (InPairs) pair_probabilities();
-        each_chunk([&](Span keys, uint32_t bit) {
-            if ((seen & bit) == 0) return;
-            value = row_of<Element>(block, block.value, keys.begin);
-            look_ahead(block.value, {keys.end, all.end}, value_head_dim);
-            const bool apart = (set_apart & bit) != 0;
-            if (apart) stage_finite(keys);
-            in_row_groups([&]<int Rows>(int64_t r) { add_values<Rows>(r, keys, apart); });
+        each_chunk([&] {
+            if (!is_seen(chunk)) return;
+            value = row_of<Element>(block, block.value, chunk.keys.begin, chunk.first);
+            look_ahead(block.value, following(chunk), value_head_dim);
+            const bool apart = (set_apart[chunk.first] & bit(chunk)) != 0;
+            if (apart) stage_finite();
+            in_row_groups([&]<int Rows>(int64_t r) { add_values<Rows>(r, apart); });
         });
     }
 
    private:
-    // step(keys, the chunk's bit), until the call is to stop.
+    static int64_t staging_elements(const Block& block) {
+        const int64_t wide = kChunk * Parts<T>::padded(block.value_head_dim);
+        return wide > kChunk ? wide : kChunk;
+    }
+
+    // step() for each chunk, until the call is to stop: page after page, for the rows of each in
+    // turn.
     template <class Step>
-    void each_chunk(const Step& step) const {
-        uint32_t bit = 1;
-        for (int64_t begin = base; begin < base + count; begin += kChunk, bit <<= 1) {
+    void each_chunk(const Step& step) {
+        for (chunk = chunk_at(base, 0); chunk.keys.size() > 0; chunk = following(chunk)) {
             if (block.stop.requested(block.stop.context)) return;
-            const int64_t end = begin + kChunk;
-            step(Span{begin, end < base + count ? end : base + count}, bit);
+            step();
         }
     }
 
-    // What is read next is fetched while a chunk is computed: so memory is busy all the time.
-    void look_ahead(const KeyRows& next, Span keys, int64_t columns) {
-        ahead_rows = keys.size() < kChunk ? keys.size() : kChunk;
-        if (ahead_rows <= 0) return;
-        ahead = row_of<Element>(block, next, keys.begin);
-        ahead_stride = next.stride;
+    // The first chunk of those keys and rows.
+    Chunk chunk_at(int64_t begin, int64_t first) const {
+        Span page = {begin, base + count};
+        int64_t last = rows;
+        const int64_t* const pages = block.rows[first].pages;
+        if (pages != nullptr && page.size() > 0) {
+            const int64_t column = begin / block.page_keys, end = (column + 1) * block.page_keys;
+            if (end < page.end) page.end = end;
+            last = first + 1;
+            while (last < rows && block.rows[last].pages[column] == pages[column]) ++last;
+        }
+        return {some(page), first, last, page};
+    }
+
+    Chunk following(const Chunk& before) const {
+        if (before.keys.end < before.page.end) {
+            const Span page = {before.keys.end, before.page.end};
+            return {some(page), before.first, before.last, before.page};
+        }
+        if (before.last < rows) return chunk_at(before.page.begin, before.last);
+        return chunk_at(before.page.end, 0);
+    }
+
+    static Span some(Span keys) {
+        return keys.size() < kChunk ? keys : Span{keys.begin, keys.begin + kChunk};
+    }
+
+    uint32_t bit(const Chunk& any) const { return 1u << (any.keys.begin - base) / kChunk; }
+
+    // What no row sees is never read: there need not be a page.
+    bool is_seen(const Chunk& any) const { return (seen[any.first] & bit(any)) != 0; }
+
+    // What is read next, from `next` on, is fetched while a chunk is computed: so memory is busy
+    // all the time. False: nothing is.
+    bool look_ahead(const KeyRows& from, Chunk next, int64_t columns) {
+        while (next.keys.size() > 0 && !is_seen(next)) next = following(next);
+        ahead_rows = next.keys.size();
+        if (ahead_rows <= 0) return false;
+        ahead = row_of<Element>(block, from, next.keys.begin, next.first);
+        ahead_stride = from.stride;
         ahead_columns = columns;
+        return true;
     }
     void fetch(int64_t j) const {
         if (j < ahead_rows) prefetch<0, 3>(ahead + j * ahead_stride, ahead_columns);
     }
 
-    T* scores_of(int64_t r, Span keys) const { return scores + r * kStretch + keys.begin - base; }
+    // Of the chunk.
+    T* scores_of(int64_t r) const { return scores + r * kStretch + chunk.keys.begin - base; }
 
-    void hide(Span keys) const {
-        for (int64_t r = 0; r < rows; ++r) {
+    void hide() const {
+        for (int64_t r = chunk.first; r < chunk.last; ++r) {
             for (int64_t j = 0; j < kChunk; j += lanes) {
-                V(-kInfinity<T>).store(scores_of(r, keys) + j);
+                V(-kInfinity<T>).store(scores_of(r) + j);
             }
         }
     }
@@ -152,8 +209,9 @@ class Stretch {
         return all;
     }
 
-    bool any_seen(Span keys) const {
-        for (int64_t r = 0; r < rows; ++r) {
+    bool any_seen() const {
+        const Span keys = chunk.keys;
+        for (int64_t r = chunk.first; r < chunk.last; ++r) {
             const Row& row = block.rows[r];
             const Span inside = {row.begin > keys.begin ? row.begin : keys.begin,
                                  row.end < keys.end ? row.end : keys.end};
@@ -201,26 +259,26 @@ class Stretch {
         });
     }
 
-    void compute_scores(Span keys) const {
+    void compute_scores() const {
         const bool whole = InPairs || head_dim % lanes == 0;
         in_row_groups([&]<int Rows>(int64_t r) {
             if (whole) {
-                compute_scores<Rows, true>(r, keys);
+                compute_scores<Rows, true>(r);
             } else {
-                compute_scores<Rows, false>(r, keys);
+                compute_scores<Rows, false>(r);
             }
         });
-        if constexpr (quantized) multiply_scores(block.key_scale, keys);
+        if constexpr (quantized) multiply_scores(block.key_scale);
     }
 
     // By the keys' scales; a 0 stays, whatever the scale.
-    void multiply_scores(const KeyRows& scales, Span keys) const {
-        for (int64_t j = 0, page = keys.begin; page < keys.end; ++j, ++page) {
-            staging[j] = T(*row_of<float>(block, scales, page));
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t j = 0; j < keys.size(); j += lanes) {
-                T* const s = scores_of(r, keys) + j;
+    void multiply_scores(const KeyRows& scales) const {
+        const int64_t keys = chunk.keys.size();
+        const float* const scale = row_of<float>(block, scales, chunk.keys.begin, chunk.first);
+        for (int64_t j = 0; j < keys; ++j) staging[j] = T(scale[j * scales.stride]);
+        for (int64_t r = chunk.first; r < chunk.last; ++r) {
+            for (int64_t j = 0; j < keys; j += lanes) {
+                T* const s = scores_of(r) + j;
                 const V score = V::load(s), zero = T(0);
                 select<T>(score == zero, zero, score * V::load(staging + j)).store(s);
             }
@@ -238,25 +296,28 @@ class Stretch {
         }
     }
 
-    // step<Rows>(r) for groups of at most 4 rows.
+    // step<Rows>(r) for groups of at most 4 rows of the chunk.
     template <class Step>
     void in_row_groups(const Step& step) const {
         constexpr int most = lanes < 4 ? lanes : 4;
-        int64_t r = 0;
-        for (; r + most <= rows; r += most) step.template operator()<most>(r);
-        for (; most > 2 && r + 2 <= rows; r += 2) step.template operator()<most / 2>(r);
-        for (; r < rows; ++r) step.template operator()<1>(r);
+        const int64_t last = chunk.last;
+        int64_t r = chunk.first;
+        for (; r + most <= last; r += most) step.template operator()<most>(r);
+        for (; most > 2 && r + 2 <= last; r += 2) step.template operator()<most / 2>(r);
+        for (; r < last; ++r) step.template operator()<1>(r);
     }
 
     // Rows x (lanes / Rows) sums at a time.
     template <int Rows, bool Whole>  // Whole: vectors fill head_dim
-    [[gnu::noinline]] void compute_scores(int64_t row, Span chunk) const {
+    [[gnu::noinline]] void compute_scores(int64_t row) const {
         constexpr int keys = lanes / Rows;
-        const int64_t count = chunk.size();
+        const int64_t count = chunk.keys.size();
+        const bool first = row == chunk.first;
+        T* const to = scores_of(row);
         [[maybe_unused]] const V scale = query_scale<T>(block);
         const T* const queries = query + row * query_pitch;
         for (int64_t j = 0; j < count; j += keys) {
-            for (int i = 0; row == 0 && i < keys; ++i) fetch(j + i);
+            for (int i = 0; first && i < keys; ++i) fetch(j + i);
             const Element* from[keys];
 #pragma GCC unroll 16
             for (int i = 0; i < keys; ++i) {
@@ -299,7 +360,7 @@ class Stretch {
             if constexpr (InPairs) products = scale * products;
             products.store(dots);
             for (int r = 0; r < Rows; ++r) {
-                __builtin_memcpy(scores_of(row + r, chunk) + j, dots + r * keys, keys * sizeof(T));
+                __builtin_memcpy(to + r * kStretch + j, dots + r * keys, keys * sizeof(T));
             }
         }
     }
@@ -312,13 +373,14 @@ class Stretch {
     }
 
     // Between the scores of a row and its softmax. Returns whether a pair is hidden.
-    bool apply_passes(int64_t r, Span keys) const {
+    bool apply_passes(int64_t r) const {
         const Row& row = block.rows[r];
+        const Span keys = chunk.keys;
         const bool changed = row.mask != nullptr || row.bias != nullptr || block.softcap != 0 ||
                              score_scale[r] != T(1);
         const bool inside = row.begin <= keys.begin && keys.end <= row.end;
         if (!changed && inside && !block.alibi && keys.size() % lanes == 0) return false;
-        T* const s = scores_of(r, keys);
+        T* const s = scores_of(r);
         const V hidden = -kInfinity<T>;
         T first[lanes];
         for (int i = 0; i < lanes; ++i) first[i] = T(i);
@@ -332,8 +394,8 @@ class Stretch {
                 if (block.softcap != 0) score = V(T(block.softcap * kLog2e)) * tanh(score);
                 score.store(s + j);
             }
-            add_array(row.bias, block.bias_dtype, block.bias_stride, keys, s);
-            add_array(row.mask, block.mask_dtype, block.mask_stride, keys, s);
+            add_array(row.bias, block.bias_dtype, block.bias_stride, s);
+            add_array(row.mask, block.mask_dtype, block.mask_stride, s);
         }
         typename V::Mask any_hidden = {};
         for (int64_t j = 0; j < keys.size(); j += lanes) {
@@ -347,8 +409,9 @@ class Stretch {
         return any<T>(any_hidden);
     }
 
-    void add_array(const void* array, Dtype dtype, int64_t stride, Span keys, T* s) const {
+    void add_array(const void* array, Dtype dtype, int64_t stride, T* s) const {
         if (array == nullptr) return;
+        const Span keys = chunk.keys;
         for (int64_t j = keys.size() / lanes * lanes; j < kChunk; ++j) staging[j] = T(0);
         stage(array, dtype, stride, keys, staging);
         for (int64_t j = 0; j < keys.size(); j += lanes) add_to_scores(s + j, V::load(staging + j));
@@ -374,10 +437,12 @@ class Stretch {
 
     // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it: if
     // a chunk holds any, they are added to the rows that see them, here, and are left out later.
-    bool add_nonfinite(Span keys) const {
-        const Element* const values = row_of<Element>(block, block.value, keys.begin);
+    bool add_nonfinite() const {
+        const int64_t keys = chunk.keys.size();
+        const Element* const values =
+            row_of<Element>(block, block.value, chunk.keys.begin, chunk.first);
         bool found = false;
-        for (int64_t j = 0; j < keys.size() && !found; ++j) {
+        for (int64_t j = 0; j < keys && !found; ++j) {
             const Element* const from = values + j * block.value.stride;
             int64_t d = 0;
             typename V::Mask bad = {};
@@ -386,12 +451,12 @@ class Stretch {
             found |= any<T>(bad);
         }
         if (!found) return false;
-        for (int64_t j = 0; j < keys.size(); ++j) {
+        for (int64_t j = 0; j < keys; ++j) {
             for (int64_t d = 0; d < value_head_dim; ++d) {
                 const T x = added<T>(values[j * block.value.stride + d]);
                 if (x - x == 0) continue;
-                for (int64_t r = 0; r < rows; ++r) {
-                    if (scores_of(r, keys)[j] != -kInfinity<T>) parts.acc(r)[d] += x;
+                for (int64_t r = chunk.first; r < chunk.last; ++r) {
+                    if (scores_of(r)[j] != -kInfinity<T>) parts.acc(r)[d] += x;
                 }
             }
         }
@@ -399,8 +464,8 @@ class Stretch {
     }
 
     // The values to use instead: (kChunk, parts.pitch), or (kChunk, value_head_dim) Elements.
-    void stage_finite(Span keys) const {
-        for (int64_t j = 0; j < keys.size(); ++j) {
+    void stage_finite() const {
+        for (int64_t j = 0; j < chunk.keys.size(); ++j) {
             for (int64_t d = 0; d < value_head_dim; ++d) {
                 const Element from = value[j * block.value.stride + d];
                 const T x = added<T>(from);
@@ -415,11 +480,11 @@ class Stretch {
         }
     }
 
-    // Of a chunk; staged: those of stage_finite().
+    // Of the chunk; staged: those of stage_finite().
     template <int Rows>
-    void add_values(int64_t row, Span keys, bool staged) const {
-        const int64_t count = keys.size();
-        const T* const probs = scores_of(row, keys) - (InPairs ? (keys.begin - base) / 2 : 0);
+    void add_values(int64_t row, bool staged) const {
+        const int64_t count = chunk.keys.size();
+        const T* const probs = scores_of(row) - (InPairs ? (chunk.keys.begin - base) / 2 : 0);
         if constexpr (InPairs) {
             const auto* const instead = reinterpret_cast<const Element*>(staging);
             add_pairs<Rows>(row, probs, staged ? instead : value,
@@ -464,7 +529,7 @@ class Stretch {
                                                    int64_t count) const {
         V sum[Rows][2 * Columns] = {};
         for (int64_t j = 0; j < count; j += 2) {
-            if (row == 0 && d == 0) {
+            if (row == chunk.first && d == 0) {
                 fetch(j);
                 fetch(j + 1);
             }
@@ -506,7 +571,7 @@ class Stretch {
         const bool whole = d + Columns * lanes <= value_head_dim;
         V sum[Rows][Columns] = {};
         for (int64_t j = 0; j < count; ++j) {
-            if (row == 0 && d == 0) fetch(j);
+            if (row == chunk.first && d == 0) fetch(j);
             V column[Columns];
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) {

@@ -183,8 +183,8 @@ class Stretch {
         ahead_columns = columns;
         return true;
     }
-    void fetch(int64_t j) const {
-        if (j < ahead_rows) prefetch<0, 3>(ahead + j * ahead_stride, ahead_columns);
+    void fetch(int64_t j, int64_t column, int64_t columns) const {
+        if (j < ahead_rows) prefetch<0, 3>(ahead + j * ahead_stride + column, columns);
     }
 
     // Of the chunk.
@@ -317,7 +317,7 @@ class Stretch {
         [[maybe_unused]] const V scale = query_scale<T>(block);
         const T* const queries = query + row * query_pitch;
         for (int64_t j = 0; j < count; j += keys) {
-            for (int i = 0; first && i < keys; ++i) fetch(j + i);
+            for (int i = 0; first && i < keys; ++i) fetch(j + i, 0, ahead_columns);
             const Element* from[keys];
 #pragma GCC unroll 16
             for (int i = 0; i < keys; ++i) {
@@ -529,9 +529,9 @@ class Stretch {
                                                    int64_t count) const {
         V sum[Rows][2 * Columns] = {};
         for (int64_t j = 0; j < count; j += 2) {
-            if (row == chunk.first && d == 0) {
-                fetch(j);
-                fetch(j + 1);
+            if (row == chunk.first) {
+                fetch(j, d, Columns * step);
+                fetch(j + 1, d, Columns * step);
             }
             // Of an odd count, the last probability is 0, and any value will do.
             const Element* const first = from + j * stride + d;
@@ -571,7 +571,7 @@ class Stretch {
         const bool whole = d + Columns * lanes <= value_head_dim;
         V sum[Rows][Columns] = {};
         for (int64_t j = 0; j < count; ++j) {
-            if (row == chunk.first && d == 0) fetch(j);
+            if (row == chunk.first) fetch(j, d, Columns * lanes);
             V column[Columns];
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) {

@@ -473,6 +473,98 @@ def test_shared_or_not_is_the_same(dtype):
     check(shared, query, held(key, dtype), held(value, dtype))
 
 
+def alone(cache, sequence, query, key, value, **options):
+    """Attend in a cache that holds one of the sequences and nothing else."""
+    i = cache.sequences.index(sequence)
+    length, begin = int(cache.lengths[i]), int(cache.begins[i])
+    only = PagedKVCache(2, 16, value_head_dim=24, dtype=cache.dtype, page_size=cache.page_size)
+    only.add()
+    only.append(key[:, :, :length], value[:, :, :length])
+    only.evict(length - begin)
+    return only.attend(query, **options)
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize(
+    ("q_len", "heads", "page_size", "window", "keep"),
+    [
+        (1, 8, 128, None, 10**6),
+        (2, 2, 128, (500, 0), 10**6),
+        (3, 4, 256, None, 300),
+        (4, 12, 128, (None, 2), 900),  # more rows than run in the few-queries form
+    ],
+)
+def test_a_tree_of_forks(dtype, q_len, heads, page_size, window, keep):
+    """Sequences that share some of their pages are attended together, and yet as if alone."""
+    rng = np.random.default_rng(q_len)
+    cache = PagedKVCache(2, 16, value_head_dim=24, dtype=dtype, page_size=page_size)
+    given, tokens = given_to(dtype), {}
+
+    def grow(sequence, count):
+        new = [rng.normal(1, 1, (1, 2, count, dim)).astype(given) for dim in (16, 24)]
+        cache.append(*new, sequences=[sequence])
+        before = tokens.get(sequence, [x[:, :, :0] for x in new])
+        tokens[sequence] = [np.concatenate(x, axis=2) for x in zip(before, new, strict=True)]
+
+    for length in (1, 950, 1500):
+        root = cache.add()
+        grow(root, length)
+        for shared in (length, *range(100, length, 128)[:7]):
+            fork = cache.add(root, shared)
+            tokens[fork] = [x[:, :, :shared] for x in tokens[root]]
+            grow(fork, int(rng.integers(0, 200)))
+            twig = cache.add(fork)
+            tokens[twig] = tokens[fork]
+            grow(twig, int(rng.integers(1, 70)))
+    cache.evict(keep, sequences=cache.sequences[::3])
+    ids = rng.permutation(cache.sequences).tolist()
+    query = rng.normal(size=(len(ids), heads, q_len, 16)).astype(given)
+    options = {"return_lse": True, "window": window}
+    together = cache.attend(query, sequences=ids, **options)
+    for b, sequence in enumerate(ids):
+        expected = alone(cache, sequence, query[b : b + 1], *tokens[sequence], **options)
+        assert_same_bits(tuple(x[b : b + 1] for x in together), expected)
+    longest = max(x.shape[2] for x, _ in tokens.values())
+    key, value = (
+        np.concatenate(
+            [
+                np.pad(
+                    tokens[i][part],
+                    [(0, 0)] * 2 + [(0, longest - tokens[i][part].shape[2])] + [(0, 0)],
+                )
+                for i in cache.sequences
+            ]
+        )
+        for part in (0, 1)
+    )
+    check(cache, query, held(key, dtype), held(value, dtype), window=window)
+
+
+@every_isa
+@every_dtype
+def test_some_pages_are_shared_and_others_do_not_exist(dtype):
+    """What a table says beyond a length is never followed, not even for its neighbours' sake."""
+    lengths = np.array([130, 700, 300, 701, 260, 1000])
+    query, key, value = problem(dtype, 1024, batch=6, heads=8)
+    key[:, :, :256], value[:, :, :256] = key[0, :, :256], value[0, :, :256]
+    arrays = pages_of(dtype, 60)
+    cache = PagedKVCache.from_pages(**arrays, tables=np.zeros((6, 0), int), lengths=0)
+    cache.append(key, value, lengths)
+    tables = np.full((6, 8), 2**40)
+    for b, length in enumerate(lengths):
+        used = -(-length // 128)
+        tables[b, :used] = cache._table[b, :used]
+        tables[b, : min(used, 2 if length >= 256 else 1)] = cache._table[
+            1, : min(used, 2 if length >= 256 else 1)
+        ]
+    shared = PagedKVCache.from_pages(**arrays, tables=tables, lengths=lengths)
+    assert shared.used_pages < cache.used_pages
+    for window in (None, (400, 0)):
+        options = {"return_lse": True, "window": window}
+        assert_same_bits(shared.attend(query, **options), cache.attend(query, **options))
+
+
 def test_copied_when_written_and_not_before():
     query, key, value = problem(np.float32, 200, batch=1)
     other, other_value = -key, value + 1

@@ -57,6 +57,15 @@ struct AttentionArgs {
     int64_t left = kUnlimited, right = kUnlimited;
 };
 
+// The gradients of a call, whose out and lse are what it gave. grad_out is like out, grad_lse and
+// delta like lse; dq, dk and dv are like query, key and value, without repeated axes. delta takes
+// the sum of out * grad_out. dbias, float32 (float64 for float64), takes the gradient of the bias:
+// a repeated axis sums over it. dq, dbias and delta come as zeros.
+struct GradientArgs {
+    AttentionArgs call;
+    Array grad_out, grad_lse, dq, dk, dv, dbias, delta;  // grad_lse, dbias, delta: null, not given
+};
+
 // What a call does, counted instead of computed.
 struct Plan {
     bool few_queries = false;  // the keys are cut, not the queries; counted as if it were not so
@@ -74,6 +83,7 @@ struct Interrupt {
 
 // False: interrupted, out and lse are unfinished; so they are where it throws std::bad_alloc.
 bool attention(const AttentionArgs& args, Interrupt interrupt);
+bool attention_backward(const GradientArgs& args, Interrupt interrupt);  // backward.cpp
 Plan plan_attention(const AttentionArgs& args);
 
 // Instruction sets (dispatch.cpp).

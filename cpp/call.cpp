@@ -92,6 +92,10 @@ int64_t Call::offset(const Array& array, int64_t batch) const {
     return offset;
 }
 
+void* Call::at(const Array& array, int64_t batch, int64_t head, int64_t row) const {
+    return array.data == nullptr ? nullptr : fastattn::at(array, offset(array, batch), head, row);
+}
+
 Block Call::shared_block() const {
     Block block{};
     block.key = {nullptr, args.key.row_stride, args.key_page_stride};
@@ -115,11 +119,10 @@ Block Call::shared_block() const {
 }
 
 void Call::set_keys(Block& block, const Sequence& s, int64_t kv_head) const {
-    block.key.data = at(args.key, offset(args.key, s.batch), kv_head, s.kv_start);
-    block.value.data = at(args.value, offset(args.value, s.batch), kv_head, s.kv_start);
-    block.key_scale.data = at(args.key_scale, offset(args.key_scale, s.batch), kv_head, s.kv_start);
-    block.value_scale.data =
-        at(args.value_scale, offset(args.value_scale, s.batch), kv_head, s.kv_start);
+    block.key.data = at(args.key, s.batch, kv_head, s.kv_start);
+    block.value.data = at(args.value, s.batch, kv_head, s.kv_start);
+    block.key_scale.data = at(args.key_scale, s.batch, kv_head, s.kv_start);
+    block.value_scale.data = at(args.value_scale, s.batch, kv_head, s.kv_start);
     block.pages = args.pages == nullptr ? nullptr : args.pages + s.batch * args.page_columns;
     block.kv_len = s.kv_len;
 }
@@ -135,11 +138,11 @@ void Call::set_rows(Row* rows, int count, const Sequence& s, int64_t kv_head, in
             head = first_head;
             ++i;
         }
-        row->query = at(args.query, query, head, s.q_start + i);
-        row->out = at(args.out, out, head, s.q_start + i);
-        row->lse = at(args.lse, lse, head, s.q_start + i);
-        row->mask = at(args.mask, mask, head, s.q_start + i);
-        row->bias = at(args.bias, bias, head, s.q_start + i);
+        row->query = fastattn::at(args.query, query, head, s.q_start + i);
+        row->out = fastattn::at(args.out, out, head, s.q_start + i);
+        row->lse = fastattn::at(args.lse, lse, head, s.q_start + i);
+        row->mask = fastattn::at(args.mask, mask, head, s.q_start + i);
+        row->bias = fastattn::at(args.bias, bias, head, s.q_start + i);
         row->position = i + s.offset;
         const Interval seen = interval(s, i);
         row->begin = seen.begin;

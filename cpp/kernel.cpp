@@ -20,8 +20,10 @@
 #include "kernel.h"
 
 #include "elements.h"
+#include "kernel_backward.h"
 #include "kernel_factors.h"
 #include "kernel_few.h"
+#include "kernel_multiply.h"
 #include "kernel_parts.h"
 #include "kernel_scores.h"
 #include "vec.h"
@@ -35,29 +37,6 @@ constexpr int64_t kGroup = 64 * kKeyTile;  // keys
 constexpr int64_t kDepth = 512;
 static_assert(kPageKeys % kKeyTile == 0);
 
-// For c in [First, Last), sum[r][c] += over k < depth: a[r * a_row + k * a_step] * b[k][c], a row
-// of b being Columns vectors.
-template <int First, int Last, bool InPairs, class T, int Rows, int Columns>
-[[gnu::always_inline]] inline void multiply(const typename Factor<T, InPairs>::Element* a,
-                                            int64_t a_row, int64_t a_step, const T* b,
-                                            int64_t depth, Vec<T> (&sum)[Rows][Columns]) {
-    using Vector = typename Factor<T, InPairs>::Vector;
-    constexpr int lanes = Vec<T>::lanes;
-    for (int64_t k = 0; k < depth; ++k, a += a_step, b += Columns * lanes) {
-        Vector column[Columns];
-#pragma GCC unroll 4
-        for (int c = First; c < Last; ++c) {
-            __builtin_memcpy(&column[c], b + c * lanes, sizeof column[c]);
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) {
-            const Vector scalar = Factor<T, InPairs>::everywhere(a + r * a_row);
-#pragma GCC unroll 4
-            for (int c = First; c < Last; ++c) sum[r][c] = fma(scalar, column[c], sum[r][c]);
-        }
-    }
-}
-
 // visit<First, Last>(begin, end): the stretches of a tile's keys between two cuts, each with the
 // vectors that may see it (ScorePasses::find_cuts).
 template <int Columns, int Index = 0, class Visit>
@@ -69,15 +48,6 @@ template <int Columns, int Index = 0, class Visit>
         visit.template operator()<first, last>(cuts[Index], cuts[Index + 1]);
     }
     if constexpr (Index + 2 < 2 * Columns) between_cuts<Columns, Index + 1>(cuts, visit);
-}
-
-// step<Rows>(row) over [row, count) in steps of Rows, then of half as many, and so on.
-template <int Rows, class Step>
-[[gnu::always_inline]] inline void in_steps(int64_t row, int64_t count, const Step& step) {
-    for (; row + Rows <= count; row += Rows) step.template operator()<Rows>(row);
-    if constexpr (Rows > 1) {
-        if (row < count) in_steps<Rows / 2>(row, count, step);
-    }
 }
 
 // What the panels of a block use in turn.
@@ -434,7 +404,7 @@ class Panel {
                                                 V (&sum)[Rows][Columns]) const {
         constexpr int64_t size = Operand::size;
         multiply<First, Last, InPairs>(value + begin * stride + d * size, size, stride * size,
-                                       scores + begin / size * width,
+                                       scores + begin / size * width, width,
                                        (end - begin + size - 1) / size, sum);
     }
 
@@ -475,7 +445,7 @@ class Panel {
                     V sum[Rows][Columns] = {};
                     multiply<First, Last, InPairs>(key + j * key_stride + d, key_stride,
                                                    Operand::size, query + d / Operand::size * width,
-                                                   depth / Operand::size, sum);
+                                                   width, depth / Operand::size, sum);
 #pragma GCC unroll 16
                     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
@@ -713,17 +683,6 @@ class Panel {
     }
 };
 
-// use<Columns>() for as few vectors as the rows fill.
-template <class T, int Columns = 1, class Use>
-auto with_columns(int rows, const Use& use) {
-    if constexpr (Columns == kColumns) {
-        return use.template operator()<Columns>();
-    } else {
-        if (rows <= Columns * Vec<T>::lanes) return use.template operator()<Columns>();
-        return with_columns<T, Columns + 1>(rows, use);
-    }
-}
-
 // use<InPairs>()
 template <class T, class Use>
 auto with_factor(const Block& block, const Use& use) {
@@ -866,7 +825,8 @@ template <class T>
 constexpr Functions functions = {Cut<T>::panel_rows, int(kKeyTile),        scratch_bytes<T>,
                                  attend<T>,          count_tiles<T>,       Parts<T>::bytes,
                                  kFewRows,           few_scratch_bytes<T>, attend_few<T>,
-                                 merge_parts<T>,     finish_parts<T>,      run_fma<T>};
+                                 merge_parts<T>,     finish_parts<T>,      gradients<T>,
+                                 run_fma<T>};
 
 }  // namespace
 

@@ -73,6 +73,39 @@ struct TileCounts {
     int64_t pairs;
 };
 
+// What the gradients of a row need beside it, and where they go.
+struct GradientRow {
+    const void* grad_out;  // of the query's type
+    const void* grad_lse;  // of the arithmetic's; null: 0
+    void* dq;              // of the query's type
+    void* dbias;           // of the arithmetic's, the row's first element; null: none
+    void* delta;           // takes sum(out * grad_out); null: not asked for
+};
+
+// Some rows and some keys, to be differentiated.
+struct GradientBlock {
+    Block block;  // its rows: a strip, strip_rows at most
+    const GradientRow* gradients;
+    int64_t begin, end;    // the keys; from a whole tile on
+    KeyRows dk, dv;        // of all keys; of the keys' type
+    int64_t dbias_stride;  // from one key to the next
+    void* query_sums;      // query_sums_bytes() of the strip
+};
+
+// The backward pass over keys that stay near while all strips of rows that see them pass by:
+// begin_keys, for each strip differentiate, which leaves in scratch what add_query_sums then adds
+// to what other keys gave, and at last finish_keys.
+struct Gradients {
+    int strip_rows;
+    size_t (*scratch_bytes)(const Block&, int64_t keys);
+    size_t (*query_sums_bytes)(const Block&);  // of a strip
+    void (*begin_keys)(const GradientBlock&);
+    void (*differentiate)(const GradientBlock&);
+    void (*add_query_sums)(const GradientBlock&, bool first);  // first: there is nothing yet
+    void (*store_query_sums)(const GradientBlock&);
+    void (*finish_keys)(const GradientBlock&);
+};
+
 // The functions for arithmetic in one type; float32's take half precision too.
 struct Functions {
     int panel_rows, key_tile;
@@ -88,6 +121,8 @@ struct Functions {
     void (*attend_few)(const Block&, void* parts);
     void (*merge_parts)(const Block&, void* into, void* later);  // in the order of the keys
     void (*finish_parts)(const Block&, void* parts);             // stores the result
+
+    Gradients gradients;
 
     double (*fma)(int64_t rounds);  // runs fused multiply-adds in registers, returns their FLOPs
 };

@@ -357,6 +357,53 @@ auto without_gil(const Work& work) {
     return *result;
 }
 
+// `array` of a call, like query (core 3) or lse (2).
+Array gradient(const AttentionArgs& call, const py::object& array, int64_t heads, int64_t rows,
+               int64_t cols, Dtype dtype, bool written, int core = 3) {
+    if (array.is_none()) return {};
+    const auto given = py::reinterpret_borrow<py::array>(array);
+    require(!written || given.writeable(), "a gradient is not writeable");
+    const Array result = view(given, call.batch_shape, heads, rows, cols, core);
+    require(result.dtype == dtype, "a gradient has the wrong dtype");
+    return result;
+}
+
+void differentiate(GradientArgs args, int64_t q_rows, int64_t kv_rows, const py::list& arrays) {
+    AttentionArgs& call = args.call;
+    require(arrays.size() == 9, "there are nine more arrays");
+    const Dtype wide = call.query.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+    const auto of_rows = [&](int i, int64_t cols, bool written) {
+        const Array array =
+            gradient(call, arrays[i], call.q_heads, q_rows, cols, call.query.dtype, written);
+        require_rows(array, cols);
+        return array;
+    };
+    const auto of_keys = [&](int i, int64_t cols) {
+        const Array array =
+            gradient(call, arrays[i], call.kv_heads, kv_rows, cols, call.key.dtype, true);
+        require_rows(array, cols);
+        return array;
+    };
+    const auto per_row = [&](int i, bool written) {
+        return gradient(call, arrays[i], call.q_heads, q_rows, 1, wide, written, 2);
+    };
+    call.out = of_rows(0, call.value_head_dim, false);
+    call.lse = per_row(1, false);
+    args.grad_out = of_rows(2, call.value_head_dim, false);
+    args.grad_lse = per_row(3, false);
+    args.dq = of_rows(4, call.head_dim, true);
+    args.dk = of_keys(5, call.head_dim);
+    args.dv = of_keys(6, call.value_head_dim);
+    args.dbias = gradient(call, arrays[7], call.q_heads, q_rows, call.kv_len, wide, true);
+    args.delta = per_row(8, true);
+    for (const Array* array : {&call.out, &call.lse, &args.grad_out, &args.dq, &args.dk, &args.dv}) {
+        require(array->data != nullptr, "an array of the backward pass is missing");
+    }
+    const bool finished =
+        without_gil([&] { return attention_backward(args, Interrupt{signal_arrived}); });
+    if (!finished) throw py::error_already_set();
+}
+
 void run(const AttentionArgs& args) {
     require(args.out.data != nullptr, "out is missing");
     const bool finished = without_gil([&] { return attention(args, Interrupt{signal_arrived}); });
@@ -373,6 +420,19 @@ void attend_paged(FASTATTN_PARAMETERS, int64_t kv_len, const py::object& kv_begi
                   const py::array& pages, const py::object& key_scale,
                   const py::object& value_scale) {
     run(paged(FASTATTN_ARGUMENTS, kv_len, kv_begins, pages, key_scale, value_scale));
+}
+
+void attend_backward(FASTATTN_PARAMETERS, const py::list& arrays) {
+    GradientArgs args;
+    args.call = plain(FASTATTN_ARGUMENTS);
+    differentiate(args, axis_size(query, 1), axis_size(key, 1), arrays);
+}
+
+void attend_packed_backward(FASTATTN_PARAMETERS, const py::object& q_starts,
+                            const py::object& kv_starts, const py::list& arrays) {
+    GradientArgs args;
+    args.call = packed(FASTATTN_ARGUMENTS, q_starts, kv_starts);
+    differentiate(args, axis_size(query, 1), axis_size(key, 1), arrays);
 }
 
 py::dict explain(FASTATTN_PARAMETERS) {
@@ -414,6 +474,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not
     m.def("attention", attend);
     m.def("varlen_attention", attend_packed);
     m.def("cache_attention", attend_paged);
+    m.def("attention_backward", attend_backward);
+    m.def("varlen_attention_backward", attend_packed_backward);
     m.def("explain", explain);
     m.def("isa", isa);
     m.def("isas", isas);

@@ -13,6 +13,7 @@ from fastattn._attention import (
     scaled_dot_product_attention,
     varlen_attention,
 )
+from fastattn._backward import attention_backward
 from fastattn._core import __version__
 from fastattn._kv_cache import KVCache, PagedKVCache
 from fastattn._machine import (
@@ -28,6 +29,7 @@ __all__ = [
     "PagedKVCache",
     "__version__",
     "attention",
+    "attention_backward",
     "attention_weights",
     "explain",
     "get_num_threads",

@@ -60,7 +60,7 @@ struct AttentionArgs {
 // The gradients of a call, whose out and lse are what it gave. grad_out is like out, grad_lse and
 // delta like lse; dq, dk and dv are like query, key and value, without repeated axes. delta takes
 // the sum of out * grad_out. dbias, float32 (float64 for float64), takes the gradient of the bias:
-// a repeated axis sums over it. dq, dbias and delta come as zeros.
+// a repeated axis sums over it. What is written comes as zeros.
 struct GradientArgs {
     AttentionArgs call;
     Array grad_out, grad_lse, dq, dk, dv, dbias, delta;  // grad_lse, dbias, delta: null, not given

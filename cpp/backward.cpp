@@ -24,6 +24,7 @@ constexpr size_t kBlockBytes = 512 << 10;  // of what is kept of a block of keys
 constexpr size_t kSumsBytes = 64 << 20;    // of the queries' gradients, unless one head has more
 constexpr int64_t kItemsPerThread = 4;
 constexpr double kTimesForward = 2.5;
+constexpr int64_t kLeft = -1;  // a group has left its slot
 
 class Backward {
    public:
@@ -38,7 +39,7 @@ class Backward {
         for (const Head& head : heads_) seconds += call_.seconds(head.sequence);
         seconds *= kTimesForward / double(args.call.kv_heads);
         choose_block(seconds);
-        threads_ = team_size(int64_t(items_.size()), seconds);
+        threads_ = team_size(items(), seconds);
         // As many groups at a time as keep all threads from waiting for each other.
         size_t most = 1;
         for (const Group& group : groups_) {
@@ -60,9 +61,9 @@ class Backward {
         const Memory scratch = allocate(scratch_bytes_ * size_t(threads_));
         const Memory sums = allocate(slots_ * size_t(most_strips_) * sums_bytes_);
         std::vector<std::atomic<int64_t>> turns(slots_ * size_t(most_strips_));
-        std::vector<std::atomic<int64_t>> left(groups_.size());
+        std::vector<std::atomic<int64_t>> done(groups_.size());
         turns_ = turns.data();
-        left_ = left.data();
+        done_ = done.data();
         sums_ = sums.get();
         bool begun = false;
         return parallel_for(int64_t(items_.size()), threads_, interrupt,
@@ -97,12 +98,13 @@ class Backward {
         for (int64_t batch = 0; batch < call_.batches; ++batch) {
             for (int64_t kv_head = 0; kv_head < call.kv_heads; ++kv_head) {
                 const Sequence sequence = call_.sequence(batch);
-                if (sequence.q_len == 0 && sequence.kv_len == 0) continue;
+                if (sequence.q_len == 0 || sequence.kv_len == 0) continue;
                 const int64_t rows = sequence.q_len * call_.group;
                 const int64_t strips = (rows + functions_.strip_rows - 1) / functions_.strip_rows;
                 size_t index = groups_.size();
                 if (args_.dbias.data != nullptr) {
-                    const void* const bias = call_.at(args_.dbias, batch, kv_head * call_.group, sequence.q_start);
+                    const void* const bias =
+                        call_.at(args_.dbias, batch, kv_head * call_.group, sequence.q_start);
                     index =
                         of_bias.try_emplace(static_cast<const char*>(bias), index).first->second;
                 }
@@ -126,9 +128,8 @@ class Backward {
         const int64_t threads = team_size(INT64_MAX, seconds);
         for (;; block_keys_ = block_keys_ / 2 / tile * tile) {
             count_blocks();
-            if (block_keys_ < 2 * tile || int64_t(items()) >= kItemsPerThread * threads) break;
+            if (block_keys_ < 2 * tile || items() >= kItemsPerThread * threads) break;
         }
-        make_items();
     }
 
     void count_blocks() {
@@ -165,7 +166,7 @@ class Backward {
 
     void start_turns() {
         for (size_t i = 0; i < slots_ * size_t(most_strips_); ++i) turns_[i] = 0;
-        for (size_t i = 0; i < groups_.size(); ++i) left_[i] = 0;
+        for (size_t i = 0; i < groups_.size(); ++i) done_[i] = 0;
     }
 
     // False: the call is to stop.
@@ -181,10 +182,9 @@ class Backward {
     void differentiate(const Item& item, char* memory, const Stop& stop) {
         const Group& group = groups_[item.group];
         if (item.group >= slots_) {
-            const std::atomic<int64_t>& before = left_[item.group - slots_];
-            const int64_t all = groups_[item.group - slots_].blocks;
-            const auto finished = [&] { return before.load(std::memory_order_acquire) == all; };
-            if (!wait(stop, finished)) return;
+            const std::atomic<int64_t>& before = done_[item.group - slots_];
+            const auto left = [&] { return before.load(std::memory_order_acquire) == kLeft; };
+            if (!wait(stop, left)) return;
         }
         for (const size_t head : group.heads) {
             if (item.block < blocks(heads_[head]) &&
@@ -192,13 +192,12 @@ class Backward {
                 return;
             }
         }
-        // The last one leaves the slot as it was.
+        // The last one leaves the slot as it was, and then lets the next group in.
         const size_t slot = item.group % slots_ * size_t(most_strips_);
-        std::atomic<int64_t>& done = left_[item.group];
-        if (done.load() + 1 == group.blocks) {
-            for (int64_t i = 0; i < group.strips; ++i) turns_[slot + size_t(i)] = 0;
-        }
-        done.fetch_add(1, std::memory_order_acq_rel);
+        std::atomic<int64_t>& done = done_[item.group];
+        if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < group.blocks) return;
+        for (int64_t i = 0; i < group.strips; ++i) turns_[slot + size_t(i)] = 0;
+        done.store(kLeft, std::memory_order_release);
     }
 
     bool differentiate(const Head& head, const Item& item, char* memory, const Stop& stop) {
@@ -275,7 +274,7 @@ class Backward {
     int threads_ = 1;
 
     std::atomic<int64_t>* turns_ = nullptr;  // of each strip in flight: blocks that had theirs
-    std::atomic<int64_t>* left_ = nullptr;   // of each group: blocks that are finished
+    std::atomic<int64_t>* done_ = nullptr;   // of each group: its blocks that are, or kLeft
     char* sums_ = nullptr;
 };
 

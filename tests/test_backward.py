@@ -214,6 +214,23 @@ def test_threads_and_runs_change_no_bit(heads, dtype, threads):
             assert_same_bits(grads_of(operands, options), alone)
 
 
+def test_many_heads_that_leave_room_for_each_other(threads):
+    lens = (130, 0, 300, 140, 0, 270)
+    starts = np.cumsum([0, *lens])
+    kv_starts = np.cumsum([0, 130, 5, 300, 0, 7, 270])
+    rng = np.random.default_rng(0)
+    query, grad_out = rng.standard_normal((2, starts[-1], 12, 8), dtype=np.float32)
+    key, value = rng.standard_normal((2, kv_starts[-1], 12, 8), dtype=np.float32)
+    packed = {"cu_seqlens_q": starts, "cu_seqlens_kv": kv_starts}
+    out, lse = varlen_attention(query, key, value, **packed, return_lse=True)
+    threads(1)
+    alone = attention_backward(grad_out, query, key, value, out, lse, **packed)
+    threads(5)
+    for _ in range(30):
+        again = attention_backward(grad_out, query, key, value, out, lse, **packed)
+        assert_same_bits(again, alone)
+
+
 def test_batches_are_computed_alone_and_summed_where_they_share():
     query, key, value = make_problem(50, 140, 16, heads=2, batch=(2, 3))
     for shared in ((query[:1, :1], key, value), (query, key[:, 1:2], value[0, 0])):

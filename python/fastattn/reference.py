@@ -7,11 +7,14 @@ means. It builds arrays of q_len x kv_len and checks little; for work, use `fast
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
@@ -35,6 +38,7 @@ def attention(
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     compute_dtype: DTypeLike | None = None,
+    batch_index: int = 0,
 ) -> Any:
     """Return softmax(scale * query @ key.T + ...) @ value, by definition.
 
@@ -45,6 +49,8 @@ def attention(
     compute_dtype : dtype, optional
         Compute everything in this dtype, as a plain program would: a yardstick for rounding errors.
         None: compute in float64. The result has the query's dtype either way.
+    batch_index : int
+        As for `fastattn.dropout_mask`.
 
     Returns
     -------
@@ -52,10 +58,6 @@ def attention(
     lse : ndarray of shape (batch, q_heads, q_len), only if return_lse
         float64 for a float64 query, else float32.
     """
-    if dropout_p != 0:
-        raise NotImplementedError(
-            f"dropout_p other than 0 is not supported yet, got dropout_p={dropout_p}"
-        )
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
     probs, seen, lse = _softmax(
@@ -73,6 +75,12 @@ def attention(
         sinks=sinks,
         kv_lengths=kv_lengths,
     )
+    if dropout_p != 0:
+        batch_shape = np.broadcast_shapes(probs.shape[:-3], value.shape[:-3])
+        shape = (*batch_shape, *probs.shape[-3:])
+        kept = _kept(shape, dropout_p, seed, query_offset, batch_index)
+        seen = seen & kept
+        probs = probs * kept / (1 - float(dropout_p) if dropout_p < 1 else 1)
     values = _repeat_heads(value.astype(dtype), probs.shape[-3])
     finite = np.isfinite(values)
     with np.errstate(all="ignore"):
@@ -135,6 +143,7 @@ def varlen_attention(
         if own.get("alibi_slopes") is not None:
             slopes = np.asarray(own["alibi_slopes"])
             own["alibi_slopes"] = slopes[b] if slopes.ndim == 2 else slopes
+        own["batch_index"] = b
         x = (query[rows], key[keys], value[keys])
         result = attention(*(a.swapaxes(0, 1) for a in x), return_lse=True, **own)
         out[rows], lse[:, rows] = result[0].swapaxes(0, 1), result[1]
@@ -160,6 +169,98 @@ def attention_weights(
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
     probs = _softmax(query, key, dtype, **options)[0]
     return (probs[0] if max(query.ndim, key.ndim) == 2 else probs).astype(query.dtype)
+
+
+def dropout_mask(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    dropout_p: float,
+    seed: int | None,
+    query_offset: ArrayLike | None = None,
+    batch_index: int = 0,
+) -> NDArray[np.bool_]:
+    """Return which pairs `attention` keeps.
+
+    Parameters
+    ----------
+    query, key, dropout_p, seed, query_offset, batch_index
+        As for `fastattn.dropout_mask`.
+
+    Returns
+    -------
+    ndarray of bool, shape (batch, q_heads, q_len, kv_len)
+    """
+    queries, keys = _with_heads(np.asarray(query)), _with_heads(np.asarray(key))
+    batch_shape = np.broadcast_shapes(queries.shape[:-3], keys.shape[:-3])
+    shape = (*batch_shape, *queries.shape[-3:-1], keys.shape[-2])
+    kept = _kept(shape, dropout_p, seed, query_offset, batch_index)
+    return kept[0] if max(np.ndim(query), np.ndim(key)) == 2 else kept
+
+
+def philox4x32(counter: Sequence[ArrayLike], key: Sequence[int]) -> tuple[NDArray[np.uint64], ...]:
+    """Return what Philox4x32 with 7 rounds makes of counters: four random words of each [1]_.
+
+    Parameters
+    ----------
+    counter : 4 arrays of int, which broadcast
+        Modulo 2**32.
+    key : 2 ints
+        Likewise.
+
+    Returns
+    -------
+    4 ndarrays of uint64
+        Below 2**32.
+
+    References
+    ----------
+    .. [1] J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011,
+       https://doi.org/10.1145/2063384.2063405
+    """
+    low = np.uint64(2**32 - 1)
+    high = np.uint64(32)
+    x = [np.asarray(word).astype(np.uint64) & low for word in counter]
+    for n in range(7):
+        keys = [
+            np.uint64((k + n * step) % 2**32)
+            for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)
+        ]
+        first, second = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = [
+            second >> high ^ x[1] ^ keys[0],
+            second & low,
+            first >> high ^ x[3] ^ keys[1],
+            first & low,
+        ]
+    return tuple(np.broadcast_arrays(*x))
+
+
+def _kept(
+    shape: tuple[int, ...],
+    dropout_p: float,
+    seed: int | None,
+    query_offset: ArrayLike | None,
+    batch_index: int,
+) -> NDArray[np.bool_]:
+    """Return which pairs of the shape (*batch, q_heads, q_len, kv_len) dropout keeps."""
+    if seed is None:
+        if dropout_p != 0:
+            raise ValueError(f"seed must be given with dropout_p > 0, got dropout_p={dropout_p}")
+        return np.ones(shape, bool)
+    *batch_shape, q_heads, q_len, kv_len = shape
+    offsets = np.asarray(0 if query_offset is None else query_offset).astype(np.int64)
+    fours = -(-kv_len // 4)
+    batch = batch_index + np.arange(math.prod(batch_shape)).reshape(batch_shape)
+    counter = (
+        np.arange(fours),
+        np.arange(q_len)[:, None] + offsets[..., None, None, None],
+        np.arange(q_heads)[:, None, None],
+        batch[..., None, None, None],
+    )
+    words = np.stack(philox4x32(counter, divmod(int(seed), 2**32)[::-1]), axis=-1)
+    kept: NDArray[np.bool_] = words >= round(float(dropout_p) * 2**32)
+    return kept.reshape(*shape[:-1], 4 * fours)[..., :kv_len]
 
 
 def _softmax(

@@ -55,6 +55,8 @@ struct AttentionArgs {
     double softcap = 0.0;  // 0: off
     // Query i sees key j iff -left <= j - (i + query_offset) <= right; causality is right = 0.
     int64_t left = kUnlimited, right = kUnlimited;
+    double dropout_p = 0.0;  // within 0..1
+    uint64_t seed = 0;       // of what dropout draws
 };
 
 // The gradients of a call, whose out and lse are what it gave. grad_out is like out, grad_lse and

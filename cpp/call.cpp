@@ -4,6 +4,7 @@
 #include "call.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <new>
@@ -27,6 +28,18 @@ int64_t size_of(Dtype dtype) {
         default:
             return 8;
     }
+}
+
+// reference.py has the same: a pair is kept iff its number is at least round(dropout_p * 2**32).
+Dropout dropout_of(const AttentionArgs& args) {
+    Dropout dropout;
+    if (args.dropout_p == 0) return dropout;
+    const double threshold = std::nearbyint(args.dropout_p * 0x1p32);
+    dropout.drops = threshold > 0;
+    if (dropout.drops) dropout.last_dropped = uint32_t(threshold - 1);
+    dropout.seed = args.seed;
+    dropout.scale = args.dropout_p < 1 ? 1 / (1 - args.dropout_p) : 0;
+    return dropout;
 }
 
 // The element [batch][head][row][0]; null stays null.
@@ -115,6 +128,7 @@ Block Call::shared_block() const {
     block.scale = args.scale;
     block.softcap = args.softcap;
     block.alibi = args.alibi_slopes != nullptr;
+    block.dropout = dropout_of(args);
     return block;
 }
 
@@ -149,6 +163,8 @@ void Call::set_rows(Row* rows, int count, const Sequence& s, int64_t kv_head, in
         row->end = seen.end;
         row->slope = args.alibi_slopes ? args.alibi_slopes[s.batch * args.q_heads + head] : 0;
         row->sink = args.sinks ? args.sinks[head] : -std::numeric_limits<double>::infinity();
+        row->head = uint32_t(head);
+        row->batch = uint32_t(s.batch);
     }
 }
 

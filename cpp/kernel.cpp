@@ -21,6 +21,7 @@
 
 #include "elements.h"
 #include "kernel_backward.h"
+#include "kernel_dropout.h"
 #include "kernel_factors.h"
 #include "kernel_few.h"
 #include "kernel_multiply.h"
@@ -367,12 +368,15 @@ class Panel {
         const Element* value = tile_value + (keys.begin - tile) * value_stride;
         int64_t stride = value_stride;
         if (!InPairs && scale_scores) apply_score_scale(keys);
+        const bool drops = block.dropout.drops;
+        bool any_left_out = drops;
         if (seen == Seen::kSome) {
             passes.apply(scores, keys, staging);
-            if (find_tile_max(keys) && set_nonfinite_apart(keys)) {
-                value = reinterpret_cast<const Element*>(staging);
-                stride = value_head_dim;
-            }
+            any_left_out |= find_tile_max(keys);
+        }
+        if (any_left_out && set_nonfinite_apart(keys)) {
+            value = reinterpret_cast<const Element*>(staging);
+            stride = value_head_dim;
         }
         if (InPairs && scales_late) {
             for (int c = 0; c < Columns; ++c) tile_max[c] = score_scale[c] * tile_max[c];
@@ -380,6 +384,7 @@ class Panel {
         } else {
             softmax<false>(keys);
         }
+        if (drops) drop_pairs(keys);
         const bool whole = cuts[Columns - 1] == 0 && cuts[Columns] == keys.size();
         const Span next = fetches ? passes.span(tile + kKeyTile) : Span{0, 0};
         in_steps<micro_rows(Columns)>(0, value_head_dim, [&]<int Rows>(int64_t d) {
@@ -539,9 +544,23 @@ class Panel {
         for (int c = 0; c < Columns; ++c) row_sum[c] = fma(row_sum[c], rescale[c], sum[c]);
     }
 
-    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it. If
-    // the tile holds any, it is copied to `staging` with zeros for them, and they are added to the
-    // rows that see them, here.
+    KeptOfRows<T> kept(int c) const {
+        return {block.dropout, block.rows + c * lanes, block.row_count - c * lanes};
+    }
+
+    [[gnu::noinline]] typename V::Mask kept_rows(int c, int64_t key) const {
+        typename V::Mask mask = {};
+        kept(c).each_key({key, key + 1}, [&](int64_t, typename V::Mask of) { mask = of; });
+        return mask;
+    }
+
+    [[gnu::noinline]] void drop_pairs(Span keys) const {
+        for (int c = 0; c < Columns; ++c) drop<InPairs>(scores + c * lanes, width, keys, kept(c));
+    }
+
+    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it, or
+    // drops it. If the tile holds any, it is copied to `staging` with zeros for them, and they are
+    // added to the rows that see them, here.
     bool set_nonfinite_apart(Span keys) {
         const Element* value = tile_value + keys.begin % kKeyTile * value_stride;
         int64_t stride = value_stride;
@@ -550,9 +569,14 @@ class Panel {
             stride = block.value.stride;
         }
         bool found = false;
-        passes.hidden_keys(keys, [&](int64_t first, int64_t last) {
+        const auto check = [&](int64_t first, int64_t last) {
             found |= !all_finite(value + (first - keys.begin) * stride, stride, last - first);
-        });
+        };
+        if (block.dropout.drops) {
+            check(keys.begin, keys.end);
+        } else {
+            passes.hidden_keys(keys, check);
+        }
         if (!found) return false;
         Element* const to = reinterpret_cast<Element*>(staging);
         for (int64_t j = 0; j < keys.size(); ++j) {
@@ -565,10 +589,11 @@ class Panel {
                 place[j % size] = finite ? from[d] : Element{};
                 if (j + 1 == keys.size() && j % size + 1 < size) place[j % size + 1] = Element{};
                 if (finite) continue;
-                for (int c = 0; c < width; c += lanes) {
-                    const auto hidden = V::load(scores + j * width + c) == V(-kInfinity<T>);
-                    const V sum = V::load(acc + d * width + c);
-                    select<T>(hidden, sum, sum + V(x)).store(acc + d * width + c);
+                for (int c = 0; c < Columns; ++c) {
+                    auto left_out = V::load(scores + j * width + c * lanes) == V(-kInfinity<T>);
+                    if (block.dropout.drops) left_out |= ~kept_rows(c, keys.begin + j);
+                    T* const sum = acc + d * width + c * lanes;
+                    select<T>(left_out, V::load(sum), V::load(sum) + V(x)).store(sum);
                 }
             }
         }
@@ -628,7 +653,8 @@ class Panel {
             const V offset = select<T>(peak == V(-kInfinity<T>), V(T(0)), peak);
             const V shrink = exp2(row_max[c] - offset);
             const V all = fma(sums[c], shrink, exp2(V::load(sink) - offset));
-            const V factor = select<T>(all == V(T(0)), V(T(0)), shrink / all);
+            const V share = select<T>(all == V(T(0)), V(T(0)), shrink / all);
+            const V factor = V(T(block.dropout.scale)) * share;
             row_max[c].store(largest);
             sums[c].store(denominator);
             with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {

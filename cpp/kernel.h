@@ -29,9 +29,20 @@ struct Row {
     const void* mask;    // the row's first element; null: none
     const void* bias;    // likewise
     int64_t begin, end;  // the keys that causality, window and length leave; begin <= end
-    int64_t position;    // of the query among the keys, for ALiBi
+    int64_t position;    // of the query among the keys, for ALiBi and dropout
     double slope;        // ALiBi
     double sink;         // -inf: none
+    // Modulo 2**32, for dropout.
+    uint32_t head, batch;
+};
+
+// A pair's probability counts, times scale, iff its random number (kernel_dropout.h) is larger than
+// last_dropped; without `drops`, every pair's does.
+struct Dropout {
+    bool drops = false;
+    uint32_t last_dropped = 0;
+    uint64_t seed = 0;
+    double scale = 1;
 };
 
 // Asked once per key tile; true: stop, the result is not wanted any more.
@@ -61,6 +72,7 @@ struct Block {
     int64_t mask_stride, bias_stride;  // from one key to the next
     double scale, softcap;
     bool alibi;
+    Dropout dropout;
     void* scratch;  // scratch_bytes(), aligned to kScratchAlignment
     Stop stop;
 };

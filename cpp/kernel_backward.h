@@ -15,6 +15,7 @@
 
 #include "elements.h"
 #include "kernel.h"
+#include "kernel_dropout.h"
 #include "kernel_factors.h"
 #include "kernel_multiply.h"
 #include "kernel_scores.h"
@@ -209,7 +210,7 @@ class Differentiation {
     void finish_keys() const {
         with_query<T>(block.kv_dtype, [&]<class To>(const To*) {
             store_keys<To>(dk, key_pitch, head_dim, T(block.scale), all.dk);
-            store_keys<To>(dv, value_pitch, value_head_dim, T(1), all.dv);
+            store_keys<To>(dv, value_pitch, value_head_dim, T(block.dropout.scale), all.dv);
         });
     }
 
@@ -403,7 +404,7 @@ class Differentiation {
         const Element* const value =
             find(block.value, wide_value, value_head_dim, keys.begin, stride);
         multiply_keys<Columns>(value, stride, grad_out, index, keys.size(), dprobs);
-        if (seen == Seen::kAll && !adds_lse) {
+        if (seen == Seen::kAll && !adds_lse && block.dropout.scale == 1) {
             const V scale = query_scale<T>(block);
             V minus[Columns], less[Columns];
             for (int c = 0; c < Columns; ++c) {
@@ -460,26 +461,43 @@ class Differentiation {
         passes.apply(scores, keys, staging);
     }
 
-    // P and dS in place of the scores and dP; a hidden pair's are 0, whatever is in its value.
+    // P and dS in place of the scores and dP; a hidden pair's are 0, whatever is in its value, and
+    // so is the P of a dropped one.
     template <int Columns>
-    void find_tile(int index, Span keys) const {
+    [[gnu::noinline]] void find_tile(int index, Span keys) const {
         constexpr int width = Columns * lanes;
-        const V zero = T(0), hidden = -kInfinity<T>;
-        for (int64_t i = 0; i < keys.size() * width; i += width) {
-            for (int c = 0; c < width; c += lanes) {
-                const int64_t row = index * panel + c;
-                const V score = V::load(scores + i + c);
-                const auto hides = score == hidden;
-                const V p = exp2<InPairs>(score - V::load(offset + row));
-                V ds = p * (V::load(dprobs + i + c) - V::load(correction + row));
-                if (adds_lse) {
-                    const V pure = exp2<InPairs>(score - V::load(lse_offset + row));
-                    ds = fma(pure, V::load(lse_gradient + row), ds);
+        const V scale = T(block.dropout.scale);
+        for (int c = 0; c < Columns; ++c) {
+            const int row = index * panel + c * lanes;
+            if (block.dropout.drops) {
+                const KeptOfRows<T> kept(block.dropout, block.rows + row, block.row_count - row);
+                const V zero = T(0);
+                kept.each_key(keys, [&](int64_t key, typename V::Mask keeps) {
+                    const int64_t at = (key - keys.begin) * width + c * lanes;
+                    const V dprob = select<T>(keeps, scale * V::load(dprobs + at), zero);
+                    select<T>(keeps, find_pair(at, row, dprob), zero).store(scores + at);
+                });
+            } else {
+                for (int64_t j = 0; j < keys.size(); ++j) {
+                    const int64_t at = j * width + c * lanes;
+                    find_pair(at, row, scale * V::load(dprobs + at)).store(scores + at);
                 }
-                select<T>(hides, zero, p).store(scores + i + c);
-                select<T>(hides, zero, ds).store(dprobs + i + c);
             }
         }
+    }
+
+    // Stores dS and returns P.
+    [[gnu::always_inline]] V find_pair(int64_t at, int row, V dprob) const {
+        const V zero = T(0), score = V::load(scores + at);
+        const auto hides = score == V(-kInfinity<T>);
+        const V p = exp2<InPairs>(score - V::load(offset + row));
+        V ds = p * (dprob - V::load(correction + row));
+        if (adds_lse) {
+            const V pure = exp2<InPairs>(score - V::load(lse_offset + row));
+            ds = fma(pure, V::load(lse_gradient + row), ds);
+        }
+        select<T>(hides, zero, ds).store(dprobs + at);
+        return select<T>(hides, zero, p);
     }
 
     // dbias += dS. Rows may share their bias, and keys may: then the gradient is a sum.

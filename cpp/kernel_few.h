@@ -10,6 +10,7 @@
 
 #include "elements.h"
 #include "kernel.h"
+#include "kernel_dropout.h"
 #include "kernel_factors.h"
 #include "kernel_parts.h"
 #include "kernel_scores.h"
@@ -20,7 +21,7 @@ namespace {
 
 constexpr int64_t kChunk = 32;  // keys that all rows use while they are near
 constexpr int kFewRows = 16;    // beyond, the tiled form is faster
-static_assert(kStretch <= 32 * kChunk);
+static_assert(kStretch <= 32 * kChunk && kChunk % 4 == 0);
 
 // All rows of a block against the keys of one stretch, in parts: all scores, then the softmax, then
 // the values, so that memory is read in long pieces.
@@ -90,11 +91,12 @@ class Stretch {
                 look_ahead(block.value, all, value_head_dim);
             }
             compute_scores(keys);
-            bool any_hidden = false;
+            bool any_hidden = block.dropout.drops;
             for (int64_t r = 0; r < rows; ++r) any_hidden |= apply_passes(r, keys);
             if (any_hidden && add_nonfinite(keys)) set_apart |= bit;
         });
         for (int64_t r = 0; r < rows; ++r) softmax(r);
+        if (block.dropout.drops) drop_pairs();
         if constexpr (quantized) multiply_scores(block.value_scale, {base, all.end});
         if constexpr (InPairs) pair_probabilities();
         each_chunk([&](Span keys, uint32_t bit) {
@@ -372,8 +374,16 @@ class Stretch {
         parts.row_sum(r) = sum_across(sums);
     }
 
-    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it: if
-    // a chunk holds any, they are added to the rows that see them, here, and are left out later.
+    [[gnu::noinline]] void drop_pairs() const {
+        for (int64_t r = 0; r < rows; ++r) {
+            drop(scores + r * kStretch, {base, base + count},
+                 KeptOfKeys<T>(block.dropout, block.rows[r]));
+        }
+    }
+
+    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it, or
+    // drops it: if a chunk holds any, they are added to the rows that see them, here, and are left
+    // out later.
     bool add_nonfinite(Span keys) const {
         const Element* const values = row_of<Element>(block, block.value, keys.begin);
         bool found = false;
@@ -391,7 +401,12 @@ class Stretch {
                 const T x = added<T>(values[j * block.value.stride + d]);
                 if (x - x == 0) continue;
                 for (int64_t r = 0; r < rows; ++r) {
-                    if (scores_of(r, keys)[j] != -kInfinity<T>) parts.acc(r)[d] += x;
+                    if (scores_of(r, keys)[j] == -kInfinity<T>) continue;
+                    if (block.dropout.drops &&
+                        !KeptOfKeys<T>(block.dropout, block.rows[r]).keeps(keys.begin + j)) {
+                        continue;
+                    }
+                    parts.acc(r)[d] += x;
                 }
             }
         }

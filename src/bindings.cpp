@@ -101,10 +101,10 @@ const T* values(const py::object& object, int64_t size) {
         const py::object &lse, const std::vector<int64_t>&batch_shape, const py::object &mask,   \
         const py::object &bias, const py::object &alibi_slopes, const py::object &sinks,         \
         const py::object &query_offset, const py::object &kv_lengths, double scale,              \
-        double softcap, int64_t left, int64_t right
+        double softcap, int64_t left, int64_t right, double dropout_p, uint64_t seed
 #define FASTATTN_ARGUMENTS                                                                   \
     query, key, value, out, lse, batch_shape, mask, bias, alibi_slopes, sinks, query_offset, \
-        kv_lengths, scale, softcap, left, right
+        kv_lengths, scale, softcap, left, right, dropout_p, seed
 
 void require_rows(const Array& array, int64_t cols) {
     require(array.col_stride == 1 || cols <= 1, "the last axis is not contiguous");
@@ -201,6 +201,9 @@ AttentionArgs arguments(FASTATTN_PARAMETERS, int64_t q_rows, int64_t q_len, int6
     args.softcap = softcap;
     args.left = left;
     args.right = right;
+    require(dropout_p >= 0 && dropout_p <= 1, "dropout_p must lie in 0..1");
+    args.dropout_p = dropout_p;
+    args.seed = seed;
     return args;
 }
 

@@ -4,11 +4,25 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import DTYPES, EXTRA_ULPS, HALVES, assert_same_bits, in_pairs, make_problem
+from conftest import (
+    DTYPES,
+    EXTRA_ULPS,
+    HALVES,
+    assert_same_bits,
+    in_pairs,
+    make_problem,
+    without_dropout,
+)
 from numpy.testing import assert_allclose, assert_array_equal
 from test_attention import arguments_of, covering_cases
 
-from fastattn import attention, attention_backward, reference, varlen_attention
+from fastattn import (
+    attention,
+    attention_backward,
+    dropout_mask,
+    reference,
+    varlen_attention,
+)
 
 pytestmark = pytest.mark.usefixtures("isa")
 INF = np.inf
@@ -32,6 +46,7 @@ class Formula:
     """The steps of the plain formula in one dtype, for the problem of `grads_of`."""
 
     def __init__(self, operands, options, seed, dtype):
+        dtype = np.dtype(dtype)
         out, lse = attention(*operands, return_lse=True, **options)
         rng = np.random.default_rng(seed)
         self.grad_out = rng.standard_normal(out.shape).astype(out.dtype).astype(dtype)
@@ -44,9 +59,14 @@ class Formula:
         self.key, self.value = key, value
         scale = options.get("scale")
         self.scale = self.query.shape[-1] ** -0.5 if scale is None else scale
-        weights = reference.attention_weights
-        self.probs = weights(self.query, key, compute_dtype=dtype, **options)
-        self.pure = weights(self.query, key, compute_dtype=dtype, **(options | {"sinks": None}))
+        self.kept = np.ones((), dtype)
+        if options.get("dropout_p"):
+            names = ("dropout_p", "seed", "query_offset")
+            kept = reference.dropout_mask(self.query, key, **{n: options.get(n) for n in names})
+            self.kept = kept / (1 - dtype.type(options["dropout_p"]))
+        weights, rest = reference.attention_weights, without_dropout(options)
+        self.probs = weights(self.query, key, compute_dtype=dtype, **rest)
+        self.pure = weights(self.query, key, compute_dtype=dtype, **(rest | {"sinks": None}))
         self.delta = (self.grad_out * out.astype(dtype)).sum(-1, keepdims=True)
         self.bias, self.sinks = options.get("bias"), options.get("sinks")
         self.slope = 1.0
@@ -67,20 +87,23 @@ class Formula:
 
     def gradients(self, dtype):
         """Return all of them; on their way to dq, dk and dv, P and dS are rounded to that dtype."""
-        dprobs = self.grad_out @ self.value.swapaxes(-1, -2)
+        dprobs = self.kept * (self.grad_out @ self.value.swapaxes(-1, -2))
         dscores = self.probs * (dprobs - self.delta) + self.pure * self.grad_lse
         probs, rounded = (
             x.astype(dtype).astype(x.dtype) for x in (self.probs, dscores * self.slope)
         )
-        sums = self.sums(probs, rounded, self.scale, self.grad_out, self.query, self.key)
+        sums = self.sums(
+            probs * self.kept, rounded, self.scale, self.grad_out, self.query, self.key
+        )
         return sums + self.added(dscores, -self.delta)
 
     def magnitudes(self):
         """Return the largest sum of the sizes of what is added up, for each gradient."""
-        dprobs = abs(self.grad_out) @ abs(self.value).swapaxes(-1, -2)
+        dprobs = self.kept * (abs(self.grad_out) @ abs(self.value).swapaxes(-1, -2))
         dscores = self.probs * (dprobs + abs(self.delta)) + self.pure * abs(self.grad_lse)
         sizes = [abs(x) for x in (self.grad_out, self.query, self.key)]
-        sums = self.sums(self.probs, dscores * self.slope, abs(self.scale), *sizes)
+        probs = self.probs * self.kept
+        sums = self.sums(probs, dscores * self.slope, abs(self.scale), *sizes)
         return [np.max(x, initial=0) for x in sums + self.added(dscores, abs(self.delta))]
 
     def added(self, dscores, delta):
@@ -282,6 +305,23 @@ def test_poison_of_pairs_that_are_hidden(poison, dtype):
     for grad, clean in ((dk, expected[1]), (dv, expected[2])):
         assert_array_equal(np.isnan(grad.astype(np.float32)).all(-1), np.stack([touched] * 2))
         assert_same_bits(grad[:, ~touched], clean[:, ~touched])
+
+
+@every_dtype
+def test_dropped_pairs_pass_nothing_on(dtype):
+    operands = make_problem(100, 260, 16, heads=2, dtype=dtype)
+    options = {"dropout_p": 0.4, "seed": 3}
+    assert_gradients_within_gate(operands, options)
+    kept = dropout_mask(*operands[:2], **options)
+    out, lse = attention(*operands, return_lse=True, **options)
+    grad_out = np.zeros_like(out)
+    grad_out[:, 7] = 1
+    dv = attention_backward(grad_out, *operands, out, lse, **options)[2].astype(np.float32)
+    assert_array_equal((dv != 0).all(-1), kept[:, 7])
+    assert_array_equal((dv != 0).any(-1), kept[:, 7])
+    everything = attention(*operands, return_lse=True, dropout_p=1.0, seed=0)
+    for grad in attention_backward(grad_out, *operands, *everything, dropout_p=1.0, seed=0):
+        assert_array_equal(grad.astype(np.float32), 0)
 
 
 @every_dtype

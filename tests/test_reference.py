@@ -6,7 +6,13 @@ import pytest
 from conftest import assert_same_bits, make_problem
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fastattn.reference import attention, attention_backward, attention_weights
+from fastattn.reference import (
+    attention,
+    attention_backward,
+    attention_weights,
+    dropout_mask,
+    philox4x32,
+)
 
 INF = np.inf
 LOG2 = np.log(2.0)
@@ -164,8 +170,41 @@ def test_not_finite_values_reach_the_rows_that_see_them():
 def test_position_must_be_given():
     with pytest.raises(ValueError, match="query_offset must be given"):
         attention(QUERY[:1], KEY, VALUE, is_causal=True)
-    with pytest.raises(NotImplementedError, match="dropout_p"):
+    with pytest.raises(ValueError, match="seed must be given"):
         attention(QUERY, KEY, VALUE, dropout_p=0.5)
+
+
+# Counter, key and words of philox4x32 with 7 rounds, of tests/kat_vectors in Random123, the library
+# of the generator's authors (https://github.com/DEShawResearch/random123).
+KNOWN_ANSWERS = [
+    """00000000 00000000 00000000 00000000  00000000 00000000
+       5f6fb709 0d893f64 4f121f81 4f730a48""",
+    """ffffffff ffffffff ffffffff ffffffff  ffffffff ffffffff
+       5207ddc2 45165e59 4d8ee751 8c52f662""",
+    """243f6a88 85a308d3 13198a2e 03707344  a4093822 299f31d0
+       4dfccaba 190a87f0 c47362ba b6b5242a""",
+]
+
+
+@pytest.mark.parametrize("numbers", KNOWN_ANSWERS)
+def test_known_answers_of_the_generator(numbers):
+    numbers = [int(x, 16) for x in numbers.split()]
+    assert [int(x) for x in philox4x32(numbers[:4], numbers[4:6])] == numbers[6:]
+
+
+def test_dropout_by_hand():
+    """Of the first words for seed 0, 5f6fb709 is the largest and 0d893f64 the smallest."""
+    options = {"dropout_p": 0.25, "seed": 0}
+    query, key = np.zeros((1, 1)), np.zeros((4, 1))
+    assert_array_equal(dropout_mask(query, key, **options), [[True, False, True, True]])
+    value = np.eye(4)
+    out, lse = attention(query, key, value, return_lse=True, **options)
+    assert_allclose(out, [[1 / 3, 0, 1 / 3, 1 / 3]], rtol=1e-15)
+    assert_allclose(lse, np.log(4), rtol=1e-15)
+    value[1] = np.nan
+    assert_allclose(attention(query, key, value, **options), [[1 / 3, 0, 1 / 3, 1 / 3]])
+    value[0, 0] = np.nan
+    assert_array_equal(np.isnan(attention(query, key, value, **options)), [[True] + 3 * [False]])
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -195,6 +234,7 @@ GRADIENT_CASES = [
     {"sinks": [0.5, -1.0, 2.0, -INF]},
     {"sinks": [0.5, -1.0, 2.0, 0.0], "kv_lengths": [[5], [0]], "bias": "pairs"},
     {"kv_lengths": [[3], [6]]},
+    {"dropout_p": 0.3, "seed": 5, "query_offset": [[0], [2]], "sinks": [0.5, -1.0, 2.0, 0.0]},
 ]
 PAIRS = {"pairs": (2, 1, 4, 5, 6), "row": (4, 1, 6), "column": (5, 1)}
 
@@ -351,5 +391,3 @@ def test_a_visible_nan_reaches_the_gradients_that_depend_on_it():
     assert_array_equal(np.isnan(dq).any(-1), [[False, True]])
     assert np.isnan(dk).any(-1).all()  # query 1 sees both keys
     assert np.isnan(dv).any(-1).all()
-    with pytest.raises(NotImplementedError, match="dropout_p"):
-        attention_backward(*[query] * 6, dropout_p=0.5, seed=1)

@@ -9,6 +9,7 @@ from fastattn import reference
 from fastattn._attention import (
     attention,
     attention_weights,
+    dropout_mask,
     explain,
     scaled_dot_product_attention,
     varlen_attention,
@@ -31,6 +32,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_weights",
+    "dropout_mask",
     "explain",
     "get_num_threads",
     "info",

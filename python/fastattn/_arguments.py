@@ -123,11 +123,24 @@ def options(
         sinks = filled(sinks, sinks.shape, dtype) if known.has_pairs else None
     if kv_lengths is not None:
         kv_lengths = per_batch("kv_lengths", kv_lengths, known, 0, known.kv_len, known.kv_len)
-    if type(dropout_p) is not float or dropout_p != 0.0:
-        no_dropout(dropout_p)
-    if seed is not None:
-        whole_number("seed", seed)
-    return mask, bias, alibi_slopes, sinks, offset, kv_lengths, scale, softcap, left, right
+    if type(dropout_p) is float and dropout_p == 0.0 and seed is None:
+        seed = 0
+    else:
+        dropout_p, seed = dropout(dropout_p, seed)
+    return (
+        mask,
+        bias,
+        alibi_slopes,
+        sinks,
+        offset,
+        kv_lengths,
+        scale,
+        softcap,
+        left,
+        right,
+        dropout_p,
+        seed,
+    )
 
 
 def floats(name: str, x: Any) -> Array:
@@ -483,16 +496,23 @@ def boolean(name: str, x: Any) -> bool:
     return bool(x)
 
 
-def no_dropout(dropout_p: Any) -> None:
-    """Accept 0 alone."""
+def dropout(dropout_p: Any, seed: Any) -> tuple[float, int]:
+    """Return the share to be dropped, and the seed; without one, 0, which nothing is drawn from."""
     if not isinstance(dropout_p, numbers.Real) or isinstance(dropout_p, bool):
         raise TypeError(f"dropout_p must be a number, not {type(dropout_p).__name__}")
-    if not 0 <= dropout_p < 1:  # type: ignore[operator]
-        raise ValueError(f"dropout_p must be within [0, 1), got dropout_p={dropout_p}")
-    if dropout_p != 0:
-        raise NotImplementedError(
-            f"dropout_p other than 0 is not supported yet, got dropout_p={dropout_p}"
-        )
+    if not 0 <= dropout_p <= 1:  # type: ignore[operator]
+        raise ValueError(f"dropout_p must be within 0..1, got dropout_p={dropout_p}")
+    if seed is None:
+        if dropout_p != 0:
+            raise ValueError(
+                "seed must be given with dropout_p > 0, which draws from it alone, "
+                f"got dropout_p={dropout_p}"
+            )
+        return 0.0, 0
+    seed = whole_number("seed", seed)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be within 0..2**64 - 1, got seed={seed}")
+    return float(dropout_p), seed
 
 
 def result_array(

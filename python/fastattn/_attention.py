@@ -7,25 +7,30 @@ The rules are in `_arguments.py`, the meaning in `reference.py`, the work in `_c
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from fastattn import _core, reference
 from fastattn._arguments import (
+    FARTHEST,
     MASK_NAMES,
     arithmetic,
     boolean,
     check,
     countable,
+    dropout,
     floats,
     lengths_within,
     mixed_dtypes,
     options,
     packed_sizes,
     pair_array,
+    per_batch,
     result_array,
     sizes,
+    whole_number,
 )
 from fastattn._report import Report
 
@@ -138,8 +143,13 @@ def attention(
         A logit for each head that joins the softmax's denominator alone [3]_.
     kv_lengths : int, or array of int broadcastable to the batch shape, optional
         Keys from there on are padding; within 0..kv_len.
-    dropout_p, seed
-        Dropout is not supported yet: dropout_p must be 0.
+    dropout_p : float
+        Drop each pair with this probability, and divide what is kept by 1 - dropout_p [4]_: out
+        is what the probabilities that are left give. lse is as without dropout.
+    seed : int, optional
+        Within 0..2**64 - 1; must be given with dropout_p > 0. Which pairs are dropped depends on
+        nothing but seed and, of each pair, the key, the query's position ``i + query_offset``, the
+        query head, and the index in the batch; `dropout_mask` says which.
     return_lse : bool
         Return (out, lse).
     out : ndarray of the result's shape and dtype, optional
@@ -166,7 +176,8 @@ def attention(
     Notes
     -----
     Bitwise the same for any number of threads, any strides, and whatever else is in the batch. A
-    NaN or Inf in a key or value that a query does not see leaves its result as it is.
+    NaN or Inf in a key or value that a query does not see leaves its result as it is, and so does
+    one in a value that is dropped.
 
     References
     ----------
@@ -175,6 +186,8 @@ def attention(
     .. [2] O. Press et al., "Train Short, Test Long", 2021, https://arxiv.org/abs/2108.12409
     .. [3] G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
        https://arxiv.org/abs/2309.17453
+    .. [4] N. Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from
+       Overfitting", 2014, https://jmlr.org/papers/v15/srivastava14a.html
 
     Examples
     --------
@@ -242,7 +255,8 @@ def varlen_attention(
 
     Sequence b has the queries ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]`` and the keys
     ``cu_seqlens_kv[b] : cu_seqlens_kv[b + 1]``, and sees no others. No padding is computed, and the
-    result of a sequence is bitwise what `attention` gives for it alone.
+    result of a sequence is bitwise what `attention` gives for it alone (with dropout, as element b
+    of a batch).
 
     Parameters
     ----------
@@ -343,7 +357,8 @@ def scaled_dot_product_attention(
     attn_mask : array, broadcastable to (..., q_heads, q_len, kv_len), optional
         bool: True = attend. A float dtype: added to the scores. Not together with is_causal.
     dropout_p : float
-        Not supported yet: must be 0.
+        Drop each pair with this probability, and divide what is kept by 1 - dropout_p. Each call
+        drops others; `attention` has a seed.
     is_causal : bool
         Query i sees key j iff j <= i, whatever the two lengths.
     scale : float, optional
@@ -378,6 +393,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         known = sizes(query.shape, key.shape, value.shape)
         attn_mask = pair_array("attn_mask", attn_mask, MASK_NAMES, known)
+    seed = int.from_bytes(os.urandom(8)) if dropout_p != 0 else None
     return attention(
         query,
         key,
@@ -387,6 +403,7 @@ def scaled_dot_product_attention(
         is_causal=is_causal,
         query_offset=0 if is_causal else None,
         dropout_p=dropout_p,
+        seed=seed,
     )
 
 
@@ -485,6 +502,76 @@ kv_lengths
     )
 
 
+def dropout_mask(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    dropout_p: float,
+    seed: int | None,
+    query_offset: ArrayLike | None = None,
+    batch_index: int = 0,
+) -> NDArray[np.bool_]:
+    """Return which pairs `attention` keeps, for looking at or for another implementation.
+
+    Like `attention_weights`, it needs memory for every pair.
+
+    Parameters
+    ----------
+    query : array of shape (batch, q_heads, q_len, head_dim)
+        Only the shapes matter; axes of the batch that only value has are not there.
+    key : array of shape (batch, kv_heads, kv_len, head_dim)
+    dropout_p, seed, query_offset
+        As for `attention`.
+    batch_index : int
+        The index of the first element of the batch: for sequence b of `varlen_attention`, whose
+        queries and keys are given as (heads, length, head_dim), it is b.
+
+    Returns
+    -------
+    ndarray of bool, shape (batch, q_heads, q_len, kv_len)
+        True: kept. Some of them may not be seen for other reasons.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `attention`.
+
+    Notes
+    -----
+    A pair is kept iff its number is at least ``round(dropout_p * 2**32)``. The numbers of keys 4 n
+    to 4 n + 3 are the four words that Philox4x32 with 7 rounds [1]_ gives for the key seed and the
+    counter ``(n, i + query_offset, query head, batch index)``, each modulo 2**32.
+
+    References
+    ----------
+    .. [1] J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011,
+       https://doi.org/10.1145/2063384.2063405
+
+    Examples
+    --------
+    >>> import numpy as np, fastattn
+    >>> fastattn.dropout_mask(np.eye(2), np.eye(2), dropout_p=0.5, seed=1)
+    array([[ True, False],
+           [False,  True]])
+    """
+    query, key = floats("query", query), floats("key", key)
+    known = sizes(query.shape, key.shape, key.shape)
+    dropout_p, seed = dropout(dropout_p, seed)
+    if query_offset is not None:
+        query_offset = per_batch("query_offset", query_offset, known, -FARTHEST, FARTHEST, usual=0)
+    batch_index = whole_number("batch_index", batch_index)
+    if not 0 <= batch_index < 2**32:
+        raise ValueError(f"batch_index must be within 0..2**32 - 1, got batch_index={batch_index}")
+    return reference.dropout_mask(
+        query,
+        key,
+        dropout_p=dropout_p,
+        seed=seed,
+        query_offset=query_offset,
+        batch_index=batch_index,
+    )
+
+
 def explain(
     query: ArrayLike,
     key: ArrayLike,
@@ -500,13 +587,15 @@ def explain(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     kv_lengths: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
 ) -> Report:
     """Say how `attention` would compute a call, without computing it.
 
     Parameters
     ----------
     query, key, value, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, \
-sinks, kv_lengths
+sinks, kv_lengths, dropout_p, seed
         As for `attention`.
 
     Returns
@@ -539,8 +628,8 @@ sinks, kv_lengths
         alibi_slopes,
         sinks,
         kv_lengths,
-        0.0,
-        None,
+        dropout_p,
+        seed,
     )
     countable(known)
     plan = _core.explain(query, key, value, None, None, known.batch_shape, *arguments)

@@ -226,10 +226,10 @@ def _summed_to(array: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
 
 
 def _share_of_sinks(lse: Array, sinks: Any) -> Array:
-    """Return the probability that each row gives to its head's sink."""
+    """Return the probability that each row gives to its head's sink, in float64."""
     if sinks is None:
-        return np.zeros_like(lse)
-    sink = np.asarray(sinks).astype(lse.dtype)[:, None]
+        return np.zeros(lse.shape)
+    sink, lse = np.asarray(sinks).astype(np.float64)[:, None], lse.astype(np.float64)
     with np.errstate(invalid="ignore"):  # -inf, and no key either
         share: Array = np.exp(sink - np.logaddexp(lse, sink))
     return np.where(sink == -np.inf, 0, share)

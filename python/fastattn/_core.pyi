@@ -22,6 +22,8 @@ def attention(
     softcap: float,
     left: int,
     right: int,
+    dropout_p: float,
+    seed: int,
     /,
 ) -> None: ...
 def varlen_attention(
@@ -41,6 +43,8 @@ def varlen_attention(
     softcap: float,
     left: int,
     right: int,
+    dropout_p: float,
+    seed: int,
     q_starts: NDArray[Any],
     kv_starts: NDArray[Any],
     /,
@@ -62,6 +66,8 @@ def cache_attention(
     softcap: float,
     left: int,
     right: int,
+    dropout_p: float,
+    seed: int,
     kv_len: int,
     kv_begins: NDArray[Any] | None,
     pages: NDArray[Any],
@@ -128,6 +134,8 @@ def explain(
     softcap: float,
     left: int,
     right: int,
+    dropout_p: float,
+    seed: int,
     /,
 ) -> dict[str, Any]: ...
 def isa() -> str: ...

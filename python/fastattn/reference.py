@@ -7,12 +7,13 @@ means. It builds arrays of q_len x kv_len and checks little; for work, use `fast
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -37,6 +38,7 @@ def attention(
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     compute_dtype: DTypeLike | None = None,
+    batch_index: int = 0,
 ) -> Any:
     """Return softmax(scale * query @ key.T + ...) @ value, by definition.
 
@@ -47,6 +49,8 @@ def attention(
     compute_dtype : dtype, optional
         Compute everything in this dtype, as a plain program would: a yardstick for rounding errors.
         None: compute in float64. The result has the query's dtype either way.
+    batch_index : int
+        As for `fastattn.dropout_mask`.
 
     Returns
     -------
@@ -54,7 +58,6 @@ def attention(
     lse : ndarray of shape (batch, q_heads, q_len), only if return_lse
         float64 for a float64 query, else float32.
     """
-    _no_dropout(dropout_p)
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
     probs, seen, lse = _softmax(
@@ -72,6 +75,12 @@ def attention(
         sinks=sinks,
         kv_lengths=kv_lengths,
     )
+    if dropout_p != 0:
+        batch_shape = np.broadcast_shapes(probs.shape[:-3], value.shape[:-3])
+        shape = (*batch_shape, *probs.shape[-3:])
+        kept = _kept(shape, dropout_p, seed, query_offset, batch_index)
+        seen = seen & kept
+        probs = probs * kept / (1 - float(dropout_p) if dropout_p < 1 else 1)
     result = _weighted_sum(probs, seen, _repeat_heads(value.astype(dtype), probs.shape[-3]))
     with np.errstate(all="ignore"):
         lse = np.broadcast_to(lse, result.shape[:-1])
@@ -188,7 +197,6 @@ def attention_backward(
     ----------
     .. [1] T. Dao et al., "FlashAttention", 2022, appendix B.2, https://arxiv.org/abs/2205.14135
     """
-    _no_dropout(dropout_p)
     grad_out = np.asarray(grad_out)
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
@@ -203,6 +211,9 @@ def attention_backward(
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
         "kv_lengths": kv_lengths,
+        "dropout_p": dropout_p,
+        "seed": seed,
+        "batch_index": 0,
     }
     if cu_seqlens_q is None or cu_seqlens_kv is None:
         *grads, pairs, dsinks = _gradients(grad_out, query, key, value, grad_lse, dtype, options)
@@ -262,8 +273,18 @@ def _gradients(
     options: dict[str, Any],
 ) -> tuple[NDArray[Any], ...]:
     """Return the gradients by query, key, value, what is added to the scores, and sinks."""
+    options = dict(options)
+    dropout_p, seed, batch_index = (options.pop(n) for n in ("dropout_p", "seed", "batch_index"))
     sinks, softcap = options["sinks"], options["softcap"]
     softmax, seen, lse = _softmax(query, key, dtype, **(options | {"sinks": None}))
+    kept = _kept(
+        (*grad_out.shape[:-3], *softmax.shape[-3:]),
+        dropout_p,
+        seed,
+        options["query_offset"],
+        batch_index,
+    )
+    factor = kept.astype(dtype) / (1 - dtype.type(dropout_p) if dropout_p < 1 else 1)
     heads = softmax.shape[-3]
     queries, keys, values = (_repeat_heads(x.astype(dtype), heads) for x in (query, key, value))
     grads = _with_heads(grad_out.astype(dtype))
@@ -272,7 +293,7 @@ def _gradients(
         if sinks is not None:
             p_sink = 1 / (1 + np.exp(lse - np.asarray(sinks).astype(dtype)[:, None]))[..., None]
         probs = np.where(seen, softmax * (1 - p_sink), 0)
-        dprobs = np.where(seen, grads @ values.swapaxes(-1, -2), 0)
+        dprobs = np.where(seen & kept, factor * (grads @ values.swapaxes(-1, -2)), 0)
         row_dots = (probs * dprobs).sum(axis=-1, keepdims=True)
         dscores = probs * (dprobs - row_dots)
         if grad_lse is not None:
@@ -286,7 +307,9 @@ def _gradients(
         transposed = seen.swapaxes(-1, -2)
         dq = _weighted_sum(dscores, seen, keys)
         dk = _weighted_sum(dscores.swapaxes(-1, -2), transposed, queries)
-        dv = _weighted_sum(probs.swapaxes(-1, -2), transposed, grads)
+        dv = _weighted_sum(
+            (probs * factor).swapaxes(-1, -2), transposed & kept.swapaxes(-1, -2), grads
+        )
         sees = seen.any(axis=-1, keepdims=True)
         dsinks = _summed_to(np.where(sees, -p_sink * row_dots, 0), (heads, 1, 1)).ravel()
     return (
@@ -296,6 +319,98 @@ def _gradients(
         dpairs,
         dsinks,
     )
+
+
+def dropout_mask(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    dropout_p: float,
+    seed: int | None,
+    query_offset: ArrayLike | None = None,
+    batch_index: int = 0,
+) -> NDArray[np.bool_]:
+    """Return which pairs `attention` keeps.
+
+    Parameters
+    ----------
+    query, key, dropout_p, seed, query_offset, batch_index
+        As for `fastattn.dropout_mask`.
+
+    Returns
+    -------
+    ndarray of bool, shape (batch, q_heads, q_len, kv_len)
+    """
+    queries, keys = _with_heads(np.asarray(query)), _with_heads(np.asarray(key))
+    batch_shape = np.broadcast_shapes(queries.shape[:-3], keys.shape[:-3])
+    shape = (*batch_shape, *queries.shape[-3:-1], keys.shape[-2])
+    kept = _kept(shape, dropout_p, seed, query_offset, batch_index)
+    return kept[0] if max(np.ndim(query), np.ndim(key)) == 2 else kept
+
+
+def philox4x32(counter: Sequence[ArrayLike], key: Sequence[int]) -> tuple[NDArray[np.uint64], ...]:
+    """Return what Philox4x32 with 7 rounds makes of counters: four random words of each [1]_.
+
+    Parameters
+    ----------
+    counter : 4 arrays of int, which broadcast
+        Modulo 2**32.
+    key : 2 ints
+        Likewise.
+
+    Returns
+    -------
+    4 ndarrays of uint64
+        Below 2**32.
+
+    References
+    ----------
+    .. [1] J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011,
+       https://doi.org/10.1145/2063384.2063405
+    """
+    low = np.uint64(2**32 - 1)
+    high = np.uint64(32)
+    x = [np.asarray(word).astype(np.uint64) & low for word in counter]
+    for n in range(7):
+        keys = [
+            np.uint64((k + n * step) % 2**32)
+            for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)
+        ]
+        first, second = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = [
+            second >> high ^ x[1] ^ keys[0],
+            second & low,
+            first >> high ^ x[3] ^ keys[1],
+            first & low,
+        ]
+    return tuple(np.broadcast_arrays(*x))
+
+
+def _kept(
+    shape: tuple[int, ...],
+    dropout_p: float,
+    seed: int | None,
+    query_offset: ArrayLike | None,
+    batch_index: int,
+) -> NDArray[np.bool_]:
+    """Return which pairs of the shape (*batch, q_heads, q_len, kv_len) dropout keeps."""
+    if seed is None:
+        if dropout_p != 0:
+            raise ValueError(f"seed must be given with dropout_p > 0, got dropout_p={dropout_p}")
+        return np.ones(shape, bool)
+    *batch_shape, q_heads, q_len, kv_len = shape
+    offsets = np.asarray(0 if query_offset is None else query_offset).astype(np.int64)
+    fours = -(-kv_len // 4)
+    batch = batch_index + np.arange(math.prod(batch_shape)).reshape(batch_shape)
+    counter = (
+        np.arange(fours),
+        np.arange(q_len)[:, None] + offsets[..., None, None, None],
+        np.arange(q_heads)[:, None, None],
+        batch[..., None, None, None],
+    )
+    words = np.stack(philox4x32(counter, divmod(int(seed), 2**32)[::-1]), axis=-1)
+    kept: NDArray[np.bool_] = words >= round(float(dropout_p) * 2**32)
+    return kept.reshape(*shape[:-1], 4 * fours)[..., :kv_len]
 
 
 def _softmax(
@@ -419,14 +534,8 @@ def _sequences(
         if own.get("alibi_slopes") is not None:
             slopes = np.asarray(own["alibi_slopes"])
             own["alibi_slopes"] = slopes[b] if slopes.ndim == 2 else slopes
+        own["batch_index"] = b
         yield rows, keys, own
-
-
-def _no_dropout(dropout_p: float) -> None:
-    if dropout_p != 0:
-        raise NotImplementedError(
-            f"dropout_p other than 0 is not supported yet, got dropout_p={dropout_p}"
-        )
 
 
 def _summed_over_group(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

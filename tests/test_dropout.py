@@ -4,6 +4,8 @@
 With an identity as values, the result shows each probability: it is 0 where a pair was dropped.
 """
 
+from fractions import Fraction
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -213,6 +215,14 @@ def test_all_and_nothing(q_len, dtype):
         assert_same_bits(out, np.zeros_like(out))
         assert_same_bits(lse, expected[1])
         assert not dropout_mask(*operands[:2], dropout_p=dropout_p, seed=3).any()
+
+
+def test_kinds_that_are_allowed():
+    operands = make_problem(20, 40, heads=2)
+    expected = attention(*operands, dropout_p=0.25, seed=2**63)
+    for dropout_p in (np.float32(0.25), Fraction(1, 4)):
+        assert_same_bits(attention(*operands, dropout_p=dropout_p, seed=np.uint64(2**63)), expected)
+    assert explain(*operands, dropout_p=0.25, seed=0) == explain(*operands)
 
 
 def test_the_threshold():

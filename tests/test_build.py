@@ -178,7 +178,10 @@ def test_versions_agree():
     assert re.search(r"^## \[(\d.*?)\]", in_checkout("CHANGELOG.md"), re.M)[1] == version
 
 
-@pytest.mark.parametrize(("page", "needs"), [("README.md", "numpy"), ("docs/jax.md", "jax")])
+@pytest.mark.parametrize(
+    ("page", "needs"),
+    [("README.md", "numpy"), ("docs/flash_attn.md", "torch"), ("docs/jax.md", "jax")],
+)
 def test_examples(page, needs):
     pytest.importorskip(needs, exc_type=ImportError)
     blocks = re.findall(r"^```python\n(.*?)^```$", in_checkout(page), re.M | re.S)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is this a valid question? Every rule about the arguments of an attention call, once.
 
-Called by `_attention.py` before anything is computed; calls nothing. Rules are checked in the order
-of the arguments, and an error says which argument, the rule, and what was given. What comes back is
-in the form that `_core` takes; a valid array is passed on as it is, strides and all.
+Called by `_attention.py` before anything is computed; calls `_arrays.py` for what is no NumPy
+array. Rules are checked in the order of the arguments, and an error says which argument, the rule,
+and what was given. What comes back is in the form that `_core` takes; a valid array is passed on as
+it is, strides and all.
 
 A small call must not spend its time here: the fast path asks of each array only whether it is
 plainly in order (`floats`), remembers the verdict on shapes (`sizes`), and looks at no argument
@@ -18,6 +19,8 @@ import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from fastattn._arrays import as_numpy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -182,6 +185,8 @@ def of_dtypes(name: str, x: Any, dtypes: tuple[str, ...]) -> Array:
 
 def as_array(name: str, x: Any, kinds: str) -> Array:
     """Return the array that x is or stands for."""
+    if not isinstance(x, ndarray):
+        x = as_numpy(name, x)
     array: Array | None = None
     if not isinstance(x, ndarray) or not isinstance(x, np.ma.MaskedArray | np.matrix):
         try:

@@ -32,6 +32,7 @@ from fastattn._arguments import (
     sizes,
     whole_number,
 )
+from fastattn._arrays import answer, as_numpy, destination, room
 from fastattn._report import Report
 
 if TYPE_CHECKING:
@@ -175,6 +176,11 @@ def attention(
 
     Notes
     -----
+    Any of the arrays may also be a tensor of PyTorch on the CPU or a JAX array on one CPU device;
+    the result is of the kind of query, whatever the others are. They are read where they lie, and
+    out may be a tensor where query is one. bfloat16 needs ml_dtypes. There is no gradient here:
+    fastattn.torch and fastattn.jax have it.
+
     Bitwise the same for any number of threads, any strides, and whatever else is in the batch. A
     NaN or Inf in a key or value that a query does not see leaves its result as it is, and so does
     one in a value that is dropped.
@@ -198,6 +204,8 @@ def attention(
            [0.36, 0.64, 0.  ],
            [0.26, 0.26, 0.47]], dtype=float32)
     """
+    given: Any = query
+    given_out = out
     query, key, value, known, arguments = check(
         query,
         key,
@@ -218,14 +226,18 @@ def attention(
     if return_lse is not False:
         return_lse = boolean("return_lse", return_lse)
     dtype = query.dtype
-    if out is None:
+    if out is not None:
+        out = destination(given, out)
+        out = result_array(out, known.out_shape, dtype, (query, key, value, *arguments[:2]))
+    elif query is given:
         out = np.empty(known.out_shape, dtype)
     else:
-        out = result_array(out, known.out_shape, dtype, (query, key, value, *arguments[:2]))
+        out = room(given, known.out_shape, dtype)
     lse = np.empty(known.lse_shape, arithmetic(dtype)) if return_lse else None
-    if out.size == 0 and lse is None:
-        return out
-    _core.attention(query, key, value, out, lse, known.batch_shape, *arguments)
+    if out.size or lse is not None:
+        _core.attention(query, key, value, out, lse, known.batch_shape, *arguments)
+    if query is not given:
+        out, lse = answer(given, given_out, out, lse)
     return out if lse is None else (out, lse)
 
 
@@ -297,6 +309,8 @@ def varlen_attention(
     >>> fastattn.varlen_attention(x, x, x, [0, 2, 5], [0, 2, 5], is_causal=True).shape
     (5, 1, 2)
     """
+    given: Any = query
+    given_out = out
     query, key, value = floats("query", query), floats("key", key), floats("value", value)
     if key.dtype != query.dtype or value.dtype != query.dtype:
         mixed_dtypes(query.dtype, key.dtype, value.dtype)
@@ -318,11 +332,12 @@ def varlen_attention(
         seed,
     )
     if kv_lengths is not None:
-        lengths_within(kv_lengths, np.diff(kv_starts))
+        lengths_within(as_numpy("kv_lengths", kv_lengths), np.diff(kv_starts))
     return_lse = boolean("return_lse", return_lse)
     if out is None:
-        out = np.empty(known.out_shape, query.dtype)
+        out = room(given, known.out_shape, query.dtype)
     else:
+        out = destination(given, out)
         out = result_array(out, known.out_shape, query.dtype, (query, key, value, *arguments[:2]))
     lse = np.empty(known.lse_shape, arithmetic(query.dtype)) if return_lse else None
     for rows in (slice(q_starts[0]), slice(q_starts[-1], None)):
@@ -330,9 +345,11 @@ def varlen_attention(
         if lse is not None:
             lse[:, rows] = -np.inf
     if lse is not None or out.size:
-        query, key, value, results = (x.swapaxes(0, 1) for x in (query, key, value, out))
+        q, k, v, results = (x.swapaxes(0, 1) for x in (query, key, value, out))
         arguments = (*arguments, q_starts, kv_starts)
-        _core.varlen_attention(query, key, value, results, lse, known.batch_shape, *arguments)
+        _core.varlen_attention(q, k, v, results, lse, known.batch_shape, *arguments)
+    if query is not given:
+        out, lse = answer(given, given_out, out, lse)
     return out if lse is None else (out, lse)
 
 
@@ -387,14 +404,18 @@ def scaled_dot_product_attention(
     is_causal = boolean("is_causal", is_causal)
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask must not be given together with is_causal=True")
+    given: Any = query
+    out = None
     query, key, value = floats("query", query), floats("key", key), floats("value", value)
     if not boolean("enable_gqa", enable_gqa):
         query, key, value = _equal_heads(query, key, value)
     if attn_mask is not None:
         known = sizes(query.shape, key.shape, value.shape)
         attn_mask = pair_array("attn_mask", attn_mask, MASK_NAMES, known)
-    seed = int.from_bytes(os.urandom(8)) if dropout_p != 0 else None
-    return attention(
+    seed = int.from_bytes(os.urandom(8), "little") if dropout_p != 0 else None
+    if query is not given:
+        out = room(given, sizes(query.shape, key.shape, value.shape).out_shape, query.dtype)
+    out = attention(
         query,
         key,
         value,
@@ -404,7 +425,9 @@ def scaled_dot_product_attention(
         query_offset=0 if is_causal else None,
         dropout_p=dropout_p,
         seed=seed,
+        out=out,
     )
+    return out if query is given else answer(given, None, out)[0]
 
 
 def _equal_heads(*arrays: NDArray[Any]) -> tuple[NDArray[Any], ...]:
@@ -468,7 +491,12 @@ kv_lengths
     array([[0.67, 0.33],
            [0.33, 0.67]])
     """
+    given: Any = query
     query, key = floats("query", query), floats("key", key)
+    mask, bias = as_numpy("mask", mask), as_numpy("bias", bias)
+    query_offset = as_numpy("query_offset", query_offset)
+    alibi_slopes, sinks = as_numpy("alibi_slopes", alibi_slopes), as_numpy("sinks", sinks)
+    kv_lengths = as_numpy("kv_lengths", kv_lengths)
     check(
         query,
         key,
@@ -486,7 +514,7 @@ kv_lengths
         0.0,
         None,
     )
-    return reference.attention_weights(
+    weights = reference.attention_weights(
         query,
         key,
         mask=mask,
@@ -500,6 +528,7 @@ kv_lengths
         sinks=sinks,
         kv_lengths=kv_lengths,
     )
+    return answer(given, None, weights)[0]  # type: ignore[no-any-return]
 
 
 def dropout_mask(

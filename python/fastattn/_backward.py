@@ -22,6 +22,7 @@ from fastattn._arguments import (
     options,
     packed_sizes,
 )
+from fastattn._arrays import answer, as_numpy
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -121,6 +122,7 @@ kv_lengths, dropout_p, seed
     array([[1., 1.],
            [1., 1.]])
     """
+    given: Any = query
     rest = (
         mask,
         bias,
@@ -163,7 +165,8 @@ kv_lengths, dropout_p, seed
         )
     )
 
-    given_bias, given_sinks = np.asarray(bias), np.asarray(sinks)
+    given_bias = np.asarray(as_numpy("bias", bias))
+    given_sinks = np.asarray(as_numpy("sinks", sinks))
     dbias = np.zeros(given_bias.shape, wide) if return_dbias else None
     one_column = dbias is not None and dbias.shape[-1:] in ((), (1,)) and known.kv_len > 1
     delta = np.zeros(known.lse_shape, wide) if one_column or return_dsinks else None
@@ -179,7 +182,11 @@ kv_lengths, dropout_p, seed
     for full, x in zip((dq, dk, dv), (query, key, value), strict=True):
         whole = full.swapaxes(0, 1) if starts else full
         grads.append(_summed_to(whole, x.shape, x.dtype))
-    of_sinks = _share_of_sinks(lse, sinks) * delta if delta is not None else None
+    of_sinks = (
+        _share_of_sinks(lse, given_sinks if sinks is not None else None) * delta
+        if delta is not None
+        else None
+    )
     if dbias is not None:
         if one_column and of_sinks is not None:  # a row's sum needs no scores
             of_rows = of_sinks if grad_lse is None else of_sinks + grad_lse
@@ -189,7 +196,7 @@ kv_lengths, dropout_p, seed
     if return_dsinks and of_sinks is not None:
         heads = _summed_to(of_sinks[..., None], (len(given_sinks), 1, 1), wide)
         grads.append((-heads[:, 0, 0]).astype(given_sinks.dtype, copy=False))
-    return tuple(grads)
+    return answer(given, None, *grads)  # type: ignore[no-any-return]
 
 
 def _like(name: str, x: ArrayLike, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -225,11 +232,11 @@ def _summed_to(array: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     return sums.reshape(shape).astype(dtype, copy=False)
 
 
-def _share_of_sinks(lse: Array, sinks: Any) -> Array:
+def _share_of_sinks(lse: Array, sinks: Array | None) -> Array:
     """Return the probability that each row gives to its head's sink, in float64."""
     if sinks is None:
         return np.zeros(lse.shape)
-    sink, lse = np.asarray(sinks).astype(np.float64)[:, None], lse.astype(np.float64)
+    sink, lse = sinks.astype(np.float64)[:, None], lse.astype(np.float64)
     with np.errstate(invalid="ignore"):  # -inf, and no key either
         share: Array = np.exp(sink - np.logaddexp(lse, sink))
     return np.where(sink == -np.inf, 0, share)

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
+# SPD(*shape[:-3], heads, *shape[-2:])-License-Identifier: Apache-2.0
 """What attention is: the definition, in NumPy, as short as the formula.
 
 Everything else in the package is tested against it, and it is the place to look up what an argument
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
@@ -52,10 +54,7 @@ def attention(
     lse : ndarray of shape (batch, q_heads, q_len), only if return_lse
         float64 for a float64 query, else float32.
     """
-    if dropout_p != 0:
-        raise NotImplementedError(
-            f"dropout_p other than 0 is not supported yet, got dropout_p={dropout_p}"
-        )
+    _no_dropout(dropout_p)
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
     probs, seen, lse = _softmax(
@@ -73,14 +72,8 @@ def attention(
         sinks=sinks,
         kv_lengths=kv_lengths,
     )
-    values = _repeat_heads(value.astype(dtype), probs.shape[-3])
-    finite = np.isfinite(values)
+    result = _weighted_sum(probs, seen, _repeat_heads(value.astype(dtype), probs.shape[-3]))
     with np.errstate(all="ignore"):
-        result = probs @ np.where(finite, values, 0)
-        # 0 * NaN is NaN: what is not finite reaches the rows that see its key, and no others.
-        for j in np.flatnonzero(~finite.all(axis=(*range(values.ndim - 2), -1))):
-            special = np.where(finite[..., j, :], 0, values[..., j, :])
-            result = result + np.where(seen[..., j, None], special[..., None, :], 0)
         lse = np.broadcast_to(lse, result.shape[:-1])
         if max(query.ndim, key.ndim, value.ndim) == 2:
             result, lse = result[0], lse[0]
@@ -115,30 +108,127 @@ def varlen_attention(
     lse : ndarray of shape (q_heads, total_q), only if return_lse
     """
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
-    q_starts, kv_starts = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_kv)
     total, heads = query.shape[:2]
     wide = np.float64 if query.dtype == np.float64 else np.float32
     out = np.zeros((total, heads, value.shape[2]), query.dtype)
     lse = np.full((heads, total), -np.inf, wide)
-    longest = int(np.diff(kv_starts).max(initial=0))
-    for b in range(len(q_starts) - 1):
-        rows = slice(q_starts[b], q_starts[b + 1])
-        keys = slice(kv_starts[b], kv_starts[b + 1])
-        own = dict(options)
-        for name in ("mask", "bias"):
-            if own.get(name) is not None:
-                whole = np.broadcast_to(own[name], (heads, total, longest))
-                own[name] = whole[:, rows, : keys.stop - keys.start]
-        for name in ("query_offset", "kv_lengths"):
-            if own.get(name) is not None:
-                own[name] = np.broadcast_to(own[name], len(q_starts) - 1)[b]
-        if own.get("alibi_slopes") is not None:
-            slopes = np.asarray(own["alibi_slopes"])
-            own["alibi_slopes"] = slopes[b] if slopes.ndim == 2 else slopes
+    for rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_kv, total, heads, options):
         x = (query[rows], key[keys], value[keys])
         result = attention(*(a.swapaxes(0, 1) for a in x), return_lse=True, **own)
         out[rows], lse[:, rows] = result[0].swapaxes(0, 1), result[1]
     return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    cu_seqlens_q: ArrayLike | None = None,
+    cu_seqlens_kv: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    return_dbias: bool = False,
+    return_dsinks: bool = False,
+    compute_dtype: DTypeLike | None = None,
+) -> tuple[NDArray[Any], ...]:
+    """Return the gradients of a loss that grad_out, and grad_lse, are the gradients of, by `out`.
+
+    Parameters
+    ----------
+    grad_out : array of the shape of out
+    query, key, value, mask, ..., seed
+        As for `attention`; packed, as for `varlen_attention`, if cu_seqlens_q and cu_seqlens_kv are
+        given.
+    out, lse
+        What the call returned. A kernel needs them; here both are computed anew.
+    cu_seqlens_q, cu_seqlens_kv : array of int, shape (sequences + 1,), optional
+        As for `varlen_attention`.
+    grad_lse : array of the shape of lse, optional
+        The gradient by lse, where the loss depends on it.
+    return_dbias, return_dsinks : bool
+        Return the gradients of bias, or of sinks, too.
+    compute_dtype : dtype, optional
+        As for `attention`.
+
+    Returns
+    -------
+    dq, dk, dv : ndarray of the shapes and dtypes of query, key and value
+        Summed over the axes that were broadcast, and over the query heads that share a key head.
+    dbias, dsinks : ndarray of the shape and dtype of bias, or of sinks, if asked for
+        dbias is summed over the axes that were broadcast.
+
+    Notes
+    -----
+    With P the probabilities, dO grad_out and D = sum(P * dP) over a row's keys, which is
+    sum(dO * O) [1]_::
+
+        dV = P.T @ dO        dP = dO @ V.T        dS = P * (dP - D) + grad_lse * softmax
+        dbias = dS           dsinks = -sum(p_sink * D)
+        dQ = scale * dS @ K  dK = scale * dS.T @ Q      (dS times 1 - tanh**2, with softcap)
+
+    where softmax is P without the sinks, which lse does not have. A pair that is masked contributes
+    nothing, and a row that sees nothing has gradients of 0, whatever lies there.
+
+    References
+    ----------
+    .. [1] T. Dao et al., "FlashAttention", 2022, appendix B.2, https://arxiv.org/abs/2205.14135
+    """
+    _no_dropout(dropout_p)
+    grad_out = np.asarray(grad_out)
+    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
+    options: dict[str, Any] = {
+        "mask": mask,
+        "bias": bias,
+        "scale": scale,
+        "is_causal": is_causal,
+        "query_offset": query_offset,
+        "window": window,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "kv_lengths": kv_lengths,
+    }
+    if cu_seqlens_q is None or cu_seqlens_kv is None:
+        *grads, pairs, dsinks = _gradients(grad_out, query, key, value, grad_lse, dtype, options)
+    else:
+        grads = [np.zeros(x.shape, dtype) for x in (query, key, value)]
+        total, heads = query.shape[:2]
+        longest = int(np.diff(np.asarray(cu_seqlens_kv)).max(initial=0))
+        pairs, dsinks = np.zeros((heads, total, longest), dtype), np.zeros(heads, dtype)
+        for rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_kv, total, heads, options):
+            do, q, k, v = (
+                x.swapaxes(0, 1) for x in (grad_out[rows], query[rows], key[keys], value[keys])
+            )
+            dlse = None if grad_lse is None else np.asarray(grad_lse)[:, rows]
+            dq, dk, dv, pairs_here, dsinks_here = _gradients(do, q, k, v, dlse, dtype, own)
+            for grad, where, part in zip(grads, (rows, keys, keys), (dq, dk, dv), strict=True):
+                grad[where] += part.swapaxes(0, 1)
+            pairs[:, rows, : keys.stop - keys.start] += pairs_here
+            dsinks = dsinks + dsinks_here
+    with np.errstate(all="ignore"):
+        results = [g.astype(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)]
+        if return_dbias:
+            bias = np.asarray(bias)
+            results.append(_summed_to(pairs, bias.shape).astype(bias.dtype))
+        if return_dsinks:
+            results.append(dsinks.astype(np.asarray(sinks).dtype))
+    return tuple(results)
 
 
 def attention_weights(
@@ -160,6 +250,52 @@ def attention_weights(
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
     probs = _softmax(query, key, dtype, **options)[0]
     return (probs[0] if max(query.ndim, key.ndim) == 2 else probs).astype(query.dtype)
+
+
+def _gradients(
+    grad_out: NDArray[Any],
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    grad_lse: ArrayLike | None,
+    dtype: np.dtype[Any],
+    options: dict[str, Any],
+) -> tuple[NDArray[Any], ...]:
+    """Return the gradients by query, key, value, what is added to the scores, and sinks."""
+    sinks, softcap = options["sinks"], options["softcap"]
+    softmax, seen, lse = _softmax(query, key, dtype, **(options | {"sinks": None}))
+    heads = softmax.shape[-3]
+    queries, keys, values = (_repeat_heads(x.astype(dtype), heads) for x in (query, key, value))
+    grads = _with_heads(grad_out.astype(dtype))
+    with np.errstate(all="ignore"):
+        p_sink = np.zeros((), dtype)
+        if sinks is not None:
+            p_sink = 1 / (1 + np.exp(lse - np.asarray(sinks).astype(dtype)[:, None]))[..., None]
+        probs = np.where(seen, softmax * (1 - p_sink), 0)
+        dprobs = np.where(seen, grads @ values.swapaxes(-1, -2), 0)
+        row_dots = (probs * dprobs).sum(axis=-1, keepdims=True)
+        dscores = probs * (dprobs - row_dots)
+        if grad_lse is not None:
+            dscores = dscores + np.asarray(grad_lse).astype(dtype)[..., None] * softmax
+        dpairs = dscores = np.where(seen, dscores, 0)
+        if softcap is not None:
+            scores = _products(query, key, dtype, options["scale"])
+            dscores = np.where(seen, dscores * (1 - np.tanh(scores / float(softcap)) ** 2), 0)
+        dscores = dscores * dtype.type(_scale(query, options["scale"]))
+        seen = np.broadcast_to(seen, dscores.shape)
+        transposed = seen.swapaxes(-1, -2)
+        dq = _weighted_sum(dscores, seen, keys)
+        dk = _weighted_sum(dscores.swapaxes(-1, -2), transposed, queries)
+        dv = _weighted_sum(probs.swapaxes(-1, -2), transposed, grads)
+        sees = seen.any(axis=-1, keepdims=True)
+        dsinks = _summed_to(np.where(sees, -p_sink * row_dots, 0), (heads, 1, 1)).ravel()
+    return (
+        _summed_over_group(dq, query.shape),
+        _summed_over_group(dk, key.shape),
+        _summed_over_group(dv, value.shape),
+        dpairs,
+        dsinks,
+    )
 
 
 def _softmax(
@@ -186,16 +322,12 @@ def _softmax(
             "query_offset must be given with is_causal, window or alibi_slopes if q_len differs "
             f"from kv_len, got q_len={q_len}, kv_len={kv_len}"
         )
-    queries = _with_heads(query.astype(dtype))
-    keys = _repeat_heads(key.astype(dtype), queries.shape[-3])
     offsets = np.asarray(0 if query_offset is None else query_offset)[..., None, None, None]
     positions = np.arange(kv_len)
     distance = positions - (np.arange(q_len)[:, None] + offsets)  # > 0: the key is in the future
 
     with np.errstate(all="ignore"):
-        scores = (query.shape[-1] ** -0.5 if scale is None else float(scale)) * (
-            queries @ keys.swapaxes(-1, -2)
-        )
+        scores = _products(query, key, dtype, scale)
         if softcap is not None:
             scores = float(softcap) * np.tanh(scores / float(softcap))
         seen = np.ones_like(scores, dtype=bool)
@@ -232,6 +364,90 @@ def _softmax(
             denominator = row_sum + np.exp(np.asarray(sinks).astype(dtype)[:, None, None] - row_max)
         probs = exps / np.where(row_sum == 0, 1, denominator)
     return probs, np.broadcast_to(seen, probs.shape), lse[..., 0]
+
+
+def _scale(query: NDArray[Any], scale: float | None) -> float:
+    """Return what the products of query and key are multiplied by."""
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _products(
+    query: NDArray[Any], key: NDArray[Any], dtype: np.dtype[Any], scale: float | None
+) -> NDArray[Any]:
+    """Return scale * query @ key.T, with an axis for heads."""
+    queries = _with_heads(query.astype(dtype))
+    keys = _repeat_heads(key.astype(dtype), queries.shape[-3])
+    product: NDArray[Any] = _scale(query, scale) * (queries @ keys.swapaxes(-1, -2))
+    return product
+
+
+def _weighted_sum(weights: NDArray[Any], seen: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
+    """Return weights @ values, each row of only those values that it sees.
+
+    0 * NaN is NaN: what is not finite reaches the rows that see it, and no others.
+    """
+    finite = np.isfinite(values)
+    with np.errstate(all="ignore"):
+        result: NDArray[Any] = weights @ np.where(finite, values, 0)
+        for j in np.flatnonzero(~finite.all(axis=(*range(values.ndim - 2), -1))):
+            special = np.where(finite[..., j, :], 0, values[..., j, :])
+            result = result + np.where(seen[..., j, None], special[..., None, :], 0)
+    return result
+
+
+def _sequences(
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike,
+    total: int,
+    heads: int,
+    options: dict[str, Any],
+) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
+    """Yield the rows of each sequence's queries and keys in packed arrays, and its own options."""
+    q_starts, kv_starts = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_kv)
+    longest = int(np.diff(kv_starts).max(initial=0))
+    for b in range(len(q_starts) - 1):
+        rows = slice(q_starts[b], q_starts[b + 1])
+        keys = slice(kv_starts[b], kv_starts[b + 1])
+        own = dict(options)
+        for name in ("mask", "bias"):
+            if own.get(name) is not None:
+                whole = np.broadcast_to(own[name], (heads, total, longest))
+                own[name] = whole[:, rows, : keys.stop - keys.start]
+        for name in ("query_offset", "kv_lengths"):
+            if own.get(name) is not None:
+                own[name] = np.broadcast_to(own[name], len(q_starts) - 1)[b]
+        if own.get("alibi_slopes") is not None:
+            slopes = np.asarray(own["alibi_slopes"])
+            own["alibi_slopes"] = slopes[b] if slopes.ndim == 2 else slopes
+        yield rows, keys, own
+
+
+def _no_dropout(dropout_p: float) -> None:
+    if dropout_p != 0:
+        raise NotImplementedError(
+            f"dropout_p other than 0 is not supported yet, got dropout_p={dropout_p}"
+        )
+
+
+def _summed_over_group(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return the sums over what was broadcast from `shape`, and over the heads that share one."""
+    heads = shape[-3] if shape[2:] else 1
+    if heads and array.shape[-3] != heads:
+        grouped = (*array.shape[:-3], heads, array.shape[-3] // heads, *array.shape[-2:])
+        array = array.reshape(grouped).sum(axis=-3)
+    return _summed_to(array, (*shape[:-3], heads, *shape[-2:])).reshape(shape)
+
+
+def _summed_to(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return the sums of the array over the axes that were broadcast from `shape`."""
+    extra = array.ndim - len(shape)
+    axes = tuple(
+        axis
+        for axis, size in enumerate(array.shape)
+        if axis < extra or (shape[axis - extra] == 1 and size != 1)
+    )
+    summed: NDArray[Any] = array.sum(axis=axes, keepdims=True)
+    return summed.reshape(shape)
 
 
 def _with_heads(array: NDArray[Any]) -> NDArray[Any]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """fastattn.torch: torch's meaning, gradients, torch.compile and export, patch, threads, errors."""
 
+import doctest
 import inspect
 import itertools
 import os
@@ -894,3 +895,13 @@ def test_a_tensor_that_requires_grad_is_not_silently_detached():
     x = PLAIN.clone().requires_grad_()
     with pytest.raises(TypeError, match=r"query must be .* requires grad"):
         fastattn.attention(x, PLAIN, PLAIN)
+
+
+# The page.
+
+
+def test_the_page_is_right():
+    page = Path(__file__).parents[1] / "docs" / "torch.md"
+    results = doctest.testfile(str(page), module_relative=False)
+    assert results.attempted >= 12
+    assert not results.failed

@@ -11,17 +11,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch.autograd import forward_ad
 
 from fastattn._arguments import MASK_NAMES, pair_array, sizes
 from fastattn.torch import _kernel, _operator, _tensors
+from fastattn.torch._tensors import PLAIN
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from fastattn.torch._kernel import Options
 
-PLAIN = (Tensor, torch.nn.Parameter)
 MOST_SEEDS = 2**63 - 1  # of those that torch's generator draws from
 
 
@@ -70,25 +76,45 @@ def scaled_dot_product_attention(
     ----------
     https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
     """
-    if torch.compiler.is_compiling():
-        return _called_as_torch(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-        )
-    if (
-        attn_mask is None
-        and dropout_p == 0
-        and type(query) is type(key) is type(value) is Tensor
-        and _unobserved()
-        and not torch.is_autocast_enabled("cpu")
-        and not (
-            (query.requires_grad or key.requires_grad or value.requires_grad)
-            and torch.is_grad_enabled()
-        )
-    ):
-        out = _kernel.plain(query, key, value, None, scale, is_causal, enable_gqa)
+    if not torch.compiler.is_compiling():
+        out = quickly(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if out is not None:
             return out
     return _called_as_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def quickly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor | None:
+    """Do what torch's function is asked for, where nothing is special; return None where it is.
+
+    A small call must not spend its time on questions.
+    """
+    if (
+        attn_mask is not None
+        or dropout_p != 0
+        or type(query) not in PLAIN
+        or type(key) not in PLAIN
+        or type(value) not in PLAIN
+        or not unobserved()
+        or is_autocast_enabled("cpu")
+    ):
+        return None
+    if not (
+        (query.requires_grad or key.requires_grad or value.requires_grad) and is_grad_enabled()
+    ):
+        return _kernel.plain(query, key, value, None, scale, is_causal, enable_gqa)
+    if not query.shape == key.shape == value.shape:
+        return None
+    options = (*_kernel.NO_TENSORS, scale, is_causal, *_kernel.NO_NUMBERS)
+    return _Attention.apply(query, key, value, None, None, options, False)[0]
 
 
 def _called_as_torch(
@@ -206,7 +232,7 @@ def attention(
     for name, pairs in (("mask", mask), ("bias", bias)):
         if pairs is not None:
             _tensors.check(name, pairs)
-    if torch.is_autocast_enabled("cpu"):
+    if is_autocast_enabled("cpu"):
         query, key, value = _autocast(query, key, value)
     if mask is not None and mask.requires_grad:
         mask, bias = None, mask if bias is None else bias + mask
@@ -248,7 +274,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     if torch.compiler.is_compiling():
         return _operator.attend(query, key, value, options)
-    if not (_unobserved() and type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN):
+    if not (unobserved() and type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN):
         _refuse_transforms(query, key, value)
         return _operator.attend(query, key, value, options)
     bias, sinks = options[1:3]
@@ -257,33 +283,31 @@ def _attend(
     return _kernel.forward(query, key, value, options, return_lse)
 
 
-def _unobserved() -> bool:
+def unobserved() -> bool:
     """Tell whether nothing in torch wants to know which operators run, or to run others."""
     return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
+        _len_torch_dispatch_stack() == 0
+        and not _are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and _get_tracing_state() is None
     )
 
 
 def _refuse_transforms(*tensors: Tensor) -> None:
     """Refuse what an operator would let pass without its derivatives, or stumble over."""
-    if torch._C._are_functorch_transforms_active():
+    if _are_functorch_transforms_active():
         raise NotImplementedError(
             "fastattn.torch does not work under torch.func's transforms (grad, vmap, jvp ..): "
             "torch.nn.functional.scaled_dot_product_attention does"
         )
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         for x in tensors:
-            if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            if forward_ad.unpack_dual(x).tangent is not None:
                 raise NotImplementedError("fastattn.torch has no forward-mode derivatives")
 
 
 def _wants_grad(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in tensors
-    )
+    return is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -310,9 +334,8 @@ class _Attention(torch.autograd.Function):
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         out, lse = _kernel.forward(query, key, value, options, True)
-        tensors, others = _kernel.split(options)
+        tensors, ctx.others = _kernel.split(options)
         ctx.save_for_backward(query, key, value, out, lse, *tensors)
-        ctx.others = others
         ctx.set_materialize_grads(False)
         return out, lse if return_lse else None
 

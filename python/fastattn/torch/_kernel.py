@@ -21,18 +21,24 @@ from fastattn.torch._tensors import array_of, small_array_of, tensor_of
 #  has_window, left, right, softcap, dropout_p); the first 7 may be tensors.
 Options = tuple[Any, ...]
 MAY_BE_TENSORS = 7
+NO_TENSORS = (None, None, None, None, None, None, None)
+NO_NUMBERS = (False, None, None, None, 0.0)  # but scale and is_causal
 calls: Any = fastattn  # with arguments in a dict
 SEEDS = 2**64
 
 
 def split(options: Options) -> tuple[list[Tensor | None], Options]:
-    """Return the tensors among the options, None where there is none, and the rest likewise."""
+    """Return the tensors among the options, if there are any, and the rest; None for the others."""
     tensors = [x if isinstance(x, Tensor) else None for x in options[:MAY_BE_TENSORS]]
+    if not any(x is not None for x in tensors):
+        return [], options
     return tensors, tuple(None if isinstance(x, Tensor) else x for x in options)
 
 
 def joined(tensors: list[Tensor | None], others: Options) -> Options:
     """Return the options that `split` has split."""
+    if not tensors:
+        return others
     first = (x if x is not None else y for x, y in zip(tensors, others, strict=False))
     return (*first, *others[MAY_BE_TENSORS:])
 

@@ -60,6 +60,7 @@ class Patch:
     """What `patch` returns; it is in force from then on."""
 
     def __init__(self) -> None:
+        self._answered = 0
         self._counts: dict[str, int] = {}
         self._counting = threading.Lock()
         with _lock:
@@ -69,6 +70,7 @@ class Patch:
             functional.scaled_dot_product_attention = self._ours
             torch.backends.mha.set_fastpath_enabled(False)
             _active.append(self)
+            self._in_force = True
 
     def __enter__(self) -> Self:
         return self
@@ -84,8 +86,9 @@ class Patch:
     def close(self) -> None:
         """Restore what was there. More than once does nothing."""
         with _lock:
-            if self not in _active:
+            if not self._in_force:
                 return
+            self._in_force = False
             place = _active.index(self)
             _active.remove(self)
             if place < len(_active):  # a later one has found what this one did
@@ -102,6 +105,8 @@ class Patch:
         """Return how many calls ours has answered, and which it has left to torch's own, and why.
 
         What torch.compile or torch.export traces is counted when it is traced, not when it runs.
+        Calls in many threads at once may be answered without being counted; what is left is
+        counted exactly.
 
         Returns
         -------
@@ -110,15 +115,15 @@ class Patch:
             reason, numbers of calls. Its str() is the report.
         """
         with self._counting:
-            left = {why: n for why, n in self._counts.items() if why}
-            answered = self._counts.get("", 0)
+            left = dict(self._counts)
+            answered = self._answered + left.pop("", 0)
         return Report(
             "fastattn.torch.patch",
-            {"active": self in _active, "answered": answered, "left": left},
+            {"active": self._in_force, "answered": answered, "left": left},
         )
 
     def _count(self, why: str) -> bool:
-        """Count a call that is left for that reason, "" for one that is answered."""
+        """Count a call that is left for that reason; "": one that is traced and answered."""
         with self._counting:
             self._counts[why] = self._counts.get(why, 0) + 1
         return True
@@ -154,17 +159,20 @@ def _replacement(patched: Patch) -> Callable[..., Any]:
                 if why
                 else _attention.scaled_dot_product_attention(*call, **rest)
             )
-        if patched not in _active:
+        if not patched._in_force:
             return patched._found(*call, **rest)
-        why = _foreign(query, key, value, attn_mask) or _reason(query, key, value, attn_mask)
-        if not why:
-            try:
-                out = _attention.scaled_dot_product_attention(*call, **rest)
-            except (TypeError, ValueError, NotImplementedError) as error:
-                why = f"{type(error).__name__}: {error}"
-            else:
-                patched._count("")
+        try:
+            out = _attention.quickly(*call, scale, enable_gqa)
+            if out is not None:
+                patched._answered += 1
                 return out
+            why = _foreign(query, key, value, attn_mask) or _reason(query, key, value, attn_mask)
+            if not why:
+                out = _attention.scaled_dot_product_attention(*call, **rest)
+                patched._answered += 1
+                return out
+        except (TypeError, ValueError, NotImplementedError) as error:
+            why = f"{type(error).__name__}: {error}"
         patched._count(why)
         return patched._found(*call, **rest)
 
@@ -174,10 +182,10 @@ def _replacement(patched: Patch) -> Callable[..., Any]:
 
 def _foreign(*tensors: Any) -> str:
     """Say what in torch must see its own operators, "" if nothing."""
-    if not _attention._unobserved():
+    if not _attention.unobserved():
         return "a transform or mode is active"
     for x in tensors:
-        if x is not None and type(x) not in _attention.PLAIN:
+        if x is not None and type(x) not in _tensors.PLAIN:
             return f"type {type(x).__name__}"
     return ""
 

@@ -18,6 +18,7 @@ from fastattn._arguments import BFLOAT16_BITS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+PLAIN = {Tensor, torch.nn.Parameter}  # of no other library, or mode of torch
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MASKS = (torch.bool, *FLOATS)
 
@@ -31,6 +32,13 @@ def array_of(name: str, x: Tensor) -> NDArray[Any]:
         There is no such memory: the tensor is quantised, sparse, nested, without data, or not on
         the CPU.
     """
+    if type(x) in PLAIN and x.dtype is not torch.bfloat16:
+        try:
+            whole: NDArray[Any] = x.detach().numpy()
+        except (TypeError, RuntimeError):  # why is said below
+            pass
+        else:
+            return whole
     check(name, x)
     x = x.detach().resolve_neg()
     if x.dtype is torch.bfloat16:

@@ -8,11 +8,12 @@ import os
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from child import run
+from child import run, start
 
 import fastattn
 
@@ -753,6 +754,34 @@ def fork_in_a_handler():
 
 def test_fork_in_a_signal_handler():
     assert run(fork_in_a_handler) == [True, 0]
+
+
+def wait_for_interrupt():
+    """Start a call of minutes in this thread's pool; say when, and when it was interrupted."""
+    query = rand(1, 1, 1024, 64, dtype=torch.float32).expand(1, 4096, -1, -1)
+    key = rand(1, 1, 32768, 64, dtype=torch.float32).expand(1, 4096, -1, -1)
+    print("ready", flush=True)
+    try:
+        ft.scaled_dot_product_attention(query, key, key[..., :1])
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    small = big()
+    assert ft.scaled_dot_product_attention(small, small, small).isfinite().all()
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_interrupt(threads):
+    with start(wait_for_interrupt, env={"FASTATTN_NUM_THREADS": threads}) as process:
+        watchdog = threading.Timer(60, process.kill)
+        watchdog.start()
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        sent = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "interrupted\n"
+        assert time.monotonic() - sent < 1
+        assert process.wait() == 0
+        watchdog.cancel()
 
 
 def count_pools():

@@ -12,9 +12,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 
 #include "attention.h"
+#include "dlpack.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 using namespace fastattn;
@@ -36,6 +39,10 @@ Dtype dtype_of(const py::array& array) {
             if (size == 8) return Dtype::kFloat64;
             break;
         case 'V': {
+            // What a bfloat16 tensor of another library is seen as, without ml_dtypes.
+            if (dtype.num() == py::detail::npy_api::NPY_VOID_ && size == 2 && !dtype.has_fields()) {
+                return Dtype::kBFloat16;
+            }
             static std::atomic<int> bfloat16{-1};  // its number: a name takes long
             if (dtype.num() == bfloat16) return Dtype::kBFloat16;
             if (dtype.attr("name").cast<std::string>() != "bfloat16") break;
@@ -399,7 +406,8 @@ void differentiate(GradientArgs args, int64_t q_rows, int64_t kv_rows, const py:
     args.dv = of_keys(6, call.value_head_dim);
     args.dbias = gradient(call, arrays[7], call.q_heads, q_rows, call.kv_len, wide, true);
     args.delta = per_row(8, true);
-    for (const Array* array : {&call.out, &call.lse, &args.grad_out, &args.dq, &args.dk, &args.dv}) {
+    for (const Array* array :
+         {&call.out, &call.lse, &args.grad_out, &args.dq, &args.dk, &args.dv}) {
         require(array->data != nullptr, "an array of the backward pass is missing");
     }
     const bool finished =
@@ -436,6 +444,81 @@ void attend_packed_backward(FASTATTN_PARAMETERS, const py::object& q_starts,
     GradientArgs args;
     args.call = packed(FASTATTN_ARGUMENTS, q_starts, kv_starts);
     differentiate(args, axis_size(query, 1), axis_size(key, 1), arrays);
+}
+
+// Calls of this thread run in its own pool, while it lives.
+struct PoolOfCaller {
+    PoolOfCaller() { use_pool_of_caller(true); }
+    ~PoolOfCaller() { use_pool_of_caller(false); }
+};
+
+Array array_of(const DLTensor& tensor, Dtype dtype) {
+    Array array;
+    array.dtype = dtype;
+    array.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    array.batch_strides.assign(tensor.strides, tensor.strides + tensor.ndim - 3);
+    array.head_stride = tensor.stride(2);
+    array.row_stride = tensor.stride(1);
+    array.col_stride = 1;
+    return array;
+}
+
+// Attention of tensors where nothing is special: one dtype, one number of batch axes and equal
+// sizes of them, no empty axis, out like query, every last axis contiguous. The first query stands
+// at the first key. lse: None, or one as large. False: something is special, and nothing was done.
+// It runs in the caller's pool.
+bool attend_plain(py::handle query, py::handle key, py::handle value, py::handle out,
+                  py::handle lse, const std::optional<double>& scale, bool is_causal,
+                  bool grouped) {
+    std::optional<DLTensor> tensors[4];
+    std::optional<Dtype> dtype;
+    const py::handle objects[4] = {query, key, value, out};
+    for (int i = 0; i < 4; ++i) {
+        if (!(tensors[i] = tensor_of(objects[i]))) return false;
+        const DLTensor &x = *tensors[i], &q = *tensors[0];
+        if (i == 0) dtype = x.dtype();
+        if (!dtype || x.dtype() != dtype || x.ndim != q.ndim || x.ndim < 3) return false;
+        for (int axis = 0; axis < x.ndim; ++axis) {
+            if (x.shape[axis] < 1) return false;
+            if (axis < x.ndim - 3 && x.shape[axis] != q.shape[axis]) return false;
+        }
+        if (x.size(0) != q.size(0) || x.stride(0) != 1 || x.size(0) >= int64_t(1) << 31) {
+            return false;
+        }
+    }
+    const DLTensor &q = *tensors[0], &k = *tensors[1], &v = *tensors[2], &o = *tensors[3];
+    if (k.size(1) != v.size(1) || k.size(2) != v.size(2)) return false;
+    if (o.size(1) != q.size(1) || o.size(2) != q.size(2)) return false;
+    if (q.size(2) % k.size(2) != 0 || (!grouped && q.size(2) != k.size(2))) return false;
+    AttentionArgs args;
+    args.batch_shape.assign(q.shape, q.shape + q.ndim - 3);
+    args.q_heads = q.size(2);
+    args.kv_heads = k.size(2);
+    args.q_len = q.size(1);
+    args.kv_len = k.size(1);
+    args.head_dim = args.value_head_dim = q.size(0);
+    args.query = array_of(q, *dtype);
+    args.key = array_of(k, *dtype);
+    args.value = array_of(v, *dtype);
+    args.out = array_of(o, *dtype);
+    if (!lse.is_none()) {
+        std::optional<DLTensor> sums = tensor_of(lse);
+        const Dtype wide = *dtype == Dtype::kFloat64 ? *dtype : Dtype::kFloat32;
+        if (!sums || sums->dtype() != wide || sums->ndim != q.ndim - 1 ||
+            !std::equal(q.shape, q.shape + q.ndim - 1, sums->shape)) {
+            return false;
+        }
+        args.lse.dtype = wide;
+        args.lse.data = static_cast<char*>(sums->data) + sums->byte_offset;
+        args.lse.batch_strides.assign(sums->strides, sums->strides + sums->ndim - 2);
+        args.lse.head_stride = sums->stride(1);
+        args.lse.row_stride = sums->stride(0);
+    }
+    args.scale = scale.value_or(1 / std::sqrt(double(args.head_dim)));
+    if (is_causal) args.right = 0;
+    const PoolOfCaller here;
+    run(args);
+    return true;
 }
 
 py::dict explain(FASTATTN_PARAMETERS) {
@@ -479,6 +562,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not
     m.def("cache_attention", attend_paged);
     m.def("attention_backward", attend_backward);
     m.def("varlen_attention_backward", attend_packed_backward);
+    m.def("attend_plain", attend_plain);
     m.def("explain", explain);
     m.def("isa", isa);
     m.def("isas", isas);
@@ -486,6 +570,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not
     m.def("set_isa", [](const std::optional<std::string>& name) { set_isa(name.value_or("")); });
     m.def("set_num_threads", set_num_threads);
     m.def("get_num_threads", get_num_threads);
+    m.def("use_pool_of_caller", use_pool_of_caller);
     m.def("probe_fma", [](const std::string& dtype_name, double seconds) {
         return without_gil([&] { return measure_fma(dtype_named(dtype_name), seconds); });
     });

@@ -223,10 +223,29 @@ def test_transformed_tensors_are_refused(torch):
 
 
 def test_bfloat16_without_ml_dtypes(torch, monkeypatch):
-    query = torch.ones(1, 2, 3, 4, dtype=torch.bfloat16)
+    query, key, value = torch.randn(3, 3, 2, 5, 4).bfloat16()
+    arrays = (query, key[:1], value[0])
+    sinks, bias = torch.randn(2).bfloat16(), torch.randn(5, 5).bfloat16()
+
+    def results():
+        out, lse = fastattn.attention(*arrays, bias=bias, sinks=sinks, return_lse=True)
+        grads = fastattn.attention_backward(
+            out,
+            *arrays,
+            out,
+            lse,
+            bias=bias,
+            sinks=sinks,
+            return_dbias=True,
+            return_dsinks=True,
+        )
+        return (out, lse, *grads)
+
+    usual = results()
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    with pytest.raises(ImportError, match=r"query is of bfloat16, .* pip install ml_dtypes"):
-        fastattn.attention(query, query, query)
+    for x, expected in zip(results(), usual, strict=True):
+        assert x.dtype == expected.dtype
+        assert torch.equal(x, expected)
 
 
 # JAX.

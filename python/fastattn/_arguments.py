@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arrays import as_numpy
+from fastattn._arrays import BFLOAT16_BITS, as_numpy, widened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 ndarray = np.ndarray
 FLOAT16, FLOAT32, FLOAT64 = map(np.dtype, (np.float16, np.float32, np.float64))
-float_dtypes = {FLOAT16, FLOAT32, FLOAT64}  # and bfloat16, once it was met: a name takes long
+# And ml_dtypes' bfloat16, once it was met: a name takes long.
+float_dtypes = {FLOAT16, FLOAT32, FLOAT64, BFLOAT16_BITS}
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 MASK_NAMES = ("bool", *FLOAT_NAMES)
 HALF_NAMES = FLOAT_NAMES[:2]
@@ -162,11 +163,13 @@ def floats(name: str, x: Any) -> Array:
 
 def mixed_dtypes(query: np.dtype[Any], key: np.dtype[Any], value: np.dtype[Any]) -> None:
     """Accept keys and values of half precision for a float32 query."""
-    if key != query and not (query == FLOAT32 and key.name in HALF_NAMES):
-        raise TypeError(f"key must have the dtype of query, {query}, not {key}")
+    if key != query and not (query == FLOAT32 and name_of(key) in HALF_NAMES):
+        raise TypeError(f"key must have the dtype of query, {name_of(query)}, not {name_of(key)}")
     if value != key:
         other = "query" if key == query else "key"
-        raise TypeError(f"value must have the dtype of {other}, {key}, not {value}")
+        raise TypeError(
+            f"value must have the dtype of {other}, {name_of(key)}, not {name_of(value)}"
+        )
 
 
 def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -178,9 +181,14 @@ def of_dtypes(name: str, x: Any, dtypes: tuple[str, ...]) -> Array:
     """Return the array that x is or stands for, if it has one of the dtypes."""
     kinds = ", ".join(dtypes[:-1]) + " or " + dtypes[-1] if len(dtypes) > 1 else dtypes[0]
     array = as_array(name, x, kinds)
-    if array.dtype.name not in dtypes:
-        raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
+    if name_of(array.dtype) not in dtypes:
+        raise TypeError(f"{name} must be an array of {kinds}, not {name_of(array.dtype)}")
     return array
+
+
+def name_of(dtype: np.dtype[Any]) -> str:
+    """Return the dtype's name."""
+    return "bfloat16" if dtype == BFLOAT16_BITS else dtype.name
 
 
 def as_array(name: str, x: Any, kinds: str) -> Array:
@@ -368,7 +376,7 @@ def per_head(name: str, x: Any, *shapes: tuple[int, ...]) -> tuple[Array, Array]
     if array.shape not in shapes:
         rule = " or ".join(map(str, dict.fromkeys(shapes)))
         raise ValueError(f"{name} must have shape {rule}, got {name}.shape={array.shape}")
-    return array, distinct(array, array.ndim).astype(np.float64)
+    return array, widened(distinct(array, array.ndim)).astype(np.float64)
 
 
 def slopes_per_head(x: Any, q_heads: int, shape: tuple[int, ...]) -> Array:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
+# NumPy has no bfloat16 of its own: without ml_dtypes, its bits are passed on.
+BFLOAT16_BITS = np.dtype("V2")
 JAX_ALIGNMENT = 64  # bytes: what lies so is not copied on its way to JAX
 
 
@@ -79,12 +81,19 @@ def answer(query: Any, out: Any, *results: Array | None) -> Any:
     return out, *(x if x is None else convert(module, x, query) for x in results[1:])
 
 
-def _of_torch(torch: Any, name: str, x: Any) -> Any:
+def _of_torch(torch: Any, name: str, x: Any) -> Array:
     if x.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name} requires grad, and this call has no gradient: use fastattn.torch.attention, "
             f"or pass {name}.detach()"
         )
+    check_tensor(torch, name, x)
+    array = array_of_tensor(torch, name, x)
+    return array.view(_bfloat16(array.dtype)) if array.dtype == BFLOAT16_BITS else array
+
+
+def check_tensor(torch: Any, name: str, x: Any) -> None:
+    """Accept a tensor whose values lie in the CPU's memory, in places that strides tell."""
     if x.is_nested:
         raise TypeError(
             f"{name} must be a dense tensor, not a nested one (fastattn.varlen_attention takes the "
@@ -102,31 +111,59 @@ def _of_torch(torch: Any, name: str, x: Any) -> Any:
         raise TypeError(
             f"{name} must not be quantised, got a tensor of {x.dtype}: {name}.dequantize()"
         )
+
+
+def array_of_tensor(torch: Any, name: str, x: Any) -> Array:
+    """Return the array that such a tensor's memory is; of bfloat16, its bits."""
     try:
         x = x.detach().resolve_neg()
         if x.dtype == torch.bfloat16:
-            return x.view(torch.int16).numpy().view(_bfloat16(name))
-        return x.numpy()
+            bits: Array = x.view(torch.int16).numpy().view(BFLOAT16_BITS)
+            return bits
+        array: Array = x.numpy()
     except (RuntimeError, TypeError) as error:  # wrapped, faked, or of a dtype that NumPy lacks
         raise TypeError(
             f"{name} must be a tensor that NumPy can read, got {x.dtype} in a "
             f"{type(x).__name__}: {error}"
         ) from error
+    return array
 
 
-def _to_torch(torch: Any, x: Array, _query: Any) -> Any:
-    if x.dtype.name == "bfloat16":
+def tensor_of_array(torch: Any, x: Array) -> Any:
+    """Return the tensor that an array's memory is."""
+    if x.dtype == BFLOAT16_BITS or x.dtype.name == "bfloat16":
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(x)
 
 
-def _bfloat16(name: str) -> np.dtype[Any]:
+def rounded_to(dtype: np.dtype[Any], x: Array) -> Array:
+    """Return float32 or float64 numbers in a narrower dtype, if it is one; bits too."""
+    if dtype != BFLOAT16_BITS:
+        return x.astype(dtype, copy=False)
+    single = x.astype(np.float32)
+    bits = single.view(np.uint32)
+    nearest = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)  # of a NaN, it might be Inf
+    kept = np.where(np.isnan(single), bits | 0x400000, nearest)
+    return (kept >> 16).astype(np.uint16).view(BFLOAT16_BITS)
+
+
+def widened(x: Array) -> Array:
+    """Return numbers that NumPy can add: float32 if they are bits of bfloat16."""
+    if x.dtype != BFLOAT16_BITS:
+        return x
+    return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_torch(torch: Any, x: Array, _query: Any) -> Any:
+    return tensor_of_array(torch, x)
+
+
+def _bfloat16(bits: np.dtype[Any]) -> np.dtype[Any]:
+    """Return NumPy's name for bfloat16, if it has one."""
     try:
         import ml_dtypes
     except ImportError:
-        raise ImportError(
-            f"{name} is of bfloat16, which NumPy has with ml_dtypes alone: pip install ml_dtypes"
-        ) from None
+        return bits
     dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
     return dtype
 

@@ -22,7 +22,7 @@ from fastattn._arguments import (
     options,
     packed_sizes,
 )
-from fastattn._arrays import answer, as_numpy
+from fastattn._arrays import answer, as_numpy, rounded_to, widened
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -192,10 +192,10 @@ kv_lengths, dropout_p, seed
             of_rows = of_sinks if grad_lse is None else of_sinks + grad_lse
             of_rows = np.where(lse == -np.inf, 0, of_rows)[..., None]
             dbias = _summed_to(of_rows, dbias.shape, wide)
-        grads.append(dbias.astype(given_bias.dtype, copy=False))
+        grads.append(rounded_to(given_bias.dtype, dbias))
     if return_dsinks and of_sinks is not None:
         heads = _summed_to(of_sinks[..., None], (len(given_sinks), 1, 1), wide)
-        grads.append((-heads[:, 0, 0]).astype(given_sinks.dtype, copy=False))
+        grads.append(rounded_to(given_sinks.dtype, -heads[:, 0, 0]))
     return answer(given, None, *grads)  # type: ignore[no-any-return]
 
 
@@ -228,15 +228,16 @@ def _summed_to(array: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     axes = tuple(i for i, n in enumerate(array.shape) if whole[i] == 1 and n != 1)
     if not axes:
         return array.reshape(shape)
+    array = widened(array)
     sums: Array = array.sum(axis=axes, dtype=arithmetic(array.dtype), keepdims=True)
-    return sums.reshape(shape).astype(dtype, copy=False)
+    return rounded_to(np.dtype(dtype), sums.reshape(shape))
 
 
 def _share_of_sinks(lse: Array, sinks: Array | None) -> Array:
     """Return the probability that each row gives to its head's sink, in float64."""
     if sinks is None:
         return np.zeros(lse.shape)
-    sink, lse = sinks.astype(np.float64)[:, None], lse.astype(np.float64)
+    sink, lse = widened(sinks).astype(np.float64)[:, None], lse.astype(np.float64)
     with np.errstate(invalid="ignore"):  # -inf, and no key either
         share: Array = np.exp(sink - np.logaddexp(lse, sink))
     return np.where(sink == -np.inf, 0, share)

@@ -902,7 +902,7 @@ ERRORS = [
         {"attn_mask": torch.ones(5, 5), "is_causal": True},
         "attn_mask must not be given together with is_causal=True",
     ),
-    (lambda x: (x, x, x), {"dropout_p": 1.5}, r"dropout_p must be within \[0, 1\)"),
+    (lambda x: (x, x, x), {"dropout_p": 1.5}, r"dropout_p must be within 0..1"),
     (lambda x: (x, x, x), {"scale": float("nan")}, "scale must be finite, got scale=nan"),
 ]
 
@@ -934,7 +934,7 @@ def test_errors_of_attention():
 
 def test_a_tensor_that_requires_grad_is_not_silently_detached():
     x = PLAIN.clone().requires_grad_()
-    with pytest.raises(TypeError, match=r"query must be .* requires grad"):
+    with pytest.raises(TypeError, match=r"query requires grad"):
         fastattn.attention(x, PLAIN, PLAIN)
 
 

@@ -399,7 +399,7 @@ def logits_per_head(name: str, x: Any, q_heads: int) -> Array:
 
 def filled(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Return the array repeated to fill a shape, as float64; finite numbers are so in the dtype."""
-    copy = np.array(np.broadcast_to(array, shape), dtype=np.float64, order="C")
+    copy = np.array(np.broadcast_to(widened(array), shape), dtype=np.float64, order="C")
     most = large(dtype)
     np.clip(copy, -most, most, out=copy, where=copy != -np.inf)
     return copy

@@ -55,6 +55,17 @@ struct AttentionArgs {
     double softcap = 0.0;  // 0: off
     // Query i sees key j iff -left <= j - (i + query_offset) <= right; causality is right = 0.
     int64_t left = kUnlimited, right = kUnlimited;
+    double dropout_p = 0.0;  // within 0..1
+    uint64_t seed = 0;       // of what dropout draws
+};
+
+// The gradients of a call, whose out and lse are what it gave. grad_out is like out, grad_lse and
+// delta like lse; dq, dk and dv are like query, key and value, without repeated axes. delta takes
+// the sum of out * grad_out. dbias, float32 (float64 for float64), takes the gradient of the bias:
+// a repeated axis sums over it. What is written comes as zeros.
+struct GradientArgs {
+    AttentionArgs call;
+    Array grad_out, grad_lse, dq, dk, dv, dbias, delta;  // grad_lse, dbias, delta: null, not given
 };
 
 // What a call does, counted instead of computed.
@@ -74,6 +85,7 @@ struct Interrupt {
 
 // False: interrupted, out and lse are unfinished; so they are where it throws std::bad_alloc.
 bool attention(const AttentionArgs& args, Interrupt interrupt);
+bool attention_backward(const GradientArgs& args, Interrupt interrupt);  // backward.cpp
 Plan plan_attention(const AttentionArgs& args);
 
 // Instruction sets (dispatch.cpp).

@@ -4,6 +4,7 @@
 #include "call.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <new>
@@ -27,6 +28,18 @@ int64_t size_of(Dtype dtype) {
         default:
             return 8;
     }
+}
+
+// reference.py has the same: a pair is kept iff its number is at least round(dropout_p * 2**32).
+Dropout dropout_of(const AttentionArgs& args) {
+    Dropout dropout;
+    if (args.dropout_p == 0) return dropout;
+    const double threshold = std::nearbyint(args.dropout_p * 0x1p32);
+    dropout.drops = threshold > 0;
+    if (dropout.drops) dropout.last_dropped = uint32_t(threshold - 1);
+    dropout.seed = args.seed;
+    dropout.scale = args.dropout_p < 1 ? 1 / (1 - args.dropout_p) : 0;
+    return dropout;
 }
 
 // The element [batch][head][row][0]; null stays null.
@@ -92,6 +105,10 @@ int64_t Call::offset(const Array& array, int64_t batch) const {
     return offset;
 }
 
+void* Call::at(const Array& array, int64_t batch, int64_t head, int64_t row) const {
+    return array.data == nullptr ? nullptr : fastattn::at(array, offset(array, batch), head, row);
+}
+
 Block Call::shared_block() const {
     Block block{};
     block.key = {nullptr, args.key.row_stride, args.key_page_stride};
@@ -111,15 +128,15 @@ Block Call::shared_block() const {
     block.scale = args.scale;
     block.softcap = args.softcap;
     block.alibi = args.alibi_slopes != nullptr;
+    block.dropout = dropout_of(args);
     return block;
 }
 
 void Call::set_keys(Block& block, const Sequence& s, int64_t kv_head) const {
-    block.key.data = at(args.key, offset(args.key, s.batch), kv_head, s.kv_start);
-    block.value.data = at(args.value, offset(args.value, s.batch), kv_head, s.kv_start);
-    block.key_scale.data = at(args.key_scale, offset(args.key_scale, s.batch), kv_head, s.kv_start);
-    block.value_scale.data =
-        at(args.value_scale, offset(args.value_scale, s.batch), kv_head, s.kv_start);
+    block.key.data = at(args.key, s.batch, kv_head, s.kv_start);
+    block.value.data = at(args.value, s.batch, kv_head, s.kv_start);
+    block.key_scale.data = at(args.key_scale, s.batch, kv_head, s.kv_start);
+    block.value_scale.data = at(args.value_scale, s.batch, kv_head, s.kv_start);
     block.kv_len = s.kv_len;
 }
 
@@ -135,11 +152,11 @@ void Call::set_rows(Row* rows, int count, const Sequence& s, int64_t kv_head, in
             head = first_head;
             ++i;
         }
-        row->query = at(args.query, query, head, s.q_start + i);
-        row->out = at(args.out, out, head, s.q_start + i);
-        row->lse = at(args.lse, lse, head, s.q_start + i);
-        row->mask = at(args.mask, mask, head, s.q_start + i);
-        row->bias = at(args.bias, bias, head, s.q_start + i);
+        row->query = fastattn::at(args.query, query, head, s.q_start + i);
+        row->out = fastattn::at(args.out, out, head, s.q_start + i);
+        row->lse = fastattn::at(args.lse, lse, head, s.q_start + i);
+        row->mask = fastattn::at(args.mask, mask, head, s.q_start + i);
+        row->bias = fastattn::at(args.bias, bias, head, s.q_start + i);
         row->pages = pages;
         row->position = i + s.offset;
         const Interval seen = interval(s, i);
@@ -147,6 +164,8 @@ void Call::set_rows(Row* rows, int count, const Sequence& s, int64_t kv_head, in
         row->end = seen.end;
         row->slope = args.alibi_slopes ? args.alibi_slopes[s.batch * args.q_heads + head] : 0;
         row->sink = args.sinks ? args.sinks[head] : -std::numeric_limits<double>::infinity();
+        row->head = uint32_t(head);
+        row->batch = uint32_t(s.batch);
     }
 }
 

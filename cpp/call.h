@@ -52,6 +52,9 @@ class Call {
     // On one thread, roughly: only to tell small calls apart.
     double seconds(const Sequence& sequence) const;
 
+    // The element [batch][head][row][0]; null stays null.
+    void* at(const Array& array, int64_t batch, int64_t head, int64_t row) const;
+
     // Offset of a batch element.
     int64_t offset(const Array& array, int64_t batch) const;
 

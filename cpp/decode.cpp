@@ -17,8 +17,7 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kMostTogether = 64;      // rows that share a stretch
-constexpr int64_t kItemsPerThread = 2;     // and that sharing leaves, so that all threads have work
+constexpr int64_t kItemsPerThread = 2;     // that sharing leaves, so that all threads have work
 constexpr size_t kCarriedBytes = 2 << 20;  // of what is merged so far
 constexpr size_t kWaitingBytes = 4 << 20;  // of parts to be merged
 constexpr int64_t kMostPieces = 1 << 16;   // in a list

@@ -20,8 +20,11 @@
 #include "kernel.h"
 
 #include "elements.h"
+#include "kernel_backward.h"
+#include "kernel_dropout.h"
 #include "kernel_factors.h"
 #include "kernel_few.h"
+#include "kernel_multiply.h"
 #include "kernel_parts.h"
 #include "kernel_scores.h"
 #include "vec.h"
@@ -35,29 +38,6 @@ constexpr int64_t kGroup = 64 * kKeyTile;  // keys
 constexpr int64_t kDepth = 512;
 static_assert(kPageKeys % kKeyTile == 0);
 
-// For c in [First, Last), sum[r][c] += over k < depth: a[r * a_row + k * a_step] * b[k][c], a row
-// of b being Columns vectors.
-template <int First, int Last, bool InPairs, class T, int Rows, int Columns>
-[[gnu::always_inline]] inline void multiply(const typename Factor<T, InPairs>::Element* a,
-                                            int64_t a_row, int64_t a_step, const T* b,
-                                            int64_t depth, Vec<T> (&sum)[Rows][Columns]) {
-    using Vector = typename Factor<T, InPairs>::Vector;
-    constexpr int lanes = Vec<T>::lanes;
-    for (int64_t k = 0; k < depth; ++k, a += a_step, b += Columns * lanes) {
-        Vector column[Columns];
-#pragma GCC unroll 4
-        for (int c = First; c < Last; ++c) {
-            __builtin_memcpy(&column[c], b + c * lanes, sizeof column[c]);
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) {
-            const Vector scalar = Factor<T, InPairs>::everywhere(a + r * a_row);
-#pragma GCC unroll 4
-            for (int c = First; c < Last; ++c) sum[r][c] = fma(scalar, column[c], sum[r][c]);
-        }
-    }
-}
-
 // visit<First, Last>(begin, end): the stretches of a tile's keys between two cuts, each with the
 // vectors that may see it (ScorePasses::find_cuts).
 template <int Columns, int Index = 0, class Visit>
@@ -69,15 +49,6 @@ template <int Columns, int Index = 0, class Visit>
         visit.template operator()<first, last>(cuts[Index], cuts[Index + 1]);
     }
     if constexpr (Index + 2 < 2 * Columns) between_cuts<Columns, Index + 1>(cuts, visit);
-}
-
-// step<Rows>(row) over [row, count) in steps of Rows, then of half as many, and so on.
-template <int Rows, class Step>
-[[gnu::always_inline]] inline void in_steps(int64_t row, int64_t count, const Step& step) {
-    for (; row + Rows <= count; row += Rows) step.template operator()<Rows>(row);
-    if constexpr (Rows > 1) {
-        if (row < count) in_steps<Rows / 2>(row, count, step);
-    }
 }
 
 // What the panels of a block use in turn.
@@ -397,12 +368,15 @@ class Panel {
         const Element* value = tile_value + (keys.begin - tile) * value_stride;
         int64_t stride = value_stride;
         if (!InPairs && scale_scores) apply_score_scale(keys);
+        const bool drops = block.dropout.drops;
+        bool any_left_out = drops;
         if (seen == Seen::kSome) {
             passes.apply(scores, keys, staging);
-            if (find_tile_max(keys) && set_nonfinite_apart(keys)) {
-                value = reinterpret_cast<const Element*>(staging);
-                stride = value_head_dim;
-            }
+            any_left_out |= find_tile_max(keys);
+        }
+        if (any_left_out && set_nonfinite_apart(keys)) {
+            value = reinterpret_cast<const Element*>(staging);
+            stride = value_head_dim;
         }
         if (InPairs && scales_late) {
             for (int c = 0; c < Columns; ++c) tile_max[c] = score_scale[c] * tile_max[c];
@@ -410,6 +384,7 @@ class Panel {
         } else {
             softmax<false>(keys);
         }
+        if (drops) drop_pairs(keys);
         const bool whole = cuts[Columns - 1] == 0 && cuts[Columns] == keys.size();
         const Span next = fetches ? passes.span(tile + kKeyTile) : Span{0, 0};
         in_steps<micro_rows(Columns)>(0, value_head_dim, [&]<int Rows>(int64_t d) {
@@ -434,7 +409,7 @@ class Panel {
                                                 V (&sum)[Rows][Columns]) const {
         constexpr int64_t size = Operand::size;
         multiply<First, Last, InPairs>(value + begin * stride + d * size, size, stride * size,
-                                       scores + begin / size * width,
+                                       scores + begin / size * width, width,
                                        (end - begin + size - 1) / size, sum);
     }
 
@@ -475,7 +450,7 @@ class Panel {
                     V sum[Rows][Columns] = {};
                     multiply<First, Last, InPairs>(key + j * key_stride + d, key_stride,
                                                    Operand::size, query + d / Operand::size * width,
-                                                   depth / Operand::size, sum);
+                                                   width, depth / Operand::size, sum);
 #pragma GCC unroll 16
                     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
@@ -569,9 +544,23 @@ class Panel {
         for (int c = 0; c < Columns; ++c) row_sum[c] = fma(row_sum[c], rescale[c], sum[c]);
     }
 
-    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it. If
-    // the tile holds any, it is copied to `staging` with zeros for them, and they are added to the
-    // rows that see them, here.
+    KeptOfRows<T> kept(int c) const {
+        return {block.dropout, block.rows + c * lanes, block.row_count - c * lanes};
+    }
+
+    [[gnu::noinline]] typename V::Mask kept_rows(int c, int64_t key) const {
+        typename V::Mask mask = {};
+        kept(c).each_key({key, key + 1}, [&](int64_t, typename V::Mask of) { mask = of; });
+        return mask;
+    }
+
+    [[gnu::noinline]] void drop_pairs(Span keys) const {
+        for (int c = 0; c < Columns; ++c) drop<InPairs>(scores + c * lanes, width, keys, kept(c));
+    }
+
+    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it, or
+    // drops it. If the tile holds any, it is copied to `staging` with zeros for them, and they are
+    // added to the rows that see them, here.
     bool set_nonfinite_apart(Span keys) {
         const Element* value = tile_value + keys.begin % kKeyTile * value_stride;
         int64_t stride = value_stride;
@@ -580,9 +569,14 @@ class Panel {
             stride = block.value.stride;
         }
         bool found = false;
-        passes.hidden_keys(keys, [&](int64_t first, int64_t last) {
+        const auto check = [&](int64_t first, int64_t last) {
             found |= !all_finite(value + (first - keys.begin) * stride, stride, last - first);
-        });
+        };
+        if (block.dropout.drops) {
+            check(keys.begin, keys.end);
+        } else {
+            passes.hidden_keys(keys, check);
+        }
         if (!found) return false;
         Element* const to = reinterpret_cast<Element*>(staging);
         for (int64_t j = 0; j < keys.size(); ++j) {
@@ -595,10 +589,11 @@ class Panel {
                 place[j % size] = finite ? from[d] : Element{};
                 if (j + 1 == keys.size() && j % size + 1 < size) place[j % size + 1] = Element{};
                 if (finite) continue;
-                for (int c = 0; c < width; c += lanes) {
-                    const auto hidden = V::load(scores + j * width + c) == V(-kInfinity<T>);
-                    const V sum = V::load(acc + d * width + c);
-                    select<T>(hidden, sum, sum + V(x)).store(acc + d * width + c);
+                for (int c = 0; c < Columns; ++c) {
+                    auto left_out = V::load(scores + j * width + c * lanes) == V(-kInfinity<T>);
+                    if (block.dropout.drops) left_out |= ~kept_rows(c, keys.begin + j);
+                    T* const sum = acc + d * width + c * lanes;
+                    select<T>(left_out, V::load(sum), V::load(sum) + V(x)).store(sum);
                 }
             }
         }
@@ -658,7 +653,8 @@ class Panel {
             const V offset = select<T>(peak == V(-kInfinity<T>), V(T(0)), peak);
             const V shrink = exp2(row_max[c] - offset);
             const V all = fma(sums[c], shrink, exp2(V::load(sink) - offset));
-            const V factor = select<T>(all == V(T(0)), V(T(0)), shrink / all);
+            const V share = select<T>(all == V(T(0)), V(T(0)), shrink / all);
+            const V factor = V(T(block.dropout.scale)) * share;
             row_max[c].store(largest);
             sums[c].store(denominator);
             with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {
@@ -712,17 +708,6 @@ class Panel {
         }
     }
 };
-
-// use<Columns>() for as few vectors as the rows fill.
-template <class T, int Columns = 1, class Use>
-auto with_columns(int rows, const Use& use) {
-    if constexpr (Columns == kColumns) {
-        return use.template operator()<Columns>();
-    } else {
-        if (rows <= Columns * Vec<T>::lanes) return use.template operator()<Columns>();
-        return with_columns<T, Columns + 1>(rows, use);
-    }
-}
 
 // use<InPairs>()
 template <class T, class Use>
@@ -866,7 +851,8 @@ template <class T>
 constexpr Functions functions = {Cut<T>::panel_rows, int(kKeyTile),        scratch_bytes<T>,
                                  attend<T>,          count_tiles<T>,       Parts<T>::bytes,
                                  kFewRows,           few_scratch_bytes<T>, attend_few<T>,
-                                 merge_parts<T>,     finish_parts<T>,      run_fma<T>};
+                                 merge_parts<T>,     finish_parts<T>,      gradients<T>,
+                                 run_fma<T>};
 
 }  // namespace
 

@@ -31,9 +31,20 @@ struct Row {
     const int64_t*
         pages;           // which page of the pool holds keys [0, page_keys), and so on; null: none
     int64_t begin, end;  // the keys that causality, window and length leave; begin <= end
-    int64_t position;    // of the query among the keys, for ALiBi
+    int64_t position;    // of the query among the keys, for ALiBi and dropout
     double slope;        // ALiBi
     double sink;         // -inf: none
+    // Modulo 2**32, for dropout.
+    uint32_t head, batch;
+};
+
+// A pair's probability counts, times scale, iff its random number (kernel_dropout.h) is larger than
+// last_dropped; without `drops`, every pair's does.
+struct Dropout {
+    bool drops = false;
+    uint32_t last_dropped = 0;
+    uint64_t seed = 0;
+    double scale = 1;
 };
 
 // Asked once per key tile; true: stop, the result is not wanted any more.
@@ -63,16 +74,51 @@ struct Block {
     int64_t mask_stride, bias_stride;  // from one key to the next
     double scale, softcap;
     bool alibi;
+    Dropout dropout;
     void* scratch;  // scratch_bytes(), aligned to kScratchAlignment
     Stop stop;
 };
 
 constexpr size_t kScratchAlignment = 64;
 constexpr int64_t kStretch = 1024;  // keys of a part; whole tiles
+constexpr int kMostTogether = 64;   // rows that share a stretch of keys
 
 struct TileCounts {
     int64_t skipped, edge, computed;  // tiles
     int64_t pairs;
+};
+
+// What the gradients of a row need beside it, and where they go.
+struct GradientRow {
+    const void* grad_out;  // of the query's type
+    const void* grad_lse;  // of the arithmetic's; null: 0
+    void* dq;              // of the query's type
+    void* dbias;           // of the arithmetic's, the row's first element; null: none
+    void* delta;           // takes sum(out * grad_out); null: not asked for
+};
+
+// Some rows and some keys, to be differentiated.
+struct GradientBlock {
+    Block block;  // its rows: a strip, strip_rows at most
+    const GradientRow* gradients;
+    int64_t begin, end;    // the keys; from a whole tile on
+    KeyRows dk, dv;        // of all keys; of the keys' type
+    int64_t dbias_stride;  // from one key to the next
+    void* query_sums;      // query_sums_bytes() of the strip
+};
+
+// The backward pass over keys that stay near while all strips of rows that see them pass by:
+// begin_keys, for each strip differentiate, which leaves in scratch what add_query_sums then adds
+// to what other keys gave, and at last finish_keys.
+struct Gradients {
+    int strip_rows;
+    size_t (*scratch_bytes)(const Block&, int64_t keys);
+    size_t (*query_sums_bytes)(const Block&);  // of a strip
+    void (*begin_keys)(const GradientBlock&);
+    void (*differentiate)(const GradientBlock&);
+    void (*add_query_sums)(const GradientBlock&, bool first);  // first: there is nothing yet
+    void (*store_query_sums)(const GradientBlock&);
+    void (*finish_keys)(const GradientBlock&);
 };
 
 // The functions for arithmetic in one type; float32's take half precision too.
@@ -90,6 +136,8 @@ struct Functions {
     void (*attend_few)(const Block&, void* parts);
     void (*merge_parts)(const Block&, void* into, void* later);  // in the order of the keys
     void (*finish_parts)(const Block&, void* parts);             // stores the result
+
+    Gradients gradients;
 
     double (*fma)(int64_t rounds);  // runs fused multiply-adds in registers, returns their FLOPs
 };

@@ -10,6 +10,7 @@
 
 #include "elements.h"
 #include "kernel.h"
+#include "kernel_dropout.h"
 #include "kernel_factors.h"
 #include "kernel_parts.h"
 #include "kernel_scores.h"
@@ -20,7 +21,7 @@ namespace {
 
 constexpr int64_t kChunk = 32;  // keys that all rows use while they are near
 constexpr int kFewRows = 16;    // beyond, the tiled form is faster
-static_assert(kStretch <= 32 * kChunk);
+static_assert(kStretch <= 32 * kChunk && kChunk % 4 == 0);
 
 // All rows of a block against the keys of one stretch, in parts: all scores, then the softmax, then
 // the values, so that memory is read in long pieces. Neighbours whose page with some keys is the
@@ -35,6 +36,8 @@ class Stretch {
     static constexpr int lanes = V::lanes;
     static constexpr int step = lanes * Factor<T, InPairs>::size;  // elements of a Vector
     static constexpr bool quantized = sizeof(Element) == 1;
+    static constexpr int64_t pitch =
+        kStretch + lanes;  // rows do not compete for a cache line's place
 
     struct Chunk {
         Span keys;
@@ -51,21 +54,21 @@ class Stretch {
     const Element* ahead = nullptr;  // what is to be read after it:
     int64_t ahead_rows = 0, ahead_stride = 0, ahead_columns = 0;
 
+    // For each row, a bit for each chunk of which it is the first: some row sees, is not finite.
+    uint32_t seen[kMostTogether], set_apart[kMostTogether];
+
     // In scratch.
     T* const query;        // (rows, query_pitch) scaled, padded with zeros; or pairs
-    T* const scores;       // (rows, kStretch) S, then P
+    T* const scores;       // (rows, pitch) S, then P
     T* const score_scale;  // (rows) what load_query() left out of the query
     T* const staging;      // (kChunk) of a mask, or of scales, or (kChunk, parts.pitch) values
-    uint32_t* const
-        seen;  // (rows) a bit for each chunk of which the row is the first: some row sees
-    uint32_t* const set_apart;  // (rows) likewise: it holds NaN or Inf
 
    public:
     static size_t scratch_bytes(const Block& block) {
         const int64_t row_count = Parts<T>::padded(block.row_count);
-        const int64_t elements = block.row_count * (Parts<T>::padded(block.head_dim) + kStretch) +
+        const int64_t elements = block.row_count * (Parts<T>::padded(block.head_dim) + pitch) +
                                  row_count + staging_elements(block);
-        return size_t(elements) * sizeof(T) + size_t(2 * row_count) * sizeof(uint32_t);
+        return size_t(elements) * sizeof(T);
     }
 
     Stretch(const Block& whole, void* memory)
@@ -77,12 +80,11 @@ class Stretch {
           parts(block, memory),
           query(static_cast<T*>(block.scratch)),
           scores(query + rows * query_pitch),
-          score_scale(scores + rows * kStretch),
-          staging(score_scale + Parts<T>::padded(rows)),
-          seen(reinterpret_cast<uint32_t*>(staging + staging_elements(block))),
-          set_apart(seen + rows) {}
+          score_scale(scores + rows * pitch),
+          staging(score_scale + Parts<T>::padded(rows)) {}
 
     void attend() {
+        if (block.stop.requested(block.stop.context)) return;
         parts.clear();
         const Span all = keys_of_rows();
         base = all.begin / kChunk * kChunk;
@@ -103,11 +105,12 @@ class Stretch {
                 look_ahead(block.value, chunk_at(base, 0), value_head_dim);
             }
             compute_scores();
-            bool any_hidden = false;
+            bool any_hidden = block.dropout.drops;
             for (int64_t r = chunk.first; r < chunk.last; ++r) any_hidden |= apply_passes(r);
             if (any_hidden && add_nonfinite()) set_apart[chunk.first] |= bit(chunk);
         });
         for (int64_t r = 0; r < rows; ++r) softmax(r);
+        if (block.dropout.drops) drop_pairs();
         if constexpr (quantized) {
             each_chunk([&] {
                 if (is_seen(chunk)) multiply_scores(block.value_scale);
@@ -130,12 +133,10 @@ class Stretch {
         return wide > kChunk ? wide : kChunk;
     }
 
-    // step() for each chunk, until the call is to stop: page after page, for the rows of each in
-    // turn.
+    // step() for each chunk: page after page, for the rows of each in turn.
     template <class Step>
     void each_chunk(const Step& step) {
         for (chunk = chunk_at(base, 0); chunk.keys.size() > 0; chunk = following(chunk)) {
-            if (block.stop.requested(block.stop.context)) return;
             step();
         }
     }
@@ -183,12 +184,12 @@ class Stretch {
         ahead_columns = columns;
         return true;
     }
-    void fetch(int64_t j, int64_t column, int64_t columns) const {
-        if (j < ahead_rows) prefetch<0, 3>(ahead + j * ahead_stride + column, columns);
+    void fetch(int64_t j) const {
+        if (j < ahead_rows) prefetch<0, 3>(ahead + j * ahead_stride, ahead_columns);
     }
 
     // Of the chunk.
-    T* scores_of(int64_t r) const { return scores + r * kStretch + chunk.keys.begin - base; }
+    T* scores_of(int64_t r) const { return scores + r * pitch + chunk.keys.begin - base; }
 
     void hide() const {
         for (int64_t r = chunk.first; r < chunk.last; ++r) {
@@ -288,7 +289,7 @@ class Stretch {
     // In place: a row's pairs fill the first half of its memory.
     void pair_probabilities() const {
         for (int64_t r = 0; r < rows; ++r) {
-            T* const s = scores + r * kStretch;
+            T* const s = scores + r * pitch;
             for (int64_t j = 0; j < count; j += 2 * lanes) {
                 const Pairs pairs = adjacent_pairs(V::load(s + j), V::load(s + j + lanes));
                 __builtin_memcpy(s + j / 2, &pairs, sizeof pairs);
@@ -300,11 +301,11 @@ class Stretch {
     template <class Step>
     void in_row_groups(const Step& step) const {
         constexpr int most = lanes < 4 ? lanes : 4;
-        const int64_t last = chunk.last;
-        int64_t r = chunk.first;
-        for (; r + most <= last; r += most) step.template operator()<most>(r);
-        for (; most > 2 && r + 2 <= last; r += 2) step.template operator()<most / 2>(r);
-        for (; r < last; ++r) step.template operator()<1>(r);
+        const int64_t count = chunk.last - chunk.first;
+        int64_t r = 0;
+        for (; r + most <= count; r += most) step.template operator()<most>(r);
+        for (; most > 2 && r + 2 <= count; r += 2) step.template operator()<most / 2>(r);
+        for (; r < count; ++r) step.template operator()<1>(r);
     }
 
     // Rows x (lanes / Rows) sums at a time.
@@ -312,12 +313,11 @@ class Stretch {
     [[gnu::noinline]] void compute_scores(int64_t row) const {
         constexpr int keys = lanes / Rows;
         const int64_t count = chunk.keys.size();
-        const bool first = row == chunk.first;
-        T* const to = scores_of(row);
+        T* const to = scores_of(chunk.first + row);
         [[maybe_unused]] const V scale = query_scale<T>(block);
-        const T* const queries = query + row * query_pitch;
+        const T* const queries = query + (chunk.first + row) * query_pitch;
         for (int64_t j = 0; j < count; j += keys) {
-            for (int i = 0; first && i < keys; ++i) fetch(j + i, 0, ahead_columns);
+            for (int i = 0; row == 0 && i < keys; ++i) fetch(j + i);
             const Element* from[keys];
 #pragma GCC unroll 16
             for (int i = 0; i < keys; ++i) {
@@ -360,7 +360,7 @@ class Stretch {
             if constexpr (InPairs) products = scale * products;
             products.store(dots);
             for (int r = 0; r < Rows; ++r) {
-                __builtin_memcpy(to + r * kStretch + j, dots + r * keys, keys * sizeof(T));
+                __builtin_memcpy(to + r * pitch + j, dots + r * keys, keys * sizeof(T));
             }
         }
     }
@@ -418,7 +418,7 @@ class Stretch {
     }
 
     void softmax(int64_t r) const {
-        T* const s = scores + r * kStretch;
+        T* const s = scores + r * pitch;
         V peaks = -kInfinity<T>;
         for (int64_t j = 0; j < count; j += lanes) peaks = max(V::load(s + j), peaks);
         const T largest = largest_across(peaks);
@@ -435,8 +435,16 @@ class Stretch {
         parts.row_sum(r) = sum_across(sums);
     }
 
-    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it: if
-    // a chunk holds any, they are added to the rows that see them, here, and are left out later.
+    [[gnu::noinline]] void drop_pairs() const {
+        for (int64_t r = 0; r < rows; ++r) {
+            drop(scores + r * pitch, {base, base + count},
+                 KeptOfKeys<T>(block.dropout, block.rows[r]));
+        }
+    }
+
+    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it, or
+    // drops it: if a chunk holds any, they are added to the rows that see them, here, and are left
+    // out later.
     bool add_nonfinite() const {
         const int64_t keys = chunk.keys.size();
         const Element* const values =
@@ -456,7 +464,12 @@ class Stretch {
                 const T x = added<T>(values[j * block.value.stride + d]);
                 if (x - x == 0) continue;
                 for (int64_t r = chunk.first; r < chunk.last; ++r) {
-                    if (scores_of(r)[j] != -kInfinity<T>) parts.acc(r)[d] += x;
+                    if (scores_of(r)[j] == -kInfinity<T>) continue;
+                    if (block.dropout.drops &&
+                        !KeptOfKeys<T>(block.dropout, block.rows[r]).keeps(chunk.keys.begin + j)) {
+                        continue;
+                    }
+                    parts.acc(r)[d] += x;
                 }
             }
         }
@@ -484,7 +497,8 @@ class Stretch {
     template <int Rows>
     void add_values(int64_t row, bool staged) const {
         const int64_t count = chunk.keys.size();
-        const T* const probs = scores_of(row) - (InPairs ? (chunk.keys.begin - base) / 2 : 0);
+        const T* const probs =
+            scores_of(chunk.first + row) - (InPairs ? (chunk.keys.begin - base) / 2 : 0);
         if constexpr (InPairs) {
             const auto* const instead = reinterpret_cast<const Element*>(staging);
             add_pairs<Rows>(row, probs, staged ? instead : value,
@@ -529,9 +543,9 @@ class Stretch {
                                                    int64_t count) const {
         V sum[Rows][2 * Columns] = {};
         for (int64_t j = 0; j < count; j += 2) {
-            if (row == chunk.first) {
-                fetch(j, d, Columns * step);
-                fetch(j + 1, d, Columns * step);
+            if (row == 0 && d == 0) {
+                fetch(j);
+                fetch(j + 1);
             }
             // Of an odd count, the last probability is 0, and any value will do.
             const Element* const first = from + j * stride + d;
@@ -546,7 +560,7 @@ class Stretch {
 #pragma GCC unroll 4
             for (int r = 0; r < Rows; ++r) {
                 uint32_t pair;
-                __builtin_memcpy(&pair, probs + r * kStretch + j / 2, sizeof pair);
+                __builtin_memcpy(&pair, probs + r * pitch + j / 2, sizeof pair);
                 const Pairs prob = pair - Pairs{};
 #pragma GCC unroll 8
                 for (int c = 0; c < 2 * Columns; ++c) sum[r][c] = fma(prob, column[c], sum[r][c]);
@@ -558,7 +572,7 @@ class Stretch {
             for (int c = 0; c < Columns; ++c) {
                 in_order(sum[r][2 * c], sum[r][2 * c + 1]);
                 for (int half = 0; half < 2; ++half) {
-                    T* const out = parts.acc(row + r) + d + c * step + half * lanes;
+                    T* const out = parts.acc(chunk.first + row + r) + d + c * step + half * lanes;
                     (V::load(out) + sum[r][2 * c + half]).store(out);
                 }
             }
@@ -571,7 +585,7 @@ class Stretch {
         const bool whole = d + Columns * lanes <= value_head_dim;
         V sum[Rows][Columns] = {};
         for (int64_t j = 0; j < count; ++j) {
-            if (row == chunk.first) fetch(j, d, Columns * lanes);
+            if (row == 0 && d == 0) fetch(j);
             V column[Columns];
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) {
@@ -580,7 +594,7 @@ class Stretch {
             }
 #pragma GCC unroll 4
             for (int r = 0; r < Rows; ++r) {
-                const V prob = probs[r * kStretch + j];
+                const V prob = probs[r * pitch + j];
 #pragma GCC unroll 8
                 for (int c = 0; c < Columns; ++c) sum[r][c] = fma(prob, column[c], sum[r][c]);
             }
@@ -589,7 +603,7 @@ class Stretch {
         for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) {
-                T* const out = parts.acc(row + r) + d + c * lanes;
+                T* const out = parts.acc(chunk.first + row + r) + d + c * lanes;
                 (V::load(out) + sum[r][c]).store(out);
             }
         }

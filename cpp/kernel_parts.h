@@ -76,7 +76,8 @@ void finish_parts(const Block& block, void* memory) {
         const T offset = peak == -kInfinity<T> ? T(0) : peak;
         const V shrink = exp2(V(largest - offset));
         const V all = fma(V(sum), shrink, exp2(V(sink - offset)));
-        const V factor = select<T>(all == V(T(0)), V(T(0)), shrink / all);
+        const V share = select<T>(all == V(T(0)), V(T(0)), shrink / all);
+        const V factor = V(T(block.dropout.scale)) * share;
         with_query<T>(block.query_dtype, [&]<class Out>(const Out*) {
             for (int64_t d = 0; d < block.value_head_dim; d += V::lanes) {
                 const V result = fma(V::load(parts.acc(r) + d), factor, V(T(0)));

@@ -2,10 +2,13 @@
 //
 // parallel_for over OpenMP. libgomp ties a pool of threads to the thread that enters a parallel
 // region and hangs in a forked child that enters one on a thread whose pool stayed in the parent.
-// So no caller ever enters a region: an owner thread does, made when first needed, and made anew
+// So no caller enters a region: an owner thread does, made when first needed, and made anew
 // after a fork. The caller is a worker beside that team: it begins at once, while the others wake,
 // and looks every 50 ms whether the user wants to stop. libgomp also ends the process that cannot
 // have another thread: the owner tries that out before.
+//
+// Except for callers whose thread has a pool anyway (use_pool_of_caller): they enter regions, of
+// 50 ms at most, and look between two of them. A signal handler that forks then does so outside.
 #include "parallel.h"
 
 #include <omp.h>
@@ -81,11 +84,12 @@ bool job_stopped(void* job) {
     return static_cast<Job*>(job)->stopped.load(std::memory_order_relaxed);
 }
 
-// worker: 0 is the caller.
-void work(Job& job, int worker, const Stop& stop) {
+// worker: 0 is the caller. No item is begun after the end.
+void work(Job& job, int worker, const Stop& stop,
+          Clock::time_point end = Clock::time_point::max()) {
     if (worker > job.helpers) return;
     const DefaultModes modes;
-    for (;;) {
+    while (end == Clock::time_point::max() || Clock::now() < end) {
         const int64_t item = job.next.fetch_add(1, std::memory_order_relaxed);
         if (item >= job.items || stop.requested(stop.context)) return;
         (*job.body)(item, worker, stop);
@@ -290,6 +294,29 @@ class Owner {
     Clock::time_point retry_{};
 };
 
+bool never_stopped(void*) { return false; }
+
+thread_local bool pool_of_caller = false;
+std::atomic<bool> pool_in_use{false};    // by one caller at a time
+const pid_t process_of_load = getpid();  // a child of it may have none of its threads
+
+// Works in the calling thread's own pool. That pool stays as large as its thread wants it to be:
+// libgomp would end what a smaller team leaves out, and make it again for the next operator.
+bool run_in_pool_of_caller(Job& job, Interrupt interrupt) {
+    const int team = std::max(1 + job.helpers, omp_get_max_threads());
+    Caller caller{job, interrupt};
+    caller.pid = process_of_load;
+    while (job.next < job.items && !job.stopped && !caller.in_child) {
+        const auto end = Clock::now() + kPatience;
+#pragma omp parallel num_threads(team)
+        work(job, omp_get_thread_num(), {never_stopped, nullptr}, end);
+        if (Clock::now() >= end) ask(caller);
+    }
+    Caller child{job, interrupt};
+    if (caller.in_child) work(job, 0, {caller_stopped, &child});  // what no region has begun
+    return !job.stopped;
+}
+
 std::atomic<Owner*> owner{nullptr};
 
 // After a fork the parent's owner is abandoned, not touched: its mutexes may be locked for ever.
@@ -361,6 +388,8 @@ std::atomic<int> wanted_threads{0};
 
 }  // namespace
 
+void use_pool_of_caller(bool use) { pool_of_caller = use; }
+
 void set_num_threads(int threads) { wanted_threads = threads; }
 
 // An explicit wish wins: set_num_threads, FASTATTN_NUM_THREADS, OMP_NUM_THREADS. The OpenMP setting
@@ -380,7 +409,15 @@ int team_size(int64_t items, double seconds) {
 }
 
 bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body) {
-    if (threads > 1) {
+    if (threads > 1 && pool_of_caller && getpid() == process_of_load) {
+        const int most = get_num_threads();
+        if (most > 1 && !pool_in_use.exchange(true)) {
+            Job job{items, std::min(threads, most) - 1, most - 1, &body};
+            const bool finished = run_in_pool_of_caller(job, interrupt);
+            pool_in_use = false;
+            return finished;
+        }
+    } else if (threads > 1) {
         Owner& the_owner = owner_of_this_process();
         std::unique_lock<std::mutex> lock(the_owner.busy(), std::try_to_lock);
         const int most = get_num_threads();

@@ -23,4 +23,10 @@ int team_size(int64_t items, double seconds);
 using Body = std::function<void(int64_t item, int worker, const Stop& stop)>;
 bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body);
 
+// Whether calls of this thread run their team on it, in the pool that OpenMP keeps for it, and not
+// in a pool of their own. Right where the thread uses that pool anyway, as PyTorch's operators do:
+// of two pools, one makes the other slow (libgomp then lets waiting threads sleep at once). In a
+// forked child, where the pool is not, it makes no difference.
+void use_pool_of_caller(bool use);
+
 }  // namespace fastattn

@@ -102,6 +102,49 @@ Vec<T> abs(Vec<T> x) {
     return max(x, Vec<T>(T(0)) - x);
 }
 
+// A 32-bit number for each lane of a Vec<T>, in the low half of 64 bits; what lies above it means
+// nothing. Of two parts, the first has the even lanes, the second the odd ones.
+template <class T>
+struct Words {
+    static constexpr int parts = sizeof(uint64_t) / sizeof(T);
+    isa::Wide part[parts];
+
+    // words: one for each lane.
+    static Words load(const uint32_t* words) {
+        uint64_t wide[parts][Vec<T>::lanes / parts];
+        for (int i = 0; i < Vec<T>::lanes; ++i) wide[i % parts][i / parts] = words[i];
+        Words x;
+        __builtin_memcpy(&x, wide, sizeof x);
+        return x;
+    }
+    static Words everywhere(uint32_t word) {
+        Words x;
+        for (int p = 0; p < parts; ++p) x.part[p] = uint64_t{word} - isa::Wide{};
+        return x;
+    }
+};
+
+// Which words are larger than `bound`.
+inline Vec<float>::Mask above(Words<float> x, uint32_t bound) {
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    return Bits((x.part[0] & 0xffffffff) | x.part[1] << 32) > bound;
+}
+inline Vec<double>::Mask above(Words<double> x, uint32_t bound) {
+    return Vec<double>::Mask(x.part[0] & 0xffffffff) > int64_t{bound};
+}
+
+// a[0], b[0], a[1], b[1], and so on, of the low (high) halves of masks.
+template <class T>
+typename Vec<T>::Mask zip_low(typename Vec<T>::Mask a, typename Vec<T>::Mask b) {
+    using Native = typename Vec<T>::Native;
+    return typename Vec<T>::Mask(isa::zip_low(Native(a), Native(b)));
+}
+template <class T>
+typename Vec<T>::Mask zip_high(typename Vec<T>::Mask a, typename Vec<T>::Mask b) {
+    using Native = typename Vec<T>::Native;
+    return typename Vec<T>::Mask(isa::zip_high(Native(a), Native(b)));
+}
+
 // Pairs of bfloat16, each the size of a float, where there is an instruction for their products.
 typedef uint32_t Pairs __attribute__((vector_size(kVectorBytes)));
 #if defined(__AVX512BF16__)

@@ -53,6 +53,11 @@ inline __m256d times_power_of_two(__m256d p, __m256d n) {
     return _mm256_mul_pd(_mm256_mul_pd(p, power), _mm256_set1_pd(0x1p-53));
 }
 
+typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
+inline Wide multiply_halves(Wide a, Wide b) {
+    return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+}
+
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 inline __m256 from_bfloat16(HalfBits x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16));

@@ -39,6 +39,11 @@ inline __m512d split(__m512d x, __m512d& n) {
 inline __m512 times_power_of_two(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
 inline __m512d times_power_of_two(__m512d p, __m512d n) { return _mm512_scalef_pd(p, n); }
 
+typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
+inline Wide multiply_halves(Wide a, Wide b) {
+    return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+}
+
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 inline __m512 from_bfloat16(HalfBits x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16));

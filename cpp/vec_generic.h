@@ -59,6 +59,10 @@ inline Double times_power_of_two(Double p, Double n) {
     return p * (Double)(exponent << 52) * 0x1p-53;
 }
 
+typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
+// Per lane, the product of the low halves.
+inline Wide multiply_halves(Wide a, Wide b) { return (a & 0xffffffff) * (b & 0xffffffff); }
+
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 

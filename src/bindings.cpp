@@ -12,9 +12,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 
 #include "attention.h"
+#include "dlpack.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 using namespace fastattn;
@@ -36,6 +39,10 @@ Dtype dtype_of(const py::array& array) {
             if (size == 8) return Dtype::kFloat64;
             break;
         case 'V': {
+            // What a bfloat16 tensor of another library is seen as, without ml_dtypes.
+            if (dtype.num() == py::detail::npy_api::NPY_VOID_ && size == 2 && !dtype.has_fields()) {
+                return Dtype::kBFloat16;
+            }
             static std::atomic<int> bfloat16{-1};  // its number: a name takes long
             if (dtype.num() == bfloat16) return Dtype::kBFloat16;
             if (dtype.attr("name").cast<std::string>() != "bfloat16") break;
@@ -101,10 +108,10 @@ const T* values(const py::object& object, int64_t size) {
         const py::object &lse, const std::vector<int64_t>&batch_shape, const py::object &mask,   \
         const py::object &bias, const py::object &alibi_slopes, const py::object &sinks,         \
         const py::object &query_offset, const py::object &kv_lengths, double scale,              \
-        double softcap, int64_t left, int64_t right
+        double softcap, int64_t left, int64_t right, double dropout_p, uint64_t seed
 #define FASTATTN_ARGUMENTS                                                                   \
     query, key, value, out, lse, batch_shape, mask, bias, alibi_slopes, sinks, query_offset, \
-        kv_lengths, scale, softcap, left, right
+        kv_lengths, scale, softcap, left, right, dropout_p, seed
 
 void require_rows(const Array& array, int64_t cols) {
     require(array.col_stride == 1 || cols <= 1, "the last axis is not contiguous");
@@ -201,6 +208,9 @@ AttentionArgs arguments(FASTATTN_PARAMETERS, int64_t q_rows, int64_t q_len, int6
     args.softcap = softcap;
     args.left = left;
     args.right = right;
+    require(dropout_p >= 0 && dropout_p <= 1, "dropout_p must lie in 0..1");
+    args.dropout_p = dropout_p;
+    args.seed = seed;
     return args;
 }
 
@@ -357,6 +367,54 @@ auto without_gil(const Work& work) {
     return *result;
 }
 
+// `array` of a call, like query (core 3) or lse (2).
+Array gradient(const AttentionArgs& call, const py::object& array, int64_t heads, int64_t rows,
+               int64_t cols, Dtype dtype, bool written, int core = 3) {
+    if (array.is_none()) return {};
+    const auto given = py::reinterpret_borrow<py::array>(array);
+    require(!written || given.writeable(), "a gradient is not writeable");
+    const Array result = view(given, call.batch_shape, heads, rows, cols, core);
+    require(result.dtype == dtype, "a gradient has the wrong dtype");
+    return result;
+}
+
+void differentiate(GradientArgs args, int64_t q_rows, int64_t kv_rows, const py::list& arrays) {
+    AttentionArgs& call = args.call;
+    require(arrays.size() == 9, "there are nine more arrays");
+    const Dtype wide = call.query.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+    const auto of_rows = [&](int i, int64_t cols, bool written) {
+        const Array array =
+            gradient(call, arrays[i], call.q_heads, q_rows, cols, call.query.dtype, written);
+        require_rows(array, cols);
+        return array;
+    };
+    const auto of_keys = [&](int i, int64_t cols) {
+        const Array array =
+            gradient(call, arrays[i], call.kv_heads, kv_rows, cols, call.key.dtype, true);
+        require_rows(array, cols);
+        return array;
+    };
+    const auto per_row = [&](int i, bool written) {
+        return gradient(call, arrays[i], call.q_heads, q_rows, 1, wide, written, 2);
+    };
+    call.out = of_rows(0, call.value_head_dim, false);
+    call.lse = per_row(1, false);
+    args.grad_out = of_rows(2, call.value_head_dim, false);
+    args.grad_lse = per_row(3, false);
+    args.dq = of_rows(4, call.head_dim, true);
+    args.dk = of_keys(5, call.head_dim);
+    args.dv = of_keys(6, call.value_head_dim);
+    args.dbias = gradient(call, arrays[7], call.q_heads, q_rows, call.kv_len, wide, true);
+    args.delta = per_row(8, true);
+    for (const Array* array :
+         {&call.out, &call.lse, &args.grad_out, &args.dq, &args.dk, &args.dv}) {
+        require(array->data != nullptr, "an array of the backward pass is missing");
+    }
+    const bool finished =
+        without_gil([&] { return attention_backward(args, Interrupt{signal_arrived}); });
+    if (!finished) throw py::error_already_set();
+}
+
 void run(const AttentionArgs& args) {
     require(args.out.data != nullptr, "out is missing");
     const bool finished = without_gil([&] { return attention(args, Interrupt{signal_arrived}); });
@@ -373,6 +431,94 @@ void attend_paged(FASTATTN_PARAMETERS, int64_t kv_len, const py::object& kv_begi
                   const py::array& pages, const py::object& key_scale,
                   const py::object& value_scale) {
     run(paged(FASTATTN_ARGUMENTS, kv_len, kv_begins, pages, key_scale, value_scale));
+}
+
+void attend_backward(FASTATTN_PARAMETERS, const py::list& arrays) {
+    GradientArgs args;
+    args.call = plain(FASTATTN_ARGUMENTS);
+    differentiate(args, axis_size(query, 1), axis_size(key, 1), arrays);
+}
+
+void attend_packed_backward(FASTATTN_PARAMETERS, const py::object& q_starts,
+                            const py::object& kv_starts, const py::list& arrays) {
+    GradientArgs args;
+    args.call = packed(FASTATTN_ARGUMENTS, q_starts, kv_starts);
+    differentiate(args, axis_size(query, 1), axis_size(key, 1), arrays);
+}
+
+// Calls of this thread run in its own pool, while it lives.
+struct PoolOfCaller {
+    PoolOfCaller() { use_pool_of_caller(true); }
+    ~PoolOfCaller() { use_pool_of_caller(false); }
+};
+
+Array array_of(const DLTensor& tensor, Dtype dtype) {
+    Array array;
+    array.dtype = dtype;
+    array.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    array.batch_strides.assign(tensor.strides, tensor.strides + tensor.ndim - 3);
+    array.head_stride = tensor.stride(2);
+    array.row_stride = tensor.stride(1);
+    array.col_stride = 1;
+    return array;
+}
+
+// Attention of tensors where nothing is special: one dtype, one number of batch axes and equal
+// sizes of them, no empty axis, out like query, every last axis contiguous. The first query stands
+// at the first key. lse: None, or one as large. False: something is special, and nothing was done.
+// It runs in the caller's pool.
+bool attend_plain(py::handle query, py::handle key, py::handle value, py::handle out,
+                  py::handle lse, const std::optional<double>& scale, bool is_causal,
+                  bool grouped) {
+    std::optional<DLTensor> tensors[4];
+    std::optional<Dtype> dtype;
+    const py::handle objects[4] = {query, key, value, out};
+    for (int i = 0; i < 4; ++i) {
+        if (!(tensors[i] = tensor_of(objects[i]))) return false;
+        const DLTensor &x = *tensors[i], &q = *tensors[0];
+        if (i == 0) dtype = x.dtype();
+        if (!dtype || x.dtype() != dtype || x.ndim != q.ndim || x.ndim < 3) return false;
+        for (int axis = 0; axis < x.ndim; ++axis) {
+            if (x.shape[axis] < 1) return false;
+            if (axis < x.ndim - 3 && x.shape[axis] != q.shape[axis]) return false;
+        }
+        if (x.size(0) != q.size(0) || x.stride(0) != 1 || x.size(0) >= int64_t(1) << 31) {
+            return false;
+        }
+    }
+    const DLTensor &q = *tensors[0], &k = *tensors[1], &v = *tensors[2], &o = *tensors[3];
+    if (k.size(1) != v.size(1) || k.size(2) != v.size(2)) return false;
+    if (o.size(1) != q.size(1) || o.size(2) != q.size(2)) return false;
+    if (q.size(2) % k.size(2) != 0 || (!grouped && q.size(2) != k.size(2))) return false;
+    AttentionArgs args;
+    args.batch_shape.assign(q.shape, q.shape + q.ndim - 3);
+    args.q_heads = q.size(2);
+    args.kv_heads = k.size(2);
+    args.q_len = q.size(1);
+    args.kv_len = k.size(1);
+    args.head_dim = args.value_head_dim = q.size(0);
+    args.query = array_of(q, *dtype);
+    args.key = array_of(k, *dtype);
+    args.value = array_of(v, *dtype);
+    args.out = array_of(o, *dtype);
+    if (!lse.is_none()) {
+        std::optional<DLTensor> sums = tensor_of(lse);
+        const Dtype wide = *dtype == Dtype::kFloat64 ? *dtype : Dtype::kFloat32;
+        if (!sums || sums->dtype() != wide || sums->ndim != q.ndim - 1 ||
+            !std::equal(q.shape, q.shape + q.ndim - 1, sums->shape)) {
+            return false;
+        }
+        args.lse.dtype = wide;
+        args.lse.data = static_cast<char*>(sums->data) + sums->byte_offset;
+        args.lse.batch_strides.assign(sums->strides, sums->strides + sums->ndim - 2);
+        args.lse.head_stride = sums->stride(1);
+        args.lse.row_stride = sums->stride(0);
+    }
+    args.scale = scale.value_or(1 / std::sqrt(double(args.head_dim)));
+    if (is_causal) args.right = 0;
+    const PoolOfCaller here;
+    run(args);
+    return true;
 }
 
 py::dict explain(FASTATTN_PARAMETERS) {
@@ -414,6 +560,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not
     m.def("attention", attend);
     m.def("varlen_attention", attend_packed);
     m.def("cache_attention", attend_paged);
+    m.def("attention_backward", attend_backward);
+    m.def("varlen_attention_backward", attend_packed_backward);
+    m.def("attend_plain", attend_plain);
     m.def("explain", explain);
     m.def("isa", isa);
     m.def("isas", isas);
@@ -421,6 +570,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not
     m.def("set_isa", [](const std::optional<std::string>& name) { set_isa(name.value_or("")); });
     m.def("set_num_threads", set_num_threads);
     m.def("get_num_threads", get_num_threads);
+    m.def("use_pool_of_caller", use_pool_of_caller);
     m.def("probe_fma", [](const std::string& dtype_name, double seconds) {
         return without_gil([&] { return measure_fma(dtype_named(dtype_name), seconds); });
     });

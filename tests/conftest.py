@@ -63,13 +63,18 @@ def make_problem(
     )
 
 
+def without_dropout(options):
+    """Return the options that decide the probabilities, before some are dropped."""
+    return {name: x for name, x in options.items() if name not in ("dropout_p", "seed")}
+
+
 def truth_of(query, key, value, **options):
     """Return out and lse by definition, in more precision than the query has."""
     wide = np.longdouble if query.dtype == np.float64 else np.float64
     query, key, value = (np.asarray(x).astype(wide) for x in (query, key, value))
     out = reference.attention(query, key, value, compute_dtype=wide, **options)
     # Not reference.attention's lse, which has at most float64.
-    lse = reference._softmax(query, key, np.dtype(wide), **options)[2]
+    lse = reference._softmax(query, key, np.dtype(wide), **without_dropout(options))[2]
     return out, np.broadcast_to(lse.reshape(lse.shape[lse.ndim - out.ndim + 1 :]), out.shape[:-1])
 
 
@@ -92,11 +97,15 @@ def plain_of(query, key, value, **options):
     if not in_pairs(query, key):
         return plain
     wide = [x.astype(np.float32) for x in (query, key)]
-    probs = reference.attention_weights(*wide, compute_dtype=np.float32, **options)
+    probs = reference.attention_weights(*wide, compute_dtype=np.float32, **without_dropout(options))
     values = np.where(np.isfinite(value), value, 0).astype(np.float32)
     if values.ndim > 2:
         values = values.repeat(probs.shape[-3] // values.shape[-3], axis=-3)
     rounded = probs.astype(query.dtype).astype(np.float32)
+    if options.get("dropout_p"):
+        names = ("dropout_p", "seed", "query_offset")
+        kept = reference.dropout_mask(query, key, **{name: options.get(name) for name in names})
+        rounded = rounded * kept / (1 - options["dropout_p"])
     return (rounded @ values).astype(query.dtype), plain[1]
 
 

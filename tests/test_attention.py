@@ -59,6 +59,7 @@ LEVELS = {
     "alibi_slopes": (None, "heads", "each"),
     "sinks": (None, "heads", "some"),
     "kv_lengths": (None, "one", "each"),
+    "dropout_p": (0.0, 0.1, 0.6),
 }
 
 
@@ -168,7 +169,10 @@ def arguments_of(case, rng):
             "each": rng.integers(0, kv_len + 1, batch),
         },
     }
-    options = {name: case[name] for name in ("scale", "is_causal", "window", "softcap")}
+    options = {
+        name: case[name] for name in ("scale", "is_causal", "window", "softcap", "dropout_p")
+    }
+    options["seed"] = int(rng.integers(0, 2**64, dtype=np.uint64))
     options["query_offset"] = offsets[case["query_offset"]]
     options["mask"] = masks[case["mask"]]() if case["mask"] else None
     options["bias"] = biases[case["bias"]]() if case["bias"] else None

@@ -93,6 +93,16 @@ def test_the_definition(problem):
         assert_allclose(got, expected, atol=problem.tolerance, rtol=64 * np.finfo(got.dtype).eps)
 
 
+@given(problems(), st.floats(0, 0.75), st.integers(0, 2**64 - 1))
+def test_the_definition_with_dropout(problem, dropout_p, seed):
+    dropout = {"dropout_p": dropout_p, "seed": seed}
+    out, lse = problem.attend(**dropout)
+    truth, _ = truth_of(*problem.operands, **problem.options, **dropout)
+    eps = np.finfo(out.dtype).eps
+    assert_allclose(out, truth, atol=4 * problem.tolerance, rtol=64 * eps)
+    assert_same_bits(lse, problem.attend()[1])
+
+
 @given(problems(mask=False), st.integers(0, 2**32 - 1))
 def test_order_of_the_keys(problem, seed):
     order = np.random.default_rng(seed).permutation(problem.key.shape[-2])

@@ -165,6 +165,19 @@ def test_errors(shapes, options):
         fastattn.scaled_dot_product_attention(*operands, **options)
 
 
-def test_dropout_waits():
-    with pytest.raises(NotImplementedError, match="dropout_p"):
-        fastattn.scaled_dot_product_attention(*random(*SQUARE), dropout_p=0.1)
+def test_dropout():
+    """As many pairs are dropped, what is kept grows as much, and each call drops others."""
+    query, key, _ = random((2, 3, 200, 4), (2, 3, 200, 4), (2, 3, 200, 4))
+    value = np.broadcast_to(np.eye(200), (2, 3, 200, 200))
+    ours, theirs = both(query, key, value, dropout_p=0.3)
+    exact = fastattn.scaled_dot_product_attention(query, key, value)
+    for got in (ours, theirs):
+        kept = got != 0
+        assert_allclose(got[kept], exact[kept] / 0.7, rtol=1e-12)
+        assert abs(kept.mean() - 0.7) < 5 * np.sqrt(0.3 * 0.7 / kept.size)
+    again = fastattn.scaled_dot_product_attention(query, key, value, dropout_p=0.3)
+    assert abs(((again != 0) & (ours != 0)).mean() - 0.7**2) < 0.01
+    assert_array_equal(
+        fastattn.scaled_dot_product_attention(query, key, value, dropout_p=1.0),
+        np.zeros(ours.shape),
+    )

@@ -9,10 +9,12 @@ from fastattn import reference
 from fastattn._attention import (
     attention,
     attention_weights,
+    dropout_mask,
     explain,
     scaled_dot_product_attention,
     varlen_attention,
 )
+from fastattn._backward import attention_backward
 from fastattn._core import __version__
 from fastattn._kv_cache import KVCache, PagedKVCache
 from fastattn._machine import (
@@ -28,7 +30,9 @@ __all__ = [
     "PagedKVCache",
     "__version__",
     "attention",
+    "attention_backward",
     "attention_weights",
+    "dropout_mask",
     "explain",
     "get_num_threads",
     "info",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is this a valid question? Every rule about the arguments of an attention call, once.
 
-Called by `_attention.py` before anything is computed; calls nothing. Rules are checked in the order
-of the arguments, and an error says which argument, the rule, and what was given. What comes back is
-in the form that `_core` takes; a valid array is passed on as it is, strides and all.
+Called by `_attention.py` before anything is computed; calls `_arrays.py` for what is no NumPy
+array. Rules are checked in the order of the arguments, and an error says which argument, the rule,
+and what was given. What comes back is in the form that `_core` takes; a valid array is passed on as
+it is, strides and all.
 
 A small call must not spend its time here: the fast path asks of each array only whether it is
 plainly in order (`floats`), remembers the verdict on shapes (`sizes`), and looks at no argument
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastattn._arrays import BFLOAT16_BITS, as_numpy, widened
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 
 ndarray = np.ndarray
 FLOAT16, FLOAT32, FLOAT64 = map(np.dtype, (np.float16, np.float32, np.float64))
-float_dtypes = {FLOAT16, FLOAT32, FLOAT64}  # and bfloat16, once it was met: a name takes long
+# And ml_dtypes' bfloat16, once it was met: a name takes long.
+float_dtypes = {FLOAT16, FLOAT32, FLOAT64, BFLOAT16_BITS}
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 MASK_NAMES = ("bool", *FLOAT_NAMES)
 HALF_NAMES = FLOAT_NAMES[:2]
@@ -123,11 +127,24 @@ def options(
         sinks = filled(sinks, sinks.shape, dtype) if known.has_pairs else None
     if kv_lengths is not None:
         kv_lengths = per_batch("kv_lengths", kv_lengths, known, 0, known.kv_len, known.kv_len)
-    if type(dropout_p) is not float or dropout_p != 0.0:
-        no_dropout(dropout_p)
-    if seed is not None:
-        whole_number("seed", seed)
-    return mask, bias, alibi_slopes, sinks, offset, kv_lengths, scale, softcap, left, right
+    if type(dropout_p) is float and dropout_p == 0.0 and seed is None:
+        seed = 0
+    else:
+        dropout_p, seed = dropout(dropout_p, seed)
+    return (
+        mask,
+        bias,
+        alibi_slopes,
+        sinks,
+        offset,
+        kv_lengths,
+        scale,
+        softcap,
+        left,
+        right,
+        dropout_p,
+        seed,
+    )
 
 
 def floats(name: str, x: Any) -> Array:
@@ -146,11 +163,13 @@ def floats(name: str, x: Any) -> Array:
 
 def mixed_dtypes(query: np.dtype[Any], key: np.dtype[Any], value: np.dtype[Any]) -> None:
     """Accept keys and values of half precision for a float32 query."""
-    if key != query and not (query == FLOAT32 and key.name in HALF_NAMES):
-        raise TypeError(f"key must have the dtype of query, {query}, not {key}")
+    if key != query and not (query == FLOAT32 and name_of(key) in HALF_NAMES):
+        raise TypeError(f"key must have the dtype of query, {name_of(query)}, not {name_of(key)}")
     if value != key:
         other = "query" if key == query else "key"
-        raise TypeError(f"value must have the dtype of {other}, {key}, not {value}")
+        raise TypeError(
+            f"value must have the dtype of {other}, {name_of(key)}, not {name_of(value)}"
+        )
 
 
 def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -162,13 +181,20 @@ def of_dtypes(name: str, x: Any, dtypes: tuple[str, ...]) -> Array:
     """Return the array that x is or stands for, if it has one of the dtypes."""
     kinds = ", ".join(dtypes[:-1]) + " or " + dtypes[-1] if len(dtypes) > 1 else dtypes[0]
     array = as_array(name, x, kinds)
-    if array.dtype.name not in dtypes:
-        raise TypeError(f"{name} must be an array of {kinds}, not {array.dtype.name}")
+    if name_of(array.dtype) not in dtypes:
+        raise TypeError(f"{name} must be an array of {kinds}, not {name_of(array.dtype)}")
     return array
+
+
+def name_of(dtype: np.dtype[Any]) -> str:
+    """Return the dtype's name."""
+    return "bfloat16" if dtype == BFLOAT16_BITS else dtype.name
 
 
 def as_array(name: str, x: Any, kinds: str) -> Array:
     """Return the array that x is or stands for."""
+    if not isinstance(x, ndarray):
+        x = as_numpy(name, x)
     array: Array | None = None
     if not isinstance(x, ndarray) or not isinstance(x, np.ma.MaskedArray | np.matrix):
         try:
@@ -350,7 +376,7 @@ def per_head(name: str, x: Any, *shapes: tuple[int, ...]) -> tuple[Array, Array]
     if array.shape not in shapes:
         rule = " or ".join(map(str, dict.fromkeys(shapes)))
         raise ValueError(f"{name} must have shape {rule}, got {name}.shape={array.shape}")
-    return array, distinct(array, array.ndim).astype(np.float64)
+    return array, widened(distinct(array, array.ndim)).astype(np.float64)
 
 
 def slopes_per_head(x: Any, q_heads: int, shape: tuple[int, ...]) -> Array:
@@ -373,7 +399,7 @@ def logits_per_head(name: str, x: Any, q_heads: int) -> Array:
 
 def filled(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Return the array repeated to fill a shape, as float64; finite numbers are so in the dtype."""
-    copy = np.array(np.broadcast_to(array, shape), dtype=np.float64, order="C")
+    copy = np.array(np.broadcast_to(widened(array), shape), dtype=np.float64, order="C")
     most = large(dtype)
     np.clip(copy, -most, most, out=copy, where=copy != -np.inf)
     return copy
@@ -483,16 +509,23 @@ def boolean(name: str, x: Any) -> bool:
     return bool(x)
 
 
-def no_dropout(dropout_p: Any) -> None:
-    """Accept 0 alone."""
+def dropout(dropout_p: Any, seed: Any) -> tuple[float, int]:
+    """Return the share to be dropped, and the seed; without one, 0, which nothing is drawn from."""
     if not isinstance(dropout_p, numbers.Real) or isinstance(dropout_p, bool):
         raise TypeError(f"dropout_p must be a number, not {type(dropout_p).__name__}")
-    if not 0 <= dropout_p < 1:  # type: ignore[operator]
-        raise ValueError(f"dropout_p must be within [0, 1), got dropout_p={dropout_p}")
-    if dropout_p != 0:
-        raise NotImplementedError(
-            f"dropout_p other than 0 is not supported yet, got dropout_p={dropout_p}"
-        )
+    if not 0 <= dropout_p <= 1:  # type: ignore[operator]
+        raise ValueError(f"dropout_p must be within 0..1, got dropout_p={dropout_p}")
+    if seed is None:
+        if dropout_p != 0:
+            raise ValueError(
+                "seed must be given with dropout_p > 0, which draws from it alone, "
+                f"got dropout_p={dropout_p}"
+            )
+        return 0.0, 0
+    seed = whole_number("seed", seed)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be within 0..2**64 - 1, got seed={seed}")
+    return float(dropout_p), seed
 
 
 def result_array(

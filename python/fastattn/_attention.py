@@ -7,26 +7,32 @@ The rules are in `_arguments.py`, the meaning in `reference.py`, the work in `_c
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from fastattn import _core, reference
 from fastattn._arguments import (
+    FARTHEST,
     MASK_NAMES,
     arithmetic,
     boolean,
     check,
     countable,
+    dropout,
     floats,
     lengths_within,
     mixed_dtypes,
     options,
     packed_sizes,
     pair_array,
+    per_batch,
     result_array,
     sizes,
+    whole_number,
 )
+from fastattn._arrays import answer, as_numpy, destination, room
 from fastattn._report import Report
 
 if TYPE_CHECKING:
@@ -138,8 +144,13 @@ def attention(
         A logit for each head that joins the softmax's denominator alone [3]_.
     kv_lengths : int, or array of int broadcastable to the batch shape, optional
         Keys from there on are padding; within 0..kv_len.
-    dropout_p, seed
-        Dropout is not supported yet: dropout_p must be 0.
+    dropout_p : float
+        Drop each pair with this probability, and divide what is kept by 1 - dropout_p [4]_: out
+        is what the probabilities that are left give. lse is as without dropout.
+    seed : int, optional
+        Within 0..2**64 - 1; must be given with dropout_p > 0. Which pairs are dropped depends on
+        nothing but seed and, of each pair, the key, the query's position ``i + query_offset``, the
+        query head, and the index in the batch; `dropout_mask` says which.
     return_lse : bool
         Return (out, lse).
     out : ndarray of the result's shape and dtype, optional
@@ -165,8 +176,14 @@ def attention(
 
     Notes
     -----
+    Any of the arrays may also be a tensor of PyTorch on the CPU or a JAX array on one CPU device;
+    the result is of the kind of query, whatever the others are. They are read where they lie, and
+    out may be a tensor where query is one. bfloat16 needs ml_dtypes. There is no gradient here:
+    fastattn.torch and fastattn.jax have it.
+
     Bitwise the same for any number of threads, any strides, and whatever else is in the batch. A
-    NaN or Inf in a key or value that a query does not see leaves its result as it is.
+    NaN or Inf in a key or value that a query does not see leaves its result as it is, and so does
+    one in a value that is dropped.
 
     References
     ----------
@@ -175,6 +192,8 @@ def attention(
     .. [2] O. Press et al., "Train Short, Test Long", 2021, https://arxiv.org/abs/2108.12409
     .. [3] G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
        https://arxiv.org/abs/2309.17453
+    .. [4] N. Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from
+       Overfitting", 2014, https://jmlr.org/papers/v15/srivastava14a.html
 
     Examples
     --------
@@ -185,6 +204,8 @@ def attention(
            [0.36, 0.64, 0.  ],
            [0.26, 0.26, 0.47]], dtype=float32)
     """
+    given: Any = query
+    given_out = out
     query, key, value, known, arguments = check(
         query,
         key,
@@ -205,14 +226,18 @@ def attention(
     if return_lse is not False:
         return_lse = boolean("return_lse", return_lse)
     dtype = query.dtype
-    if out is None:
+    if out is not None:
+        out = destination(given, out)
+        out = result_array(out, known.out_shape, dtype, (query, key, value, *arguments[:2]))
+    elif query is given:
         out = np.empty(known.out_shape, dtype)
     else:
-        out = result_array(out, known.out_shape, dtype, (query, key, value, *arguments[:2]))
+        out = room(given, known.out_shape, dtype)
     lse = np.empty(known.lse_shape, arithmetic(dtype)) if return_lse else None
-    if out.size == 0 and lse is None:
-        return out
-    _core.attention(query, key, value, out, lse, known.batch_shape, *arguments)
+    if out.size or lse is not None:
+        _core.attention(query, key, value, out, lse, known.batch_shape, *arguments)
+    if query is not given:
+        out, lse = answer(given, given_out, out, lse)
     return out if lse is None else (out, lse)
 
 
@@ -242,7 +267,8 @@ def varlen_attention(
 
     Sequence b has the queries ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]`` and the keys
     ``cu_seqlens_kv[b] : cu_seqlens_kv[b + 1]``, and sees no others. No padding is computed, and the
-    result of a sequence is bitwise what `attention` gives for it alone.
+    result of a sequence is bitwise what `attention` gives for it alone (with dropout, as element b
+    of a batch).
 
     Parameters
     ----------
@@ -283,6 +309,8 @@ def varlen_attention(
     >>> fastattn.varlen_attention(x, x, x, [0, 2, 5], [0, 2, 5], is_causal=True).shape
     (5, 1, 2)
     """
+    given: Any = query
+    given_out = out
     query, key, value = floats("query", query), floats("key", key), floats("value", value)
     if key.dtype != query.dtype or value.dtype != query.dtype:
         mixed_dtypes(query.dtype, key.dtype, value.dtype)
@@ -304,11 +332,12 @@ def varlen_attention(
         seed,
     )
     if kv_lengths is not None:
-        lengths_within(kv_lengths, np.diff(kv_starts))
+        lengths_within(as_numpy("kv_lengths", kv_lengths), np.diff(kv_starts))
     return_lse = boolean("return_lse", return_lse)
     if out is None:
-        out = np.empty(known.out_shape, query.dtype)
+        out = room(given, known.out_shape, query.dtype)
     else:
+        out = destination(given, out)
         out = result_array(out, known.out_shape, query.dtype, (query, key, value, *arguments[:2]))
     lse = np.empty(known.lse_shape, arithmetic(query.dtype)) if return_lse else None
     for rows in (slice(q_starts[0]), slice(q_starts[-1], None)):
@@ -316,9 +345,11 @@ def varlen_attention(
         if lse is not None:
             lse[:, rows] = -np.inf
     if lse is not None or out.size:
-        query, key, value, results = (x.swapaxes(0, 1) for x in (query, key, value, out))
+        q, k, v, results = (x.swapaxes(0, 1) for x in (query, key, value, out))
         arguments = (*arguments, q_starts, kv_starts)
-        _core.varlen_attention(query, key, value, results, lse, known.batch_shape, *arguments)
+        _core.varlen_attention(q, k, v, results, lse, known.batch_shape, *arguments)
+    if query is not given:
+        out, lse = answer(given, given_out, out, lse)
     return out if lse is None else (out, lse)
 
 
@@ -343,7 +374,8 @@ def scaled_dot_product_attention(
     attn_mask : array, broadcastable to (..., q_heads, q_len, kv_len), optional
         bool: True = attend. A float dtype: added to the scores. Not together with is_causal.
     dropout_p : float
-        Not supported yet: must be 0.
+        Drop each pair with this probability, and divide what is kept by 1 - dropout_p. Each call
+        drops others; `attention` has a seed.
     is_causal : bool
         Query i sees key j iff j <= i, whatever the two lengths.
     scale : float, optional
@@ -372,13 +404,18 @@ def scaled_dot_product_attention(
     is_causal = boolean("is_causal", is_causal)
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask must not be given together with is_causal=True")
+    given: Any = query
+    out = None
     query, key, value = floats("query", query), floats("key", key), floats("value", value)
     if not boolean("enable_gqa", enable_gqa):
         query, key, value = _equal_heads(query, key, value)
     if attn_mask is not None:
         known = sizes(query.shape, key.shape, value.shape)
         attn_mask = pair_array("attn_mask", attn_mask, MASK_NAMES, known)
-    return attention(
+    seed = int.from_bytes(os.urandom(8), "little") if dropout_p != 0 else None
+    if query is not given:
+        out = room(given, sizes(query.shape, key.shape, value.shape).out_shape, query.dtype)
+    out = attention(
         query,
         key,
         value,
@@ -387,7 +424,10 @@ def scaled_dot_product_attention(
         is_causal=is_causal,
         query_offset=0 if is_causal else None,
         dropout_p=dropout_p,
+        seed=seed,
+        out=out,
     )
+    return out if query is given else answer(given, None, out)[0]
 
 
 def _equal_heads(*arrays: NDArray[Any]) -> tuple[NDArray[Any], ...]:
@@ -451,7 +491,12 @@ kv_lengths
     array([[0.67, 0.33],
            [0.33, 0.67]])
     """
+    given: Any = query
     query, key = floats("query", query), floats("key", key)
+    mask, bias = as_numpy("mask", mask), as_numpy("bias", bias)
+    query_offset = as_numpy("query_offset", query_offset)
+    alibi_slopes, sinks = as_numpy("alibi_slopes", alibi_slopes), as_numpy("sinks", sinks)
+    kv_lengths = as_numpy("kv_lengths", kv_lengths)
     check(
         query,
         key,
@@ -469,7 +514,7 @@ kv_lengths
         0.0,
         None,
     )
-    return reference.attention_weights(
+    weights = reference.attention_weights(
         query,
         key,
         mask=mask,
@@ -482,6 +527,77 @@ kv_lengths
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         kv_lengths=kv_lengths,
+    )
+    return answer(given, None, weights)[0]  # type: ignore[no-any-return]
+
+
+def dropout_mask(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    dropout_p: float,
+    seed: int | None,
+    query_offset: ArrayLike | None = None,
+    batch_index: int = 0,
+) -> NDArray[np.bool_]:
+    """Return which pairs `attention` keeps, for looking at or for another implementation.
+
+    Like `attention_weights`, it needs memory for every pair.
+
+    Parameters
+    ----------
+    query : array of shape (batch, q_heads, q_len, head_dim)
+        Only the shapes matter; axes of the batch that only value has are not there.
+    key : array of shape (batch, kv_heads, kv_len, head_dim)
+    dropout_p, seed, query_offset
+        As for `attention`.
+    batch_index : int
+        The index of the first element of the batch: for sequence b of `varlen_attention`, whose
+        queries and keys are given as (heads, length, head_dim), it is b.
+
+    Returns
+    -------
+    ndarray of bool, shape (batch, q_heads, q_len, kv_len)
+        True: kept. Some of them may not be seen for other reasons.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `attention`.
+
+    Notes
+    -----
+    A pair is kept iff its number is at least ``round(dropout_p * 2**32)``. The numbers of keys 4 n
+    to 4 n + 3 are the four words that Philox4x32 with 7 rounds [1]_ gives for the key seed and the
+    counter ``(n, i + query_offset, query head, batch index)``, each modulo 2**32.
+
+    References
+    ----------
+    .. [1] J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011,
+       https://doi.org/10.1145/2063384.2063405
+
+    Examples
+    --------
+    >>> import numpy as np, fastattn
+    >>> fastattn.dropout_mask(np.eye(2), np.eye(2), dropout_p=0.5, seed=1)
+    array([[ True, False],
+           [False,  True]])
+    """
+    query, key = floats("query", query), floats("key", key)
+    known = sizes(query.shape, key.shape, key.shape)
+    dropout_p, seed = dropout(dropout_p, seed)
+    if query_offset is not None:
+        query_offset = per_batch("query_offset", query_offset, known, -FARTHEST, FARTHEST, usual=0)
+    batch_index = whole_number("batch_index", batch_index)
+    if not 0 <= batch_index < 2**32:
+        raise ValueError(f"batch_index must be within 0..2**32 - 1, got batch_index={batch_index}")
+    return reference.dropout_mask(
+        query,
+        key,
+        dropout_p=dropout_p,
+        seed=seed,
+        query_offset=query_offset,
+        batch_index=batch_index,
     )
 
 
@@ -500,13 +616,15 @@ def explain(
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     kv_lengths: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
 ) -> Report:
     """Say how `attention` would compute a call, without computing it.
 
     Parameters
     ----------
     query, key, value, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, \
-sinks, kv_lengths
+sinks, kv_lengths, dropout_p, seed
         As for `attention`.
 
     Returns
@@ -539,8 +657,8 @@ sinks, kv_lengths
         alibi_slopes,
         sinks,
         kv_lengths,
-        0.0,
-        None,
+        dropout_p,
+        seed,
     )
     countable(known)
     plan = _core.explain(query, key, value, None, None, known.batch_shape, *arguments)

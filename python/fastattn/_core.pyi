@@ -22,6 +22,8 @@ def attention(
     softcap: float,
     left: int,
     right: int,
+    dropout_p: float,
+    seed: int,
     /,
 ) -> None: ...
 def varlen_attention(
@@ -41,6 +43,8 @@ def varlen_attention(
     softcap: float,
     left: int,
     right: int,
+    dropout_p: float,
+    seed: int,
     q_starts: NDArray[Any],
     kv_starts: NDArray[Any],
     /,
@@ -62,6 +66,8 @@ def cache_attention(
     softcap: float,
     left: int,
     right: int,
+    dropout_p: float,
+    seed: int,
     kv_len: int,
     kv_begins: NDArray[Any] | None,
     pages: NDArray[Any],
@@ -69,6 +75,59 @@ def cache_attention(
     value_scale: NDArray[Any] | None,
     /,
 ) -> None: ...
+def attention_backward(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    out: NDArray[Any] | None,
+    lse: NDArray[Any] | None,
+    batch_shape: tuple[int, ...],
+    mask: NDArray[Any] | None,
+    bias: NDArray[Any] | None,
+    alibi_slopes: NDArray[Any] | None,
+    sinks: NDArray[Any] | None,
+    query_offset: NDArray[Any] | None,
+    kv_lengths: NDArray[Any] | None,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    arrays: list[NDArray[Any] | None],
+    /,
+) -> None: ...
+def varlen_attention_backward(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    out: NDArray[Any] | None,
+    lse: NDArray[Any] | None,
+    batch_shape: tuple[int, ...],
+    mask: NDArray[Any] | None,
+    bias: NDArray[Any] | None,
+    alibi_slopes: NDArray[Any] | None,
+    sinks: NDArray[Any] | None,
+    query_offset: NDArray[Any] | None,
+    kv_lengths: NDArray[Any] | None,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    q_starts: NDArray[Any],
+    kv_starts: NDArray[Any],
+    arrays: list[NDArray[Any] | None],
+    /,
+) -> None: ...
+def attend_plain(
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    scale: float | None,
+    is_causal: bool,
+    grouped: bool,
+    /,
+) -> bool: ...
 def explain(
     query: NDArray[Any],
     key: NDArray[Any],
@@ -86,6 +145,8 @@ def explain(
     softcap: float,
     left: int,
     right: int,
+    dropout_p: float,
+    seed: int,
     /,
 ) -> dict[str, Any]: ...
 def isa() -> str: ...
@@ -94,6 +155,7 @@ def supported_isas() -> list[str]: ...
 def set_isa(name: str | None, /) -> None: ...
 def set_num_threads(threads: int, /) -> None: ...
 def get_num_threads() -> int: ...
+def use_pool_of_caller(use: bool, /) -> None: ...
 def probe_fma(dtype_name: str, seconds: float, /) -> float: ...
 def probe_read(megabytes: int, repeats: int, /) -> float: ...
 def build_info() -> dict[str, Any]: ...

@@ -39,6 +39,7 @@ from fastattn._arguments import (
     sizes,
     whole_number,
 )
+from fastattn._arrays import answer, destination, room
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -457,6 +458,7 @@ class PagedKVCache:
             As for `attention`.
         """
         rows, n = self._rows(sequences)
+        given, given_out = query, out
         query = floats("query", of_dtypes("query", query, ASKS[self.dtype.name]))
         if query.ndim != 4 or query.shape[0] != n:
             raise ValueError(
@@ -489,8 +491,9 @@ class PagedKVCache:
         if return_lse is not False:
             return_lse = boolean("return_lse", return_lse)
         if out is None:
-            out = np.empty(known.out_shape, query.dtype)
+            out = room(given, known.out_shape, query.dtype)
         else:
+            out = destination(given, out)
             inputs = (query, *self._pool, *checked[:2])
             out = result_array(out, known.out_shape, query.dtype, inputs)
         lse = np.empty(known.lse_shape, np.float32) if return_lse else None
@@ -503,6 +506,8 @@ class PagedKVCache:
             checked += [kv_len, begins if begins.any() else None, self._table[rows]]
             checked += scales or (None, None)
             _core.cache_attention(query, key, value, out, lse, known.batch_shape, *checked)
+        if query is not given:
+            out, lse = answer(given, given_out, out, lse)
         return out if lse is None else (out, lse)
 
     def truncate(self, lengths: ArrayLike, *, sequences: Iterable[int] | None = None) -> None:

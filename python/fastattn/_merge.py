@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattn._arguments import FLOAT_NAMES, filled, logits_per_head, of_dtypes
+from fastattn._arrays import answer
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -84,7 +85,7 @@ def merge(
             denominator += np.exp((logits[:, None] if outs[0].ndim > 2 else logits) - top)
         denominator[merged_lse == -np.inf] = 1
         total /= denominator[..., None]
-    return total.astype(outs[0].dtype), merged_lse
+    return answer(parts[0][0], None, total.astype(outs[0].dtype), merged_lse)  # type: ignore[no-any-return]
 
 
 def _checked(parts: tuple[Any, ...]) -> tuple[list[Array], list[Array]]:

@@ -133,6 +133,7 @@ def _features(rng: np.random.Generator, sizes: tuple[int, ...], dtype: Any) -> d
     return {
         "alibi_slopes": {"alibi_slopes": rng.uniform(0, 1, q_heads).astype(dtype)},
         "bias": {"bias": rng.standard_normal((q_heads, q_len, kv_len)).astype(dtype)},
+        "dropout": {"dropout_p": 0.3, "seed": 5},
         "is_causal": {"is_causal": True},
         "kv_lengths": {"kv_lengths": rng.integers(0, kv_len + 1, 2)},
         "mask": {"mask": rng.random(pairs) < 0.7},

@@ -7,11 +7,14 @@ means. It builds arrays of q_len x kv_len and checks little; for work, use `fast
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
@@ -35,6 +38,7 @@ def attention(
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     compute_dtype: DTypeLike | None = None,
+    batch_index: int = 0,
 ) -> Any:
     """Return softmax(scale * query @ key.T + ...) @ value, by definition.
 
@@ -45,6 +49,8 @@ def attention(
     compute_dtype : dtype, optional
         Compute everything in this dtype, as a plain program would: a yardstick for rounding errors.
         None: compute in float64. The result has the query's dtype either way.
+    batch_index : int
+        As for `fastattn.dropout_mask`.
 
     Returns
     -------
@@ -52,10 +58,6 @@ def attention(
     lse : ndarray of shape (batch, q_heads, q_len), only if return_lse
         float64 for a float64 query, else float32.
     """
-    if dropout_p != 0:
-        raise NotImplementedError(
-            f"dropout_p other than 0 is not supported yet, got dropout_p={dropout_p}"
-        )
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
     probs, seen, lse = _softmax(
@@ -73,14 +75,14 @@ def attention(
         sinks=sinks,
         kv_lengths=kv_lengths,
     )
-    values = _repeat_heads(value.astype(dtype), probs.shape[-3])
-    finite = np.isfinite(values)
+    if dropout_p != 0:
+        batch_shape = np.broadcast_shapes(probs.shape[:-3], value.shape[:-3])
+        shape = (*batch_shape, *probs.shape[-3:])
+        kept = _kept(shape, dropout_p, seed, query_offset, batch_index)
+        seen = seen & kept
+        probs = probs * kept / (1 - float(dropout_p) if dropout_p < 1 else 1)
+    result = _weighted_sum(probs, seen, _repeat_heads(value.astype(dtype), probs.shape[-3]))
     with np.errstate(all="ignore"):
-        result = probs @ np.where(finite, values, 0)
-        # 0 * NaN is NaN: what is not finite reaches the rows that see its key, and no others.
-        for j in np.flatnonzero(~finite.all(axis=(*range(values.ndim - 2), -1))):
-            special = np.where(finite[..., j, :], 0, values[..., j, :])
-            result = result + np.where(seen[..., j, None], special[..., None, :], 0)
         lse = np.broadcast_to(lse, result.shape[:-1])
         if max(query.ndim, key.ndim, value.ndim) == 2:
             result, lse = result[0], lse[0]
@@ -115,30 +117,129 @@ def varlen_attention(
     lse : ndarray of shape (q_heads, total_q), only if return_lse
     """
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
-    q_starts, kv_starts = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_kv)
     total, heads = query.shape[:2]
     wide = np.float64 if query.dtype == np.float64 else np.float32
     out = np.zeros((total, heads, value.shape[2]), query.dtype)
     lse = np.full((heads, total), -np.inf, wide)
-    longest = int(np.diff(kv_starts).max(initial=0))
-    for b in range(len(q_starts) - 1):
-        rows = slice(q_starts[b], q_starts[b + 1])
-        keys = slice(kv_starts[b], kv_starts[b + 1])
-        own = dict(options)
-        for name in ("mask", "bias"):
-            if own.get(name) is not None:
-                whole = np.broadcast_to(own[name], (heads, total, longest))
-                own[name] = whole[:, rows, : keys.stop - keys.start]
-        for name in ("query_offset", "kv_lengths"):
-            if own.get(name) is not None:
-                own[name] = np.broadcast_to(own[name], len(q_starts) - 1)[b]
-        if own.get("alibi_slopes") is not None:
-            slopes = np.asarray(own["alibi_slopes"])
-            own["alibi_slopes"] = slopes[b] if slopes.ndim == 2 else slopes
+    for rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_kv, total, heads, options):
         x = (query[rows], key[keys], value[keys])
         result = attention(*(a.swapaxes(0, 1) for a in x), return_lse=True, **own)
         out[rows], lse[:, rows] = result[0].swapaxes(0, 1), result[1]
     return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    cu_seqlens_q: ArrayLike | None = None,
+    cu_seqlens_kv: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    return_dbias: bool = False,
+    return_dsinks: bool = False,
+    compute_dtype: DTypeLike | None = None,
+) -> tuple[NDArray[Any], ...]:
+    """Return the gradients of a loss that grad_out, and grad_lse, are the gradients of, by `out`.
+
+    Parameters
+    ----------
+    grad_out : array of the shape of out
+    query, key, value, mask, ..., seed
+        As for `attention`; packed, as for `varlen_attention`, if cu_seqlens_q and cu_seqlens_kv are
+        given.
+    out, lse
+        What the call returned. A kernel needs them; here both are computed anew.
+    cu_seqlens_q, cu_seqlens_kv : array of int, shape (sequences + 1,), optional
+        As for `varlen_attention`.
+    grad_lse : array of the shape of lse, optional
+        The gradient by lse, where the loss depends on it.
+    return_dbias, return_dsinks : bool
+        Return the gradients of bias, or of sinks, too.
+    compute_dtype : dtype, optional
+        As for `attention`.
+
+    Returns
+    -------
+    dq, dk, dv : ndarray of the shapes and dtypes of query, key and value
+        Summed over the axes that were broadcast, and over the query heads that share a key head.
+    dbias, dsinks : ndarray of the shape and dtype of bias, or of sinks, if asked for
+        dbias is summed over the axes that were broadcast.
+
+    Notes
+    -----
+    With P the probabilities, dO grad_out and D = sum(P * dP) over a row's keys, which is
+    sum(dO * O) [1]_::
+
+        dV = P.T @ dO        dP = dO @ V.T        dS = P * (dP - D) + grad_lse * softmax
+        dbias = dS           dsinks = -sum(p_sink * D)
+        dQ = scale * dS @ K  dK = scale * dS.T @ Q      (dS times 1 - tanh**2, with softcap)
+
+    where softmax is P without the sinks, which lse does not have. A pair that is masked contributes
+    nothing, and a row that sees nothing has gradients of 0, whatever lies there.
+
+    References
+    ----------
+    .. [1] T. Dao et al., "FlashAttention", 2022, appendix B.2, https://arxiv.org/abs/2205.14135
+    """
+    grad_out = np.asarray(grad_out)
+    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
+    options: dict[str, Any] = {
+        "mask": mask,
+        "bias": bias,
+        "scale": scale,
+        "is_causal": is_causal,
+        "query_offset": query_offset,
+        "window": window,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "kv_lengths": kv_lengths,
+        "dropout_p": dropout_p,
+        "seed": seed,
+        "batch_index": 0,
+    }
+    if cu_seqlens_q is None or cu_seqlens_kv is None:
+        *grads, pairs, dsinks = _gradients(grad_out, query, key, value, grad_lse, dtype, options)
+    else:
+        grads = [np.zeros(x.shape, dtype) for x in (query, key, value)]
+        total, heads = query.shape[:2]
+        longest = int(np.diff(np.asarray(cu_seqlens_kv)).max(initial=0))
+        pairs, dsinks = np.zeros((heads, total, longest), dtype), np.zeros(heads, dtype)
+        for rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_kv, total, heads, options):
+            do, q, k, v = (
+                x.swapaxes(0, 1) for x in (grad_out[rows], query[rows], key[keys], value[keys])
+            )
+            dlse = None if grad_lse is None else np.asarray(grad_lse)[:, rows]
+            dq, dk, dv, pairs_here, dsinks_here = _gradients(do, q, k, v, dlse, dtype, own)
+            for grad, where, part in zip(grads, (rows, keys, keys), (dq, dk, dv), strict=True):
+                grad[where] += part.swapaxes(0, 1)
+            pairs[:, rows, : keys.stop - keys.start] += pairs_here
+            dsinks = dsinks + dsinks_here
+    with np.errstate(all="ignore"):
+        results = [g.astype(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)]
+        if return_dbias:
+            bias = np.asarray(bias)
+            results.append(_summed_to(pairs, bias.shape).astype(bias.dtype))
+        if return_dsinks:
+            results.append(dsinks.astype(np.asarray(sinks).dtype))
+    return tuple(results)
 
 
 def attention_weights(
@@ -160,6 +261,156 @@ def attention_weights(
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
     probs = _softmax(query, key, dtype, **options)[0]
     return (probs[0] if max(query.ndim, key.ndim) == 2 else probs).astype(query.dtype)
+
+
+def _gradients(
+    grad_out: NDArray[Any],
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    grad_lse: ArrayLike | None,
+    dtype: np.dtype[Any],
+    options: dict[str, Any],
+) -> tuple[NDArray[Any], ...]:
+    """Return the gradients by query, key, value, what is added to the scores, and sinks."""
+    options = dict(options)
+    dropout_p, seed, batch_index = (options.pop(n) for n in ("dropout_p", "seed", "batch_index"))
+    sinks, softcap = options["sinks"], options["softcap"]
+    softmax, seen, lse = _softmax(query, key, dtype, **(options | {"sinks": None}))
+    kept = _kept(
+        (*grad_out.shape[:-3], *softmax.shape[-3:]),
+        dropout_p,
+        seed,
+        options["query_offset"],
+        batch_index,
+    )
+    factor = kept.astype(dtype) / (1 - dtype.type(dropout_p) if dropout_p < 1 else 1)
+    heads = softmax.shape[-3]
+    queries, keys, values = (_repeat_heads(x.astype(dtype), heads) for x in (query, key, value))
+    grads = _with_heads(grad_out.astype(dtype))
+    with np.errstate(all="ignore"):
+        p_sink = np.zeros((), dtype)
+        if sinks is not None:
+            p_sink = 1 / (1 + np.exp(lse - np.asarray(sinks).astype(dtype)[:, None]))[..., None]
+        probs = np.where(seen, softmax * (1 - p_sink), 0)
+        dprobs = np.where(seen & kept, factor * (grads @ values.swapaxes(-1, -2)), 0)
+        row_dots = (probs * dprobs).sum(axis=-1, keepdims=True)
+        dscores = probs * (dprobs - row_dots)
+        if grad_lse is not None:
+            dscores = dscores + np.asarray(grad_lse).astype(dtype)[..., None] * softmax
+        dpairs = dscores = np.where(seen, dscores, 0)
+        if softcap is not None:
+            scores = _products(query, key, dtype, options["scale"])
+            dscores = np.where(seen, dscores * (1 - np.tanh(scores / float(softcap)) ** 2), 0)
+        dscores = dscores * dtype.type(_scale(query, options["scale"]))
+        seen = np.broadcast_to(seen, dscores.shape)
+        transposed = seen.swapaxes(-1, -2)
+        dq = _weighted_sum(dscores, seen, keys)
+        dk = _weighted_sum(dscores.swapaxes(-1, -2), transposed, queries)
+        dv = _weighted_sum(
+            (probs * factor).swapaxes(-1, -2), transposed & kept.swapaxes(-1, -2), grads
+        )
+        sees = seen.any(axis=-1, keepdims=True)
+        dsinks = _summed_to(np.where(sees, -p_sink * row_dots, 0), (heads, 1, 1)).ravel()
+    return (
+        _summed_over_group(dq, query.shape),
+        _summed_over_group(dk, key.shape),
+        _summed_over_group(dv, value.shape),
+        dpairs,
+        dsinks,
+    )
+
+
+def dropout_mask(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    dropout_p: float,
+    seed: int | None,
+    query_offset: ArrayLike | None = None,
+    batch_index: int = 0,
+) -> NDArray[np.bool_]:
+    """Return which pairs `attention` keeps.
+
+    Parameters
+    ----------
+    query, key, dropout_p, seed, query_offset, batch_index
+        As for `fastattn.dropout_mask`.
+
+    Returns
+    -------
+    ndarray of bool, shape (batch, q_heads, q_len, kv_len)
+    """
+    queries, keys = _with_heads(np.asarray(query)), _with_heads(np.asarray(key))
+    batch_shape = np.broadcast_shapes(queries.shape[:-3], keys.shape[:-3])
+    shape = (*batch_shape, *queries.shape[-3:-1], keys.shape[-2])
+    kept = _kept(shape, dropout_p, seed, query_offset, batch_index)
+    return kept[0] if max(np.ndim(query), np.ndim(key)) == 2 else kept
+
+
+def philox4x32(counter: Sequence[ArrayLike], key: Sequence[int]) -> tuple[NDArray[np.uint64], ...]:
+    """Return what Philox4x32 with 7 rounds makes of counters: four random words of each [1]_.
+
+    Parameters
+    ----------
+    counter : 4 arrays of int, which broadcast
+        Modulo 2**32.
+    key : 2 ints
+        Likewise.
+
+    Returns
+    -------
+    4 ndarrays of uint64
+        Below 2**32.
+
+    References
+    ----------
+    .. [1] J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011,
+       https://doi.org/10.1145/2063384.2063405
+    """
+    low = np.uint64(2**32 - 1)
+    high = np.uint64(32)
+    x = [np.asarray(word).astype(np.uint64) & low for word in counter]
+    for n in range(7):
+        keys = [
+            np.uint64((k + n * step) % 2**32)
+            for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)
+        ]
+        first, second = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = [
+            second >> high ^ x[1] ^ keys[0],
+            second & low,
+            first >> high ^ x[3] ^ keys[1],
+            first & low,
+        ]
+    return tuple(np.broadcast_arrays(*x))
+
+
+def _kept(
+    shape: tuple[int, ...],
+    dropout_p: float,
+    seed: int | None,
+    query_offset: ArrayLike | None,
+    batch_index: int,
+) -> NDArray[np.bool_]:
+    """Return which pairs of the shape (*batch, q_heads, q_len, kv_len) dropout keeps."""
+    if seed is None:
+        if dropout_p != 0:
+            raise ValueError(f"seed must be given with dropout_p > 0, got dropout_p={dropout_p}")
+        return np.ones(shape, bool)
+    *batch_shape, q_heads, q_len, kv_len = shape
+    offsets = np.asarray(0 if query_offset is None else query_offset).astype(np.int64)
+    fours = -(-kv_len // 4)
+    batch = batch_index + np.arange(math.prod(batch_shape)).reshape(batch_shape)
+    counter = (
+        np.arange(fours),
+        np.arange(q_len)[:, None] + offsets[..., None, None, None],
+        np.arange(q_heads)[:, None, None],
+        batch[..., None, None, None],
+    )
+    words = np.stack(philox4x32(counter, divmod(int(seed), 2**32)[::-1]), axis=-1)
+    kept: NDArray[np.bool_] = words >= round(float(dropout_p) * 2**32)
+    return kept.reshape(*shape[:-1], 4 * fours)[..., :kv_len]
 
 
 def _softmax(
@@ -186,16 +437,12 @@ def _softmax(
             "query_offset must be given with is_causal, window or alibi_slopes if q_len differs "
             f"from kv_len, got q_len={q_len}, kv_len={kv_len}"
         )
-    queries = _with_heads(query.astype(dtype))
-    keys = _repeat_heads(key.astype(dtype), queries.shape[-3])
     offsets = np.asarray(0 if query_offset is None else query_offset)[..., None, None, None]
     positions = np.arange(kv_len)
     distance = positions - (np.arange(q_len)[:, None] + offsets)  # > 0: the key is in the future
 
     with np.errstate(all="ignore"):
-        scores = (query.shape[-1] ** -0.5 if scale is None else float(scale)) * (
-            queries @ keys.swapaxes(-1, -2)
-        )
+        scores = _products(query, key, dtype, scale)
         if softcap is not None:
             scores = float(softcap) * np.tanh(scores / float(softcap))
         seen = np.ones_like(scores, dtype=bool)
@@ -232,6 +479,85 @@ def _softmax(
             denominator = row_sum + np.exp(np.asarray(sinks).astype(dtype)[:, None, None] - row_max)
         probs = exps / np.where(row_sum == 0, 1, denominator)
     return probs, np.broadcast_to(seen, probs.shape), lse[..., 0]
+
+
+def _scale(query: NDArray[Any], scale: float | None) -> float:
+    """Return what the products of query and key are multiplied by."""
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _products(
+    query: NDArray[Any], key: NDArray[Any], dtype: np.dtype[Any], scale: float | None
+) -> NDArray[Any]:
+    """Return scale * query @ key.T, with an axis for heads."""
+    queries = _with_heads(query.astype(dtype))
+    keys = _repeat_heads(key.astype(dtype), queries.shape[-3])
+    product: NDArray[Any] = _scale(query, scale) * (queries @ keys.swapaxes(-1, -2))
+    return product
+
+
+def _weighted_sum(weights: NDArray[Any], seen: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
+    """Return weights @ values, each row of only those values that it sees.
+
+    0 * NaN is NaN: what is not finite reaches the rows that see it, and no others.
+    """
+    finite = np.isfinite(values)
+    with np.errstate(all="ignore"):
+        result: NDArray[Any] = weights @ np.where(finite, values, 0)
+        for j in np.flatnonzero(~finite.all(axis=(*range(values.ndim - 2), -1))):
+            special = np.where(finite[..., j, :], 0, values[..., j, :])
+            result = result + np.where(seen[..., j, None], special[..., None, :], 0)
+    return result
+
+
+def _sequences(
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike,
+    total: int,
+    heads: int,
+    options: dict[str, Any],
+) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
+    """Yield the rows of each sequence's queries and keys in packed arrays, and its own options."""
+    q_starts, kv_starts = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_kv)
+    longest = int(np.diff(kv_starts).max(initial=0))
+    for b in range(len(q_starts) - 1):
+        rows = slice(q_starts[b], q_starts[b + 1])
+        keys = slice(kv_starts[b], kv_starts[b + 1])
+        own = dict(options)
+        for name in ("mask", "bias"):
+            if own.get(name) is not None:
+                whole = np.broadcast_to(own[name], (heads, total, longest))
+                own[name] = whole[:, rows, : keys.stop - keys.start]
+        for name in ("query_offset", "kv_lengths"):
+            if own.get(name) is not None:
+                own[name] = np.broadcast_to(own[name], len(q_starts) - 1)[b]
+        if own.get("alibi_slopes") is not None:
+            slopes = np.asarray(own["alibi_slopes"])
+            own["alibi_slopes"] = slopes[b] if slopes.ndim == 2 else slopes
+        own["batch_index"] = b
+        yield rows, keys, own
+
+
+def _summed_over_group(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return the sums over what was broadcast from `shape`, and over the heads that share one."""
+    heads = shape[-3] if shape[2:] else 1
+    array = _with_heads(array)
+    if heads and array.shape[-3] != heads:
+        grouped = (*array.shape[:-3], heads, array.shape[-3] // heads, *array.shape[-2:])
+        array = array.reshape(grouped).sum(axis=-3)
+    return _summed_to(array, (*shape[:-3], heads, *shape[-2:])).reshape(shape)
+
+
+def _summed_to(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return the sums of the array over the axes that were broadcast from `shape`."""
+    extra = array.ndim - len(shape)
+    axes = tuple(
+        axis
+        for axis, size in enumerate(array.shape)
+        if axis < extra or (shape[axis - extra] == 1 and size != 1)
+    )
+    summed: NDArray[Any] = array.sum(axis=axes, keepdims=True)
+    return summed.reshape(shape)
 
 
 def _with_heads(array: NDArray[Any]) -> NDArray[Any]:

@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Who does which part of the backward pass. An item of work is a block of keys of one head, against
+// all strips of query rows that see them: it alone makes the gradients of its keys and values. What
+// it adds to the queries' gradients it adds in its turn, block after block, so that the result
+// depends on no schedule; items start in that order, and a strip behind the one before it, none has
+// to wait. Called by src/bindings.cpp; calls the kernel's table (kernel.h) through parallel_for.
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "call.h"
+#include "kernel.h"
+#include "parallel.h"
+
+namespace fastattn {
+namespace {
+
+constexpr size_t kBlockBytes = 512 << 10;  // of what is kept of a block of keys: for the caches
+constexpr size_t kSumsBytes = 64 << 20;    // of the queries' gradients, unless one head has more
+constexpr int64_t kItemsPerThread = 4;
+constexpr double kTimesForward = 2.5;
+constexpr int64_t kLeft = -1;  // a group has left its slot
+
+class Backward {
+   public:
+    explicit Backward(const GradientArgs& args)
+        : call_(args.call),
+          args_(args),
+          functions_(call_.functions.gradients),
+          sums_bytes_(rounded(functions_.query_sums_bytes(call_.shared_block()))) {
+        if (args.call.q_heads == 0) return;
+        find_groups();
+        double seconds = 0;
+        for (const Head& head : heads_) seconds += call_.seconds(head.sequence);
+        seconds *= kTimesForward / double(args.call.kv_heads);
+        choose_block(seconds);
+        threads_ = team_size(items(), seconds);
+        // As many groups at a time as keep all threads from waiting for each other.
+        size_t most = 1;
+        for (const Group& group : groups_) {
+            most_strips_ = std::max(most_strips_, group.strips);
+            most = std::max(most, size_t(group.strips) * sums_bytes_);
+        }
+        slots_ = std::clamp(kSumsBytes / most, size_t(1), size_t(threads_));
+        make_items();
+        rows_bytes_ = rounded(size_t(functions_.strip_rows) * sizeof(Row));
+        more_bytes_ = rounded(size_t(functions_.strip_rows) * sizeof(GradientRow));
+        Block block = call_.shared_block();
+        block.row_count = functions_.strip_rows;
+        scratch_bytes_ =
+            rows_bytes_ + more_bytes_ + rounded(functions_.scratch_bytes(block, block_keys_));
+    }
+
+    bool run(Interrupt interrupt) {
+        if (items_.empty()) return true;
+        const Memory scratch = allocate(scratch_bytes_ * size_t(threads_));
+        const Memory sums = allocate(slots_ * size_t(most_strips_) * sums_bytes_);
+        std::vector<std::atomic<int64_t>> turns(slots_ * size_t(most_strips_));
+        std::vector<std::atomic<int64_t>> done(groups_.size());
+        turns_ = turns.data();
+        done_ = done.data();
+        sums_ = sums.get();
+        bool begun = false;
+        return parallel_for(int64_t(items_.size()), threads_, interrupt,
+                            [&](int64_t index, int worker, const Stop& stop) {
+                                // A forked child begins again, alone.
+                                if (index == 0 && std::exchange(begun, true)) start_turns();
+                                char* const memory =
+                                    scratch.get() + size_t(worker) * scratch_bytes_;
+                                differentiate(items_[size_t(index)], memory, stop);
+                            });
+    }
+
+   private:
+    struct Head {
+        Sequence sequence;
+        int64_t kv_head;
+        int64_t first_strip, strips;  // of the group's
+    };
+    // Heads that share the gradient of a bias, and are worked on one after the other.
+    struct Group {
+        std::vector<size_t> heads;
+        int64_t strips = 0, blocks = 0;
+    };
+    struct Item {
+        size_t group;
+        int64_t block;
+    };
+
+    void find_groups() {
+        const AttentionArgs& call = args_.call;
+        std::map<const char*, size_t> of_bias;
+        for (int64_t batch = 0; batch < call_.batches; ++batch) {
+            for (int64_t kv_head = 0; kv_head < call.kv_heads; ++kv_head) {
+                const Sequence sequence = call_.sequence(batch);
+                if (sequence.q_len == 0 || sequence.kv_len == 0) continue;
+                const int64_t rows = sequence.q_len * call_.group;
+                const int64_t strips = (rows + functions_.strip_rows - 1) / functions_.strip_rows;
+                size_t index = groups_.size();
+                if (args_.dbias.data != nullptr) {
+                    const void* const bias =
+                        call_.at(args_.dbias, batch, kv_head * call_.group, sequence.q_start);
+                    index =
+                        of_bias.try_emplace(static_cast<const char*>(bias), index).first->second;
+                }
+                if (index == groups_.size()) groups_.emplace_back();
+                Group& group = groups_[index];
+                group.heads.push_back(heads_.size());
+                heads_.push_back({sequence, kv_head, group.strips, strips});
+                group.strips += strips;
+            }
+        }
+    }
+
+    // Keys that are worked on together: how many changes no bit.
+    void choose_block(double seconds) {
+        const int64_t tile = call_.functions.key_tile;
+        Block block = call_.shared_block();
+        block.row_count = functions_.strip_rows;
+        const size_t fixed = functions_.scratch_bytes(block, 0);
+        const size_t each = functions_.scratch_bytes(block, tile) - fixed;
+        block_keys_ = tile * std::max<int64_t>(int64_t(kBlockBytes / each), 1);
+        const int64_t threads = team_size(INT64_MAX, seconds);
+        for (;; block_keys_ = block_keys_ / 2 / tile * tile) {
+            count_blocks();
+            if (block_keys_ < 2 * tile || items() >= kItemsPerThread * threads) break;
+        }
+    }
+
+    void count_blocks() {
+        for (Group& group : groups_) {
+            group.blocks = 0;
+            for (const size_t head : group.heads) {
+                group.blocks = std::max(group.blocks, blocks(heads_[head]));
+            }
+        }
+    }
+    int64_t items() const {
+        int64_t items = 0;
+        for (const Group& group : groups_) items += group.blocks;
+        return items;
+    }
+    int64_t blocks(const Head& head) const {
+        return (head.sequence.kv_len + block_keys_ - 1) / block_keys_;
+    }
+
+    // A few groups at a time; of these, block by block.
+    void make_items() {
+        items_.clear();
+        for (size_t first = 0; first < groups_.size(); first += slots_) {
+            const size_t last = std::min(first + slots_, groups_.size());
+            int64_t most = 0;
+            for (size_t i = first; i < last; ++i) most = std::max(most, groups_[i].blocks);
+            for (int64_t block = 0; block < most; ++block) {
+                for (size_t i = first; i < last; ++i) {
+                    if (block < groups_[i].blocks) items_.push_back({i, block});
+                }
+            }
+        }
+    }
+
+    void start_turns() {
+        for (size_t i = 0; i < slots_ * size_t(most_strips_); ++i) turns_[i] = 0;
+        for (size_t i = 0; i < groups_.size(); ++i) done_[i] = 0;
+    }
+
+    // False: the call is to stop.
+    template <class Reached>
+    static bool wait(const Stop& stop, const Reached& reached) {
+        while (!reached()) {
+            if (stop.requested(stop.context)) return false;
+            sched_yield();
+        }
+        return true;
+    }
+
+    void differentiate(const Item& item, char* memory, const Stop& stop) {
+        const Group& group = groups_[item.group];
+        if (item.group >= slots_) {
+            const std::atomic<int64_t>& before = done_[item.group - slots_];
+            const auto left = [&] { return before.load(std::memory_order_acquire) == kLeft; };
+            if (!wait(stop, left)) return;
+        }
+        for (const size_t head : group.heads) {
+            if (item.block < blocks(heads_[head]) &&
+                !differentiate(heads_[head], item, memory, stop)) {
+                return;
+            }
+        }
+        // The last one leaves the slot as it was, and then lets the next group in.
+        const size_t slot = item.group % slots_ * size_t(most_strips_);
+        std::atomic<int64_t>& done = done_[item.group];
+        if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < group.blocks) return;
+        for (int64_t i = 0; i < group.strips; ++i) turns_[slot + size_t(i)] = 0;
+        done.store(kLeft, std::memory_order_release);
+    }
+
+    bool differentiate(const Head& head, const Item& item, char* memory, const Stop& stop) {
+        const Sequence& sequence = head.sequence;
+        Row* const rows = reinterpret_cast<Row*>(memory);
+        auto* const more = reinterpret_cast<GradientRow*>(memory + rows_bytes_);
+        GradientBlock block{};
+        block.block = call_.shared_block();
+        block.block.rows = rows;
+        block.block.scratch = memory + rows_bytes_ + more_bytes_;
+        block.block.stop = stop;
+        call_.set_keys(block.block, sequence, head.kv_head);
+        block.gradients = more;
+        block.begin = item.block * block_keys_;
+        block.end = std::min(block.begin + block_keys_, sequence.kv_len);
+        block.dk = {call_.at(args_.dk, sequence.batch, head.kv_head, sequence.kv_start),
+                    args_.dk.row_stride, 0};
+        block.dv = {call_.at(args_.dv, sequence.batch, head.kv_head, sequence.kv_start),
+                    args_.dv.row_stride, 0};
+        block.dbias_stride = args_.dbias.col_stride;
+        functions_.begin_keys(block);
+        const int64_t count = sequence.q_len * call_.group;
+        for (int64_t strip = 0; strip < head.strips; ++strip) {
+            if (stop.requested(stop.context)) return false;
+            const int64_t first = strip * functions_.strip_rows;
+            const int64_t last = std::min(first + functions_.strip_rows, count) - 1;
+            const int64_t begin = call_.interval(sequence, first / call_.group).begin;
+            const int64_t end = call_.interval(sequence, last / call_.group).end;
+            if (begin >= end || begin >= block.end || end <= block.begin) continue;
+            block.block.row_count = int(last - first + 1);
+            call_.set_rows(rows, block.block.row_count, sequence, head.kv_head, first);
+            set_more(more, block.block.row_count, sequence, head.kv_head, first);
+            functions_.differentiate(block);
+
+            const size_t place =
+                item.group % slots_ * size_t(most_strips_) + size_t(head.first_strip + strip);
+            const int64_t first_block = begin / block_keys_, last_block = (end - 1) / block_keys_;
+            std::atomic<int64_t>& turn = turns_[place];
+            const int64_t mine = item.block - first_block;
+            const auto reached = [&] { return turn.load(std::memory_order_acquire) == mine; };
+            if (!wait(stop, reached)) return false;
+            block.query_sums = sums_ + place * sums_bytes_;
+            functions_.add_query_sums(block, mine == 0);
+            if (item.block == last_block) functions_.store_query_sums(block);
+            turn.store(mine + 1, std::memory_order_release);
+        }
+        functions_.finish_keys(block);
+        return true;
+    }
+
+    void set_more(GradientRow* rows, int count, const Sequence& s, int64_t kv_head,
+                  int64_t first) const {
+        const int64_t first_head = kv_head * call_.group;
+        for (int r = 0; r < count; ++r) {
+            const int64_t head = first_head + (first + r) % call_.group;
+            const int64_t i = s.q_start + (first + r) / call_.group;
+            rows[r].grad_out = call_.at(args_.grad_out, s.batch, head, i);
+            rows[r].grad_lse = call_.at(args_.grad_lse, s.batch, head, i);
+            rows[r].dq = call_.at(args_.dq, s.batch, head, i);
+            rows[r].dbias = call_.at(args_.dbias, s.batch, head, i);
+            rows[r].delta = call_.at(args_.delta, s.batch, head, i);
+        }
+    }
+
+    const Call call_;
+    const GradientArgs& args_;
+    const Gradients& functions_;
+    const size_t sums_bytes_;  // of a strip
+    std::vector<Head> heads_;
+    std::vector<Group> groups_;
+    std::vector<Item> items_;
+    int64_t block_keys_ = 0, most_strips_ = 1;
+    size_t slots_ = 1, rows_bytes_ = 0, more_bytes_ = 0, scratch_bytes_ = 0;
+    int threads_ = 1;
+
+    std::atomic<int64_t>* turns_ = nullptr;  // of each strip in flight: blocks that had theirs
+    std::atomic<int64_t>* done_ = nullptr;   // of each group: its blocks that are, or kLeft
+    char* sums_ = nullptr;
+};
+
+}  // namespace
+
+bool attention_backward(const GradientArgs& args, Interrupt interrupt) {
+    return Backward(args).run(interrupt);
+}
+
+}  // namespace fastattn

@@ -1,0 +1,791 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The backward pass: the gradients of a strip of query rows and a block of keys, whose
+// probabilities are computed again from the rows' lse (Dao 2023, algorithm 2). Called by
+// backward.cpp through the table at the end of kernel.cpp.
+//
+// As in kernel.cpp, queries lie along the vector lanes: S^T = K Q^T, dP^T = V dO^T and
+// dQ^T = K^T dS^T; in dV = P^T dO and dK = dS^T Q the head_dim does. Keys and values are read where
+// they lie; of the rows, both the transposed and the plain matrix are laid out for each strip.
+//
+// What is not finite. A row with a query or gradient that is not makes everything not finite that
+// it touches, by its offset, a NaN; products take 0 in place of what is not finite, so that a
+// probability of 0 keeps it away.
+#pragma once
+
+#include "elements.h"
+#include "kernel.h"
+#include "kernel_dropout.h"
+#include "kernel_factors.h"
+#include "kernel_multiply.h"
+#include "kernel_scores.h"
+#include "vec.h"
+
+namespace fastattn {
+namespace {
+
+// Whether the products are those of pairs: not for an odd size, whose last would be half one.
+template <class T>
+bool gradients_in_pairs(const Block& block) {
+    return kMultipliesPairs && sizeof(T) == 4 && block.query_dtype == Dtype::kBFloat16 &&
+           block.kv_dtype == Dtype::kBFloat16 && block.head_dim % 2 == 0 &&
+           block.value_head_dim % 2 == 0;
+}
+
+// Hands out scratch memory; at address 0, counts it.
+class Pieces {
+    const uintptr_t base_;
+
+   public:
+    size_t used = 0;
+    explicit Pieces(void* memory) : base_(reinterpret_cast<uintptr_t>(memory)) {}
+    template <class Item>
+    Item* take(int64_t count) {
+        const size_t begin = used;
+        const size_t bytes = size_t(count) * sizeof(Item);
+        used += (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
+        return reinterpret_cast<Item*>(base_ + begin);
+    }
+};
+
+// In pairs, a "word" is a pair, else a number: what a lane holds.
+template <class T, bool InPairs>
+class Differentiation {
+    using V = Vec<T>;
+    using Operand = Factor<T, InPairs>;
+    using Element = typename Operand::Element;
+    static constexpr int lanes = V::lanes;
+    static constexpr int64_t size = Operand::size;
+    static constexpr int panel = kColumns * lanes;                  // rows
+    static constexpr int panels = 96 / panel > 1 ? 96 / panel : 1;  // of a strip
+
+   public:
+    static constexpr int strip = panels * panel;
+
+   private:
+    // Of the strip and a key tile.
+    struct Tile {
+        Span keys[panels];    // that the rows of a panel see
+        bool hides;           // some pair among them
+        bool looked, finite;  // was it asked whether the keys are finite?
+    };
+
+    // One of the rows' two matrices, query or grad_out, in words.
+    struct Rows {
+        int64_t words, pitch;  // of a row; padded
+        T* plain;              // (strip, pitch)
+        T* transposed;         // panel by panel: (words, its rows)
+        T* summed;             // (strip / size, padded columns) what sums over rows multiply
+    };
+
+    const GradientBlock& all;
+    const Block& block;
+    const int64_t head_dim, value_head_dim, key_pitch, value_pitch, key_count;
+
+    // In scratch.
+    Rows query, grad_out;
+    T *wide_key, *wide_value;      // of a narrower type, widened
+    Element* paired_key;           // (key_count / 2, head_dim) pairs of keys
+    T *dk, *dv;                    // (key_count, key_pitch or value_pitch)
+    T *scores, *dprobs;            // (kKeyTile, rows of a panel)
+    T* cap_slope;                  // likewise, with softcap
+    Element *prob, *dscore;        // (key_count, strip)
+    T* paired_dscore;              // (key_count / 2, strip) pairs of keys
+    T* staging;                    // of a mask, or keys to use instead
+    T *offset, *correction;        // (strip) P = exp2(S - offset), dS = P (dP - correction)
+    T *lse_offset, *lse_gradient;  // (strip) and + exp2(S - lse_offset) lse_gradient, if adds_lse
+    Tile* tiles;
+
+    bool adds_lse = false;
+
+    static int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
+
+   public:
+    static size_t scratch_bytes(const Block& block, int64_t keys) {
+        GradientBlock one{};
+        one.block = block;
+        one.end = keys;
+        one.block.scratch = nullptr;
+        size_t bytes = 0;
+        Differentiation(one, &bytes);
+        return bytes;
+    }
+
+    explicit Differentiation(const GradientBlock& b, size_t* bytes = nullptr)
+        : all(b),
+          block(b.block),
+          head_dim(block.head_dim),
+          value_head_dim(block.value_head_dim),
+          key_pitch(padded(head_dim)),
+          value_pitch(padded(value_head_dim)),
+          key_count(b.end - b.begin) {
+        const int64_t even = key_count + key_count % 2, tile_count = padded_tiles();
+        Pieces pieces(block.scratch);
+        take_rows(query, head_dim, pieces);
+        take_rows(grad_out, value_head_dim, pieces);
+        const bool widened = !InPairs && block.kv_dtype != kDtype<T>;
+        wide_key = pieces.take<T>(widened ? key_count * head_dim : 0);
+        wide_value = pieces.take<T>(widened ? key_count * value_head_dim : 0);
+        paired_key = pieces.take<Element>(InPairs ? even * head_dim : 0);
+        dk = pieces.take<T>(key_count * key_pitch);
+        dv = pieces.take<T>(key_count * value_pitch);
+        scores = pieces.take<T>(kKeyTile * panel);
+        dprobs = pieces.take<T>(kKeyTile * panel);
+        cap_slope = pieces.take<T>(block.softcap != 0 ? kKeyTile * panel : 0);
+        prob = pieces.take<Element>(key_count * strip);
+        dscore = pieces.take<Element>(key_count * strip);
+        paired_dscore = pieces.take<T>(InPairs ? even / 2 * strip : 0);
+        staging = pieces.take<T>(kKeyTile * (head_dim > lanes ? head_dim : lanes));
+        offset = pieces.take<T>(strip);
+        correction = pieces.take<T>(strip);
+        lse_offset = pieces.take<T>(strip);
+        lse_gradient = pieces.take<T>(strip);
+        tiles = pieces.take<Tile>(tile_count);
+        if (bytes != nullptr) *bytes = pieces.used;
+    }
+
+    void begin_keys() {
+        clear(dk, key_count * key_pitch);
+        clear(dv, key_count * value_pitch);
+        for (int64_t t = 0; t < padded_tiles(); ++t) tiles[t].looked = false;
+        if constexpr (InPairs) {
+            const BFloat16* const key = row_of<BFloat16>(block, block.key, all.begin);
+            for (int64_t j = 0; j < key_count; j += 2) {
+                const BFloat16* const first = key + j * block.key.stride;
+                store_pairs(first, j + 1 < key_count ? first + block.key.stride : nullptr, head_dim,
+                            paired_key + j * head_dim);
+            }
+        } else if (block.kv_dtype != kDtype<T>) {
+            with_query<T>(block.kv_dtype, [&]<class From>(const From*) {
+                widen(row_of<From>(block, block.key, all.begin), block.key.stride, key_count,
+                      head_dim, wide_key);
+                widen(row_of<From>(block, block.value, all.begin), block.value.stride, key_count,
+                      value_head_dim, wide_value);
+            });
+        }
+    }
+
+    void differentiate() {
+        load_rows();
+        for (int64_t t = 0; t < padded_tiles(); ++t) {
+            tiles[t].hides = false;
+            for (Span& keys : tiles[t].keys) keys = {0, 0};
+        }
+        each_panel([&]<int Columns>(int index, const Block& rows) {
+            const ScorePasses<T, Columns> passes(rows);
+            for (int64_t t = 0; t < padded_tiles(); ++t) {
+                const int64_t tile = all.begin + t * kKeyTile;
+                Span keys = passes.span(tile);
+                if (keys.size() <= 0) continue;
+                const Seen seen = passes.classify(keys);
+                if (seen == Seen::kNone) continue;
+                tiles[t].keys[index] = keys;
+                tiles[t].hides |= seen == Seen::kSome;
+                differentiate<Columns>(index, passes, keys, seen);
+            }
+        });
+        for (int64_t t = 0; t < padded_tiles(); ++t) add_key_sums(tiles[t]);
+    }
+
+    void add_query_sums(bool first) {
+        if (first) clear(static_cast<T*>(all.query_sums), head_dim * strip);
+        for (int64_t t = 0; t < padded_tiles(); ++t) {
+            int64_t stride = key_stride();
+            const Element* const key = keys_to_sum(t, stride);
+            each_panel([&]<int Columns>(int index, const Block&) {
+                const Span keys = tiles[t].keys[index];
+                if (keys.size() > 0) add_query_sums<Columns>(index, keys, t, key, stride);
+            });
+        }
+    }
+
+    void store_query_sums() const {
+        with_query<T>(block.query_dtype, [&]<class To>(const To*) {
+            each_panel([&]<int Columns>(int index, const Block& rows) {
+                store_query_sums<Columns, To>(index, rows.row_count);
+            });
+        });
+    }
+
+    void finish_keys() const {
+        with_query<T>(block.kv_dtype, [&]<class To>(const To*) {
+            store_keys<To>(dk, key_pitch, head_dim, T(block.scale), all.dk);
+            store_keys<To>(dv, value_pitch, value_head_dim, T(block.dropout.scale), all.dv);
+        });
+    }
+
+   private:
+    int64_t padded_tiles() const { return (key_count + kKeyTile - 1) / kKeyTile; }
+
+    static void take_rows(Rows& rows, int64_t columns, Pieces& pieces) {
+        rows.words = columns / size;
+        rows.pitch = padded(rows.words);
+        rows.plain = pieces.take<T>(strip * rows.pitch);
+        rows.transposed = pieces.take<T>(strip * rows.pitch);
+        rows.summed = InPairs ? pieces.take<T>(strip / size * padded(columns)) : rows.plain;
+    }
+
+    static void clear(T* to, int64_t count) {
+        for (int64_t i = 0; i < count; i += lanes) V(T(0)).store(to + i);
+    }
+
+    // use<Columns>(index, rows) for the strip's panels: full ones, and a last one that may be of
+    // fewer vectors.
+    template <class Use>
+    void each_panel(const Use& use) const {
+        Block rows = block;
+        int index = 0;
+        for (int left = block.row_count; left > 0; left -= panel, rows.rows += panel, ++index) {
+            rows.row_count = left < panel ? left : panel;
+            with_columns<T>(rows.row_count,
+                            [&]<int Columns>() { use.template operator()<Columns>(index, rows); });
+        }
+    }
+    int64_t rows_in_vectors() const { return padded(block.row_count); }
+
+    // ---- Rows ----
+
+    void load_rows() {
+        adds_lse = false;
+        with_query<T>(block.query_dtype, [&]<class From>(const From*) {
+            for (int i = 0; i < block.row_count; ++i) {
+                const Row& row = block.rows[i];
+                const GradientRow& more = all.gradients[i];
+                const auto* const from = static_cast<const From*>(row.query);
+                const auto* const gradient = static_cast<const From*>(more.grad_out);
+                copy_row(from, head_dim, query, i);
+                copy_row(gradient, value_head_dim, grad_out, i);
+                const T delta = dot(static_cast<const From*>(row.out), gradient, value_head_dim);
+                if (more.delta != nullptr) *static_cast<T*>(more.delta) = delta;
+                set_constants(i, delta);
+            }
+            for (int i = block.row_count; i < rows_in_vectors(); ++i) {
+                clear(query.plain + i * query.pitch, query.pitch);
+                clear(grad_out.plain + i * grad_out.pitch, grad_out.pitch);
+                offset[i] = lse_offset[i] = kInfinity<T>;
+                correction[i] = lse_gradient[i] = T(0);
+            }
+            transpose_rows(query);
+            transpose_rows(grad_out);
+            for (int i = 0; i < block.row_count; ++i) {
+                const auto* const from = static_cast<const From*>(block.rows[i].query);
+                const auto* const gradient = static_cast<const From*>(all.gradients[i].grad_out);
+                const bool all_finite = finite(from, head_dim) & finite(gradient, value_head_dim);
+                if (all_finite) continue;
+                offset[i] = T(__builtin_nan(""));
+                make_finite(query.plain + i * query.pitch, query.words);
+                make_finite(grad_out.plain + i * grad_out.pitch, grad_out.words);
+            }
+            if constexpr (InPairs) {
+                pair_rows(query, head_dim);
+                pair_rows(grad_out, value_head_dim);
+            }
+        });
+    }
+
+    template <class From>
+    static void copy_row(const From* from, int64_t columns, const Rows& rows, int64_t i) {
+        T* const to = rows.plain + i * rows.pitch;
+        if constexpr (InPairs) {
+            __builtin_memcpy(to, from, size_t(columns) * sizeof(From));
+        } else {
+            widen(from, 0, 1, columns, to);
+        }
+        for (int64_t w = rows.words; w < rows.pitch; ++w) to[w] = T(0);
+    }
+
+    template <class From>
+    static T dot(const From* a, const From* b, int64_t count) {
+        V sums = T(0);
+        int64_t d = 0;
+        for (; d + lanes <= count; d += lanes) sums = fma(load(a + d), load(b + d), sums);
+        T sum = sum_across(sums);
+        for (; d < count; ++d) sum += added<T>(a[d]) * added<T>(b[d]);
+        return sum;
+    }
+
+    template <class From>
+    static bool finite(const From* from, int64_t count) {
+        typename V::Mask bad = {};
+        bool rest = true;
+        int64_t d = 0;
+        for (; d + lanes <= count; d += lanes) bad |= ~is_finite<T>(load(from + d));
+        for (; d < count; ++d) rest &= added<T>(from[d]) - added<T>(from[d]) == 0;
+        return rest && !any<T>(bad);
+    }
+
+    static void make_finite(T* words, int64_t count) {
+        auto* const elements = reinterpret_cast<Element*>(words);
+        for (int64_t d = 0; d < count * size; ++d) {
+            const T x = added<T>(elements[d]);
+            if (x - x != 0) elements[d] = Element{};
+        }
+    }
+
+    // The sum over keys of exp(score) and of the sink is exp(total). lse leaves the sink out, and
+    // so do the probabilities by which its gradient goes to the scores.
+    void set_constants(int i, T delta) {
+        const double lse = double(*static_cast<const T*>(block.rows[i].lse));
+        const double sink = block.rows[i].sink;
+        const void* const grad_lse = all.gradients[i].grad_lse;
+        const T gradient = grad_lse == nullptr ? T(0) : *static_cast<const T*>(grad_lse);
+        const bool sees = lse != -__builtin_inf(), sinks = sink != -__builtin_inf();
+        double total = lse;
+        if (sees && sinks) {
+            const double more = sink > lse ? sink : lse, less = sink > lse ? lse : sink;
+            total = more + __builtin_log1p(__builtin_exp(less - more));
+        }
+        offset[i] = sees ? T(total * kLog2e) : kInfinity<T>;
+        correction[i] = !sees ? T(0) : sinks ? delta : delta - gradient;
+        lse_offset[i] = sees ? T(lse * kLog2e) : kInfinity<T>;
+        lse_gradient[i] = sees && sinks ? gradient : T(0);
+        adds_lse |= sinks && grad_lse != nullptr;
+    }
+
+    void transpose_rows(const Rows& rows) const {
+        each_panel([&]<int Columns>(int index, const Block&) {
+            constexpr int width = Columns * lanes;
+            const T* const from = rows.plain + index * panel * rows.pitch;
+            T* const to = transposed<Columns>(rows, index);
+            for (int c = 0; c < width; c += lanes) {
+                for (int64_t w = 0; w < rows.pitch; w += lanes) {
+                    V square[lanes];
+#pragma GCC unroll 16
+                    for (int i = 0; i < lanes; ++i) {
+                        square[i] = V::load(from + (c + i) * rows.pitch + w);
+                    }
+                    transpose<T>(square);
+#pragma GCC unroll 16
+                    for (int i = 0; i < lanes; ++i) square[i].store(to + (w + i) * width + c);
+                }
+            }
+        });
+    }
+    template <int Columns>
+    T* transposed(const Rows& rows, int index) const {
+        return rows.transposed + index * panel * rows.pitch;
+    }
+
+    // Rows two by two, in pairs.
+    static void pair_rows(const Rows& rows, int64_t columns, int64_t count) {
+        const int64_t pitch = padded(columns);
+        for (int64_t i = 0; i < count; i += 2) {
+            const auto* const first =
+                reinterpret_cast<const BFloat16*>(rows.plain + i * rows.pitch);
+            const auto* const second =
+                reinterpret_cast<const BFloat16*>(rows.plain + (i + 1) * rows.pitch);
+            auto* const to = rows.summed + i / 2 * pitch;
+            store_pairs(first, second, columns, reinterpret_cast<BFloat16*>(to));
+            for (int64_t d = columns; d < pitch; ++d) to[d] = T(0);
+        }
+    }
+    void pair_rows(const Rows& rows, int64_t columns) const {
+        pair_rows(rows, columns, rows_in_vectors());
+    }
+
+    // ---- A tile of one panel ----
+
+    const Element* find(const KeyRows& rows, const T* wide, int64_t columns, int64_t key,
+                        int64_t& stride) const {
+        if (!InPairs && block.kv_dtype != kDtype<T>) {
+            stride = columns;
+            return reinterpret_cast<const Element*>(wide) + (key - all.begin) * columns;
+        }
+        stride = rows.stride;
+        return row_of<Element>(block, rows, key);
+    }
+
+    template <int Columns>
+    void differentiate(int index, const ScorePasses<T, Columns>& passes, Span keys, Seen seen) {
+        passes.prefetch(keys);
+        int64_t stride;
+        const Element* const key = find(block.key, wide_key, head_dim, keys.begin, stride);
+        multiply_keys<Columns>(key, stride, query, index, keys.size(), scores);
+        const Element* const value =
+            find(block.value, wide_value, value_head_dim, keys.begin, stride);
+        multiply_keys<Columns>(value, stride, grad_out, index, keys.size(), dprobs);
+        if (seen == Seen::kAll && !adds_lse && block.dropout.scale == 1) {
+            const V scale = query_scale<T>(block);
+            V minus[Columns], less[Columns];
+            for (int c = 0; c < Columns; ++c) {
+                minus[c] = V(T(0)) - V::load(offset + index * panel + c * lanes);
+                less[c] = V::load(correction + index * panel + c * lanes);
+            }
+            return store_tile<Columns>(index, keys, [&](int64_t at, int c, V& p, V& ds) {
+                p = exp2<InPairs>(fma(V::load(scores + at), scale, minus[c]));
+                ds = p * (V::load(dprobs + at) - less[c]);
+            });
+        }
+        apply_passes<Columns>(passes, keys);
+        find_tile<Columns>(index, keys);
+        if (all.gradients[0].dbias != nullptr) add_dbias<Columns>(index, keys);
+        if (block.softcap != 0) {
+            for (int64_t i = 0; i < keys.size() * Columns * lanes; i += lanes) {
+                (V::load(dprobs + i) * V::load(cap_slope + i)).store(dprobs + i);
+            }
+        }
+        store_tile<Columns>(index, keys, [&](int64_t at, int, V& p, V& ds) {
+            p = V::load(scores + at);
+            ds = V::load(dprobs + at);
+        });
+    }
+
+    // to = keys x rows, (count, rows of the panel)
+    template <int Columns>
+    void multiply_keys(const Element* key, int64_t stride, const Rows& rows, int index,
+                       int64_t count, T* to) const {
+        constexpr int width = Columns * lanes;
+        const T* const from = transposed<Columns>(rows, index);
+        in_steps<micro_rows(Columns)>(0, count, [&]<int Count>(int64_t j) {
+            V sum[Count][Columns] = {};
+            multiply<0, Columns, InPairs>(key + j * stride, stride, size, from, width, rows.words,
+                                          sum);
+#pragma GCC unroll 16
+            for (int r = 0; r < Count; ++r) {
+#pragma GCC unroll 4
+                for (int c = 0; c < Columns; ++c) sum[r][c].store(to + (j + r) * width + c * lanes);
+            }
+        });
+    }
+
+    template <int Columns>
+    void apply_passes(const ScorePasses<T, Columns>& passes, Span keys) const {
+        const V scale = query_scale<T>(block);
+        for (int64_t i = 0; i < keys.size() * Columns * lanes; i += lanes) {
+            const V score = scale * V::load(scores + i);
+            score.store(scores + i);
+            if (block.softcap == 0) continue;
+            const V x = tanh(score);
+            (V(T(1)) - x * x).store(cap_slope + i);
+        }
+        passes.apply(scores, keys, staging);
+    }
+
+    // P and dS in place of the scores and dP; a hidden pair's are 0, whatever is in its value, and
+    // so is the P of a dropped one.
+    template <int Columns>
+    [[gnu::noinline]] void find_tile(int index, Span keys) const {
+        constexpr int width = Columns * lanes;
+        const V scale = T(block.dropout.scale);
+        for (int c = 0; c < Columns; ++c) {
+            const int row = index * panel + c * lanes;
+            if (block.dropout.drops) {
+                const KeptOfRows<T> kept(block.dropout, block.rows + row, block.row_count - row);
+                const V zero = T(0);
+                kept.each_key(keys, [&](int64_t key, typename V::Mask keeps) {
+                    const int64_t at = (key - keys.begin) * width + c * lanes;
+                    const V dprob = select<T>(keeps, scale * V::load(dprobs + at), zero);
+                    select<T>(keeps, find_pair(at, row, dprob), zero).store(scores + at);
+                });
+            } else {
+                for (int64_t j = 0; j < keys.size(); ++j) {
+                    const int64_t at = j * width + c * lanes;
+                    find_pair(at, row, scale * V::load(dprobs + at)).store(scores + at);
+                }
+            }
+        }
+    }
+
+    // Stores dS and returns P.
+    [[gnu::always_inline]] V find_pair(int64_t at, int row, V dprob) const {
+        const V zero = T(0), score = V::load(scores + at);
+        const auto hides = score == V(-kInfinity<T>);
+        const V p = exp2<InPairs>(score - V::load(offset + row));
+        V ds = p * (dprob - V::load(correction + row));
+        if (adds_lse) {
+            const V pure = exp2<InPairs>(score - V::load(lse_offset + row));
+            ds = fma(pure, V::load(lse_gradient + row), ds);
+        }
+        select<T>(hides, zero, ds).store(dprobs + at);
+        return select<T>(hides, zero, p);
+    }
+
+    // dbias += dS. Rows may share their bias, and keys may: then the gradient is a sum.
+    template <int Columns>
+    [[gnu::noinline]] void add_dbias(int index, Span keys) const {
+        constexpr int width = Columns * lanes;
+        for (int i = 0; i < width && index * panel + i < block.row_count; ++i) {
+            T* const to = static_cast<T*>(all.gradients[index * panel + i].dbias) +
+                          keys.begin * all.dbias_stride;
+            for (int64_t j = 0; j < keys.size(); ++j) {
+                to[j * all.dbias_stride] += dprobs[j * width + i];
+            }
+        }
+    }
+
+    // P and dS, to where the sums find them: get(place in the tile, vector, P, dS).
+    template <int Columns, class Get>
+    [[gnu::always_inline]] void store_tile(int index, Span keys, const Get& get) const {
+        constexpr int width = Columns * lanes;
+        const int64_t first = (keys.begin - all.begin) * strip + index * panel;
+        if constexpr (InPairs) {
+            T* paired = paired_dscore + first / 2 + index * panel / 2;
+            for (int64_t j = 0; j < keys.size(); j += 2, paired += strip) {
+                V p[2][Columns], ds[2][Columns];
+                const bool second = j + 1 < keys.size();
+                for (int k = 0; k < 2; ++k) {
+#pragma GCC unroll 4
+                    for (int c = 0; c < Columns; ++c) {
+                        p[k][c] = ds[k][c] = T(0);
+                        if (k == 0 || second) {
+                            get((j + k) * width + c * lanes, c, p[k][c], ds[k][c]);
+                        }
+                    }
+                    if (k == 1 && !second) break;
+                    store_row<Columns>(p[k], prob + first + (j + k) * strip);
+                    store_row<Columns>(ds[k], dscore + first + (j + k) * strip);
+                }
+#pragma GCC unroll 4
+                for (int c = 0; c < Columns; ++c) {
+                    const Pairs pairs = to_pairs(ds[0][c], ds[1][c]);
+                    __builtin_memcpy(paired + c * lanes, &pairs, sizeof pairs);
+                }
+            }
+        } else {
+            for (int64_t j = 0; j < keys.size(); ++j) {
+#pragma GCC unroll 4
+                for (int c = 0; c < Columns; ++c) {
+                    V p, ds;
+                    get(j * width + c * lanes, c, p, ds);
+                    p.store(prob + first + j * strip + c * lanes);
+                    ds.store(dscore + first + j * strip + c * lanes);
+                }
+            }
+        }
+    }
+
+    // Vectors as bfloat16, one after the other.
+    template <int Columns>
+    static void store_row(const V (&row)[Columns], BFloat16* to) {
+#pragma GCC unroll 4
+        for (int c = 0; c < Columns; c += 2) {
+            const Pairs pairs = adjacent_pairs(row[c], row[c + 1 < Columns ? c + 1 : c]);
+            __builtin_memcpy(to + c * lanes, &pairs,
+                             c + 1 < Columns ? sizeof pairs : sizeof pairs / 2);
+        }
+    }
+
+    // ---- Sums over rows ----
+
+    // dV += P^T dO and dK += dS^T Q of a tile, for the keys that some panel sees.
+    void add_key_sums(const Tile& tile) const {
+        Span keys = {0, 0};
+        for (const Span& some : tile.keys) {
+            if (some.size() <= 0) continue;
+            if (keys.size() == 0) keys = some;
+            if (some.begin < keys.begin) keys.begin = some.begin;
+            if (some.end > keys.end) keys.end = some.end;
+        }
+        if (keys.size() == 0) return;
+        each_panel([&]<int Columns>(int index, const Block&) {
+            const Span seen =
+                tile.keys[index].size() > 0 ? tile.keys[index] : Span{keys.end, keys.end};
+            clear_unseen(index, {keys.begin, seen.begin}, Columns * lanes);
+            clear_unseen(index, {seen.end, keys.end}, Columns * lanes);
+        });
+        multiply_rows(prob, grad_out, value_pitch, keys, dv);
+        multiply_rows(dscore, query, key_pitch, keys, dk);
+    }
+
+    void clear_unseen(int index, Span keys, int width) const {
+        for (int64_t j = keys.begin - all.begin; j < keys.end - all.begin; ++j) {
+            const int64_t at = j * strip + index * panel;
+            __builtin_memset(static_cast<void*>(prob + at), 0, size_t(width) * sizeof(Element));
+            __builtin_memset(static_cast<void*>(dscore + at), 0, size_t(width) * sizeof(Element));
+        }
+    }
+
+    // sums, of `pitch` columns, += (keys, strip) x rows
+    void multiply_rows(const Element* factors, const Rows& rows, int64_t pitch, Span keys,
+                       T* sums) const {
+        const Element* const from = factors + (keys.begin - all.begin) * strip;
+        T* const to = sums + (keys.begin - all.begin) * pitch;
+        int64_t d = 0;
+        const auto step = [&]<int Columns>() {
+            multiply_rows<Columns>(from, rows.summed + d, pitch, keys.size(), to + d);
+            d += Columns * lanes;
+        };
+        while (d < pitch) {
+            const int64_t left = (pitch - d) / lanes;
+            if (left >= 5 || left == 3) {
+                step.template operator()<3>();
+            } else if (left >= 2) {
+                step.template operator()<2>();
+            } else {
+                step.template operator()<1>();
+            }
+        }
+    }
+
+    template <int Columns>
+    [[gnu::noinline]] void multiply_rows(const Element* factors, const T* rows, int64_t pitch,
+                                         int64_t count, T* sums) const {
+        constexpr int most = micro_rows(Columns) >= 8 ? 8 : micro_rows(Columns) >= 4 ? 4 : 2;
+        const int64_t depth = rows_in_vectors() / size;
+        in_steps<most>(0, count, [&]<int Count>(int64_t j) {
+            V sum[Count][Columns] = {};
+            multiply<0, Columns, InPairs>(factors + j * strip, strip, size, rows, pitch, depth,
+                                          sum);
+#pragma GCC unroll 16
+            for (int r = 0; r < Count; ++r) {
+#pragma GCC unroll 4
+                for (int c = 0; c < Columns; ++c) {
+                    T* const to = sums + (j + r) * pitch + c * lanes;
+                    (V::load(to) + sum[r][c]).store(to);
+                }
+            }
+        });
+    }
+
+    // ---- Sums over keys ----
+
+    int64_t key_stride() const {
+        return InPairs ? 2 * head_dim : block.kv_dtype == kDtype<T> ? block.key.stride : head_dim;
+    }
+
+    // The keys of a tile from its first on, without what is not finite where some pair is hidden.
+    const Element* keys_to_sum(int64_t t, int64_t& stride) {
+        const int64_t first = t * kKeyTile;
+        const int64_t count = key_count - first < kKeyTile ? key_count - first : kKeyTile;
+        int64_t given;
+        const Element* key = nullptr;
+        if constexpr (InPairs) {
+            key = paired_key + first * head_dim;
+            given = size * head_dim;
+        } else {
+            key = find(block.key, wide_key, head_dim, all.begin + first, given);
+        }
+        stride = given;
+        Tile& tile = tiles[t];
+        if (!tile.hides) return key;
+        const int64_t rows = (count + size - 1) / size, columns = head_dim * size;
+        if (!tile.looked) {
+            tile.looked = tile.finite = true;
+            for (int64_t j = 0; j < rows; ++j) tile.finite &= finite(key + j * given, columns);
+        }
+        if (tile.finite) return key;
+        for (int64_t j = 0; j < rows; ++j) {
+            Element* const to = reinterpret_cast<Element*>(staging) + j * columns;
+            __builtin_memcpy(to, key + j * given, size_t(columns) * sizeof(Element));
+            make_finite(reinterpret_cast<T*>(to), head_dim);
+        }
+        stride = columns;
+        return reinterpret_cast<Element*>(staging);
+    }
+
+    // dQ^T += K^T dS^T
+    template <int Columns>
+    [[gnu::noinline]] void add_query_sums(int index, Span keys, int64_t t, const Element* key,
+                                          int64_t stride) const {
+        constexpr int width = Columns * lanes;
+        const int64_t first = (keys.begin - all.begin) / size;  // in words
+        const T* const from = [&] {
+            if constexpr (InPairs)
+                return paired_dscore + first * strip + index * panel;
+            else
+                return dscore + first * strip + index * panel;
+        }();
+        const Element* const factors = key + (first - t * kKeyTile / size) * stride;
+        const int64_t depth = (keys.size() + size - 1) / size;
+        T* const sums = static_cast<T*>(all.query_sums) + index * panel * head_dim;
+        in_steps<micro_rows(Columns)>(0, head_dim, [&]<int Count>(int64_t d) {
+            V sum[Count][Columns] = {};
+            multiply<0, Columns, InPairs>(factors + d * size, size, stride, from, strip, depth,
+                                          sum);
+#pragma GCC unroll 16
+            for (int r = 0; r < Count; ++r) {
+#pragma GCC unroll 4
+                for (int c = 0; c < Columns; ++c) {
+                    T* const to = sums + (d + r) * width + c * lanes;
+                    (V::load(to) + sum[r][c]).store(to);
+                }
+            }
+        });
+    }
+
+    // ---- Results: sums * scale; adding 0 turns -0 into 0 ----
+
+    template <int Columns, class To>
+    void store_query_sums(int index, int rows) const {
+        constexpr int width = Columns * lanes;
+        const T* const sums = static_cast<T*>(all.query_sums) + index * panel * head_dim;
+        for (int c = 0; c < width; c += lanes) {
+            for (int64_t d = 0; d < head_dim; d += lanes) {
+                V square[lanes];
+                for (int k = 0; k < lanes; ++k) {
+                    square[k] = d + k < head_dim ? V::load(sums + (d + k) * width + c) : V(T(0));
+                }
+                transpose<T>(square);
+                for (int i = 0; i < lanes && c + i < rows; ++i) {
+                    To* const to = static_cast<To*>(all.gradients[index * panel + c + i].dq);
+                    store_some(fma(square[i], V(T(block.scale)), V(T(0))), head_dim - d, to + d);
+                }
+            }
+        }
+    }
+
+    template <class To>
+    void store_keys(const T* sums, int64_t pitch, int64_t columns, T scale,
+                    const KeyRows& into) const {
+        To* to = static_cast<To*>(const_cast<void*>(into.data)) + all.begin * into.stride;
+        for (int64_t j = 0; j < key_count; ++j, to += into.stride) {
+            for (int64_t d = 0; d < columns; d += lanes) {
+                const V sum = V::load(sums + j * pitch + d);
+                store_some(fma(sum, V(scale), V(T(0))), columns - d, to + d);
+            }
+        }
+    }
+};
+
+// use(Differentiation)
+template <class T, class Use>
+void with_differentiation(const GradientBlock& block, const Use& use) {
+    if constexpr (kMultipliesPairs && sizeof(T) == 4) {
+        if (gradients_in_pairs<T>(block.block)) {
+            Differentiation<T, true> pairs(block);
+            return use(pairs);
+        }
+    }
+    Differentiation<T, false> numbers(block);
+    use(numbers);
+}
+
+template <class T>
+size_t gradient_scratch_bytes(const Block& block, int64_t keys) {
+    if constexpr (kMultipliesPairs && sizeof(T) == 4) {
+        if (gradients_in_pairs<T>(block)) {
+            return Differentiation<T, true>::scratch_bytes(block, keys);
+        }
+    }
+    return Differentiation<T, false>::scratch_bytes(block, keys);
+}
+
+template <class T>
+size_t query_sums_bytes(const Block& block) {
+    return size_t(block.head_dim * Differentiation<T, false>::strip) * sizeof(T);
+}
+
+template <class T>
+constexpr Gradients gradients = {
+    Differentiation<T, false>::strip,
+    gradient_scratch_bytes<T>,
+    query_sums_bytes<T>,
+    [](const GradientBlock& block) {
+        with_differentiation<T>(block, [](auto& d) { d.begin_keys(); });
+    },
+    [](const GradientBlock& block) {
+        with_differentiation<T>(block, [](auto& d) { d.differentiate(); });
+    },
+    [](const GradientBlock& block, bool first) {
+        with_differentiation<T>(block, [&](auto& d) { d.add_query_sums(first); });
+    },
+    [](const GradientBlock& block) {
+        with_differentiation<T>(block, [](auto& d) { d.store_query_sums(); });
+    },
+    [](const GradientBlock& block) {
+        with_differentiation<T>(block, [](auto& d) { d.finish_keys(); });
+    },
+};
+
+}  // namespace
+}  // namespace fastattn

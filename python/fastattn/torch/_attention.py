@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls on tensors, and which way one takes.
+
+A call that nothing but its result is asked of goes straight to the kernel; one whose gradients are
+wanted, through an autograd function; one that torch.compile, torch.export or a mode of torch looks
+at, through an operator that it knows (`_operator.py`). All three end in `_kernel.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch.autograd import forward_ad
+
+from fastattn._arguments import MASK_NAMES, pair_array, sizes
+from fastattn.torch import _kernel, _operator, _tensors
+from fastattn.torch._tensors import PLAIN
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from fastattn.torch._kernel import Options
+
+MOST_SEEDS = 2**63 - 1  # of those that torch's generator draws from
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Compute what torch.nn.functional.scaled_dot_product_attention computes.
+
+    Parameters
+    ----------
+    query : Tensor of shape (..., q_heads, q_len, head_dim)
+        float16, bfloat16, float32 or float64, on the CPU; key and value share the dtype.
+    key : Tensor of shape (..., heads, kv_len, head_dim)
+    value : Tensor of shape (..., heads, kv_len, value_head_dim)
+        All axes but the last two broadcast, unless enable_gqa.
+    attn_mask : Tensor, broadcastable to (..., q_heads, q_len, kv_len), optional
+        bool: True = attend. A float dtype: added to the scores; it may require grad. Not together
+        with is_causal.
+    dropout_p : float
+        Drop probabilities with this probability; the seed is drawn from torch's default generator.
+    is_causal : bool
+        Query i sees key j iff j <= i, whatever the two lengths.
+    scale : float, optional
+        1 / sqrt(head_dim) unless given.
+    enable_gqa : bool
+        q_heads may be a multiple of the heads of key and value.
+
+    Returns
+    -------
+    Tensor of shape (..., q_heads, q_len, value_head_dim)
+        Laid out in memory like query. A query that sees no key gives 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument breaks a rule; the message says which argument, the rule, and what was given.
+
+    References
+    ----------
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
+    """
+    if not torch.compiler.is_compiling():
+        out = quickly(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out
+    return _called_as_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def quickly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor | None:
+    """Do what torch's function is asked for, where nothing is special; return None where it is.
+
+    A small call must not spend its time on questions.
+    """
+    if (
+        attn_mask is not None
+        or dropout_p != 0
+        or type(query) not in PLAIN
+        or type(key) not in PLAIN
+        or type(value) not in PLAIN
+        or not unobserved()
+        or is_autocast_enabled("cpu")
+    ):
+        return None
+    if not (
+        (query.requires_grad or key.requires_grad or value.requires_grad) and is_grad_enabled()
+    ):
+        return _kernel.plain(query, key, value, None, scale, is_causal, enable_gqa)
+    if not query.shape == key.shape == value.shape:
+        return None
+    options = (*_kernel.NO_TENSORS, scale, is_causal, *_kernel.NO_NUMBERS)
+    return _Attention.apply(query, key, value, None, None, options, False)[0]
+
+
+def _called_as_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """Say in the words of `attention` what torch's function is asked for."""
+    if attn_mask is not None and is_causal:
+        raise ValueError("attn_mask must not be given together with is_causal=True")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _tensors.check(name, x)
+    if not enable_gqa:
+        query, key, value = _equal_heads(query, key, value)
+    if attn_mask is not None and not torch.compiler.is_compiling():
+        known = sizes(query.shape, key.shape, value.shape)
+        pair_array("attn_mask", _tensors.array_of("attn_mask", attn_mask), MASK_NAMES, known)
+    seed: Any = None
+    if dropout_p > 0:
+        seed = torch.randint(MOST_SEEDS, ())
+        if not torch.compiler.is_compiling():
+            seed = int(seed)
+    out: Tensor = attention(
+        query,
+        key,
+        value,
+        mask=attn_mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_offset=0 if is_causal else None,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+    return out
+
+
+def _equal_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return query, key and value with their heads broadcast; as they are where that is nothing."""
+    heads = [x.shape[-3] if x.dim() > 2 else 1 for x in tensors]
+    if heads[0] == heads[1] == heads[2]:
+        return tensors
+    most = max(heads)
+    if any(n not in (1, most) for n in heads):
+        shapes = ", ".join(
+            f"{name}.shape={tuple(x.shape)}"
+            for name, x in zip(("query", "key", "value"), tensors, strict=True)
+        )
+        raise ValueError(
+            "query, key and value must have equally many heads unless enable_gqa=True, got "
+            + shapes
+        )
+    return tuple(
+        x.expand(*x.shape[:-3], most, *x.shape[-2:]) if x.dim() > 1 else x for x in tensors
+    )
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: Tensor | ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | ArrayLike | None = None,
+    sinks: Tensor | ArrayLike | None = None,
+    kv_lengths: Tensor | ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Any:
+    """Compute what `fastattn.attention` computes, of tensors and with their gradients.
+
+    Parameters
+    ----------
+    query, key, value : Tensor
+        Shapes and dtypes as for `fastattn.attention`, on the CPU.
+    mask, bias : Tensor, optional
+        Likewise. A float mask that requires grad is taken for a bias, or added to it.
+    query_offset, alibi_slopes, sinks, kv_lengths : Tensor, array or number, optional
+        Likewise. Of them, sinks alone may require grad.
+    scale, is_causal, window, softcap, dropout_p, seed, return_lse
+        Likewise.
+    out : Tensor of the result's shape and dtype, optional
+        Where to write the result, which then has no gradient.
+
+    Returns
+    -------
+    out : Tensor of shape (batch, q_heads, q_len, value_head_dim)
+        Of the query's dtype, laid out in memory like query.
+    lse : Tensor of shape (batch, q_heads, q_len), only if return_lse
+        float32, or float64 for a float64 query. Gradients flow through it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument breaks a rule; the message says which argument, the rule, and what was given.
+
+    See Also
+    --------
+    fastattn.attention : what the arguments mean.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _tensors.check(name, x)
+    for name, pairs in (("mask", mask), ("bias", bias)):
+        if pairs is not None:
+            _tensors.check(name, pairs)
+    if is_autocast_enabled("cpu"):
+        query, key, value = _autocast(query, key, value)
+    if mask is not None and mask.requires_grad:
+        mask, bias = None, mask if bias is None else bias + mask
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes must not require grad: they have no gradient here")
+    left, right = (None, None) if window is None else window
+    options = (
+        mask,
+        bias,
+        sinks,
+        alibi_slopes,
+        query_offset,
+        kv_lengths,
+        seed,
+        scale,
+        is_causal,
+        window is not None,
+        left,
+        right,
+        softcap,
+        dropout_p,
+    )
+    result, lse = _attend(query, key, value, options, return_lse)
+    if out is not None:
+        if _wants_grad(query, key, value, bias, sinks):
+            raise ValueError("out must not be given where an argument requires grad")
+        if not isinstance(out, Tensor) or out.dtype != result.dtype or out.shape != result.shape:
+            got = f"{out.dtype}, {tuple(out.shape)}" if isinstance(out, Tensor) else type(out)
+            raise ValueError(
+                "out must be a tensor of the result's dtype and shape, "
+                f"{result.dtype}, {tuple(result.shape)}, got {got}"
+            )
+        result = out.copy_(result)
+    return (result, lse) if return_lse else result
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, options: Options, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    if torch.compiler.is_compiling():
+        return _operator.attend(query, key, value, options)
+    if not (unobserved() and type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN):
+        _refuse_transforms(query, key, value)
+        return _operator.attend(query, key, value, options)
+    bias, sinks = options[1:3]
+    if _wants_grad(query, key, value, bias, sinks):
+        return _Attention.apply(query, key, value, bias, sinks, options, return_lse)  # type: ignore[no-any-return]
+    return _kernel.forward(query, key, value, options, return_lse)
+
+
+def unobserved() -> bool:
+    """Tell whether nothing in torch wants to know which operators run, or to run others."""
+    return (
+        _len_torch_dispatch_stack() == 0
+        and not _are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and _get_tracing_state() is None
+    )
+
+
+def _refuse_transforms(*tensors: Tensor) -> None:
+    """Refuse what an operator would let pass without its derivatives, or stumble over."""
+    if _are_functorch_transforms_active():
+        raise NotImplementedError(
+            "fastattn.torch does not work under torch.func's transforms (grad, vmap, jvp ..): "
+            "torch.nn.functional.scaled_dot_product_attention does"
+        )
+    if forward_ad._current_level >= 0:
+        for x in tensors:
+            if forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError("fastattn.torch has no forward-mode derivatives")
+
+
+def _wants_grad(*tensors: Any) -> bool:
+    return is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in autocast's dtype, as for torch's function; float64 stays."""
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(
+        x.to(dtype) if x.dtype in _tensors.FLOATS and x.dtype != torch.float64 else x
+        for x in tensors
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """Attention that remembers what its gradients need."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        options: Options,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        out, lse = _kernel.forward(query, key, value, options, True)
+        tensors, ctx.others = _kernel.split(options)
+        ctx.save_for_backward(query, key, value, out, lse, *tensors)
+        ctx.set_materialize_grads(False)
+        return out, lse if return_lse else None
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        query, key, value, out, lse, *tensors = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        wanted = ctx.needs_input_grad[3:5]
+        options = _kernel.joined(tensors, ctx.others)
+        compute = _Gradients.apply if torch.is_grad_enabled() else _kernel.backward
+        grads = compute(grad_out, query, key, value, out, lse, grad_lse, options, *wanted)
+        return *grads, None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients, where somebody may want theirs: they have none, and say so."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        return _kernel.backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        raise NotImplementedError("fastattn.torch has no second derivatives")

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel, called with tensors: where every way of `_attention.py` ends.
+
+The team of threads runs in the calling thread's own pool, which torch's operators use too: a second
+one would make them slow (cpp/parallel.h).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import _core
+from fastattn._arguments import finite_number, sizes
+from fastattn.torch._tensors import array_of, small_array_of, tensor_of
+
+# (mask, bias, sinks, alibi_slopes, query_offset, kv_lengths, seed, scale, is_causal,
+#  has_window, left, right, softcap, dropout_p); the first 7 may be tensors.
+Options = tuple[Any, ...]
+MAY_BE_TENSORS = 7
+NO_TENSORS = (None, None, None, None, None, None, None)
+NO_NUMBERS = (False, None, None, None, 0.0)  # but scale and is_causal
+calls: Any = fastattn  # with arguments in a dict
+SEEDS = 2**64
+
+
+def split(options: Options) -> tuple[list[Tensor | None], Options]:
+    """Return the tensors among the options, if there are any, and the rest; None for the others."""
+    tensors = [x if isinstance(x, Tensor) else None for x in options[:MAY_BE_TENSORS]]
+    if not any(x is not None for x in tensors):
+        return [], options
+    return tensors, tuple(None if isinstance(x, Tensor) else x for x in options)
+
+
+def joined(tensors: list[Tensor | None], others: Options) -> Options:
+    """Return the options that `split` has split."""
+    if not tensors:
+        return others
+    first = (x if x is not None else y for x, y in zip(tensors, others, strict=False))
+    return (*first, *others[MAY_BE_TENSORS:])
+
+
+def result_like(query: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor for the result: laid out like query, as torch's own function does."""
+    return torch.empty_like(query) if query.shape == shape else query.new_empty(shape)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, options: Options, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return out, and lse if asked for."""
+    if _is_plain(options, query, key):
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        lse = query.new_empty(query.shape[:-1], dtype=wide) if return_lse else None
+        scale, is_causal = options[7:9]
+        result = plain(query, key, value, lse, scale, is_causal, True)
+        if result is not None:
+            return result, lse
+    arrays = [array_of(*x) for x in (("query", query), ("key", key), ("value", value))]
+    keywords = _keywords(options)
+    shape = sizes(*(x.shape for x in arrays)).out_shape
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    out = result_like(query, shape)
+    _core.use_pool_of_caller(True)
+    try:
+        results = calls.attention(
+            *arrays,
+            **keywords,
+            return_lse=return_lse,
+            out=array_of("out", out) if out.numel() else None,
+        )
+    finally:
+        _core.use_pool_of_caller(False)
+    return out, tensor_of(results[1]) if return_lse else None
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    grouped: bool,
+) -> Tensor | None:
+    """Return out, and fill lse, without a NumPy view of each tensor; None where that cannot be.
+
+    grouped: a key head may serve many query heads. The first query stands at the first key.
+    """
+    if scale is not None:
+        scale = finite_number("scale", scale)
+    if query.is_neg() or key.is_neg() or value.is_neg():  # the memory has the other sign
+        return None
+    out = torch.empty_like(query)
+    done = _core.attend_plain(query, key, value, out, lse, scale, is_causal, grouped)
+    return out if done else None
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    options: Options,
+    wants_dbias: bool,
+    wants_dsinks: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients by query, key, value, bias and sinks; None for what is not wanted."""
+    named = {"grad_out": grad_out, "query": query, "key": key, "value": value, "out": out}
+    _core.use_pool_of_caller(True)
+    try:
+        dq, dk, dv, *rest = map(
+            tensor_of,
+            calls.attention_backward(
+                *(array_of(name, x) for name, x in named.items()),
+                array_of("lse", lse),
+                grad_lse=None if grad_lse is None else array_of("grad_lse", grad_lse),
+                return_dbias=wants_dbias,
+                return_dsinks=wants_dsinks,
+                **_keywords(options),
+            ),
+        )
+    finally:
+        _core.use_pool_of_caller(False)
+    dsinks = rest.pop().to(options[2].dtype) if wants_dsinks else None
+    return dq, dk, dv, rest.pop() if wants_dbias else None, dsinks
+
+
+def _is_plain(options: Options, query: Tensor, key: Tensor) -> bool:
+    """Tell whether only scale and is_causal are given, and query 0 stands at key 0."""
+    mask, bias, sinks, slopes, offset, lengths, seed, _, is_causal, has_window, *rest = options
+    if any(x is not None for x in (mask, bias, sinks, slopes, lengths, seed)):
+        return False
+    if has_window or rest[2:] != [None, 0.0]:
+        return False
+    if offset is None:
+        return not is_causal or query.shape[-2:-1] == key.shape[-2:-1]
+    return type(offset) is int and offset == 0
+
+
+def _keywords(options: Options) -> dict[str, Any]:
+    """Return the options as fastattn's functions take them."""
+    mask, bias, sinks, slopes, offset, lengths, seed, *rest = options
+    scale, is_causal, has_window, left, right, softcap, dropout_p = rest
+    return {
+        "mask": mask if mask is None else array_of("mask", mask),
+        "bias": bias if bias is None else array_of("bias", bias),
+        "scale": scale,
+        "is_causal": is_causal,
+        "query_offset": small_array_of("query_offset", offset),
+        "window": (left, right) if has_window else None,
+        "softcap": softcap,
+        "alibi_slopes": small_array_of("alibi_slopes", slopes),
+        "sinks": small_array_of("sinks", sinks),
+        "kv_lengths": small_array_of("kv_lengths", lengths),
+        "dropout_p": dropout_p,
+        "seed": int(seed) % SEEDS if isinstance(seed, Tensor) else seed,
+    }

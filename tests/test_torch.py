@@ -329,22 +329,43 @@ def test_an_exception_inside_backward_leaves_torch_usable(monkeypatch):
         close(leaf.grad, grad)
 
 
-def test_dropout_seeds_come_from_torchs_generator(monkeypatch):
-    seeds = []
+def test_dropout_draws_from_torchs_generator():
+    query, key, value = operands(grad=True)
+    options = {"dropout_p": 0.3}
+    torch.manual_seed(1)
+    first = ft.scaled_dot_product_attention(query, key, value, **options)
+    second = ft.scaled_dot_product_attention(query, key, value, **options)
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    again = ft.scaled_dot_product_attention(query, key, value, **options)
+    assert torch.equal(again, first)
+    torch.manual_seed(1)
+    seed = int(torch.randint(2**63 - 1, ()))
+    kept = fastattn.dropout_mask(query.detach(), key.detach(), **options, seed=seed)
+    weights = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, -1)
+    expected = (weights * torch.from_numpy(kept) / 0.7) @ value
+    close(first, expected)
+    leaves = (query, key, value)
+    for grad, exact in zip(
+        torch.autograd.grad(first.square().sum(), leaves),
+        torch.autograd.grad(expected.square().sum(), leaves),
+        strict=True,
+    ):
+        close(grad, exact)
 
-    def record(*arrays, dropout_p, seed, out, **options):
-        assert dropout_p == 0.25
-        seeds.append(seed)
-        return out
 
-    monkeypatch.setattr(fastattn, "attention", record)
-    for state in (1, 1, 2):
-        torch.manual_seed(state)
-        for _ in range(2):
-            ft.scaled_dot_product_attention(*operands(), dropout_p=0.25)
-    assert all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds)
-    assert seeds[:2] == seeds[2:4]
-    assert len(set(seeds)) == 4
+def test_dropout_under_patch():
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.1, batch_first=True).double()
+    x = rand(3, 6, 16)
+    with ft.patch() as p:
+        torch.manual_seed(1)
+        first = layer(x)
+        torch.manual_seed(1)
+        second = layer(x)
+        assert p.report() == {"active": True, "answered": 2, "left": {}}
+    assert torch.equal(first, second)
+    torch.manual_seed(2)
+    assert not torch.equal(layer(x), first)
 
 
 # torch.compile, torch.export.
@@ -355,6 +376,23 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_dropout(fresh_compiler):
+    query, key, value = operands(grad=True)
+
+    @torch.compile(fullgraph=True)
+    def dropped(query, key, value):
+        return ft.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
+
+    results = []
+    for state in (1, 1, 2):
+        torch.manual_seed(state)
+        out = dropped(query, key, value)
+        results.append((out, *torch.autograd.grad(out.sum(), (query, key, value))))
+    assert all(map(torch.equal, results[0], results[1]))
+    assert not torch.equal(results[0][0], results[2][0])
 
 
 def everything(query, key, value, bias, sinks):

@@ -134,7 +134,14 @@ ENCODERS = {
         },
     ),
 }
-ALL = DECODERS | ENCODER_DECODERS | ENCODERS
+MIXED = {  # our attention in the decoder alone, whose causal layers say that they are not
+    "bigbird_pegasus": (
+        "BigBirdPegasusForConditionalGeneration",
+        "BigBirdPegasusConfig",
+        SEQ2SEQ | {"attention_type": "original_full", "max_position_embeddings": 64},
+    ),
+}
+ALL = DECODERS | ENCODER_DECODERS | ENCODERS | MIXED
 
 
 @pytest.fixture(autouse=True)
@@ -607,6 +614,37 @@ def test_a_row_that_sees_nothing_is_zero():
 
 
 # Errors.
+
+
+@pytest.mark.parametrize("name", ["Bloom", "MPNet", "DebertaV2", "Falcon"])
+def test_models_with_attention_of_their_own(name):
+    fastattn.transformers.register()  # again
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=VOCABULARY
+    )
+    with pytest.raises(ValueError, match=f"{name}Model does not support attn_impl.*='fastattn'"):
+        transformers.AutoModel.from_config(config, attn_implementation="fastattn")
+    transformers.AutoModel.from_config(config, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("pair", MIXED, indirect=True)
+def test_models_with_attention_of_both_kinds(pair):
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(2, 10), "use_cache": False}
+    with pytest.raises(NotImplementedError, match="a layer adds its bool mask to scores"):
+        pair[1](**inputs)
+    with torch.no_grad():
+        theirs = pair[0].model.encoder(inputs.pop("input_ids"))
+    assert_alike(pair, encoder_outputs=theirs, **inputs)
+
+
+def test_a_model_that_extends_one():
+    class Mine(transformers.LlamaForCausalLM):
+        pass
+
+    Mine.__module__ = "__main__"  # whose source transformers cannot read
+    config = transformers.LlamaConfig(**DECODER)
+    config._attn_implementation = "fastattn"
+    Mine(config)
 
 
 @pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])

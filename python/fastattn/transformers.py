@@ -11,6 +11,7 @@ Differences from transformers' own implementations: docs/transformers.md.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,7 +19,12 @@ try:
     import torch
     from torch import Tensor
     from torch.utils._pytree import tree_map_only
-    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+    from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
+        PreTrainedModel,
+        masking_utils,
+    )
     from transformers.utils import output_capturing
     from transformers.utils.import_utils import is_tracing
 except ImportError as error:
@@ -45,9 +51,10 @@ def register() -> None:
     Models that are loaded with it, or told by ``model.set_attn_implementation("fastattn")``,
     compute attention here, on the CPU. More than once does nothing.
 
-    What a model asks for that is not supported is an error when it runs, never another
-    computation: another device, sparse attention by indices, sinks per token, packed sequences
-    that no mask or position_ids tell apart, continuous batching.
+    What is not supported is an error, never another computation: a model that does not use
+    transformers' AttentionInterface, when it is made; when it runs, another device, sparse
+    attention by indices, sinks per token, packed sequences that neither a mask nor position_ids
+    tell apart, continuous batching.
 
     See Also
     --------
@@ -66,6 +73,37 @@ def register() -> None:
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
+    _refuse_models()
+
+
+@functools.cache
+def _refuse_models() -> None:
+    """Let transformers refuse models that compute attention in their own way, as it does for sdpa.
+
+    They would go on doing so, and take what `_mask` returns for something to be added.
+    """
+    accepted = PreTrainedModel.get_correct_attn_implementation
+
+    @functools.wraps(accepted)
+    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
+        if requested_attention == NAME and not _asks_for_attention(type(self)):
+            raise ValueError(
+                f"{type(self).__name__} does not support attn_implementation='{NAME}': it computes "
+                "attention in its own way, without transformers' AttentionInterface"
+            )
+        return accepted(self, requested_attention, *args, **kwargs)
+
+    PreTrainedModel.get_correct_attn_implementation = checked
+
+
+def _asks_for_attention(model: Any) -> bool:
+    """Tell whether a class of models, or one that it extends, uses the AttentionInterface."""
+    return any(
+        issubclass(c, PreTrainedModel)
+        and c is not PreTrainedModel
+        and c._can_set_attn_implementation()
+        for c in model.__mro__
+    )
 
 
 def _attention(
@@ -88,7 +126,7 @@ def _attention(
     Parameters
     ----------
     module : Module
-        The layer; its `is_causal`, True if it has none, counts where is_causal is None.
+        The layer; its `is_causal`, False if it has none, counts where is_causal is None.
     query : Tensor of shape (batch, q_heads, q_len, head_dim)
     key : Tensor of shape (batch, kv_heads, kv_len, head_dim)
     value : Tensor of shape (batch, kv_heads, kv_len, value_head_dim)
@@ -120,7 +158,7 @@ def _attention(
         seen = {"mask": attention_mask}
     else:
         if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
+            is_causal = getattr(module, "is_causal", False)
         seen = {"is_causal": True, "query_offset": 0} if is_causal and query.shape[2] > 1 else {}
     seen.update(bias=position_bias, scale=scaling, softcap=softcap, sinks=s_aux)
     if dropout > 0 and module.training:
@@ -197,11 +235,15 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+ADDITIONS = (torch.ops.aten.add, torch.ops.aten.add_)
+
+
 class Pattern(Tensor):
     """A bool mask of shape (batch, 1, q_len, kv_len), in the words of the kernel.
 
     Any operation on it finds the mask itself, made then, so that a model may slice it or combine
     it with another; from then on the mask counts, since the operation may have written to it.
+    Only scores, as layers of other kinds have them beside ours, it must not be added to.
     """
 
     _make: Callable[[], Tensor]
@@ -234,12 +276,20 @@ class Pattern(Tensor):
     @classmethod
     def __torch_dispatch__(
         cls,
-        operator: Callable[..., Any],
+        operator: Any,
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the operator on the masks themselves."""
+        if operator.overloadpacket in ADDITIONS and any(
+            isinstance(x, Tensor) and x.is_floating_point() for x in args
+        ):
+            raise NotImplementedError(
+                "a layer adds its bool mask to scores: it computes attention in its own way, "
+                "without transformers' AttentionInterface, which attn_implementation='fastattn' "
+                "needs"
+            )
         args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
         return operator(*args, **kwargs)
 
@@ -259,8 +309,9 @@ def _mask(
 ) -> Tensor | None:
     """Say what each query sees, in the cheapest way that is right.
 
-    None where `_attention` knows it from the layer's being causal or not; a `Pattern` where the
-    kernel's arguments say it; else the mask that transformers makes for torch's function.
+    A `Pattern` where the kernel's arguments say it; None for a single query that sees all keys;
+    else the mask that transformers makes for torch's function. None for more queries would leave
+    to each layer whether it is causal, and some are wrong about themselves.
 
     Parameters
     ----------
@@ -273,7 +324,7 @@ def _mask(
     attention_mask : Tensor of bool, shape (batch, positions), optional
         False: padding. Positions behind its end are padding too.
     allow_is_causal_skip, allow_is_bidirectional_skip : bool
-        Whether None may be returned for a causal layer, or for one that is not.
+        Whether None may be returned, if mask_function is causal or if it is not.
     device, **others
         As for transformers' function.
 
@@ -327,14 +378,9 @@ def _mask(
     needed = min(max(end, 0), kv_length) if causal else kv_length
     seen |= _keys_seen(attention_mask, first_key, kv_length, needed)
 
-    if causal_layer and allow_is_causal_skip:
-        needless = {"is_causal": True, "query_offset": 0} if q_length > 1 and causal else {}
-        if seen == needless and (q_length == 1 or offset == 0):
-            return None
-    if not seen and not causal_layer and allow_is_bidirectional_skip:
-        return None
-    if q_length == 1:  # as large as what would be said of it, and may go to a compiled model
-        return make()
+    if q_length == 1:  # the mask is no larger than the words, and may go to a compiled model
+        may_skip = allow_is_causal_skip if causal_layer else allow_is_bidirectional_skip
+        return None if may_skip and not seen else make()
     return Pattern((batch_size, 1, q_length, kv_length), seen, make)
 
 

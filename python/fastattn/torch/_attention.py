@@ -139,9 +139,7 @@ def _called_as_torch(
         pair_array("attn_mask", _tensors.array_of("attn_mask", attn_mask), MASK_NAMES, known)
     seed: Any = None
     if dropout_p > 0:
-        seed = torch.randint(MOST_SEEDS, ())
-        if not torch.compiler.is_compiling():
-            seed = int(seed)
+        seed = drawn_seed()
     out: Tensor = attention(
         query,
         key,
@@ -154,6 +152,12 @@ def _called_as_torch(
         seed=seed,
     )
     return out
+
+
+def drawn_seed() -> Any:
+    """Return a seed for dropout, of torch's default generator."""
+    seed = torch.randint(MOST_SEEDS, ())
+    return seed if torch.compiler.is_compiling() else int(seed)
 
 
 def _equal_heads(*tensors: Tensor) -> tuple[Tensor, ...]:

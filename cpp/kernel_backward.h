@@ -149,7 +149,7 @@ class Differentiation {
         clear(dv, key_count * value_pitch);
         for (int64_t t = 0; t < padded_tiles(); ++t) tiles[t].looked = false;
         if constexpr (InPairs) {
-            const BFloat16* const key = row_of<BFloat16>(block, block.key, all.begin);
+            const BFloat16* const key = at<BFloat16>(block.key, all.begin);
             for (int64_t j = 0; j < key_count; j += 2) {
                 const BFloat16* const first = key + j * block.key.stride;
                 store_pairs(first, j + 1 < key_count ? first + block.key.stride : nullptr, head_dim,
@@ -157,9 +157,9 @@ class Differentiation {
             }
         } else if (block.kv_dtype != kDtype<T>) {
             with_query<T>(block.kv_dtype, [&]<class From>(const From*) {
-                widen(row_of<From>(block, block.key, all.begin), block.key.stride, key_count,
-                      head_dim, wide_key);
-                widen(row_of<From>(block, block.value, all.begin), block.value.stride, key_count,
+                widen(at<From>(block.key, all.begin), block.key.stride, key_count, head_dim,
+                      wide_key);
+                widen(at<From>(block.value, all.begin), block.value.stride, key_count,
                       value_head_dim, wide_value);
             });
         }
@@ -385,6 +385,12 @@ class Differentiation {
 
     // ---- A tile of one panel ----
 
+    // There are no pages.
+    template <class From>
+    static const From* at(const KeyRows& rows, int64_t key) {
+        return static_cast<const From*>(rows.data) + key * rows.stride;
+    }
+
     const Element* find(const KeyRows& rows, const T* wide, int64_t columns, int64_t key,
                         int64_t& stride) const {
         if (!InPairs && block.kv_dtype != kDtype<T>) {
@@ -392,7 +398,7 @@ class Differentiation {
             return reinterpret_cast<const Element*>(wide) + (key - all.begin) * columns;
         }
         stride = rows.stride;
-        return row_of<Element>(block, rows, key);
+        return at<Element>(rows, key);
     }
 
     template <int Columns>

@@ -163,7 +163,7 @@ def test_work_is_named_by_its_limit(dtype, limit):
 
 
 def test_what_is_shared_is_the_same():
-    _, key, value, _ = cases.make_inputs(OWN[-1])
+    _, key, value, *_ = cases.make_inputs(OWN[-1])
     for x in (key, value):
         assert (x[1:, :, :150] == x[:1, :, :150]).all()
         assert (x[1:, :, 150:] != x[:1, :, 150:]).any(axis=(1, 2, 3)).all()

@@ -164,7 +164,15 @@ def modules_loaded():
 
 def test_import_needs_numpy_alone():
     loaded = {name.split(".")[0] for name in run(modules_loaded, imports=["fastattn"])}
-    assert not loaded & {"torch", "jax", "matplotlib", "onnxruntime", "openvino", "scipy"}
+    assert not loaded & {
+        "torch",
+        "transformers",
+        "jax",
+        "matplotlib",
+        "onnxruntime",
+        "openvino",
+        "scipy",
+    }
 
 
 def test_public_names_exist():
@@ -180,7 +188,12 @@ def test_versions_agree():
 
 @pytest.mark.parametrize(
     ("page", "needs"),
-    [("README.md", "numpy"), ("docs/flash_attn.md", "torch"), ("docs/jax.md", "jax")],
+    [
+        ("README.md", "numpy"),
+        ("docs/flash_attn.md", "torch"),
+        ("docs/jax.md", "jax"),
+        ("docs/transformers.md", "transformers"),
+    ],
 )
 def test_examples(page, needs):
     pytest.importorskip(needs, exc_type=ImportError)
@@ -191,7 +204,10 @@ def test_examples(page, needs):
     assert not doctest.DocTestRunner().run(test, out=report.append).failed, "".join(report)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/kernel.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/kernel.md", "docs/transformers.md"],
+)
 def test_links_lead_somewhere(name):
     links = re.findall(r"\]\(([^)#\s]+)", in_checkout(name))
     here = [ROOT / name / ".." / link for link in links if "://" not in link]

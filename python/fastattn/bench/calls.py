@@ -24,7 +24,7 @@ class Prepared(NamedTuple):
 
 
 def _attention(case: Case, inputs: Inputs) -> Prepared:
-    query, key, value, mask = inputs
+    query, key, value, mask, grad_out = inputs
     options: dict[str, Any] = {}
     if case.call == "kv_lengths":
         options["kv_lengths"] = np.array(case.lengths)
@@ -36,6 +36,13 @@ def _attention(case: Case, inputs: Inputs) -> Prepared:
         options["query_offset"] = case.query_offset
     if case.window is not None:
         options["window"] = case.window
+    if grad_out is not None:
+        result, lse = fastattn.attention(query, key, value, return_lse=True, **options)
+
+        def backward() -> Any:
+            return fastattn.attention_backward(grad_out, query, key, value, result, lse, **options)
+
+        return Prepared(backward, lambda grads: grads[0], "attention_backward")
 
     def call() -> Any:
         return fastattn.attention(query, key, value, **options)
@@ -81,7 +88,7 @@ def _packed(case: Case, inputs: Inputs) -> Prepared:
 
 
 def _cache(case: Case, inputs: Inputs) -> Prepared:
-    query, key, value, _ = inputs
+    query, key, value, *_ = inputs
     cache = _new_cache(case)
     cache.append(key, value)
     return Prepared(lambda: cache.attend(query), _as_it_is, _named("KVCache.attend", case))
@@ -89,7 +96,7 @@ def _cache(case: Case, inputs: Inputs) -> Prepared:
 
 def _append(case: Case, inputs: Inputs) -> Prepared:
     """Append the last token, and take it back: the cache is the same for each call."""
-    query, key, value, _ = inputs
+    query, key, value, *_ = inputs
     cache = _new_cache(case)
     cache.append(key[:, :, :-1], value[:, :, :-1])
     new = key[:, :, -1:], value[:, :, -1:]
@@ -110,7 +117,7 @@ def _append(case: Case, inputs: Inputs) -> Prepared:
 
 def _pages(case: Case, inputs: Inputs) -> Prepared:
     """Put what is shared into the cache once, and let the sequences begin with it."""
-    query, key, value, _ = inputs
+    query, key, value, *_ = inputs
     cache = fastattn.PagedKVCache(key.shape[1], case.head_dim, dtype=_cache_dtype(case))
     prefix = None
     if case.shared:
@@ -147,6 +154,7 @@ def _as_it_is(out: Array) -> Array:
 
 CALLS: dict[str, Callable[[Case, Inputs], Prepared]] = {
     "attention": _attention,
+    "backward": _attention,
     "kv_lengths": _attention,
     "varlen": _packed,
     "one by one": _packed,

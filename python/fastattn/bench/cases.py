@@ -81,9 +81,13 @@ class Case:
 
     @property
     def output_bytes(self) -> int:
-        """Size of the result, padding left out."""
+        """Size of the result, or of the three gradients; padding left out."""
         rows = sum(self.lengths) if self.ragged_queries else self.batch * self.q_len
-        return rows * self.q_heads * self.head_dim * numpy_dtype(self.dtype).itemsize
+        numbers = rows * self.q_heads * self.head_dim
+        if self.call == "backward":
+            kv_heads = self.kv_heads or self.q_heads
+            numbers += 2 * self.batch * kv_heads * self.kv_len * self.head_dim
+        return numbers * numpy_dtype(self.dtype).itemsize
 
 
 class Inputs(NamedTuple):
@@ -93,6 +97,7 @@ class Inputs(NamedTuple):
     key: Array
     value: Array
     mask: Array | None
+    grad_out: Array | None = None  # of a backward pass
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -335,11 +340,32 @@ SERVING = [
     ),
 ]
 
+TRAINING = [
+    _square(
+        f"backward-{short}-{name}",
+        tokens,
+        heads,
+        head_dim,
+        dtype=dtype,
+        is_causal=is_causal,
+        call="backward",
+        libraries=WITH_TORCH,
+        floor=promise(percent if short == "f32" else 55, torch=speedup),
+    )
+    for short, dtype, speedup in (("f32", "float32", 2.5), ("bf16", "bfloat16", 3.0))
+    for name, tokens, heads, head_dim, is_causal, percent in (
+        ("2k-d128", 2048, 8, 128, False, 76),
+        ("1k-d64", 1024, 12, 64, False, 70),
+        ("2k-d64-causal", 2048, 12, 64, True, 66),
+    )
+]
+
 SUITES = {
     "familiar": FAMILIAR,
     "floors": FLOORS,
     "half": HALF,
     "serving": SERVING,
+    "training": TRAINING,
     "growth": GROWTH,
 }
 QUICK = ("bert-128", "gpt2-1k", "decode-4k")
@@ -383,8 +409,9 @@ def make_inputs(case: Case) -> Inputs:
         mask = np.arange(case.kv_len) < np.array(case.lengths)[:, None, None, None]
     elif case.float_mask:
         mask = normal(1, case.q_heads, case.q_len, case.kv_len).astype(dtype, copy=False)
+    grad_out = normal(*case.output_shape).astype(dtype) if case.call == "backward" else None
     query, key, value = (x.astype(dtype, copy=False) for x in (query, key, value))
-    return Inputs(query, key, value, mask)
+    return Inputs(query, key, value, mask, grad_out)
 
 
 def _first_and_last(case: Case, rows: Array | None = None) -> tuple[Array, Array]:
@@ -420,11 +447,13 @@ def flops(case: Case) -> int:
     Count the multiplications and additions that nobody can leave out.
 
     Each visible pair costs head_dim multiply-adds for its score and head_dim for its share of
-    the value: 4 * head_dim operations. Pairs that causality, window or padding hide count
+    the value: 4 * head_dim operations; in the backward pass five such products, with the score
+    again. Pairs that causality, window or padding hide count
     nothing, so that "% of the limit" is of the work left; exponentials and masks count nothing
     either. A library that computes hidden pairs is charged for the time alone.
     """
-    return 4 * case.head_dim * case.q_heads * visible_pairs(case)
+    products = 5 if case.call == "backward" else 2
+    return 2 * products * case.head_dim * case.q_heads * visible_pairs(case)
 
 
 def bytes_moved(case: Case) -> int:

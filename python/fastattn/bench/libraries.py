@@ -83,7 +83,7 @@ def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """softmax(Q K^T) V with matmul, without a copy that can be spared; threads as BLAS has them."""
     _require(case, "float32", "float64", otherwise="has no BLAS for {}")
     _require_scores(case)
-    query, key, value, _ = inputs
+    query, key, value, *_ = inputs
     kv_heads = key.shape[1]
     grouped = (case.batch, kv_heads, case.groups, case.q_len, case.head_dim)
     queries = query.reshape(grouped) * query.dtype.type(case.head_dim**-0.5)
@@ -126,6 +126,14 @@ def _torch(case: Case, inputs: Inputs, threads: int) -> Prepared:
     if case.groups > 1:
         options["enable_gqa"] = True
     attention = torch.nn.functional.scaled_dot_product_attention
+    if inputs.grad_out is not None:
+        leaves = [x.requires_grad_() for x in (query, key, value)]
+        out, grad_out = attention(*leaves, **options), tensor(inputs.grad_out)
+
+        def backward() -> Any:
+            return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+
+        return Prepared(backward, lambda grads: grads[0].double().numpy(), "autograd.grad")
 
     def call() -> Any:
         with torch.inference_mode():
@@ -165,7 +173,7 @@ def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
 def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
     openvino, op = _module("openvino"), _module("openvino.opset13")
     _require(case, "float32", "bfloat16", otherwise="computes {} as another type")
-    query, key, value, _ = inputs
+    query, key, value, *_ = inputs
     is_causal = _plainly_causal(case, inputs)
     mask = None if is_causal else _all_masks(case, inputs)
     heads = key.shape[1]

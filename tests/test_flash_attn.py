@@ -282,6 +282,26 @@ def test_varlen_of_pages():
         flash_attn_varlen_func(*given, block_table=table)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_compile():
+    def both(q, k, v, starts):
+        rows = (x.flatten(0, 1) for x in (q, k, v))
+        packed = flash_attn_varlen_func(*rows, starts, starts, 9, 9, causal=True)
+        return flash_attn_func(q, k, v, window_size=(3, -1)).flatten(0, 1) + packed
+
+    arrays = [x.requires_grad_() for x in problem(9, 9)]
+    starts = torch.tensor([0, 9, 18], dtype=torch.int32)
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (both, compiled):
+        out = call(*arrays, starts)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), arrays)))
+    for a, b in zip(*results, strict=True):
+        close(a, b)
+    torch._dynamo.reset()
+
+
 # Caches.
 
 

@@ -6,8 +6,10 @@ import inspect
 import itertools
 import sys
 import types
+from pathlib import Path
 
 import pytest
+from child import run
 
 import fastattn
 
@@ -39,7 +41,7 @@ def problem(q_len=9, kv_len=14, batch=2, dtype=torch.float64):
     return tensors((batch, q_len, HEADS, DIM), keys, keys, dtype=dtype)
 
 
-def plain(q, k, v, scale=None, causal=False, window=(-1, -1), softcap=0.0, slopes=None):
+def plain(q, k, v, scale=None, causal=False, window=(-1, -1), softcap=0.0, slopes=None, kept=1.0):
     """Return out and lse of one sequence, of shapes (length, heads, dim) and (heads, length)."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -59,7 +61,7 @@ def plain(q, k, v, scale=None, causal=False, window=(-1, -1), softcap=0.0, slope
     scores = scores.masked_fill(unseen, -torch.inf)
     blind = unseen.all(dim=1)[:, None]
     probs = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
-    return torch.einsum("hqk,khd->qhd", probs, v), scores.logsumexp(-1)
+    return torch.einsum("hqk,khd->qhd", probs * kept, v), scores.logsumexp(-1)
 
 
 def plain_batch(q, k, v, slopes=None, **options):
@@ -143,6 +145,54 @@ def test_packed():
     assert torch.equal(*grads)
 
 
+# Dropout.
+
+
+def kept_of(q, k, dropout_p, index):
+    """Return what is kept of one sequence, 1 / (1 - dropout_p) or 0, by the generator's state."""
+    seed = int(torch.randint(2**63 - 1, ()))
+    kept = fastattn.dropout_mask(
+        *(x.detach().transpose(0, 1) for x in (q, k)),
+        dropout_p=dropout_p,
+        seed=seed,
+        query_offset=len(k) - len(q),
+        batch_index=index,
+    )
+    return torch.as_tensor(kept).double() / (1 - dropout_p)
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_dropout(varlen):
+    if varlen:
+        arrays = [x.requires_grad_() for x in packed_problem()]
+        sequences = list(zip(*map(split, arrays, (Q_STARTS, KV_STARTS, KV_STARTS)), strict=True))
+    else:
+        arrays = [x.requires_grad_() for x in problem()]
+        sequences = list(zip(*arrays, strict=True))
+    options = {"dropout_p": 0.3, "causal": True}
+
+    def dropped(state):
+        torch.manual_seed(state)
+        if varlen:
+            return flash_attn_varlen_func(*arrays, Q_STARTS, KV_STARTS, 11, 9, **options)
+        return flash_attn_func(*arrays, **options)
+
+    outs = []
+    for i, (q, k, v) in enumerate(sequences):
+        torch.manual_seed(1)
+        outs.append(plain(q, k, v, causal=True, kept=kept_of(q, k, 0.3, i))[0])
+    out, expected = dropped(1), torch.cat(outs) if varlen else torch.stack(outs)
+    close(out, expected)
+    weights = tensors(out.shape, seed=3)[0]
+    grads = [torch.autograd.grad(x, arrays, weights) for x in (out, expected)]
+    for a, b in zip(*grads, strict=True):
+        close(a, b)
+    assert torch.equal(dropped(1), out)
+    assert not torch.equal(dropped(2), out)
+    with pytest.raises(ValueError, match="dropout_p must be within"):
+        flash_attn_func(*problem(), dropout_p=-0.1)
+
+
 # Packed sequences.
 
 
@@ -184,6 +234,17 @@ def test_varlen(case, grad):
             close(a, b)
 
 
+def test_softmax_lse_has_a_gradient():
+    arrays = [x.requires_grad_() for x in packed_problem()]
+    given = (*arrays, Q_STARTS, KV_STARTS, 11, 9)
+    actual = flash_attn_varlen_func(*given, return_attn_probs=True)[1]
+    sequences = map(split, arrays, (Q_STARTS, KV_STARTS, KV_STARTS))
+    expected = torch.cat(plain_batch(*sequences)[1], dim=1)
+    grads = [torch.autograd.grad(x.sin().sum(), arrays[:2]) for x in (actual, expected)]
+    for a, b in zip(*grads, strict=True):
+        close(a, b)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_rows_of_no_sequence(grad):
     q, k, v = (x.requires_grad_(grad) for x in packed_problem())
@@ -219,6 +280,26 @@ def test_varlen_of_pages():
     table[0, 2] = 7
     with pytest.raises(ValueError, match=r"^block_table must be within 0..6, the pages of k, got"):
         flash_attn_varlen_func(*given, block_table=table)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile():
+    def both(q, k, v, starts):
+        rows = (x.flatten(0, 1) for x in (q, k, v))
+        packed = flash_attn_varlen_func(*rows, starts, starts, 9, 9, causal=True)
+        return flash_attn_func(q, k, v, window_size=(3, -1)).flatten(0, 1) + packed
+
+    arrays = [x.requires_grad_() for x in problem(9, 9)]
+    starts = torch.tensor([0, 9, 18], dtype=torch.int32)
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (both, compiled):
+        out = call(*arrays, starts)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), arrays)))
+    for a, b in zip(*results, strict=True):
+        close(a, b)
+    torch._dynamo.reset()
 
 
 # Caches.
@@ -420,6 +501,36 @@ def test_cache_errors_before_anything_is_written(case):
         flash_attn_with_kvcache(**given | arguments)
     assert str(error.value).startswith(message)
     assert torch.equal(k_cache, before)
+
+
+def count_threads():
+    """Return the threads that torch's operators add, and those that ours add to these."""
+
+    def tasks():
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    torch.set_num_threads(3)
+    before = tasks()
+    q, k, v = (torch.randn(2, 512, 8, 64).requires_grad_() for _ in range(3))
+    q.sqrt()
+    torch_has = tasks() - before
+    flash_attn_func(q, k, v, dropout_p=0.1).sum().backward()
+    starts = torch.tensor([0, 300, 1024])
+    rows = [x.flatten(0, 1) for x in (q, k, v)]
+    flash_attn_varlen_func(*rows, starts, starts, 724, 724).sum().backward()
+    with torch.no_grad():
+        flash_attn_varlen_func(*rows, starts, starts, 724, 724)
+        flash_attn_with_kvcache(q, k, v)
+        flash_attn_with_kvcache(q, k, v, cache_batch_idx=torch.tensor([1, 0]))
+        pages = [x.reshape(8, 128, 8, 64) for x in (k, v)]
+        flash_attn_with_kvcache(q, *pages, block_table=torch.arange(8).reshape(2, 4))
+    ours = tasks() - before - torch_has
+    fastattn.attention(*(x.detach().numpy() for x in (q, k, v)))
+    return [torch_has, ours, tasks() - before - torch_has > ours]
+
+
+def test_torchs_pool_is_ours():
+    assert run(count_threads, env={"OMP_NUM_THREADS": "3"}) == [2, 0, True]
 
 
 def test_errors():

@@ -5,6 +5,7 @@ What fails here kills the process, so each check runs in a process of its own (c
 """
 
 import ctypes
+import hashlib
 import itertools
 import mmap
 import os
@@ -301,3 +302,29 @@ def compute_with_small_stacks(isa, dtype):
 def test_small_thread_stacks(isa, dtype):
     env = {"OMP_STACKSIZE": "96k", "FASTATTN_NUM_THREADS": "4"}
     run(compute_with_small_stacks, isa, dtype, env=env)
+
+
+def digest(isa):
+    """Return a digest of results and gradients of few and of many queries in every dtype."""
+    _core.set_isa(isa)
+    seen = hashlib.sha256()
+    for dtype in ("float16", ml_dtypes.bfloat16, "float32", "float64"):
+        for heads, kv_heads, q_len, kv_len, dim, value_dim in SIZES:
+            rng = np.random.default_rng(0)
+            shapes = ((heads, q_len, dim), (kv_heads, kv_len, dim), (kv_heads, kv_len, value_dim))
+            operands = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+            options = {"bias": rng.standard_normal((q_len, kv_len)), "softcap": 3.0}
+            out, lse = fastattn.attention(*operands, **options, return_lse=True)
+            grads = fastattn.attention_backward(
+                np.ones_like(out), *operands, out, lse, **options, return_dbias=True
+            )
+            for x in (out, lse, *grads):
+                seen.update(np.ascontiguousarray(x).view(np.uint8))
+    return seen.hexdigest()
+
+
+@each_isa
+def test_no_memory_is_read_before_it_is_written(isa):
+    """What malloc returns can be filled, by glibc, with any byte."""
+    results = [run(digest, isa, env={"MALLOC_PERTURB_": byte}) for byte in ("0", "1", "170")]
+    assert len(set(results)) == 1

@@ -341,7 +341,7 @@ def varlen_attention(
         out = result_array(out, known.out_shape, query.dtype, (query, key, value, *arguments[:2]))
     lse = np.empty(known.lse_shape, arithmetic(query.dtype)) if return_lse else None
     for rows in (slice(q_starts[0]), slice(q_starts[-1], None)):
-        out[rows] = 0
+        out[rows] = np.zeros((), out.dtype)  # of bits, too
         if lse is not None:
             lse[:, rows] = -np.inf
     if lse is not None or out.size:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What users of flash-attn call: its functions, signatures and meaning, on tensors on the CPU.
 
-Each function says what its layout and its words mean to `fastattn.torch.attention`, which has the
-gradients, or to the packed and paged forms of the kernel. `install` puts them in the place of the
-package flash_attn.
+Each function says what its layout and its words mean to `fastattn.torch`, which has the gradients,
+or to the kernel for pages. `install` puts them in the place of the package flash_attn.
 
 Differences from flash-attn 2: docs/flash_attn.md.
 """
@@ -22,7 +21,9 @@ except ImportError as error:
 
 import fastattn
 import fastattn.torch
+from fastattn import _core
 from fastattn._arrays import as_numpy
+from fastattn.torch._attention import drawn_seed
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -67,7 +68,8 @@ def flash_attn_func(
     k, v : tensor of shape (batch, kv_len, kv_heads, head_dim)
         heads is a multiple of kv_heads.
     dropout_p : float
-        As for `fastattn.torch.attention`.
+        Drop each pair with this probability, and divide what is kept by 1 - dropout_p. The seed is
+        drawn from torch's default generator; `fastattn.dropout_mask` says which pairs it keeps.
     softmax_scale : float, optional
         1 / sqrt(head_dim) unless given.
     causal : bool
@@ -115,6 +117,7 @@ def flash_attn_func(
         **options,
         query_offset=k.shape[1] - q.shape[1],
         dropout_p=dropout_p,
+        seed=drawn_seed(dropout_p),
         return_lse=True,
     )
     return _answer(out.transpose(1, 2), lse, return_attn_probs)
@@ -220,10 +223,6 @@ return_attn_probs
     softmax_lse : tensor of shape (heads, total_q), only if return_attn_probs
     S_dmask : tensor, only if return_attn_probs
         Empty.
-
-    Notes
-    -----
-    Where a gradient is asked for, the sequences are computed one after the other.
     """
     _check_axes(3, "(total, heads, head_dim)", q=q)
     q_starts, kv_starts = (
@@ -241,19 +240,18 @@ return_attn_probs
             "cu_seqlens_q and cu_seqlens_k must be equally long, got "
             f"{len(q_starts)} and {len(kv_starts)} entries"
         )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        out, lse = _one_by_one(q, k, v, q_starts, kv_starts, options, dropout_p)
-    else:
-        packed: Any = fastattn.varlen_attention
-        out, lse = packed(
-            *(x.detach() for x in (q, k, v)),
-            q_starts,
-            kv_starts,
-            **options,
-            query_offset=kv_starts.diff() - q_starts.diff(),
-            dropout_p=dropout_p,
-            return_lse=True,
-        )
+    out, lse = fastattn.torch.varlen_attention(
+        q,
+        k,
+        v,
+        q_starts,
+        kv_starts,
+        **options,
+        query_offset=kv_starts.diff() - q_starts.diff(),
+        dropout_p=dropout_p,
+        seed=drawn_seed(dropout_p),
+        return_lse=True,
+    )
     return _answer(out, lse, return_attn_probs)
 
 
@@ -463,7 +461,11 @@ def flash_attn_with_kvcache(
             paged = fastattn.PagedKVCache.from_pages(
                 as_numpy("k_cache", key), as_numpy("v_cache", value), table.numpy(), ends.numpy()
             )
-            out, lse = paged.attend(query, **options, return_lse=True)
+            _core.use_pool_of_caller(True)
+            try:
+                out, lse = paged.attend(query, **options, return_lse=True)
+            finally:
+                _core.use_pool_of_caller(False)
         else:
             options |= {"kv_lengths": ends, "query_offset": ends - q.shape[1]}
             if cache_batch_idx is None and len(key) == batch:
@@ -552,42 +554,6 @@ def _gathered(pages: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
             )
         parts.append(pages[used].flatten(0, 1)[:length])
     return torch.cat(parts)
-
-
-def _one_by_one(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_starts: Tensor,
-    kv_starts: Tensor,
-    options: dict[str, Any],
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Return out and lse of packed sequences, with gradients."""
-    bounds = [x.tolist() for x in (q_starts, kv_starts)]
-    for name, x, most in (("q", bounds[0], len(q)), ("k", bounds[1], len(k))):
-        if x[0] < 0 or x[-1] > most or x != sorted(x):
-            raise ValueError(f"cu_seqlens_{name} must ascend within 0..{most}, got {x}")
-    slopes = options["alibi_slopes"]
-
-    def unseen(rows: int) -> tuple[Tensor, Tensor]:
-        """Return the results of rows that belong to no sequence."""
-        lse = q.new_full((q.shape[1], rows), -torch.inf, dtype=_lse_dtype(q))
-        return q.new_zeros((rows, q.shape[1], v.shape[2])), lse
-
-    parts = [unseen(bounds[0][0])]
-    for i in range(len(q_starts) - 1):
-        rows, keys = (slice(x[i], x[i + 1]) for x in bounds)
-        inputs = (x.transpose(0, 1) for x in (q[rows], k[keys], v[keys]))
-        own = options | {
-            "query_offset": (keys.stop - keys.start) - (rows.stop - rows.start),
-            "alibi_slopes": slopes[i] if slopes is not None and slopes.ndim == 2 else slopes,
-        }
-        out, lse = fastattn.torch.attention(*inputs, **own, dropout_p=dropout_p, return_lse=True)
-        parts.append((out.transpose(0, 1), lse))
-    parts.append(unseen(len(q) - bounds[0][-1]))
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def _row_by_row(

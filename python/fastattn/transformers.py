@@ -162,7 +162,7 @@ def _attention(
         seen = {"is_causal": True, "query_offset": 0} if is_causal and query.shape[2] > 1 else {}
     seen.update(bias=position_bias, scale=scaling, softcap=softcap, sinks=s_aux)
     if dropout > 0 and module.training:
-        dropped = {"dropout_p": dropout, "seed": drawn_seed()}
+        dropped = {"dropout_p": dropout, "seed": drawn_seed(dropout)}
     else:
         dropped = {}
     out = fastattn.torch.attention(query, key, value, **seen, **dropped)

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of PyTorch tensors: the drop-in.
 
-`scaled_dot_product_attention` is torch's function, `attention` has every argument of
-`fastattn.attention`, and `patch` puts ours in the place of torch's own, under the modules of
-torch.nn too. Tensors are read where they lie; gradients, torch.compile and torch.export work. What
-differs from torch is in a table in docs/torch.md.
+`scaled_dot_product_attention` is torch's function, `attention` and `varlen_attention` have every
+argument of `fastattn.attention` and `fastattn.varlen_attention`, and `patch` puts ours in the place
+of torch's own, under the modules of torch.nn too. Tensors are read where they lie; gradients,
+torch.compile and torch.export work. What differs from torch is in a table in docs/torch.md.
 """
 
-from fastattn.torch._attention import attention, scaled_dot_product_attention
+from fastattn.torch._attention import (
+    attention,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
 from fastattn.torch._patch import Patch, patch
 
-__all__ = ["Patch", "attention", "patch", "scaled_dot_product_attention"]
+__all__ = ["Patch", "attention", "patch", "scaled_dot_product_attention", "varlen_attention"]

@@ -137,9 +137,6 @@ def _called_as_torch(
     if attn_mask is not None and not torch.compiler.is_compiling():
         known = sizes(query.shape, key.shape, value.shape)
         pair_array("attn_mask", _tensors.array_of("attn_mask", attn_mask), MASK_NAMES, known)
-    seed: Any = None
-    if dropout_p > 0:
-        seed = drawn_seed()
     out: Tensor = attention(
         query,
         key,
@@ -149,13 +146,15 @@ def _called_as_torch(
         is_causal=is_causal,
         query_offset=0 if is_causal else None,
         dropout_p=dropout_p,
-        seed=seed,
+        seed=drawn_seed(dropout_p),
     )
     return out
 
 
-def drawn_seed() -> Any:
-    """Return a seed for dropout, of torch's default generator."""
+def drawn_seed(dropout_p: float) -> Any:
+    """Return a seed from torch's default generator; None, and draw none, without dropout."""
+    if not dropout_p > 0:
+        return None
     seed = torch.randint(MOST_SEEDS, ())
     return seed if torch.compiler.is_compiling() else int(seed)
 
@@ -231,6 +230,130 @@ def attention(
     --------
     fastattn.attention : what the arguments mean.
     """
+    return _called(
+        query,
+        key,
+        value,
+        (None, None),
+        mask,
+        bias,
+        scale,
+        is_causal,
+        query_offset,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        kv_lengths,
+        dropout_p,
+        seed,
+        return_lse,
+        out,
+    )
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor | ArrayLike,
+    cu_seqlens_kv: Tensor | ArrayLike,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: Tensor | ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | ArrayLike | None = None,
+    sinks: Tensor | ArrayLike | None = None,
+    kv_lengths: Tensor | ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Any:
+    """Compute what `fastattn.varlen_attention` computes, of tensors and with their gradients.
+
+    Parameters
+    ----------
+    query : Tensor of shape (total_q, q_heads, head_dim)
+        Dtypes as for `fastattn.attention`, on the CPU.
+    key : Tensor of shape (total_kv, kv_heads, head_dim)
+    value : Tensor of shape (total_kv, kv_heads, value_head_dim)
+    cu_seqlens_q, cu_seqlens_kv : Tensor or array of int, shape (sequences + 1,)
+        Where each sequence starts, and the last one ends.
+    mask, bias : Tensor, optional
+        Broadcastable to (q_heads, total_q, longest kv_len).
+    query_offset, kv_lengths : Tensor, array or number, optional
+        One per sequence.
+    alibi_slopes : Tensor or array of shape (q_heads,) or (sequences, q_heads), optional
+    scale, is_causal, window, softcap, sinks, dropout_p, seed, return_lse, out
+        As for `attention`, and so is what may require grad.
+
+    Returns
+    -------
+    out : Tensor of shape (total_q, q_heads, value_head_dim)
+        Of the query's dtype, laid out in memory like query.
+    lse : Tensor of shape (q_heads, total_q), only if return_lse
+        Gradients flow through it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument breaks a rule; the message says which argument, the rule, and what was given.
+
+    See Also
+    --------
+    fastattn.varlen_attention : what the arguments mean.
+    """
+    for name, x in zip(_kernel.STARTS_NAMES, (cu_seqlens_q, cu_seqlens_kv), strict=True):
+        if x is None:
+            raise TypeError(f"{name} must be a tensor or array of integers, not None")
+    return _called(
+        query,
+        key,
+        value,
+        (cu_seqlens_q, cu_seqlens_kv),
+        mask,
+        bias,
+        scale,
+        is_causal,
+        query_offset,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        kv_lengths,
+        dropout_p,
+        seed,
+        return_lse,
+        out,
+    )
+
+
+def _called(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: tuple[Any, Any],
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    query_offset: Any,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    alibi_slopes: Any,
+    sinks: Any,
+    kv_lengths: Any,
+    dropout_p: float,
+    seed: int | None,
+    return_lse: bool,
+    out: Tensor | None,
+) -> Any:
+    """Compute a call of `attention`, or of `varlen_attention` if there are starts."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         _tensors.check(name, x)
     for name, pairs in (("mask", mask), ("bias", bias)):
@@ -251,6 +374,7 @@ def attention(
         query_offset,
         kv_lengths,
         seed,
+        *starts,
         scale,
         is_causal,
         window is not None,

@@ -14,14 +14,17 @@ from torch import Tensor
 
 import fastattn
 from fastattn import _core
-from fastattn._arguments import finite_number, sizes
+from fastattn._arguments import finite_number, packed_sizes, sizes
 from fastattn.torch._tensors import array_of, small_array_of, tensor_of
 
-# (mask, bias, sinks, alibi_slopes, query_offset, kv_lengths, seed, scale, is_causal,
-#  has_window, left, right, softcap, dropout_p); the first 7 may be tensors.
+# (mask, bias, sinks, alibi_slopes, query_offset, kv_lengths, seed, cu_seqlens_q, cu_seqlens_kv,
+#  scale, is_causal, has_window, left, right, softcap, dropout_p); the first 9 may be tensors.
+# The sequences are packed iff there are cu_seqlens.
 Options = tuple[Any, ...]
-MAY_BE_TENSORS = 7
-NO_TENSORS = (None, None, None, None, None, None, None)
+MAY_BE_TENSORS = 9
+STARTS = slice(7, 9)
+STARTS_NAMES = ("cu_seqlens_q", "cu_seqlens_kv")
+NO_TENSORS = (None,) * MAY_BE_TENSORS
 NO_NUMBERS = (False, None, None, None, 0.0)  # but scale and is_causal
 calls: Any = fastattn  # with arguments in a dict
 SEEDS = 2**64
@@ -43,6 +46,11 @@ def joined(tensors: list[Tensor | None], others: Options) -> Options:
     return (*first, *others[MAY_BE_TENSORS:])
 
 
+def is_packed(options: Options) -> bool:
+    """Tell whether the call is one of `varlen_attention`."""
+    return any(x is not None for x in options[STARTS])
+
+
 def result_like(query: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a tensor for the result: laid out like query, as torch's own function does."""
     return torch.empty_like(query) if query.shape == shape else query.new_empty(shape)
@@ -55,19 +63,25 @@ def forward(
     if _is_plain(options, query, key):
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         lse = query.new_empty(query.shape[:-1], dtype=wide) if return_lse else None
-        scale, is_causal = options[7:9]
+        scale, is_causal = options[MAY_BE_TENSORS : MAY_BE_TENSORS + 2]
         result = plain(query, key, value, lse, scale, is_causal, True)
         if result is not None:
             return result, lse
     arrays = [array_of(*x) for x in (("query", query), ("key", key), ("value", value))]
     keywords = _keywords(options)
-    shape = sizes(*(x.shape for x in arrays)).out_shape
+    call = calls.attention
+    if is_packed(options):
+        call = calls.varlen_attention
+        known, *starts = packed_sizes(*arrays, *(keywords[name] for name in STARTS_NAMES))
+        keywords.update(zip(STARTS_NAMES, starts, strict=True))
+    else:
+        known = sizes(*(x.shape for x in arrays))
     if query.stride(-1) != 1:
         query = query.contiguous()
-    out = result_like(query, shape)
+    out = result_like(query, known.out_shape)
     _core.use_pool_of_caller(True)
     try:
-        results = calls.attention(
+        results = call(
             *arrays,
             **keywords,
             return_lse=return_lse,
@@ -135,8 +149,9 @@ def backward(
 
 def _is_plain(options: Options, query: Tensor, key: Tensor) -> bool:
     """Tell whether only scale and is_causal are given, and query 0 stands at key 0."""
-    mask, bias, sinks, slopes, offset, lengths, seed, _, is_causal, has_window, *rest = options
-    if any(x is not None for x in (mask, bias, sinks, slopes, lengths, seed)):
+    mask, bias, sinks, slopes, offset, lengths, seed, starts, _, *rest = options
+    _, is_causal, has_window, *rest = rest
+    if any(x is not None for x in (mask, bias, sinks, slopes, lengths, seed, starts)):
         return False
     if has_window or rest[2:] != [None, 0.0]:
         return False
@@ -147,8 +162,9 @@ def _is_plain(options: Options, query: Tensor, key: Tensor) -> bool:
 
 def _keywords(options: Options) -> dict[str, Any]:
     """Return the options as fastattn's functions take them."""
-    mask, bias, sinks, slopes, offset, lengths, seed, *rest = options
-    scale, is_causal, has_window, left, right, softcap, dropout_p = rest
+    mask, bias, sinks, slopes, offset, lengths, seed = options[: STARTS.start]
+    scale, is_causal, has_window, left, right, softcap, dropout_p = options[MAY_BE_TENSORS:]
+    starts = zip(STARTS_NAMES, options[STARTS], strict=True) if is_packed(options) else ()
     return {
         "mask": mask if mask is None else array_of("mask", mask),
         "bias": bias if bias is None else array_of("bias", bias),
@@ -162,4 +178,5 @@ def _keywords(options: Options) -> dict[str, Any]:
         "kv_lengths": small_array_of("kv_lengths", lengths),
         "dropout_p": dropout_p,
         "seed": int(seed) % SEEDS if isinstance(seed, Tensor) else seed,
+        **{name: small_array_of(name, x) for name, x in starts},
     }

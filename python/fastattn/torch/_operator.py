@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TENSORS = (
     "Tensor? mask, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, Tensor? query_offset, "
-    "Tensor? kv_lengths, Tensor? seed"
+    "Tensor? kv_lengths, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv"
 )
 NUMBERS = (
     "float? scale, bool is_causal, bool has_window, SymInt? left, SymInt? right, float? softcap, "
@@ -33,10 +33,11 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, options: Options
 ) -> tuple[Tensor, Tensor | None]:
     """Return out and lse, by the operator."""
-    mask, bias, sinks, slopes, offset, lengths, seed, *numbers = options
+    mask, bias, sinks, slopes, offset, lengths, seed, *starts = options[: _kernel.MAY_BE_TENSORS]
+    numbers = options[_kernel.MAY_BE_TENSORS :]
     if isinstance(seed, int) and seed >= SIGNED:
         seed -= 2 * SIGNED
-    small = (sinks, slopes, offset, lengths, seed)
+    small = (sinks, slopes, offset, lengths, seed, *starts)
     out, lse = torch.ops.fastattn.attention(
         query, key, value, mask, bias, *map(_as_tensor, small), *numbers
     )
@@ -85,13 +86,18 @@ def _backward(
 def _forward_fake(
     query: Tensor, key: Tensor, value: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    rank = max(query.dim(), key.dim(), value.dim())
-    heads = query.shape[-3:-2] if query.dim() > 2 else (1,) * (rank > 2)
-    rows = (*batch, *heads, query.shape[-2])
+    if _kernel.is_packed(options):
+        total, heads, _ = query.shape
+        rows, shape = (heads, total), (total, heads, value.shape[-1])
+    else:
+        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        rank = max(query.dim(), key.dim(), value.dim())
+        heads = query.shape[-3:-2] if query.dim() > 2 else (1,) * (rank > 2)
+        rows = (*batch, *heads, query.shape[-2])
+        shape = (*rows, value.shape[-1])
     if query.stride(-1) != 1:
         query = query.contiguous()
-    out = _kernel.result_like(query, (*rows, value.shape[-1]))
+    out = _kernel.result_like(query, shape)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     return out, query.new_empty(rows, dtype=wide)
 
@@ -104,14 +110,16 @@ def _backward_fake(
     out: Tensor,
     lse: Tensor,
     grad_lse: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    *_, wants_dbias, wants_dsinks = options
-    wanted = (query, key, value, bias if wants_dbias else None, sinks if wants_dsinks else None)
-    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
+    *rest, wants_dbias, wants_dsinks = options
+    bias, sinks = rest[1:3]
+    first = 1 if _kernel.is_packed(tuple(rest)) else 0  # packed ones are made heads first
+    inputs = (x.transpose(0, first) for x in (query, key, value))
+    grads = [x.new_empty(x.shape).transpose(0, first) for x in inputs]
+    others = (bias if wants_dbias else None, sinks if wants_dsinks else None)
+    grads += [query.new_empty(0) if x is None else x.new_empty(x.shape) for x in others]
+    return tuple(grads)
 
 
 # Autograd.

@@ -20,8 +20,8 @@
 namespace fastattn {
 namespace {
 
-constexpr size_t kBlockBytes = 512 << 10;  // of what is kept of a block of keys: for the caches
-constexpr size_t kSumsBytes = 64 << 20;    // of the queries' gradients, unless one head has more
+constexpr size_t kBlockBytes = 1 << 20;  // of what is kept of a block of keys: for the caches
+constexpr size_t kSumsBytes = 64 << 20;  // of the queries' gradients, unless one head has more
 constexpr int64_t kItemsPerThread = 4;
 constexpr double kTimesForward = 2.5;
 constexpr int64_t kLeft = -1;  // a group has left its slot
@@ -32,6 +32,7 @@ class Backward {
         : call_(args.call),
           args_(args),
           functions_(call_.functions.gradients),
+          strip_rows_(functions_.strip_rows(call_.shared_block())),
           sums_bytes_(rounded(functions_.query_sums_bytes(call_.shared_block()))) {
         if (args.call.q_heads == 0) return;
         find_groups();
@@ -48,10 +49,10 @@ class Backward {
         }
         slots_ = std::clamp(kSumsBytes / most, size_t(1), size_t(threads_));
         make_items();
-        rows_bytes_ = rounded(size_t(functions_.strip_rows) * sizeof(Row));
-        more_bytes_ = rounded(size_t(functions_.strip_rows) * sizeof(GradientRow));
+        rows_bytes_ = rounded(size_t(strip_rows_) * sizeof(Row));
+        more_bytes_ = rounded(size_t(strip_rows_) * sizeof(GradientRow));
         Block block = call_.shared_block();
-        block.row_count = functions_.strip_rows;
+        block.row_count = strip_rows_;
         scratch_bytes_ =
             rows_bytes_ + more_bytes_ + rounded(functions_.scratch_bytes(block, block_keys_));
     }
@@ -100,7 +101,7 @@ class Backward {
                 const Sequence sequence = call_.sequence(batch);
                 if (sequence.q_len == 0 || sequence.kv_len == 0) continue;
                 const int64_t rows = sequence.q_len * call_.group;
-                const int64_t strips = (rows + functions_.strip_rows - 1) / functions_.strip_rows;
+                const int64_t strips = (rows + strip_rows_ - 1) / strip_rows_;
                 size_t index = groups_.size();
                 if (args_.dbias.data != nullptr) {
                     const void* const bias =
@@ -121,7 +122,7 @@ class Backward {
     void choose_block(double seconds) {
         const int64_t tile = call_.functions.key_tile;
         Block block = call_.shared_block();
-        block.row_count = functions_.strip_rows;
+        block.row_count = strip_rows_;
         const size_t fixed = functions_.scratch_bytes(block, 0);
         const size_t each = functions_.scratch_bytes(block, tile) - fixed;
         block_keys_ = tile * std::max<int64_t>(int64_t(kBlockBytes / each), 1);
@@ -222,8 +223,8 @@ class Backward {
         const int64_t count = sequence.q_len * call_.group;
         for (int64_t strip = 0; strip < head.strips; ++strip) {
             if (stop.requested(stop.context)) return false;
-            const int64_t first = strip * functions_.strip_rows;
-            const int64_t last = std::min(first + functions_.strip_rows, count) - 1;
+            const int64_t first = strip * strip_rows_;
+            const int64_t last = std::min(first + strip_rows_, count) - 1;
             const int64_t begin = call_.interval(sequence, first / call_.group).begin;
             const int64_t end = call_.interval(sequence, last / call_.group).end;
             if (begin >= end || begin >= block.end || end <= block.begin) continue;
@@ -265,6 +266,7 @@ class Backward {
     const Call call_;
     const GradientArgs& args_;
     const Gradients& functions_;
+    const int strip_rows_;     // at most, of a strip
     const size_t sums_bytes_;  // of a strip
     std::vector<Head> heads_;
     std::vector<Group> groups_;

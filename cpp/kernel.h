@@ -111,7 +111,7 @@ struct GradientBlock {
 // begin_keys, for each strip differentiate, which leaves in scratch what add_query_sums then adds
 // to what other keys gave, and at last finish_keys.
 struct Gradients {
-    int strip_rows;
+    int (*strip_rows)(const Block&);
     size_t (*scratch_bytes)(const Block&, int64_t keys);
     size_t (*query_sums_bytes)(const Block&);  // of a strip
     void (*begin_keys)(const GradientBlock&);

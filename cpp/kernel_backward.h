@@ -56,8 +56,9 @@ class Differentiation {
     using Element = typename Operand::Element;
     static constexpr int lanes = V::lanes;
     static constexpr int64_t size = Operand::size;
-    static constexpr int panel = kColumns * lanes;                  // rows
-    static constexpr int panels = 96 / panel > 1 ? 96 / panel : 1;  // of a strip
+    static constexpr int panel = kColumns * lanes;               // rows
+    static constexpr int panels = (InPairs ? 192 : 96) / panel;  // of a strip
+    static_assert(panels > 0);
 
    public:
     static constexpr int strip = panels * panel;
@@ -743,54 +744,53 @@ class Differentiation {
     }
 };
 
-// use(Differentiation)
+// use(Differentiation's type, as a null pointer)
 template <class T, class Use>
-void with_differentiation(const GradientBlock& block, const Use& use) {
+auto with_differentiation(const Block& block, const Use& use) {
     if constexpr (kMultipliesPairs && sizeof(T) == 4) {
-        if (gradients_in_pairs<T>(block.block)) {
-            Differentiation<T, true> pairs(block);
-            return use(pairs);
+        if (gradients_in_pairs<T>(block)) {
+            return use(static_cast<Differentiation<T, true>*>(nullptr));
         }
     }
-    Differentiation<T, false> numbers(block);
-    use(numbers);
+    return use(static_cast<Differentiation<T, false>*>(nullptr));
+}
+
+template <class T, class Step>
+void differentiation(const GradientBlock& block, const Step& step) {
+    with_differentiation<T>(block.block, [&]<class Kind>(Kind*) {
+        Kind of_block(block);
+        step(of_block);
+    });
+}
+
+template <class T>
+int strip_rows(const Block& block) {
+    return with_differentiation<T>(block, []<class Kind>(Kind*) { return Kind::strip; });
 }
 
 template <class T>
 size_t gradient_scratch_bytes(const Block& block, int64_t keys) {
-    if constexpr (kMultipliesPairs && sizeof(T) == 4) {
-        if (gradients_in_pairs<T>(block)) {
-            return Differentiation<T, true>::scratch_bytes(block, keys);
-        }
-    }
-    return Differentiation<T, false>::scratch_bytes(block, keys);
+    return with_differentiation<T>(
+        block, [&]<class Kind>(Kind*) { return Kind::scratch_bytes(block, keys); });
 }
 
 template <class T>
 size_t query_sums_bytes(const Block& block) {
-    return size_t(block.head_dim * Differentiation<T, false>::strip) * sizeof(T);
+    return size_t(block.head_dim * strip_rows<T>(block)) * sizeof(T);
 }
 
 template <class T>
 constexpr Gradients gradients = {
-    Differentiation<T, false>::strip,
+    strip_rows<T>,
     gradient_scratch_bytes<T>,
     query_sums_bytes<T>,
-    [](const GradientBlock& block) {
-        with_differentiation<T>(block, [](auto& d) { d.begin_keys(); });
+    [](const GradientBlock& b) { differentiation<T>(b, [](auto& d) { d.begin_keys(); }); },
+    [](const GradientBlock& b) { differentiation<T>(b, [](auto& d) { d.differentiate(); }); },
+    [](const GradientBlock& b, bool first) {
+        differentiation<T>(b, [&](auto& d) { d.add_query_sums(first); });
     },
-    [](const GradientBlock& block) {
-        with_differentiation<T>(block, [](auto& d) { d.differentiate(); });
-    },
-    [](const GradientBlock& block, bool first) {
-        with_differentiation<T>(block, [&](auto& d) { d.add_query_sums(first); });
-    },
-    [](const GradientBlock& block) {
-        with_differentiation<T>(block, [](auto& d) { d.store_query_sums(); });
-    },
-    [](const GradientBlock& block) {
-        with_differentiation<T>(block, [](auto& d) { d.finish_keys(); });
-    },
+    [](const GradientBlock& b) { differentiation<T>(b, [](auto& d) { d.store_query_sums(); }); },
+    [](const GradientBlock& b) { differentiation<T>(b, [](auto& d) { d.finish_keys(); }); },
 };
 
 }  // namespace

@@ -99,7 +99,7 @@ kv_lengths, dropout_p, seed
     Notes
     -----
     Bitwise the same for any number of threads. Memory beside inputs and results, for each thread:
-    about 1 MiB, and q_len x (q_heads / kv_heads) x head_dim numbers of float32 (or float64), those
+    about 2 MiB, and q_len x (q_heads / kv_heads) x head_dim numbers of float32 (or float64), those
     of all threads together at most 64 MiB or what one key head needs; with return_dbias and a bias
     that heads or batch elements share, those of all that share it. Gradients that are summed over
     broadcast batch axes are first made in full.

@@ -378,6 +378,18 @@ Array gradient(const AttentionArgs& call, const py::object& array, int64_t heads
     return result;
 }
 
+void run(const AttentionArgs& args) {
+    require(args.out.data != nullptr, "out is missing");
+    const bool finished = without_gil([&] { return attention(args, Interrupt{signal_arrived}); });
+    if (!finished) throw py::error_already_set();
+}
+
+void run(const GradientArgs& args) {
+    const bool finished =
+        without_gil([&] { return attention_backward(args, Interrupt{signal_arrived}); });
+    if (!finished) throw py::error_already_set();
+}
+
 void differentiate(GradientArgs args, int64_t q_rows, int64_t kv_rows, const py::list& arrays) {
     AttentionArgs& call = args.call;
     require(arrays.size() == 9, "there are nine more arrays");
@@ -410,15 +422,7 @@ void differentiate(GradientArgs args, int64_t q_rows, int64_t kv_rows, const py:
          {&call.out, &call.lse, &args.grad_out, &args.dq, &args.dk, &args.dv}) {
         require(array->data != nullptr, "an array of the backward pass is missing");
     }
-    const bool finished =
-        without_gil([&] { return attention_backward(args, Interrupt{signal_arrived}); });
-    if (!finished) throw py::error_already_set();
-}
-
-void run(const AttentionArgs& args) {
-    require(args.out.data != nullptr, "out is missing");
-    const bool finished = without_gil([&] { return attention(args, Interrupt{signal_arrived}); });
-    if (!finished) throw py::error_already_set();
+    run(args);
 }
 
 void attend(FASTATTN_PARAMETERS) { run(plain(FASTATTN_ARGUMENTS)); }
@@ -463,50 +467,53 @@ Array array_of(const DLTensor& tensor, Dtype dtype) {
     return array;
 }
 
-// Attention of tensors where nothing is special: one dtype, one number of batch axes and equal
-// sizes of them, no empty axis, out like query, every last axis contiguous. The first query stands
-// at the first key. lse: None, or one as large. False: something is special, and nothing was done.
-// It runs in the caller's pool.
-bool attend_plain(py::handle query, py::handle key, py::handle value, py::handle out,
-                  py::handle lse, const std::optional<double>& scale, bool is_causal,
-                  bool grouped) {
-    std::optional<DLTensor> tensors[4];
-    std::optional<Dtype> dtype;
-    const py::handle objects[4] = {query, key, value, out};
-    for (int i = 0; i < 4; ++i) {
-        if (!(tensors[i] = tensor_of(objects[i]))) return false;
-        const DLTensor &x = *tensors[i], &q = *tensors[0];
-        if (i == 0) dtype = x.dtype();
-        if (!dtype || x.dtype() != dtype || x.ndim != q.ndim || x.ndim < 3) return false;
-        for (int axis = 0; axis < x.ndim; ++axis) {
-            if (x.shape[axis] < 1) return false;
-            if (axis < x.ndim - 3 && x.shape[axis] != q.shape[axis]) return false;
-        }
-        if (x.size(0) != q.size(0) || x.stride(0) != 1 || x.size(0) >= int64_t(1) << 31) {
-            return false;
-        }
+// The tensor, if it is as query is, but for heads and rows: of one dtype and as many axes, equal
+// ones but those, no empty one, the last contiguous.
+std::optional<DLTensor> tensor_like(py::handle object, const DLTensor& query) {
+    const std::optional<DLTensor> x = tensor_of(object);
+    if (!x || x->ndim != query.ndim || x->ndim < 3) return {};
+    if (!x->dtype() || x->dtype() != query.dtype()) return {};
+    for (int axis = 0; axis < x->ndim; ++axis) {
+        if (x->shape[axis] < 1) return {};
+        if (axis < x->ndim - 3 && x->shape[axis] != query.shape[axis]) return {};
     }
-    const DLTensor &q = *tensors[0], &k = *tensors[1], &v = *tensors[2], &o = *tensors[3];
-    if (k.size(1) != v.size(1) || k.size(2) != v.size(2)) return false;
-    if (o.size(1) != q.size(1) || o.size(2) != q.size(2)) return false;
-    if (q.size(2) % k.size(2) != 0 || (!grouped && q.size(2) != k.size(2))) return false;
+    if (x->size(0) != query.size(0) || x->size(0) >= int64_t(1) << 31) return {};
+    return x->stride(0) == 1 ? x : std::nullopt;
+}
+
+// The call that tensors make where nothing is special: they are alike as tensor_like() says, out
+// has the shape of query. The first query stands at the first key, so that every one sees a key.
+// lse: None, or one as large. Nothing: something is special.
+std::optional<AttentionArgs> call_of_tensors(py::handle query, py::handle key, py::handle value,
+                                             py::handle out, py::handle lse,
+                                             const std::optional<double>& scale, bool is_causal,
+                                             bool grouped) {
+    const std::optional<DLTensor> q = tensor_of(query);
+    if (!q || !tensor_like(query, *q)) return {};
+    const std::optional<DLTensor> k = tensor_like(key, *q), v = tensor_like(value, *q);
+    const std::optional<DLTensor> o = tensor_like(out, *q);
+    if (!k || !v || !o) return {};
+    if (k->size(1) != v->size(1) || k->size(2) != v->size(2)) return {};
+    if (o->size(1) != q->size(1) || o->size(2) != q->size(2)) return {};
+    if (q->size(2) % k->size(2) != 0 || (!grouped && q->size(2) != k->size(2))) return {};
+    const Dtype dtype = *q->dtype();
     AttentionArgs args;
-    args.batch_shape.assign(q.shape, q.shape + q.ndim - 3);
-    args.q_heads = q.size(2);
-    args.kv_heads = k.size(2);
-    args.q_len = q.size(1);
-    args.kv_len = k.size(1);
-    args.head_dim = args.value_head_dim = q.size(0);
-    args.query = array_of(q, *dtype);
-    args.key = array_of(k, *dtype);
-    args.value = array_of(v, *dtype);
-    args.out = array_of(o, *dtype);
+    args.batch_shape.assign(q->shape, q->shape + q->ndim - 3);
+    args.q_heads = q->size(2);
+    args.kv_heads = k->size(2);
+    args.q_len = q->size(1);
+    args.kv_len = k->size(1);
+    args.head_dim = args.value_head_dim = q->size(0);
+    args.query = array_of(*q, dtype);
+    args.key = array_of(*k, dtype);
+    args.value = array_of(*v, dtype);
+    args.out = array_of(*o, dtype);
     if (!lse.is_none()) {
-        std::optional<DLTensor> sums = tensor_of(lse);
-        const Dtype wide = *dtype == Dtype::kFloat64 ? *dtype : Dtype::kFloat32;
-        if (!sums || sums->dtype() != wide || sums->ndim != q.ndim - 1 ||
-            !std::equal(q.shape, q.shape + q.ndim - 1, sums->shape)) {
-            return false;
+        const std::optional<DLTensor> sums = tensor_of(lse);
+        const Dtype wide = dtype == Dtype::kFloat64 ? dtype : Dtype::kFloat32;
+        if (!sums || sums->dtype() != wide || sums->ndim != q->ndim - 1 ||
+            !std::equal(q->shape, q->shape + q->ndim - 1, sums->shape)) {
+            return {};
         }
         args.lse.dtype = wide;
         args.lse.data = static_cast<char*>(sums->data) + sums->byte_offset;
@@ -516,6 +523,43 @@ bool attend_plain(py::handle query, py::handle key, py::handle value, py::handle
     }
     args.scale = scale.value_or(1 / std::sqrt(double(args.head_dim)));
     if (is_causal) args.right = 0;
+    return args;
+}
+
+// False: something is special, and nothing was done. It runs in the caller's pool.
+bool attend_plain(py::handle query, py::handle key, py::handle value, py::handle out,
+                  py::handle lse, const std::optional<double>& scale, bool is_causal,
+                  bool grouped) {
+    const auto args = call_of_tensors(query, key, value, out, lse, scale, is_causal, grouped);
+    if (!args) return false;
+    const PoolOfCaller here;
+    run(*args);
+    return true;
+}
+
+// Likewise, for the gradients of such a call, of as many heads as may be; dq, dk and dv have the
+// shapes of query, key and value and need not be zeros: no row of them is left out.
+bool attend_plain_backward(py::handle grad_out, py::handle query, py::handle key, py::handle value,
+                           py::handle out, py::handle lse, py::handle dq, py::handle dk,
+                           py::handle dv, const std::optional<double>& scale, bool is_causal) {
+    auto call = call_of_tensors(query, key, value, out, lse, scale, is_causal, true);
+    if (!call || call->lse.data == nullptr) return false;
+    GradientArgs args;
+    args.call = std::move(*call);
+    const DLTensor q = *tensor_of(query);
+    const auto fill = [&](Array& array, py::handle object, int64_t heads, int64_t rows) {
+        const std::optional<DLTensor> x = tensor_like(object, q);
+        if (!x || x->size(2) != heads || x->size(1) != rows) return false;
+        array = array_of(*x, args.call.query.dtype);
+        return true;
+    };
+    const int64_t q_heads = args.call.q_heads, kv_heads = args.call.kv_heads;
+    if (!fill(args.grad_out, grad_out, q_heads, args.call.q_len) ||
+        !fill(args.dq, dq, q_heads, args.call.q_len) ||
+        !fill(args.dk, dk, kv_heads, args.call.kv_len) ||
+        !fill(args.dv, dv, kv_heads, args.call.kv_len)) {
+        return false;
+    }
     const PoolOfCaller here;
     run(args);
     return true;
@@ -563,6 +607,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not
     m.def("attention_backward", attend_backward);
     m.def("varlen_attention_backward", attend_packed_backward);
     m.def("attend_plain", attend_plain);
+    m.def("attend_plain_backward", attend_plain_backward);
     m.def("explain", explain);
     m.def("isa", isa);
     m.def("isas", isas);

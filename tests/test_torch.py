@@ -241,6 +241,26 @@ def test_gradients_are_torchs(mask, dtype):
         torch.testing.assert_close(our.double(), their, rtol=eps, atol=eps * their.abs().max())
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("lengths", [(5, 700), (700, 5), (300, 700)], ids=str)
+def test_plain_gradients_leave_no_row_as_it_was(lengths, kv_heads, is_causal):
+    """Where nothing is special, the kernel writes into memory that nobody has cleared."""
+    leaves = operands(*lengths, kv_heads=kv_heads, grad=True)
+    options = {"is_causal": is_causal, "query_offset": 0 if is_causal else None}
+    out = ft.attention(*leaves, **options)
+    grad = rand(*out.shape)
+    expected = torch.autograd.grad(
+        EXACT(*leaves, is_causal=is_causal, enable_gqa=True), leaves, grad
+    )
+    for given in (grad, grad.mT.contiguous().mT):
+        dirty = [torch.full_like(x, torch.nan) for x in leaves for _ in range(2)]
+        del dirty
+        ours = torch.autograd.grad(out, leaves, given, retain_graph=True)
+        for our, their in zip(ours, expected, strict=True):
+            torch.testing.assert_close(our, their, rtol=1e-12, atol=1e-12)
+
+
 GRADIENTS = {
     "plain": {},
     "causal": {"is_causal": True, "query_offset": 2},
@@ -314,7 +334,8 @@ def test_derivatives_that_are_not_there():
 
 def test_an_exception_inside_backward_leaves_torch_usable(monkeypatch):
     query, key, value = operands(grad=True)
-    out = ft.scaled_dot_product_attention(query, key, value)
+    mask = rand(5, 7)
+    out = ft.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
     def fail(*arrays, **options):
         raise MemoryError("none left")
@@ -324,48 +345,49 @@ def test_an_exception_inside_backward_leaves_torch_usable(monkeypatch):
         with pytest.raises(MemoryError, match="none left"):
             out.sum().backward(retain_graph=True)
     out.sum().backward()
-    expected = torch.autograd.grad(EXACT(query, key, value).sum(), (query, key, value))
+    expected = torch.autograd.grad(
+        EXACT(query, key, value, attn_mask=mask).sum(), (query, key, value)
+    )
     for leaf, grad in zip((query, key, value), expected, strict=True):
         close(leaf.grad, grad)
 
 
-def test_dropout_draws_from_torchs_generator():
-    query, key, value = operands(grad=True)
-    options = {"dropout_p": 0.3}
-    torch.manual_seed(1)
-    first = ft.scaled_dot_product_attention(query, key, value, **options)
-    second = ft.scaled_dot_product_attention(query, key, value, **options)
-    assert not torch.equal(first, second)
-    torch.manual_seed(1)
-    again = ft.scaled_dot_product_attention(query, key, value, **options)
-    assert torch.equal(again, first)
-    torch.manual_seed(1)
-    seed = int(torch.randint(2**63 - 1, ()))
-    kept = fastattn.dropout_mask(query.detach(), key.detach(), **options, seed=seed)
-    weights = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, -1)
-    expected = (weights * torch.from_numpy(kept) / 0.7) @ value
-    close(first, expected)
-    leaves = (query, key, value)
-    for grad, exact in zip(
-        torch.autograd.grad(first.square().sum(), leaves),
-        torch.autograd.grad(expected.square().sum(), leaves),
-        strict=True,
-    ):
-        close(grad, exact)
+# Dropout.
 
 
-def test_dropout_under_patch():
-    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.1, batch_first=True).double()
-    x = rand(3, 6, 16)
-    with ft.patch() as p:
+def plain_with_dropout(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False):
+    """Compute torch's formula with the pairs that ours drops under torch's generator as it is."""
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    probs = scores.softmax(-1)
+    if dropout_p > 0:
+        seed = int(torch.randint(2**63 - 1, ()))
+        pairs = (query.detach(), key.detach())
+        kept = fastattn.dropout_mask(*pairs, dropout_p=dropout_p, seed=seed)
+        probs = probs * torch.as_tensor(kept).to(probs.dtype) / (1 - dropout_p)
+    return probs @ value
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": rand(5, 7)}], ids=str)
+def test_dropout(options):
+    leaves = operands(grad=True)
+    grad = rand(2, 4, 5, 8)
+    results = []
+    for call in (ft.scaled_dot_product_attention, plain_with_dropout):
         torch.manual_seed(1)
-        first = layer(x)
-        torch.manual_seed(1)
-        second = layer(x)
-        assert p.report() == {"active": True, "answered": 2, "left": {}}
-    assert torch.equal(first, second)
-    torch.manual_seed(2)
-    assert not torch.equal(layer(x), first)
+        for _ in range(2):  # two draws
+            out = call(*leaves, dropout_p=0.3, **options)
+            results.append((out, *torch.autograd.grad(out, leaves, grad)))
+    for ours, theirs in zip(results[:2], results[2:], strict=True):
+        for our, their in zip(ours, theirs, strict=True):
+            close(our, their)
+    assert not torch.allclose(results[0][0], results[1][0])
+    assert not ft.scaled_dot_product_attention(*leaves, dropout_p=1.0, **options).any()
 
 
 # Packed sequences.
@@ -472,25 +494,30 @@ def test_errors_of_packed_sequences():
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()
-    yield
+    with torch.compiler.config.patch(force_disable_caches=True):  # of an operator that has changed
+        yield
     torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_dropout(fresh_compiler):
-    query, key, value = operands(grad=True)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_dropout_compiled(backend, fresh_compiler):
+    @torch.compile(fullgraph=True, backend=backend)
+    def attend(query, key, value):
+        return ft.scaled_dot_product_attention(query, key, value, dropout_p=0.4)
 
-    @torch.compile(fullgraph=True)
-    def dropped(query, key, value):
-        return ft.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
-
-    results = []
+    leaves = operands(grad=True)
+    value, weight = leaves[2], rand(2, 4, 5, 8)
+    outs = []
     for state in (1, 1, 2):
         torch.manual_seed(state)
-        out = dropped(query, key, value)
-        results.append((out, *torch.autograd.grad(out.sum(), (query, key, value))))
-    assert all(map(torch.equal, results[0], results[1]))
-    assert not torch.equal(results[0][0], results[2][0])
+        outs.append(attend(*leaves))
+        # The result is linear in value: so backward drops the same pairs.
+        (grad,) = torch.autograd.grad(outs[-1], value, weight)
+        assert torch.allclose((grad * value).sum(), (outs[-1] * weight).sum(), rtol=1e-12)
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.allclose(outs[0], outs[2])
+    assert not torch.allclose(outs[0], attend(*leaves))
 
 
 def everything(query, key, value, bias, sinks):
@@ -635,10 +662,15 @@ def test_opcheck(grad):
     torch.library.opcheck(torch.ops.fastattn.attention.default, (*leaves, *some, *numbers))
     out, lse = ft.attention(*leaves, return_lse=True)
     saved = [x.detach() for x in (out, *leaves, out, lse)]
-    torch.library.opcheck(
-        torch.ops.fastattn.attention_backward.default,
-        (*saved, None, *[None] * 9, *plain, False, False),
-    )
+    for tensors in (
+        saved,
+        [x.mT.contiguous().mT for x in saved],
+        [x.transpose(0, 1).contiguous().transpose(0, 1) for x in saved],
+    ):
+        torch.library.opcheck(
+            torch.ops.fastattn.attention_backward.default,
+            (*tensors, None, *[None] * 9, *plain, False, False),
+        )
 
 
 # patch.
@@ -787,9 +819,9 @@ MODULES = (
 )
 
 
-def modules():
+def modules(dropout=0.0):
     torch.manual_seed(0)
-    options = {"batch_first": True, "dropout": 0.0}
+    options = {"batch_first": True, "dropout": dropout}
     x, y = rand(3, 6, 16, dtype=torch.float32), rand(3, 4, 16, dtype=torch.float32)
     padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2, [False] * 5 + [True]])
     causal = torch.nn.Transformer.generate_square_subsequent_mask(6)
@@ -830,6 +862,73 @@ def test_modules(name, training):
     expected.sum().backward()
     for grad, parameter in zip(ours, module.parameters(), strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_with_dropout(name, monkeypatch):
+    """Every dropout of a module in training draws what it would beside the plain formula."""
+    module, forward, calls = modules(dropout=0.1)[name]
+
+    def run():
+        torch.manual_seed(3)
+        module.zero_grad()
+        out = forward()
+        out.sin().sum().backward()
+        return [out.detach(), *(x.grad.clone() for x in module.parameters())]
+
+    with ft.patch() as p:
+        ours, again = run(), run()
+        assert p.report() == {"active": True, "answered": 2 * calls, "left": {}}
+    assert all(map(torch.equal, ours, again))
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "scaled_dot_product_attention", plain_with_dropout)
+        theirs = run()
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
+    module.eval()
+    with ft.patch() as p:
+        ours = forward()
+        assert p.report()["answered"] == calls
+    torch.testing.assert_close(ours, forward(), rtol=1e-5, atol=1e-5)
+
+
+class Layer(torch.nn.Module):
+    """A layer that calls ours by name."""
+
+    def __init__(self, dropout_p):
+        super().__init__()
+        self.project, self.dropout_p = torch.nn.Linear(16, 48), dropout_p
+
+    def forward(self, x, starts):
+        query, key, value = self.project(x).unflatten(-1, (3, 4, 4)).unbind(-3)
+        heads_first = [y.transpose(1, 2) for y in (query, key, value)]
+        out = ft.scaled_dot_product_attention(*heads_first, None, self.dropout_p, is_causal=True)
+        out = out + ft.attention(*heads_first, window=(2, 0))
+        rows = [y.flatten(0, 1) for y in (query, key, value)]
+        packed = ft.varlen_attention(*rows, starts, starts).unflatten(0, x.shape[:2])
+        return (out.transpose(1, 2) + packed).flatten(-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_compile_of_a_module(dropout_p, fresh_compiler):
+    torch.manual_seed(0)
+    layer = Layer(dropout_p)
+    x, starts = rand(2, 6, 16, dtype=torch.float32), torch.tensor([0, 5, 12])
+    explained = torch._dynamo.explain(layer)(x, starts)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+    torch._dynamo.reset()
+    results = []
+    for module in (layer, torch.compile(layer, fullgraph=True)):
+        torch.manual_seed(1)
+        out = module(x, starts)
+        out.sin().sum().backward()
+        results.append([out, *(y.grad.clone() for y in layer.parameters())])
+        layer.zero_grad()
+    if dropout_p == 0:  # else inductor draws another seed
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

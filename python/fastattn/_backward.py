@@ -170,17 +170,19 @@ kv_lengths, dropout_p, seed
     dbias = np.zeros(given_bias.shape, wide) if return_dbias else None
     one_column = dbias is not None and dbias.shape[-1:] in ((), (1,)) and known.kv_len > 1
     delta = np.zeros(known.lse_shape, wide) if one_column or return_dsinks else None
-    batch_shape = () if starts else known.batch_shape
     inputs = [_heads_first(x, starts) for x in (query, key, value)]
-    dq, dk, dv = (np.zeros(batch_shape + x.shape[-3:], x.dtype) for x in inputs)
+    wholes = [
+        np.zeros(packed.shape if starts else known.batch_shape + x.shape[-3:], x.dtype)
+        for packed, x in zip((query, key, value), inputs, strict=True)
+    ]
+    dq, dk, dv = (_heads_first(x, starts) for x in wholes)
     arrays = [_heads_first(out, starts), lse, _heads_first(grad_out, starts), grad_lse]
     arrays += [dq, dk, dv, None if one_column else dbias, delta]
     if known.has_pairs and dq.size + dv.size:
         call: Any = _core.varlen_attention_backward if starts else _core.attention_backward
         call(*inputs, None, None, known.batch_shape, *arguments, *starts, arrays)
     grads: list[Array] = []
-    for full, x in zip((dq, dk, dv), (query, key, value), strict=True):
-        whole = full.swapaxes(0, 1) if starts else full
+    for whole, x in zip(wholes, (query, key, value), strict=True):
         grads.append(_summed_to(whole, x.shape, x.dtype))
     of_sinks = (
         _share_of_sinks(lse, given_sinks if sinks is not None else None) * delta

@@ -92,6 +92,8 @@ def attention_backward(
     softcap: float,
     left: int,
     right: int,
+    dropout_p: float,
+    seed: int,
     arrays: list[NDArray[Any] | None],
     /,
 ) -> None: ...
@@ -112,6 +114,8 @@ def varlen_attention_backward(
     softcap: float,
     left: int,
     right: int,
+    dropout_p: float,
+    seed: int,
     q_starts: NDArray[Any],
     kv_starts: NDArray[Any],
     arrays: list[NDArray[Any] | None],
@@ -126,6 +130,20 @@ def attend_plain(
     scale: float | None,
     is_causal: bool,
     grouped: bool,
+    /,
+) -> bool: ...
+def attend_plain_backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    dq: Any,
+    dk: Any,
+    dv: Any,
+    scale: float | None,
+    is_causal: bool,
     /,
 ) -> bool: ...
 def explain(

@@ -21,9 +21,9 @@ except ImportError as error:
 
 import fastattn
 import fastattn.torch
-from fastattn import _core
 from fastattn._arrays import as_numpy
 from fastattn.torch._attention import drawn_seed
+from fastattn.torch._kernel import pool_of_caller
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -461,11 +461,8 @@ def flash_attn_with_kvcache(
             paged = fastattn.PagedKVCache.from_pages(
                 as_numpy("k_cache", key), as_numpy("v_cache", value), table.numpy(), ends.numpy()
             )
-            _core.use_pool_of_caller(True)
-            try:
+            with pool_of_caller:
                 out, lse = paged.attend(query, **options, return_lse=True)
-            finally:
-                _core.use_pool_of_caller(False)
         else:
             options |= {"kv_lengths": ends, "query_offset": ends - q.shape[1]}
             if cache_batch_idx is None and len(key) == batch:

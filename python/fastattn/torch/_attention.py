@@ -113,8 +113,7 @@ def quickly(
         return _kernel.plain(query, key, value, None, scale, is_causal, enable_gqa)
     if not query.shape == key.shape == value.shape:
         return None
-    options = (*_kernel.NO_TENSORS, scale, is_causal, *_kernel.NO_NUMBERS)
-    return _Attention.apply(query, key, value, None, None, options, False)[0]
+    return _PlainAttention.apply(query, key, value, scale, is_causal)
 
 
 def _called_as_torch(
@@ -477,6 +476,28 @@ class _Attention(torch.autograd.Function):
         compute = _Gradients.apply if torch.is_grad_enabled() else _kernel.backward
         grads = compute(grad_out, query, key, value, out, lse, grad_lse, options, *wanted)
         return *grads, None, None
+
+
+class _PlainAttention(torch.autograd.Function):
+    """Likewise, where nothing is special: what a small call spends counts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None, is_causal: bool
+    ) -> Tensor:
+        out, lse = _kernel.forward(query, key, value, _kernel.plain_options(scale, is_causal), True)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scale, ctx.is_causal = scale, is_causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        options = _kernel.plain_options(ctx.scale, ctx.is_causal)
+        compute = _Gradients.apply if torch.is_grad_enabled() else _kernel.backward
+        saved = (query, key, value, out, lse)
+        dq, dk, dv, *_ = compute(grad_out, *saved, None, options, False, False)
+        return dq, dk, dv, None, None
 
 
 class _Gradients(torch.autograd.Function):

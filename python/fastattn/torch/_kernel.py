@@ -24,10 +24,26 @@ Options = tuple[Any, ...]
 MAY_BE_TENSORS = 9
 STARTS = slice(7, 9)
 STARTS_NAMES = ("cu_seqlens_q", "cu_seqlens_kv")
-NO_TENSORS = (None,) * MAY_BE_TENSORS
-NO_NUMBERS = (False, None, None, None, 0.0)  # but scale and is_causal
 calls: Any = fastattn  # with arguments in a dict
 SEEDS = 2**64
+
+
+class _PoolOfCaller:
+    """Calls inside a with statement run in the calling thread's pool."""
+
+    def __enter__(self) -> None:
+        _core.use_pool_of_caller(True)
+
+    def __exit__(self, *error: object) -> None:
+        _core.use_pool_of_caller(False)
+
+
+pool_of_caller = _PoolOfCaller()
+
+
+def plain_options(scale: float | None, is_causal: bool) -> Options:
+    """Return the options of a call that has no others."""
+    return (*(None,) * MAY_BE_TENSORS, scale, is_causal, False, None, None, None, 0.0)
 
 
 def split(options: Options) -> tuple[list[Tensor | None], Options]:
@@ -79,16 +95,13 @@ def forward(
     if query.stride(-1) != 1:
         query = query.contiguous()
     out = result_like(query, known.out_shape)
-    _core.use_pool_of_caller(True)
-    try:
+    with pool_of_caller:
         results = call(
             *arrays,
             **keywords,
             return_lse=return_lse,
             out=array_of("out", out) if out.numel() else None,
         )
-    finally:
-        _core.use_pool_of_caller(False)
     return out, tensor_of(results[1]) if return_lse else None
 
 
@@ -127,9 +140,13 @@ def backward(
     wants_dsinks: bool,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients by query, key, value, bias and sinks; None for what is not wanted."""
+    if grad_lse is None and _is_plain(options, query, key):
+        scale, is_causal = options[MAY_BE_TENSORS : MAY_BE_TENSORS + 2]
+        grads = plain_backward(grad_out, query, key, value, out, lse, scale, is_causal)
+        if grads is not None:
+            return *grads, None, None
     named = {"grad_out": grad_out, "query": query, "key": key, "value": value, "out": out}
-    _core.use_pool_of_caller(True)
-    try:
+    with pool_of_caller:
         dq, dk, dv, *rest = map(
             tensor_of,
             calls.attention_backward(
@@ -141,10 +158,28 @@ def backward(
                 **_keywords(options),
             ),
         )
-    finally:
-        _core.use_pool_of_caller(False)
     dsinks = rest.pop().to(options[2].dtype) if wants_dsinks else None
     return dq, dk, dv, rest.pop() if wants_dbias else None, dsinks
+
+
+def plain_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float | None,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the gradients by query, key and value of what `plain` computes; None likewise."""
+    if grad_out.is_neg() or query.is_neg() or key.is_neg() or value.is_neg():
+        return None
+    if grad_out.stride(-1) != 1:  # of a sum, say: one number, repeated
+        grad_out = grad_out.contiguous()
+    grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    call = (grad_out, query, key, value, out, lse, *grads, scale, is_causal)
+    return grads if _core.attend_plain_backward(*call) else None
 
 
 def _is_plain(options: Options, query: Tensor, key: Tensor) -> bool:

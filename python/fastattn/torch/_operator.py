@@ -77,7 +77,7 @@ def _backward(
         wants_dbias,
         wants_dsinks,
     )
-    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
 # What the operators return, without their values.
@@ -114,12 +114,8 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     *rest, wants_dbias, wants_dsinks = options
     bias, sinks = rest[1:3]
-    first = 1 if _kernel.is_packed(tuple(rest)) else 0  # packed ones are made heads first
-    inputs = (x.transpose(0, first) for x in (query, key, value))
-    grads = [x.new_empty(x.shape).transpose(0, first) for x in inputs]
-    others = (bias if wants_dbias else None, sinks if wants_dsinks else None)
-    grads += [query.new_empty(0) if x is None else x.new_empty(x.shape) for x in others]
-    return tuple(grads)
+    wanted = (query, key, value, bias if wants_dbias else None, sinks if wants_dsinks else None)
+    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
 
 
 # Autograd.

@@ -168,6 +168,25 @@ class Backward {
     void start_turns() {
         for (size_t i = 0; i < slots_ * size_t(most_strips_); ++i) turns_[i] = 0;
         for (size_t i = 0; i < groups_.size(); ++i) done_[i] = 0;
+        clear_dbias();
+    }
+
+    void clear_dbias() const {
+        if (args_.dbias.data == nullptr) return;
+        const bool wide = args_.dbias.dtype == Dtype::kFloat64;
+        for (const Head& head : heads_) {
+            const Sequence& s = head.sequence;
+            for (int64_t r = 0; r < s.q_len * call_.group; ++r) {
+                const int64_t q_head = head.kv_head * call_.group + r % call_.group;
+                void* const row =
+                    call_.at(args_.dbias, s.batch, q_head, s.q_start + r / call_.group);
+                for (int64_t j = 0; j < s.kv_len; ++j) {
+                    const int64_t at = j * args_.dbias.col_stride;
+                    wide ? void(static_cast<double*>(row)[at] = 0)
+                         : void(static_cast<float*>(row)[at] = 0);
+                }
+            }
+        }
     }
 
     // False: the call is to stop.

@@ -95,6 +95,7 @@ class Differentiation {
     T* staging;                    // of a mask, or keys to use instead
     T *offset, *correction;        // (strip) P = exp2(S - offset), dS = P (dP - correction)
     T *lse_offset, *lse_gradient;  // (strip) and + exp2(S - lse_offset) lse_gradient, if adds_lse
+    T* row_delta;                  // (strip) sum(out * grad_out)
     Tile* tiles;
 
     bool adds_lse = false;
@@ -120,7 +121,7 @@ class Differentiation {
           key_pitch(padded(head_dim)),
           value_pitch(padded(value_head_dim)),
           key_count(b.end - b.begin) {
-        const int64_t even = key_count + key_count % 2, tile_count = padded_tiles();
+        const int64_t even = key_count + key_count % 2, tiles_here = tile_count();
         Pieces pieces(block.scratch);
         take_rows(query, head_dim, pieces);
         take_rows(grad_out, value_head_dim, pieces);
@@ -141,14 +142,15 @@ class Differentiation {
         correction = pieces.take<T>(strip);
         lse_offset = pieces.take<T>(strip);
         lse_gradient = pieces.take<T>(strip);
-        tiles = pieces.take<Tile>(tile_count);
+        row_delta = pieces.take<T>(strip);
+        tiles = pieces.take<Tile>(tiles_here);
         if (bytes != nullptr) *bytes = pieces.used;
     }
 
     void begin_keys() {
         clear(dk, key_count * key_pitch);
         clear(dv, key_count * value_pitch);
-        for (int64_t t = 0; t < padded_tiles(); ++t) tiles[t].looked = false;
+        for (int64_t t = 0; t < tile_count(); ++t) tiles[t].looked = false;
         if constexpr (InPairs) {
             const BFloat16* const key = at<BFloat16>(block.key, all.begin);
             for (int64_t j = 0; j < key_count; j += 2) {
@@ -168,13 +170,13 @@ class Differentiation {
 
     void differentiate() {
         load_rows();
-        for (int64_t t = 0; t < padded_tiles(); ++t) {
+        for (int64_t t = 0; t < tile_count(); ++t) {
             tiles[t].hides = false;
             for (Span& keys : tiles[t].keys) keys = {0, 0};
         }
         each_panel([&]<int Columns>(int index, const Block& rows) {
             const ScorePasses<T, Columns> passes(rows);
-            for (int64_t t = 0; t < padded_tiles(); ++t) {
+            for (int64_t t = 0; t < tile_count(); ++t) {
                 const int64_t tile = all.begin + t * kKeyTile;
                 Span keys = passes.span(tile);
                 if (keys.size() <= 0) continue;
@@ -185,12 +187,18 @@ class Differentiation {
                 differentiate<Columns>(index, passes, keys, seen);
             }
         });
-        for (int64_t t = 0; t < padded_tiles(); ++t) add_key_sums(tiles[t]);
+        for (int64_t t = 0; t < tile_count(); ++t) add_key_sums(tiles[t]);
     }
 
     void add_query_sums(bool first) {
-        if (first) clear(static_cast<T*>(all.query_sums), head_dim * strip);
-        for (int64_t t = 0; t < padded_tiles(); ++t) {
+        if (first) {
+            clear(static_cast<T*>(all.query_sums), head_dim * strip);
+            for (int i = 0; i < block.row_count; ++i) {
+                void* const to = all.gradients[i].delta;
+                if (to != nullptr) *static_cast<T*>(to) = row_delta[i];
+            }
+        }
+        for (int64_t t = 0; t < tile_count(); ++t) {
             int64_t stride = key_stride();
             const Element* const key = keys_to_sum(t, stride);
             each_panel([&]<int Columns>(int index, const Block&) {
@@ -216,7 +224,7 @@ class Differentiation {
     }
 
    private:
-    int64_t padded_tiles() const { return (key_count + kKeyTile - 1) / kKeyTile; }
+    int64_t tile_count() const { return (key_count + kKeyTile - 1) / kKeyTile; }
 
     static void take_rows(Rows& rows, int64_t columns, Pieces& pieces) {
         rows.words = columns / size;
@@ -257,7 +265,7 @@ class Differentiation {
                 copy_row(from, head_dim, query, i);
                 copy_row(gradient, value_head_dim, grad_out, i);
                 const T delta = dot(static_cast<const From*>(row.out), gradient, value_head_dim);
-                if (more.delta != nullptr) *static_cast<T*>(more.delta) = delta;
+                row_delta[i] = delta;
                 set_constants(i, delta);
             }
             for (int i = block.row_count; i < rows_in_vectors(); ++i) {
@@ -428,7 +436,9 @@ class Differentiation {
         if (all.gradients[0].dbias != nullptr) add_dbias<Columns>(index, keys);
         if (block.softcap != 0) {
             for (int64_t i = 0; i < keys.size() * Columns * lanes; i += lanes) {
-                (V::load(dprobs + i) * V::load(cap_slope + i)).store(dprobs + i);
+                // The slope of a hidden pair may be NaN; its dS is 0.
+                const V ds = V::load(dprobs + i), zero = T(0);
+                select<T>(ds == zero, zero, ds * V::load(cap_slope + i)).store(dprobs + i);
             }
         }
         store_tile<Columns>(index, keys, [&](int64_t at, int, V& p, V& ds) {

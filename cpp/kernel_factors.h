@@ -2,7 +2,7 @@
 //
 // What the two products of attention multiply: numbers of the arithmetic, or pairs of bfloat16,
 // where there is an instruction that adds the products of two pairs to a float. Called by
-// kernel.cpp and kernel_few.h.
+// kernel.cpp, kernel_few.h and kernel_backward.h.
 #pragma once
 
 #include "elements.h"

@@ -283,12 +283,13 @@ def test_strides_change_no_bit(dtype):
 
 @every_dtype
 @pytest.mark.parametrize("poison", [np.nan, INF], ids=str)
-def test_poison_of_pairs_that_are_hidden(poison, dtype):
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_poison_of_pairs_that_are_hidden(softcap, poison, dtype):
     operands = make_problem(110, 300, 16, heads=2, dtype=dtype)
     mask = np.zeros((110, 300), bool)
     mask[3:, 5:] = np.random.default_rng(0).random((107, 295)) < 0.5  # rows 0-2, keys 0-4: none
     mask[50] = False
-    options = {"mask": mask}
+    options = {"mask": mask, "softcap": softcap}
     expected = grads_of(operands, options)
     query, key, value = (x.copy() for x in operands)
     query[:, [0, 50]] = poison
@@ -307,6 +308,30 @@ def test_poison_of_pairs_that_are_hidden(poison, dtype):
     for grad, clean in ((dk, expected[1]), (dv, expected[2])):
         assert_array_equal(np.isnan(grad.astype(np.float32)).all(-1), np.stack([touched] * 2))
         assert_same_bits(grad[:, ~touched], clean[:, ~touched])
+
+
+@every_dtype
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_poison_behind_the_length(softcap, dtype):
+    operands = make_problem(110, 300, 16, heads=2, dtype=dtype)
+    options = {"kv_lengths": 290, "softcap": softcap}
+    expected = grads_of(operands, options)
+    key, value = (x.copy() for x in operands[1:])
+    key[:, 290:] = value[:, 290:] = np.nan
+    assert_same_bits(grads_of((operands[0], key, value), options), expected)
+
+
+def test_a_poisoned_gradient_of_a_row_that_sees_nothing():
+    operands = make_problem(60, 140, 16, heads=2)
+    mask = np.ones((60, 140), bool)
+    mask[3] = False
+    options = {"mask": mask, "sinks": np.ones(2, np.float32)}
+    out, lse = attention(*operands, return_lse=True, **options)
+    grad_out = np.ones_like(out)
+    expected = attention_backward(grad_out, *operands, out, lse, return_dsinks=True, **options)
+    grad_out[:, 3] = np.nan
+    again = attention_backward(grad_out, *operands, out, lse, return_dsinks=True, **options)
+    assert_same_bits(again, expected)
 
 
 @every_dtype

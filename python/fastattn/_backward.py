@@ -184,11 +184,10 @@ kv_lengths, dropout_p, seed
     grads: list[Array] = []
     for whole, x in zip(wholes, (query, key, value), strict=True):
         grads.append(_summed_to(whole, x.shape, x.dtype))
-    of_sinks = (
-        _share_of_sinks(lse, given_sinks if sinks is not None else None) * delta
-        if delta is not None
-        else None
-    )
+    of_sinks = None
+    if delta is not None:
+        share = _share_of_sinks(lse, given_sinks if sinks is not None else None)
+        of_sinks = np.where(lse == -np.inf, 0, share * delta)
     if dbias is not None:
         if one_column and of_sinks is not None:  # a row's sum needs no scores
             of_rows = of_sinks if grad_lse is None else of_sinks + grad_lse

@@ -170,7 +170,9 @@ void Call::set_rows(Row* rows, int count, const Sequence& s, int64_t kv_head, in
 }
 
 Memory allocate(size_t bytes) {
-    void* const memory = std::aligned_alloc(kScratchAlignment, std::max(bytes, kScratchAlignment));
+    // A whole number of alignments, which aligned_alloc may insist on.
+    const size_t whole = rounded(std::max<size_t>(bytes, 1));
+    void* const memory = std::aligned_alloc(kScratchAlignment, whole);
     if (memory == nullptr) throw std::bad_alloc();
     return Memory(static_cast<char*>(memory), &std::free);
 }

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What a call looks like to the kernel: its sequences, the keys that each query may see, and where
-// its rows lie in memory. Used by attention.cpp, decode.cpp and
-// backward.cpp.
+// its rows lie in memory. Used by attention.cpp, decode.cpp and backward.cpp.
 #pragma once
 
 #include <memory>

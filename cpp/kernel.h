@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The table that every instruction-set variant fills: one block of query rows against all the keys
-// that they see. attention.cpp, decode.cpp,
-// backward.cpp and limits.cpp call through it; kernel.cpp fills it,
-// once per variant.
+// that they see. attention.cpp, decode.cpp, backward.cpp and limits.cpp call through it; kernel.cpp
+// fills it, once per variant.
 //
 // Rules for code that is compiled with instruction-set flags (kernel.cpp, kernel_*.h, vec*.h). An
 // inline function that is compiled twice with different flags is merged by the linker, and an old
@@ -48,7 +47,7 @@ struct Dropout {
     double scale = 1;
 };
 
-// Asked once per key tile, or strip of rows; true: stop, the result is not wanted any more.
+// Asked once per key tile; true: stop, the result is not wanted any more.
 struct Stop {
     bool (*requested)(void* context);
     void* context;

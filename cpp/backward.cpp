@@ -6,11 +6,12 @@
 // depends on no schedule; items start in that order, and a strip behind the one before it, none has
 // to wait. Called by src/bindings.cpp; calls the kernel's table (kernel.h) through parallel_for.
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <map>
-#include <utility>
 #include <vector>
 
 #include "call.h"
@@ -66,11 +67,10 @@ class Backward {
         turns_ = turns.data();
         done_ = done.data();
         sums_ = sums.get();
-        bool begun = false;
         return parallel_for(int64_t(items_.size()), threads_, interrupt,
                             [&](int64_t index, int worker, const Stop& stop) {
                                 // A forked child begins again, alone.
-                                if (index == 0 && std::exchange(begun, true)) start_turns();
+                                if (index == 0 && getpid() != process_) begin_again();
                                 char* const memory =
                                     scratch.get() + size_t(worker) * scratch_bytes_;
                                 differentiate(items_[size_t(index)], memory, stop);
@@ -105,7 +105,7 @@ class Backward {
                 size_t index = groups_.size();
                 if (args_.dbias.data != nullptr) {
                     const void* const bias =
-                        call_.at(args_.dbias, batch, kv_head * call_.group, sequence.q_start);
+                        call_.rows(args_.dbias, batch).at(kv_head * call_.group, sequence.q_start);
                     index =
                         of_bias.try_emplace(static_cast<const char*>(bias), index).first->second;
                 }
@@ -165,27 +165,21 @@ class Backward {
         }
     }
 
-    void start_turns() {
+    void begin_again() {
         for (size_t i = 0; i < slots_ * size_t(most_strips_); ++i) turns_[i] = 0;
         for (size_t i = 0; i < groups_.size(); ++i) done_[i] = 0;
-        clear_dbias();
-    }
-
-    void clear_dbias() const {
-        if (args_.dbias.data == nullptr) return;
-        const bool wide = args_.dbias.dtype == Dtype::kFloat64;
+        if (args_.dbias.data == nullptr) return;  // the one result that is added to
+        const int64_t bytes = args_.dbias.dtype == Dtype::kFloat64 ? 8 : 4;
         for (const Head& head : heads_) {
             const Sequence& s = head.sequence;
-            for (int64_t r = 0; r < s.q_len * call_.group; ++r) {
-                const int64_t q_head = head.kv_head * call_.group + r % call_.group;
-                void* const row =
-                    call_.at(args_.dbias, s.batch, q_head, s.q_start + r / call_.group);
-                for (int64_t j = 0; j < s.kv_len; ++j) {
-                    const int64_t at = j * args_.dbias.col_stride;
-                    wide ? void(static_cast<double*>(row)[at] = 0)
-                         : void(static_cast<float*>(row)[at] = 0);
+            const Call::Rows dbias = call_.rows(args_.dbias, s.batch);
+            const int64_t count = s.q_len * call_.group;
+            call_.each_row(count, head.kv_head, 0, [&](int64_t, int64_t q_head, int64_t i) {
+                char* const row = static_cast<char*>(dbias.at(q_head, s.q_start + i));
+                for (int64_t key = 0; key < s.kv_len; ++key) {
+                    std::memset(row + key * args_.dbias.col_stride * bytes, 0, size_t(bytes));
                 }
-            }
+            });
         }
     }
 
@@ -233,9 +227,9 @@ class Backward {
         block.gradients = more;
         block.begin = item.block * block_keys_;
         block.end = std::min(block.begin + block_keys_, sequence.kv_len);
-        block.dk = {call_.at(args_.dk, sequence.batch, head.kv_head, sequence.kv_start),
+        block.dk = {call_.rows(args_.dk, sequence.batch).at(head.kv_head, sequence.kv_start),
                     args_.dk.row_stride, 0};
-        block.dv = {call_.at(args_.dv, sequence.batch, head.kv_head, sequence.kv_start),
+        block.dv = {call_.rows(args_.dv, sequence.batch).at(head.kv_head, sequence.kv_start),
                     args_.dv.row_stride, 0};
         block.dbias_stride = args_.dbias.col_stride;
         functions_.begin_keys(block);
@@ -268,23 +262,24 @@ class Backward {
         return true;
     }
 
-    void set_more(GradientRow* rows, int count, const Sequence& s, int64_t kv_head,
+    void set_more(GradientRow* to, int count, const Sequence& s, int64_t kv_head,
                   int64_t first) const {
-        const int64_t first_head = kv_head * call_.group;
-        for (int r = 0; r < count; ++r) {
-            const int64_t head = first_head + (first + r) % call_.group;
-            const int64_t i = s.q_start + (first + r) / call_.group;
-            rows[r].grad_out = call_.at(args_.grad_out, s.batch, head, i);
-            rows[r].grad_lse = call_.at(args_.grad_lse, s.batch, head, i);
-            rows[r].dq = call_.at(args_.dq, s.batch, head, i);
-            rows[r].dbias = call_.at(args_.dbias, s.batch, head, i);
-            rows[r].delta = call_.at(args_.delta, s.batch, head, i);
-        }
+        const Call::Rows grad_out = call_.rows(args_.grad_out, s.batch),
+                         grad_lse = call_.rows(args_.grad_lse, s.batch),
+                         dq = call_.rows(args_.dq, s.batch),
+                         dbias = call_.rows(args_.dbias, s.batch),
+                         delta = call_.rows(args_.delta, s.batch);
+        call_.each_row(count, kv_head, first, [&](int64_t r, int64_t head, int64_t i) {
+            to[r] = {grad_out.at(head, s.q_start + i), grad_lse.at(head, s.q_start + i),
+                     dq.at(head, s.q_start + i), dbias.at(head, s.q_start + i),
+                     delta.at(head, s.q_start + i)};
+        });
     }
 
     const Call call_;
     const GradientArgs& args_;
     const Gradients& functions_;
+    const pid_t process_ = getpid();
     const int strip_rows_;     // at most, of a strip
     const size_t sums_bytes_;  // of a strip
     std::vector<Head> heads_;

@@ -42,13 +42,6 @@ Dropout dropout_of(const AttentionArgs& args) {
     return dropout;
 }
 
-// The element [batch][head][row][0]; null stays null.
-void* at(const Array& array, int64_t batch_offset, int64_t head, int64_t row) {
-    if (array.data == nullptr) return nullptr;
-    const int64_t offset = batch_offset + head * array.head_stride + row * array.row_stride;
-    return static_cast<char*>(array.data) + offset * size_of(array.dtype);
-}
-
 }  // namespace
 
 Call::Call(const AttentionArgs& arguments)
@@ -105,8 +98,11 @@ int64_t Call::offset(const Array& array, int64_t batch) const {
     return offset;
 }
 
-void* Call::at(const Array& array, int64_t batch, int64_t head, int64_t row) const {
-    return array.data == nullptr ? nullptr : fastattn::at(array, offset(array, batch), head, row);
+Call::Rows Call::rows(const Array& array, int64_t batch) const {
+    if (array.data == nullptr) return {};
+    const int64_t size = size_of(array.dtype);
+    return {static_cast<char*>(array.data) + offset(array, batch) * size, array.head_stride * size,
+            array.row_stride * size};
 }
 
 Block Call::shared_block() const {
@@ -133,40 +129,35 @@ Block Call::shared_block() const {
 }
 
 void Call::set_keys(Block& block, const Sequence& s, int64_t kv_head) const {
-    block.key.data = at(args.key, s.batch, kv_head, s.kv_start);
-    block.value.data = at(args.value, s.batch, kv_head, s.kv_start);
-    block.key_scale.data = at(args.key_scale, s.batch, kv_head, s.kv_start);
-    block.value_scale.data = at(args.value_scale, s.batch, kv_head, s.kv_start);
+    block.key.data = rows(args.key, s.batch).at(kv_head, s.kv_start);
+    block.value.data = rows(args.value, s.batch).at(kv_head, s.kv_start);
+    block.key_scale.data = rows(args.key_scale, s.batch).at(kv_head, s.kv_start);
+    block.value_scale.data = rows(args.value_scale, s.batch).at(kv_head, s.kv_start);
     block.kv_len = s.kv_len;
 }
 
-void Call::set_rows(Row* rows, int count, const Sequence& s, int64_t kv_head, int64_t first) const {
-    const int64_t query = offset(args.query, s.batch), out = offset(args.out, s.batch),
-                  lse = offset(args.lse, s.batch), mask = offset(args.mask, s.batch),
-                  bias = offset(args.bias, s.batch);
+void Call::set_rows(Row* to, int count, const Sequence& s, int64_t kv_head, int64_t first) const {
+    const Rows query = rows(args.query, s.batch), out = rows(args.out, s.batch),
+               lse = rows(args.lse, s.batch), mask = rows(args.mask, s.batch),
+               bias = rows(args.bias, s.batch);
     const int64_t* const pages = args.pages ? args.pages + s.batch * args.page_columns : nullptr;
-    const int64_t first_head = kv_head * group;
-    int64_t i = first / group, head = first_head + first % group;
-    for (Row* row = rows; row < rows + count; ++row, ++head) {
-        if (head == first_head + group) {
-            head = first_head;
-            ++i;
-        }
-        row->query = fastattn::at(args.query, query, head, s.q_start + i);
-        row->out = fastattn::at(args.out, out, head, s.q_start + i);
-        row->lse = fastattn::at(args.lse, lse, head, s.q_start + i);
-        row->mask = fastattn::at(args.mask, mask, head, s.q_start + i);
-        row->bias = fastattn::at(args.bias, bias, head, s.q_start + i);
-        row->pages = pages;
-        row->position = i + s.offset;
+    each_row(count, kv_head, first, [&](int64_t r, int64_t head, int64_t i) {
+        Row& row = to[r];
+        row.query = query.at(head, s.q_start + i);
+        row.out = out.at(head, s.q_start + i);
+        row.lse = lse.at(head, s.q_start + i);
+        row.mask = mask.at(head, s.q_start + i);
+        row.bias = bias.at(head, s.q_start + i);
+        row.pages = pages;
+        row.position = i + s.offset;
         const Interval seen = interval(s, i);
-        row->begin = seen.begin;
-        row->end = seen.end;
-        row->slope = args.alibi_slopes ? args.alibi_slopes[s.batch * args.q_heads + head] : 0;
-        row->sink = args.sinks ? args.sinks[head] : -std::numeric_limits<double>::infinity();
-        row->head = uint32_t(head);
-        row->batch = uint32_t(s.batch);
-    }
+        row.begin = seen.begin;
+        row.end = seen.end;
+        row.slope = args.alibi_slopes ? args.alibi_slopes[s.batch * args.q_heads + head] : 0;
+        row.sink = args.sinks ? args.sinks[head] : -std::numeric_limits<double>::infinity();
+        row.head = uint32_t(head);
+        row.batch = uint32_t(s.batch);
+    });
 }
 
 Memory allocate(size_t bytes) {

@@ -52,8 +52,15 @@ class Call {
     // On one thread, roughly: only to tell small calls apart.
     double seconds(const Sequence& sequence) const;
 
-    // The element [batch][head][row][0]; null stays null.
-    void* at(const Array& array, int64_t batch, int64_t head, int64_t row) const;
+    // The rows of a batch element; at() is null where there is no array.
+    struct Rows {
+        char* first;
+        int64_t head_bytes, row_bytes;
+        void* at(int64_t head, int64_t row) const {
+            return first == nullptr ? nullptr : first + head * head_bytes + row * row_bytes;
+        }
+    };
+    Rows rows(const Array& array, int64_t batch) const;
 
     // Offset of a batch element.
     int64_t offset(const Array& array, int64_t batch) const;
@@ -62,8 +69,18 @@ class Call {
     Block shared_block() const;
     void set_keys(Block& block, const Sequence& sequence, int64_t kv_head) const;
 
-    // Rows first, first + 1, ... of the (query, head of the group) pairs, query by query: all that
-    // share a key and value head, as narrow as can be in positions.
+    // visit(r, head, i) for `count` of the (query, head of the group) pairs, query by query, from
+    // pair `first` on: r from 0 on, the query head, and the query.
+    template <class Visit>
+    void each_row(int64_t count, int64_t kv_head, int64_t first, const Visit& visit) const {
+        int64_t i = first / group, in_group = first % group;
+        for (int64_t r = 0; r < count; ++r) {
+            visit(r, kv_head * group + in_group, i);
+            if (++in_group == group) in_group = 0, ++i;
+        }
+    }
+
+    // Those pairs: all that share a key and value head, as narrow as can be in positions.
     void set_rows(Row* rows, int count, const Sequence& sequence, int64_t kv_head,
                   int64_t first) const;
 };

@@ -397,10 +397,18 @@ def test_other_signals():
     run(handle_another_signal)
 
 
-def fork_in_a_handler(raises):
+def bias_gradient(array):
+    """Return the gradient of a bias that all rows share: a sum that grows in its place."""
+    bias = np.zeros(array.shape[-2], array.dtype)
+    out, lse = fastattn.attention(array, array, array, bias=bias, return_lse=True)
+    options = {"bias": bias, "return_dbias": True}
+    return fastattn.attention_backward(out, array, array, array, out, lse, **options)[3]
+
+
+def fork_in_a_handler(name, raises, seconds):
     """Fork during a call, in the thread that waits for the team, which the child does not have."""
-    query = problem(8, 4096)
-    expected = attend(query)
+    query, call = problem(8, 4096), globals()[name]
+    expected = call(query)
     children = []
 
     def fork(*_):
@@ -413,14 +421,14 @@ def fork_in_a_handler(raises):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, fork)
     main = threading.get_ident()
-    sender = threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGUSR1))
+    sender = threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGUSR1))
     sender.start()
     right = False
     try:
         while not children:
-            right = np.array_equal(attend(query), expected)
+            right = np.array_equal(call(query), expected)
     except ValueError:
-        right = raises and np.array_equal(attend(query), expected)
+        right = raises and np.array_equal(call(query), expected)
     if children[0] == 0:
         os._exit(0 if right else 1)
     status = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
@@ -431,7 +439,15 @@ def fork_in_a_handler(raises):
 @pytest.mark.parametrize("raises", [False, True], ids=["goes on", "raises"])
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_fork_in_a_signal_handler(threads, raises):
-    assert run(fork_in_a_handler, raises, env={"FASTATTN_NUM_THREADS": threads}) == 0
+    env = {"FASTATTN_NUM_THREADS": threads}
+    assert run(fork_in_a_handler, "attend", raises, 0.1, env=env) == 0
+
+
+# Some time on, most likely in the backward pass.
+@pytest.mark.parametrize("seconds", [0.4, 0.8])
+def test_fork_in_a_signal_handler_during_gradients(seconds):
+    env = {"FASTATTN_NUM_THREADS": "2"}
+    assert run(fork_in_a_handler, "bias_gradient", False, seconds, env=env) == 0
 
 
 def count_ticks(threads):

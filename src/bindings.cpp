@@ -390,6 +390,8 @@ void run(const GradientArgs& args) {
     if (!finished) throw py::error_already_set();
 }
 
+// arrays: out, lse, grad_out, grad_lse, dq, dk, dv, dbias, delta; the last five are filled, and
+// come as zeros.
 void differentiate(GradientArgs args, int64_t q_rows, int64_t kv_rows, const py::list& arrays) {
     AttentionArgs& call = args.call;
     require(arrays.size() == 9, "there are nine more arrays");

@@ -334,6 +334,29 @@ def test_a_poisoned_gradient_of_a_row_that_sees_nothing():
     assert_same_bits(again, expected)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_sums_that_are_not_finite_raise_no_warning(dtype):
+    query, key, value = make_problem(50, 60, 16, batch=(4,), dtype=dtype)
+    shared = (query, key[:1], value[:1])
+    options = {"sinks": np.zeros(1), "bias": np.zeros((50, 1), np.float16)}
+    out, lse = attention(*shared, return_lse=True, **options)
+    grad_out = np.full_like(out, 60000)
+    grad_out[0, 0, 0, 0], grad_out[1, 0, 0, 0] = INF, -INF
+    grad_lse = np.full_like(lse, 1e30)
+    dq, _, dv, *_ = attention_backward(
+        grad_out,
+        *shared,
+        out,
+        lse,
+        grad_lse=grad_lse,
+        return_dbias=True,
+        return_dsinks=True,
+        **options,
+    )
+    assert not np.isfinite(dq[0, 0, 0].astype(np.float32)).any()
+    assert not np.isfinite(dv[0, 0].astype(np.float32)).all()
+
+
 @every_dtype
 def test_dropped_pairs_pass_nothing_on(dtype):
     operands = make_problem(100, 260, 16, heads=2, dtype=dtype)

@@ -99,10 +99,11 @@ kv_lengths, dropout_p, seed
     Notes
     -----
     Bitwise the same for any number of threads. Memory beside inputs and results, for each thread:
-    about 2 MiB, and q_len x (q_heads / kv_heads) x head_dim numbers of float32 (or float64), those
-    of all threads together at most 64 MiB or what one key head needs; with return_dbias and a bias
-    that heads or batch elements share, those of all that share it. Gradients that are summed over
-    broadcast batch axes are first made in full.
+    about 2 MiB, or 3 KiB for each column of head_dim if that is more, and q_len x
+    (q_heads / kv_heads) x head_dim numbers of float32 (or float64), those of all threads together
+    at most 64 MiB or what one key head needs. With return_dbias and a bias that heads or batch
+    elements share, those of all that share it. Some 150 bytes for each key head of a batch element.
+    Gradients that are summed over broadcast batch axes are first made in full.
 
     A query that sees no key has gradients 0, and so has a key that no query sees. A row of query or
     grad_out that holds NaN or Inf makes the gradients of all keys that it sees NaN.
@@ -176,27 +177,29 @@ kv_lengths, dropout_p, seed
         for packed, x in zip((query, key, value), inputs, strict=True)
     ]
     dq, dk, dv = (_heads_first(x, starts) for x in wholes)
+    # In the core's order: out, lse, grad_out, grad_lse; and what it fills, which comes as zeros.
     arrays = [_heads_first(out, starts), lse, _heads_first(grad_out, starts), grad_lse]
     arrays += [dq, dk, dv, None if one_column else dbias, delta]
     if known.has_pairs and dq.size + dv.size:
         call: Any = _core.varlen_attention_backward if starts else _core.attention_backward
         call(*inputs, None, None, known.batch_shape, *arguments, *starts, arrays)
     grads: list[Array] = []
-    for whole, x in zip(wholes, (query, key, value), strict=True):
-        grads.append(_summed_to(whole, x.shape, x.dtype))
-    of_sinks = None
-    if delta is not None:
-        share = _share_of_sinks(lse, given_sinks if sinks is not None else None)
-        of_sinks = np.where(lse == -np.inf, 0, share * delta)
-    if dbias is not None:
-        if one_column and of_sinks is not None:  # a row's sum needs no scores
-            of_rows = of_sinks if grad_lse is None else of_sinks + grad_lse
-            of_rows = np.where(lse == -np.inf, 0, of_rows)[..., None]
-            dbias = _summed_to(of_rows, dbias.shape, wide)
-        grads.append(rounded_to(given_bias.dtype, dbias))
-    if return_dsinks and of_sinks is not None:
-        heads = _summed_to(of_sinks[..., None], (len(given_sinks), 1, 1), wide)
-        grads.append(rounded_to(given_sinks.dtype, -heads[:, 0, 0]))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is passed on
+        for whole, x in zip(wholes, (query, key, value), strict=True):
+            grads.append(_summed_to(whole, x.shape, x.dtype))
+        of_sinks = None
+        if delta is not None:
+            share = _share_of_sinks(lse, given_sinks if sinks is not None else None)
+            of_sinks = np.where(lse == -np.inf, 0, share * delta)
+        if dbias is not None:
+            if one_column and of_sinks is not None:  # a row's sum needs no scores
+                of_rows = of_sinks if grad_lse is None else of_sinks + grad_lse
+                of_rows = np.where(lse == -np.inf, 0, of_rows)[..., None]
+                dbias = _summed_to(of_rows, dbias.shape, wide)
+            grads.append(rounded_to(given_bias.dtype, dbias))
+        if return_dsinks and of_sinks is not None:
+            heads = _summed_to(of_sinks[..., None], (len(given_sinks), 1, 1), wide)
+            grads.append(rounded_to(given_sinks.dtype, -heads[:, 0, 0]))
     return answer(given, None, *grads)  # type: ignore[no-any-return]
 
 
@@ -239,6 +242,5 @@ def _share_of_sinks(lse: Array, sinks: Array | None) -> Array:
     if sinks is None:
         return np.zeros(lse.shape)
     sink, lse = widened(sinks).astype(np.float64)[:, None], lse.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # -inf, and no key either
-        share: Array = np.exp(sink - np.logaddexp(lse, sink))
+    share: Array = np.exp(sink - np.logaddexp(lse, sink))
     return np.where(sink == -np.inf, 0, share)

@@ -102,7 +102,7 @@ kv_lengths, dropout_p, seed
     about 2 MiB, or 3 KiB for each column of head_dim if that is more, and q_len x
     (q_heads / kv_heads) x head_dim numbers of float32 (or float64), those of all threads together
     at most 64 MiB or what one key head needs. With return_dbias and a bias that heads or batch
-    elements share, those of all that share it. Some 150 bytes for each key head of a batch element.
+    elements share, those of all that share it. Some 200 bytes for each key head of a batch element.
     Gradients that are summed over broadcast batch axes are first made in full.
 
     A query that sees no key has gradients 0, and so has a key that no query sees. A row of query or

@@ -199,7 +199,7 @@ class Differentiation {
             }
         }
         for (int64_t t = 0; t < tile_count(); ++t) {
-            int64_t stride = key_stride();
+            int64_t stride;
             const Element* const key = keys_to_sum(t, stride);
             each_panel([&]<int Columns>(int index, const Block&) {
                 const Span keys = tiles[t].keys[index];
@@ -582,6 +582,19 @@ class Differentiation {
         }
     }
 
+    // to += sum
+    template <int Count, int Columns>
+    [[gnu::always_inline]] static void add(const V (&sum)[Count][Columns], T* to, int64_t pitch) {
+#pragma GCC unroll 16
+        for (int r = 0; r < Count; ++r) {
+#pragma GCC unroll 4
+            for (int c = 0; c < Columns; ++c) {
+                T* const at = to + r * pitch + c * lanes;
+                (V::load(at) + sum[r][c]).store(at);
+            }
+        }
+    }
+
     // ---- Sums over rows ----
 
     // dV += P^T dO and dK += dS^T Q of a tile, for the keys that some panel sees.
@@ -643,22 +656,11 @@ class Differentiation {
             V sum[Count][Columns] = {};
             multiply<0, Columns, InPairs>(factors + j * strip, strip, size, rows, pitch, depth,
                                           sum);
-#pragma GCC unroll 16
-            for (int r = 0; r < Count; ++r) {
-#pragma GCC unroll 4
-                for (int c = 0; c < Columns; ++c) {
-                    T* const to = sums + (j + r) * pitch + c * lanes;
-                    (V::load(to) + sum[r][c]).store(to);
-                }
-            }
+            add(sum, sums + j * pitch, pitch);
         });
     }
 
     // ---- Sums over keys ----
-
-    int64_t key_stride() const {
-        return InPairs ? 2 * head_dim : block.kv_dtype == kDtype<T> ? block.key.stride : head_dim;
-    }
 
     // The keys of a tile from its first on, without what is not finite where some pair is hidden.
     const Element* keys_to_sum(int64_t t, int64_t& stride) {
@@ -709,14 +711,7 @@ class Differentiation {
             V sum[Count][Columns] = {};
             multiply<0, Columns, InPairs>(factors + d * size, size, stride, from, strip, depth,
                                           sum);
-#pragma GCC unroll 16
-            for (int r = 0; r < Count; ++r) {
-#pragma GCC unroll 4
-                for (int c = 0; c < Columns; ++c) {
-                    T* const to = sums + (d + r) * width + c * lanes;
-                    (V::load(to) + sum[r][c]).store(to);
-                }
-            }
+            add(sum, sums + d * width, width);
         });
     }
 

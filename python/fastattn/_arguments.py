@@ -75,6 +75,26 @@ def check(
     return query, key, value, known, options(known, query.dtype, *rest)
 
 
+def check_packed(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    *rest: Any,
+) -> tuple[Array, Array, Array, Sizes, tuple[Any, ...], tuple[Array, Array]]:
+    """Do what `check` does, of packed arrays; the last item is where their sequences start."""
+    query, key, value = floats("query", query), floats("key", key), floats("value", value)
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        mixed_dtypes(query.dtype, key.dtype, value.dtype)
+    known, q_starts, kv_starts = packed_sizes(query, key, value, cu_seqlens_q, cu_seqlens_kv)
+    arguments = options(known, query.dtype, *rest)
+    *_, kv_lengths, _, _ = rest
+    if kv_lengths is not None:
+        lengths_within(as_numpy("kv_lengths", kv_lengths), np.diff(kv_starts))
+    return query, key, value, known, arguments, (q_starts, kv_starts)
+
+
 def options(
     known: Sizes,
     dtype: np.dtype[Any],

@@ -19,13 +19,10 @@ from fastattn._arguments import (
     arithmetic,
     boolean,
     check,
+    check_packed,
     countable,
     dropout,
     floats,
-    lengths_within,
-    mixed_dtypes,
-    options,
-    packed_sizes,
     pair_array,
     per_batch,
     result_array,
@@ -311,13 +308,12 @@ def varlen_attention(
     """
     given: Any = query
     given_out = out
-    query, key, value = floats("query", query), floats("key", key), floats("value", value)
-    if key.dtype != query.dtype or value.dtype != query.dtype:
-        mixed_dtypes(query.dtype, key.dtype, value.dtype)
-    known, q_starts, kv_starts = packed_sizes(query, key, value, cu_seqlens_q, cu_seqlens_kv)
-    arguments = options(
-        known,
-        query.dtype,
+    query, key, value, known, arguments, starts = check_packed(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_kv,
         mask,
         bias,
         scale,
@@ -331,8 +327,6 @@ def varlen_attention(
         dropout_p,
         seed,
     )
-    if kv_lengths is not None:
-        lengths_within(as_numpy("kv_lengths", kv_lengths), np.diff(kv_starts))
     return_lse = boolean("return_lse", return_lse)
     if out is None:
         out = room(given, known.out_shape, query.dtype)
@@ -340,13 +334,14 @@ def varlen_attention(
         out = destination(given, out)
         out = result_array(out, known.out_shape, query.dtype, (query, key, value, *arguments[:2]))
     lse = np.empty(known.lse_shape, arithmetic(query.dtype)) if return_lse else None
+    q_starts, _ = starts
     for rows in (slice(q_starts[0]), slice(q_starts[-1], None)):
         out[rows] = np.zeros((), out.dtype)  # of bits, too
         if lse is not None:
             lse[:, rows] = -np.inf
     if lse is not None or out.size:
         q, k, v, results = (x.swapaxes(0, 1) for x in (query, key, value, out))
-        arguments = (*arguments, q_starts, kv_starts)
+        arguments = (*arguments, *starts)
         _core.varlen_attention(q, k, v, results, lse, known.batch_shape, *arguments)
     if query is not given:
         out, lse = answer(given, given_out, out, lse)

@@ -16,11 +16,8 @@ from fastattn._arguments import (
     arithmetic,
     boolean,
     check,
+    check_packed,
     floats,
-    lengths_within,
-    mixed_dtypes,
-    options,
-    packed_sizes,
 )
 from fastattn._arrays import answer, as_numpy, rounded_to, widened
 
@@ -145,13 +142,9 @@ kv_lengths, dropout_p, seed
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_kv"
         raise ValueError(f"{missing} must be given with the other of cu_seqlens_q, cu_seqlens_kv")
     else:
-        query, key, value = floats("query", query), floats("key", key), floats("value", value)
-        mixed_dtypes(query.dtype, key.dtype, value.dtype)
-        known, *starts_of = packed_sizes(query, key, value, cu_seqlens_q, cu_seqlens_kv)
-        starts = tuple(starts_of)
-        arguments = options(known, query.dtype, *rest)
-        if kv_lengths is not None:
-            lengths_within(kv_lengths, np.diff(starts[1]))
+        query, key, value, known, arguments, starts = check_packed(
+            query, key, value, cu_seqlens_q, cu_seqlens_kv, *rest
+        )
     wide = arithmetic(query.dtype)
     grad_out = _like("grad_out", grad_out, known.out_shape, query.dtype)
     out = _like("out", out, known.out_shape, query.dtype)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention on NVIDIA GPUs, by kernels that are written in Python and compiled by Numba."""

@@ -122,21 +122,19 @@ class Group:
     def floats(self, x: Any) -> np.ndarray:
         return self.spread(x, np.float32)
 
-    def shared_bytes(self, addresses: Any, size: int) -> np.ndarray:
+    def within_shared(self, addresses: Any, size: int) -> np.ndarray:
+        """Return (lanes, size) places in shared memory."""
         at = self.spread(addresses)
-        assert (at >= 0).all() and (at + size <= len(self.block.shared)).all(), (
-            "beyond shared memory"
-        )
-        assert (at % size == 0).all(), "a misaligned read of shared memory"
-        return self.block.shared[at[:, None] + np.arange(size)]
+        assert at.min() >= 0, "before shared memory"
+        assert at.max() + size <= len(self.block.shared), "beyond shared memory"
+        assert (at % size == 0).all(), "misaligned in shared memory"
+        return at[:, None] + np.arange(size)
+
+    def shared_bytes(self, addresses: Any, size: int) -> np.ndarray:
+        return self.block.shared[self.within_shared(addresses, size)]
 
     def store_shared(self, addresses: Any, values: np.ndarray) -> None:
-        at, size = self.spread(addresses), values.itemsize
-        assert (at >= 0).all() and (at + size <= len(self.block.shared)).all(), (
-            "beyond shared memory"
-        )
-        assert (at % size == 0).all(), "a misaligned store to shared memory"
-        self.block.shared[at[:, None] + np.arange(size)] = as_bytes(values)
+        self.block.shared[self.within_shared(addresses, values.itemsize)] = as_bytes(values)
 
     def arrive(self, number: int, threads: int, waits: bool, mark: bool = False) -> bool:
         """Come to a named barrier; return whether any lane that came was marked."""
@@ -167,7 +165,7 @@ class Group:
 
     def finish(self) -> None:
         """Assert that nothing is left undone when the function returns."""
-        assert not self.copies and not self.committed, "copies are in flight at the end"
+        assert not self.copies + self.committed, "copies are in flight at the end"
 
     def meanings(self) -> dict[str, Callable[..., Any]]:
         """Return what each family of statements does; made for a statement by calling it."""
@@ -182,11 +180,11 @@ class Group:
             def wait():
                 while len(self.committed) > left:
                     for target, source, size in self.committed.pop(0):
-                        assert (target % 16 == 0).all() and (source[size > 0] % 16 == 0).all()
+                        assert (source[size > 0] % 16 == 0).all(), "a misaligned copy"
                         data = np.zeros((lanes, 16), np.uint8)
                         if (size > 0).any():
                             data[size > 0] = read(source[size > 0], 16)
-                        block.shared[target[:, None] + np.arange(16)] = data
+                        block.shared[target] = data
 
             return wait
 
@@ -203,9 +201,9 @@ class Group:
             return data
 
         def copy_16(target, source, size):
-            target, source, size = (self.spread(x).copy() for x in (target, source, size))
-            assert (target >= 0).all() and (target + 16 <= len(block.shared)).all()
-            self.copies.append((target, source, size))
+            places = self.within_shared(target, 16)
+            block.shared[places] = NAN_BYTE
+            self.copies.append((places, self.spread(source).copy(), self.spread(size).copy()))
 
         def commit_copies():
             self.committed.append(self.copies)

@@ -157,6 +157,12 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
 
     copy_queries, copy_keys = rows_copier(q_copies), rows_copier(k_copies)
 
+    @device_function
+    def chunk_of(address, step):
+        """Return the address of the chunks 2 * step onwards, given that of the first."""
+        swapped = step * 2 & bits
+        return (address ^ i32(swapped * 16)) + i32((step * 2 - swapped) * 16)
+
     def attend(
         query, key, value, out, lse, flags, lengths, offsets,
         q_len, kv_len, heads, group, left, right, length, offset,
@@ -199,15 +205,15 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         copy_keys(copy_to + i32(v_at), v_from, v_row, start + copy_row, length)
         commit_copies()
 
-        # ---- where this thread's addresses for ldmatrix begin
+        # ---- where this thread's addresses for ldmatrix begin: of row and chunk, of a left factor
+        # (and of transposed values), and of keys
         swap = (lane >> i32(shift)) & i32(bits)
-        left_row = lane & i32(15)  # of a left factor, and of transposed values
-        left_chunk = lane >> i32(4)
-        right_row = (lane & i32(7)) + ((lane >> i32(4)) << i32(3))  # of keys
-        right_chunk = (lane >> i32(3)) & i32(1)
-        q_read = shared + (warp * i32(row_tiles * 16) + left_row) * i32(row_bytes)
-        k_read = shared + i32(k_at) + right_row * i32(row_bytes)
-        v_read = shared + i32(v_at) + left_row * i32(row_bytes)
+        left_row, left_chunk = lane & i32(15), lane >> i32(4)
+        right_row, right_chunk = (lane & i32(7)) + (left_chunk << i32(3)), (lane >> i32(3)) & i32(1)
+        left_at = left_row * i32(row_bytes) + ((left_chunk ^ swap) << i32(4))
+        q_read = shared + warp * i32(row_tiles * 16 * row_bytes) + left_at
+        k_read = shared + i32(k_at) + right_row * i32(row_bytes) + ((right_chunk ^ swap) << i32(4))
+        v_read = shared + i32(v_at) + left_at
 
         s = cuda.local.array(s_count, dtype=np.float32)
         acc = cuda.local.array(o_count, dtype=np.float32)
@@ -241,12 +247,11 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                 s[i] = f32(0)
             for k in range(qk_steps):
                 for m in range(row_tiles):
-                    column = ((i32(k * 2) + left_chunk) ^ swap) << i32(4)
-                    load_matrices(factor, m * 4, q_read + i32(m * 16 * row_bytes) + column)
+                    at = chunk_of(q_read, k) + i32(m * 16 * row_bytes)
+                    load_matrices(factor, m * 4, at)
                 for j in range(s_pairs):
-                    column = ((i32(k * 2) + right_chunk) ^ swap) << i32(4)
-                    at = buffer + i32(j * 16 * row_bytes) + column
-                    load_matrices(other, 0, k_read + at)
+                    at = chunk_of(k_read + buffer, k) + i32(j * 16 * row_bytes)
+                    load_matrices(other, 0, at)
                     for m in range(row_tiles):
                         here = (m * s_tiles + j * 2) * 4
                         multiply(s, here, factor, m * 4, other[0], other[1])
@@ -278,9 +283,8 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                     factor[m * 4 + 2] = pair(s[here + 4], s[here + 5])
                     factor[m * 4 + 3] = pair(s[here + 6], s[here + 7])
                 for j in range(o_pairs):
-                    column = ((i32(j * 2) + left_chunk) ^ swap) << i32(4)
-                    at = buffer + i32(k * 16 * row_bytes) + column
-                    load_matrices_transposed(other, 0, v_read + at)
+                    at = chunk_of(v_read + buffer, j) + i32(k * 16 * row_bytes)
+                    load_matrices_transposed(other, 0, at)
                     for m in range(row_tiles):
                         here = (m * o_tiles + j * 2) * 4
                         multiply(acc, here, factor, m * 4, other[0], other[1])

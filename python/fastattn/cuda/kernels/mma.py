@@ -200,9 +200,9 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         k_from = key + (i64(batch) * k_batch + i64(head // group) * k_head) * i64(2) + column
         v_from = value + (i64(batch) * v_batch + i64(head // group) * v_head) * i64(2) + column
         copy_queries(copy_to, q_from, q_row, first_row + copy_row, q_len)
-        copy_keys(copy_to + i32(k_at), k_from, k_row, start + copy_row, length)
+        copy_keys(copy_to + i32(k_at), k_from, k_row, start + copy_row, end)
         commit_copies()
-        copy_keys(copy_to + i32(v_at), v_from, v_row, start + copy_row, length)
+        copy_keys(copy_to + i32(v_at), v_from, v_row, start + copy_row, end)
         commit_copies()
 
         # ---- where this thread's addresses for ldmatrix begin: of row and chunk, of a left factor
@@ -240,7 +240,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
             wait_all_but_one()  # the keys, and the queries before them, are here
             cuda.syncthreads()
             if following < end:
-                copy_keys(copy_to + i32(k_at) + other_buffer, k_from, k_row, copy_next, length)
+                copy_keys(copy_to + i32(k_at) + other_buffer, k_from, k_row, copy_next, end)
             commit_copies()
 
             for i in range(s_count):
@@ -272,7 +272,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
             wait_all_but_one()  # the values are here
             cuda.syncthreads()
             if following < end:
-                copy_keys(copy_to + i32(v_at) + other_buffer, v_from, v_row, copy_next, length)
+                copy_keys(copy_to + i32(v_at) + other_buffer, v_from, v_row, copy_next, end)
             commit_copies()
 
             for k in range(pv_steps):

@@ -167,6 +167,18 @@ class Group:
         """Assert that nothing is left undone when the function returns."""
         assert not self.copies + self.committed, "copies are in flight at the end"
 
+    def cuda(self) -> Any:
+        """Return what numba.cuda is to a kernel."""
+        block = self.block
+        return SimpleNamespace(
+            threadIdx=SimpleNamespace(x=self.threads if self.lanes > 1 else self.threads[0]),
+            blockIdx=SimpleNamespace(x=block.number),
+            gridDim=SimpleNamespace(x=block.blocks),
+            shared=SimpleNamespace(array=lambda *_, **__: None),
+            local=SimpleNamespace(array=lambda n, dtype: LocalArray(n, dtype, self.lanes)),
+            syncthreads=lambda: self.arrive(0, block.threads, True),
+        )
+
     def meanings(self) -> dict[str, Callable[..., Any]]:
         """Return what each family of statements does; made for a statement by calling it."""
         block, memory, lanes = self.block, self.block.memory, self.lanes
@@ -317,21 +329,7 @@ def fits_int32(x: Any) -> Any:
     return x.astype(np.int64) if isinstance(x, np.ndarray) else int(x)
 
 
-def cuda_of(group: Group) -> SimpleNamespace:
-    """Return what numba.cuda is to a kernel."""
-    block = group.block
-    threads = group.threads if len(group.threads) > 1 else group.threads[0]
-    return SimpleNamespace(
-        threadIdx=SimpleNamespace(x=threads),
-        blockIdx=SimpleNamespace(x=block.number),
-        gridDim=SimpleNamespace(x=block.blocks),
-        shared=SimpleNamespace(array=lambda *_, **__: None),
-        local=SimpleNamespace(array=lambda n, dtype: LocalArray(n, dtype, group.lanes)),
-        syncthreads=lambda: group.arrive(0, block.threads, True),
-    )
-
-
-def rebound(function: Callable[..., Any], group: Group) -> Callable[..., Any]:
+def rebound(function: Callable[..., Any], group: Any) -> Callable[..., Any]:
     """Return a function with every statement, type and device function in it replaced."""
     from numba import cuda
 
@@ -339,10 +337,13 @@ def rebound(function: Callable[..., Any], group: Group) -> Callable[..., Any]:
     known: dict[Any, Any] = {
         types.int32: fits_int32,
         types.int64: lambda x: x.astype(np.int64) if isinstance(x, np.ndarray) else int(x),
+        types.uint32: np.uint32,
+        types.uint64: np.uint64,
+        types.float64: np.float64,
         types.float32: lambda x: (
             x.astype(np.float32) if isinstance(x, np.ndarray) else np.float32(x)
         ),
-        cuda: cuda_of(group),
+        cuda: group.cuda(),
     }
     done: dict[int, Any] = {}
 

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention call on arrays of a GPU: check, choose a kernel, launch it. Nothing waits.
+
+The rules are in `_problem.py`, the choice in `_choose.py`, the launches in `_forward.py`.
+`fastattn.attention` comes here with arrays that lie on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastattn._arguments import WIDEST, boolean, whole_number
+from fastattn._report import Report
+from fastattn.cuda import _arrays, _choose, _driver
+from fastattn.cuda._arrays import DeviceArray, answer, current_stream, destination, device_array
+from fastattn.cuda._forward import attend, on_device
+from fastattn.cuda._launch import Place
+from fastattn.cuda._problem import Options, options, problems
+
+FAR = 2**28  # positions and sides beyond are only for kernels that count in 64 bits
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_offset: Any = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    kv_lengths: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    return_lse: bool = False,
+    out: Any = None,
+    stream: int | None = None,
+) -> Any:
+    """Compute exact softmax attention of arrays on a GPU, as `fastattn.attention` defines it.
+
+    The result is ready for what follows on the stream: the host does not wait, so that a call may
+    be captured in a CUDA graph, once it has run before.
+
+    Parameters
+    ----------
+    query, key, value : arrays of shape (batch, heads, length, head_dim)
+        On one GPU: tensors of PyTorch, arrays of CuPy, Numba or JAX, or anything that has
+        ``__cuda_array_interface__`` or DLPack. Dtypes, broadcasting and grouped heads as for
+        `fastattn.attention`.
+    mask, bias : arrays on that GPU, optional
+    alibi_slopes, sinks, kv_lengths, query_offset : optional
+        On that GPU, or of the host. On the GPU they are not looked at before the kernel runs, which
+        clamps kv_lengths to 0..kv_len and query_offset to -2**29..2**29.
+    scale, is_causal, window, softcap, dropout_p, seed, return_lse
+        As for `fastattn.attention`.
+    out : array of the result's shape and dtype, optional
+        Of the library that query is of; it must not overlap an input.
+    stream : int, optional
+        The handle of the CUDA stream to launch on; PyTorch's and CuPy's current stream for their
+        arrays, else the default stream, unless given. Where an array says on which stream it was
+        written, the launch comes after that.
+
+    Returns
+    -------
+    out : array of shape (batch, q_heads, q_len, value_head_dim)
+        Of the library that query is of, on its GPU.
+    lse : array of shape (batch, q_heads, q_len), only if return_lse
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument breaks a rule; the message says which argument, the rule, and what was given.
+    ImportError
+        numba-cuda or cuda-bindings is missing, and a kernel has to be built.
+    RuntimeError
+        There is no GPU, or no driver that can run the kernel; the message says what to do.
+    MemoryError
+        The GPU has no room for the result.
+
+    Notes
+    -----
+    Which kernel runs `explain` says. All are bitwise repeatable. NaN and Inf in keys and values
+    that a row does not see leave it as it is; a row that they would have spoilt is computed anew by
+    the simt kernel, to whose last bits it is then right.
+
+    Examples
+    --------
+    >>> import torch, fastattn
+    >>> query = key = value = torch.randn(2, 8, 1024, 128, device="cuda", dtype=torch.bfloat16)
+    >>> out = fastattn.cuda.attention(query, key, value, is_causal=True)
+    """
+    stream = current_stream(query) if stream is None else whole_number("stream", stream)
+    q, k, v = arrays(query, key, value, stream)
+    asked = options(
+        q,
+        k,
+        v,
+        stream,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        is_causal=is_causal,
+        query_offset=query_offset,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+    return_lse = boolean("return_lse", return_lse)
+    known = asked.known
+    place = Place(_driver.device(q.device), stream, q)
+    inputs = [x for x in (q, k, v, *asked) if isinstance(x, DeviceArray)]
+    if out is None:
+        result = _arrays.empty(q, known.out_shape, q.dtype, stream)
+    else:
+        result = destination(out, q, known.out_shape, q.dtype, inputs, stream)
+    lse_dtype = "float64" if q.dtype == "float64" else "float32"
+    lse = _arrays.empty(q, known.lse_shape, lse_dtype, stream)
+    if 0 not in known.lse_shape:
+        form = _choose.forward(question(q, k, v, asked, place.device)).form
+        ready = on_device(asked, place)
+        for problem in problems(q, k, v, result, lse, ready):
+            attend(problem, form, place)
+    _arrays.keep(stream, inputs)
+    final = answer(q, result, out is not None)
+    return (final, answer(q, lse)) if return_lse else final
+
+
+def arrays(query: Any, key: Any, value: Any, stream: int) -> tuple[DeviceArray, ...]:
+    """Return where query, key and value lie, if their dtypes go together."""
+    q = device_array("query", query, stream)
+    k, v = device_array("key", key, stream, q), device_array("value", value, stream, q)
+    return q, k, v
+
+
+def question(
+    query: DeviceArray, key: DeviceArray, value: DeviceArray, asked: Options, device: Any
+) -> _choose.Question:
+    """Return what the choice of a kernel depends on."""
+    kv_heads = key.shape[-3] if len(key.shape) > 2 else 1
+    sides = [side for side in (asked.left, asked.right) if side != WIDEST]
+    far = abs(asked.offset) > FAR or max(sides, default=0) > FAR
+    return _choose.Question(
+        query.dtype,
+        key.dtype,
+        query.shape[-1],
+        value.shape[-1],
+        asked.known.q_len,
+        asked.known.kv_len,
+        max(1, asked.known.q_heads // max(1, kv_heads)),
+        asked.only_simt,
+        asked.scale,
+        far,
+        device.capability,
+    )
+
+
+def explain(query: Any, key: Any, value: Any, **given: Any) -> Report:
+    """Say how `attention` would compute a call, without computing it.
+
+    Parameters
+    ----------
+    query, key, value, **given
+        As for `attention`.
+
+    Returns
+    -------
+    dict
+        Its str() is the report. `kernel` is the name of a module of fastattn.cuda.kernels, `reason`
+        why it is this one.
+    """
+    stream = current_stream(query)
+    q, k, v = arrays(query, key, value, stream)
+    asked = options(q, k, v, stream, **given)
+    device = _driver.device(q.device)
+    choice = _choose.forward(question(q, k, v, asked, device))
+    return Report(
+        "attention on a GPU",
+        {
+            "kernel": choice.form,
+            "reason": choice.reason,
+            "device": device.name,
+            "compute_capability": "{}.{}".format(*device.capability),
+            "dtype": q.dtype,
+        },
+    )
+
+
+def is_available() -> bool:
+    """Tell whether there is a GPU, and a driver, that fastattn.cuda can use."""
+    try:
+        return _driver.count() > 0
+    except (ImportError, RuntimeError):
+        return False

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel answers a call, and why? Nothing but arithmetic; no GPU is asked.
+
+Called by `_attention.py` and `_backward.py`, for the call itself and for `explain`. What runs
+depends on the dtypes, the head_dims, q_len, the heads per KV head, which arguments are given and
+the GPU's architecture: never on kv_len, on values of arguments, on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FORMS = ("wgmma", "mma", "decode", "simt")
+HALVES = ("float16", "bfloat16")
+# Repeated here so that choosing imports no Numba; tests compare them with the kernels'.
+MMA_HEAD_DIMS = (64, 96, 128, 256)
+MMA_GRADIENT_HEAD_DIMS = (64, 128)
+WGMMA_HEAD_DIMS = (64, 128)
+FEW_QUERIES = 16
+FEW_ROWS = 64  # queries times query heads per KV head
+MOST_LENGTH = 2**28  # positions and sides of windows are 32 bits wide
+TENSOR_CORES, HOPPER = (8, 0), (9, 0)
+
+
+class Question(NamedTuple):
+    """What the choice depends on."""
+
+    query_dtype: str
+    key_dtype: str
+    head_dim: int
+    value_head_dim: int
+    q_len: int
+    kv_len: int
+    group: int  # query heads per KV head
+    given: tuple[str, ...]  # of the arguments that only simt knows
+    scale: float
+    far: bool  # a position or a side of the window needs more than 32 bits
+    capability: tuple[int, int]
+
+
+class Choice(NamedTuple):
+    """The kernel's name, and why it is this one."""
+
+    form: str
+    reason: str
+
+
+def only_simt(question: Question) -> str:
+    """Return why no other kernel can answer; empty if one can."""
+    q = question
+    if q.query_dtype not in HALVES:
+        return f"the dtype is {q.query_dtype}: tensor cores take float16 and bfloat16"
+    if q.key_dtype != q.query_dtype:
+        return f"query is {q.query_dtype} and key is {q.key_dtype}"
+    if q.given:
+        return f"{', '.join(q.given)} given: only simt knows such arguments"
+    if q.capability < TENSOR_CORES:
+        return "the GPU is of compute capability {}.{}: the others need 8.0".format(*q.capability)
+    if q.head_dim != q.value_head_dim:
+        return f"head_dim is {q.head_dim} and value_head_dim {q.value_head_dim}: they differ"
+    if q.scale <= 0:
+        return f"scale is {q.scale}: the others need a positive one"
+    if max(q.q_len, q.kv_len) > MOST_LENGTH:
+        return f"lengths are beyond 2**28: {q.q_len}, {q.kv_len}"
+    if q.far:
+        return "query_offset or a side of the window is beyond 2**28"
+    return ""
+
+
+def forward(question: Question) -> Choice:
+    """Choose the kernel of a call's result."""
+    q = question
+    reason = only_simt(q)
+    if reason:
+        return Choice("simt", reason)
+    if q.head_dim not in MMA_HEAD_DIMS:
+        dims = ", ".join(map(str, MMA_HEAD_DIMS))
+        return Choice("simt", f"head_dim is {q.head_dim}: the others take {dims}")
+    if q.q_len <= FEW_QUERIES and q.q_len * q.group <= FEW_ROWS:
+        return Choice(
+            "decode",
+            f"{q.q_len} queries of {q.group} heads per KV head are few: the keys are cut over the "
+            "chip",
+        )
+    if q.capability == HOPPER and q.head_dim in WGMMA_HEAD_DIMS:
+        return Choice("wgmma", "Hopper's tensor cores take this call")
+    if q.capability == HOPPER:
+        return Choice("mma", f"head_dim is {q.head_dim}: wgmma takes 64 and 128")
+    return Choice("mma", "tensor cores take this call")
+
+
+def backward(question: Question, deterministic: bool) -> Choice:
+    """Choose the kernel of a call's gradients."""
+    q = question
+    reason = only_simt(q)
+    if reason:
+        return Choice("simt", reason)
+    if q.head_dim not in MMA_GRADIENT_HEAD_DIMS:
+        return Choice(
+            "simt", f"head_dim is {q.head_dim}: gradients by tensor cores take 64 and 128"
+        )
+    if q.capability == HOPPER:
+        rest = "; dq by mma, in a fixed order" if deterministic else ""
+        return Choice("wgmma", "Hopper's tensor cores take this call" + rest)
+    return Choice("mma", "tensor cores take this call")

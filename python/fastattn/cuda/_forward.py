@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launches that compute a call's result, in each of the forms that `_choose.py` knows.
+
+Called by `_attention.py`; calls the kernels' factories and `_launch.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastattn._arguments import WIDEST
+from fastattn.cuda import _driver
+from fastattn.cuda._arrays import DeviceArray
+from fastattn.cuda._launch import (
+    Place,
+    aligned,
+    as_int64,
+    copy,
+    is_aligned,
+    launch,
+    scratch,
+    upload,
+)
+from fastattn.cuda._problem import Options, Problem
+
+LOG2E = math.log2(math.e)
+UNLIMITED = 2**29  # a side of a window, to kernels that count in 32 bits
+MOST_DROPPED = 2**32
+
+
+def on_device(asked: Options, place: Place) -> Options:
+    """Return the options with the host's arrays in the device's memory."""
+    return asked._replace(
+        **{
+            name: upload(place, x)
+            for name in ("alibi_slopes", "sinks", "lengths", "offsets")
+            if (x := getattr(asked, name)) is not None and not isinstance(x, DeviceArray)
+        }
+    )
+
+
+def attend(problem: Problem, form: str, place: Place) -> None:
+    """Fill the problem's out and lse."""
+    problem = problem._replace(
+        lengths=as_int64(place, problem.lengths), offsets=as_int64(place, problem.offsets)
+    )
+    if form == "simt":
+        simt(problem, place)
+        return
+    out = problem.out
+    ready = problem._replace(
+        query=aligned(place, problem.query),
+        key=aligned(place, problem.key),
+        value=aligned(place, problem.value),
+        out=out if is_aligned(out) else scratch(place, out.shape, out.dtype),
+    )
+    {"mma": mma, "wgmma": wgmma, "decode": decode}[form](ready, place)
+    if ready.out is not out:
+        copy(place, out, ready.out)
+
+
+def simt(
+    problem: Problem, place: Place, flags: DeviceArray | None = None, rows_per_flag: int = 1
+) -> None:
+    """Compute by the kernel that knows every argument; with flags, rows that are not finite."""
+    from fastattn.cuda.kernels import simt as kernels
+
+    p, asked = problem, problem.options
+    kernel = kernels.forward(
+        p.query.dtype,
+        p.key.dtype,
+        p.value.shape[-1],
+        mask=p.mask and p.mask.dtype,
+        bias=p.bias and p.bias.dtype,
+        alibi_slopes=p.alibi_slopes and p.alibi_slopes.dtype,
+        sinks=p.sinks and p.sinks.dtype,
+        softcap=asked.softcap > 0,
+        dropout=asked.dropout_p > 0,
+        lengths=p.lengths is not None,
+        offsets=p.offsets is not None,
+        flags=flags is not None,
+    )
+    batch, heads, q_len, _ = p.query.shape
+    blocks = kernels.forward_blocks(p.query.dtype, batch, heads, q_len)
+    written = (p.out, p.lse, flags, rows_per_flag, p.sinks)
+    launch(kernel, place, blocks, *written, p.query, p.key, p.value, *simt_options(p))
+
+
+def simt_options(problem: Problem) -> tuple[Any, ...]:
+    """Return the options as the simt kernels take them."""
+    p, asked = problem, problem.options
+    return (
+        p.mask,
+        p.bias,
+        p.alibi_slopes,
+        p.lengths,
+        p.offsets,
+        asked.length,
+        asked.offset,
+        asked.left,
+        asked.right,
+        asked.scale,
+        asked.softcap or None,
+        min(round(asked.dropout_p * MOST_DROPPED), MOST_DROPPED),
+        asked.seed % 2**32,
+        asked.seed >> 32,
+        1 / (1 - asked.dropout_p) if asked.dropout_p < 1 else 1.0,
+    )
+
+
+def mma(problem: Problem, place: Place) -> None:
+    """Compute by warps that multiply."""
+    from fastattn.cuda.kernels import mma as kernels
+
+    p = problem
+    batch, heads, q_len, head_dim = p.query.shape
+    rows = kernels.TILES[head_dim].queries
+    tiles = -(-q_len // rows)
+    flags = new_flags(p, place, tiles)
+    launch(
+        kernels.forward(p.query.dtype, head_dim, p.options.softcap > 0),
+        place,
+        batch * heads * tiles,
+        *addresses(p.query, p.key, p.value, p.out, p.lse, flags, p.lengths, p.offsets),
+        *counts(p),
+        *strides(p.query, p.key, p.value, p.out),
+        *factors(p),
+    )
+    if flags is not None:
+        simt(p, place, flags, rows)
+
+
+def wgmma(problem: Problem, place: Place) -> None:
+    """Compute by Hopper's warpgroups."""
+    from fastattn.cuda.kernels import wgmma as kernels
+
+    p = problem
+    batch, heads, q_len, head_dim = p.query.shape
+    tile = kernels.TILES[head_dim]
+    flags = new_flags(p, place, -(-q_len // tile.queries))
+    plan = kernels.plan(
+        batch, heads, p.group, q_len, p.key.shape[2], head_dim, place.device.multiprocessors
+    )
+    launch(
+        kernels.forward(p.query.dtype, head_dim, p.options.softcap > 0),
+        place,
+        plan.blocks,
+        tensor_map(p.query, tile.queries),
+        tensor_map(p.key, tile.keys),
+        tensor_map(p.value, tile.keys),
+        *addresses(p.out, p.lse, flags, p.lengths, p.offsets),
+        *counts(p),
+        *strides(p.out),
+        plan.pairs,
+        plan.section,
+        *factors(p),
+    )
+    if flags is not None:
+        simt(p, place, flags, tile.queries)
+
+
+def decode(problem: Problem, place: Place) -> None:
+    """Compute by blocks that have a piece of the keys each, and merge the pieces."""
+    from fastattn.cuda.kernels import decode as kernels
+
+    p = problem
+    batch, heads, q_len, head_dim = p.query.shape
+    kv_len = p.key.shape[2]
+    splits = kernels.splits_of(kv_len)
+    tiles = kernels.row_tiles_for(q_len, p.group, head_dim)
+    outs, stats = kernels.workspace(batch, heads, q_len, kv_len, head_dim)
+    partial_out, partial_lse = (scratch(place, (n,), "float32") for n in (outs, stats))
+    flags = new_flags(p, place, -(-q_len // kernels.FLAG_ROWS))
+    launch(
+        kernels.split(p.query.dtype, head_dim, tiles, p.options.softcap > 0),
+        place,
+        kernels.split_blocks(batch, heads // p.group, q_len, kv_len, p.group, tiles),
+        *addresses(p.query, p.key, p.value, partial_out, partial_lse, flags, p.lengths, p.offsets),
+        *counts(p),
+        *strides(p.query, p.key, p.value),
+        *factors(p),
+    )
+    launch(
+        kernels.combine(p.query.dtype, head_dim),
+        place,
+        kernels.combine_blocks(batch, heads, q_len),
+        *addresses(partial_out, partial_lse, p.out, p.lse, flags),
+        q_len,
+        heads,
+        splits,
+        *strides(p.out),
+    )
+    if flags is not None:
+        simt(p, place, flags, kernels.FLAG_ROWS)
+
+
+# --- Arguments of the tensor-core kernels --------------------------------------------------------
+
+
+def new_flags(problem: Problem, place: Place, tiles: int) -> DeviceArray | None:
+    """Return a flag for each tile of rows, if a key that a row does not see can spoil it."""
+    if not problem.options.may_hide:
+        return None
+    return scratch(place, (*problem.query.shape[:2], tiles), "int32")
+
+
+def addresses(*arrays: DeviceArray | None) -> tuple[int, ...]:
+    """Return where arrays begin; 0 where there is none."""
+    return tuple(0 if x is None else x.pointer for x in arrays)
+
+
+def counts(problem: Problem) -> tuple[int, ...]:
+    """Return q_len, kv_len, heads, group, left, right, length and offset."""
+    asked = problem.options
+    _, heads, q_len, _ = problem.query.shape
+    left, right = (UNLIMITED if x == WIDEST else x for x in (asked.left, asked.right))
+    kv_len = problem.key.shape[2]
+    return q_len, kv_len, heads, problem.group, left, right, asked.length, asked.offset
+
+
+def strides(*arrays: DeviceArray) -> tuple[int, ...]:
+    """Return the strides of each array's first three axes."""
+    return tuple(stride for x in arrays for stride in x.strides[:3])
+
+
+def factors(problem: Problem) -> tuple[float, float]:
+    """Return what scores are multiplied by, and what before they are capped."""
+    scale, softcap = problem.options.scale, problem.options.softcap
+    if not softcap:
+        return scale * LOG2E, 0.0
+    return softcap * LOG2E, 2 * LOG2E * scale / softcap
+
+
+def tensor_map(array: DeviceArray, rows: int) -> bytes:
+    """Return a map of an array of (batch, heads, rows, head_dim), in tiles of 64 columns."""
+    return _driver.tensor_map(
+        array.pointer, array.shape[::-1], array.strides[2::-1], (64, rows, 1, 1), array.dtype
+    )

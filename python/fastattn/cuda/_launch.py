@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One launch of one kernel, and the small launches that bring arguments where kernels read them.
+
+Called by `_forward.py` and `_backward.py`. Calls `_cache.py` for machine code and `_driver.py` to
+run it; tests put an emulator in the place of `launch`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fastattn.cuda import _arrays, _cache, _driver
+from fastattn.cuda._arrays import DeviceArray, item_bytes
+
+if TYPE_CHECKING:
+    from fastattn.cuda.kernels import Kernel
+
+ROW_BYTES = 16  # what tensor-core kernels copy at once: rows begin at multiples of it
+# As what numbers of so many bytes are copied.
+STORED = {1: "uint8", 2: "uint16", 4: "float32", 8: "float64"}
+
+
+class Place(NamedTuple):
+    """Where a call runs."""
+
+    device: Any  # of _driver
+    stream: int
+    query: DeviceArray  # whose library memory is from
+
+
+def launch(kernel: Kernel, place: Place, blocks: int, *arguments: Any) -> None:
+    """Start a kernel; an argument is a number, an array, a tuple of numbers, bytes or None."""
+    function = _driver.load(_cache.load(kernel, place.device.capability), place.device)
+    function.launch((blocks,), place.stream, tuple(_flat(arguments)))
+
+
+def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
+    """Yield the parameters that Numba makes of arguments."""
+    for x in arguments:
+        if x is None:
+            yield 0
+        elif isinstance(x, DeviceArray):
+            item = item_bytes(x.dtype)
+            # Of its array's structure, kernels read the address, the shape and the strides.
+            yield from (0, 0, math.prod(x.shape), item, x.pointer, *x.shape)
+            yield from (stride * item for stride in x.strides)
+        elif isinstance(x, tuple):
+            yield from x
+        else:
+            yield x
+
+
+def scratch(place: Place, shape: tuple[int, ...], dtype: str) -> DeviceArray:
+    """Return memory for intermediate results."""
+    return _arrays.empty(place.query, shape, dtype, place.stream)
+
+
+def upload(place: Place, numbers: np.ndarray[Any, Any]) -> DeviceArray:
+    """Return numbers of the host, of 8 bytes each, in the device's memory."""
+    from fastattn.cuda.kernels import copies
+
+    target = scratch(place, numbers.shape, numbers.dtype.name)
+    flat = target._replace(shape=(numbers.size,), strides=(1,), dtype="int64")
+    words = np.zeros(-(-numbers.size // copies.NUMBERS) * copies.NUMBERS, np.int64)
+    words[: numbers.size] = np.ascontiguousarray(numbers).reshape(-1).view(np.int64)
+    for first in range(0, numbers.size, copies.NUMBERS):
+        some = tuple(words[first : first + copies.NUMBERS].tolist())
+        launch(copies.write(), place, 1, flat, first, some)
+    return target
+
+
+def as_int64(place: Place, numbers: DeviceArray | None) -> DeviceArray | None:
+    """Return integers of one axis as int64 that follow each other."""
+    from fastattn.cuda.kernels import copies
+
+    if numbers is None or (numbers.dtype == "int64" and numbers.strides == (1,)):
+        return numbers
+    target = scratch(place, numbers.shape, "int64")
+    count = numbers.shape[0]
+    launch(copies.convert(numbers.dtype), place, copies.blocks(count), target, numbers)
+    return target
+
+
+def is_aligned(array: DeviceArray) -> bool:
+    """Tell whether tensor-core kernels can read, or write, an array as it lies."""
+    whole = ROW_BYTES // item_bytes(array.dtype)
+    steps = zip(array.shape[:-1], array.strides[:-1], strict=True)
+    return (
+        array.pointer % ROW_BYTES == 0
+        and array.strides[-1] == 1
+        and all(size == 1 or (stride >= 0 and stride % whole == 0) for size, stride in steps)
+    )
+
+
+def aligned(place: Place, array: DeviceArray) -> DeviceArray:
+    """Return an array of (batch, heads, rows, columns), or a copy, whose rows are aligned."""
+    if is_aligned(array):
+        return array
+    target = scratch(place, array.shape, array.dtype)
+    copy(place, target, array)
+    return target
+
+
+def copy(place: Place, target: DeviceArray, source: DeviceArray) -> None:
+    """Copy an array of four axes."""
+    from fastattn.cuda.kernels import copies
+
+    rows = math.prod(source.shape[:3])
+    launch(copies.copy(STORED[item_bytes(source.dtype)]), place, rows, target, source)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GPU that is none: whole calls of fastattn.cuda on the CPU, launch by launch.
+
+`device` puts it in the place of the driver. Arrays lie in an emulator's memory, at addresses of
+their own; a launch runs the kernel's function there, of tensor-core kernels as vectors of threads
+(cuda_emulator.py), of plain Numba kernels as one thread of the operating system per CUDA thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_emulator import DTYPES, Memory, rebound, run
+from cuda_emulator_sm90 import TensorMap
+from cuda_emulator_sm90 import run as run_hopper
+from fastattn.cuda._arrays import DeviceArray, item_bytes
+
+from fastattn.cuda import _arrays, _driver, _launch
+
+JUNK = np.nan  # in memory that nobody has written
+
+
+class FakeArray:
+    """An array on the device, of a library of its own."""
+
+    def __init__(self, device: FakeDevice, values: Any) -> None:
+        self.device, self.values = device, values
+        base = values if values.base is None else values.base
+        self.address = device.address_of(base) + values.ctypes.data - base.ctypes.data
+        self.dtype = values.dtype
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        values = self.values
+        return {
+            "version": 3,
+            "shape": values.shape,
+            "strides": values.strides,
+            "typestr": "<V2" if values.dtype == DTYPES["bfloat16"] else values.dtype.str,
+            "data": (self.address if values.size else 0, False),
+            "stream": None,
+        }
+
+
+class FakeDevice:
+    """What `_driver.Device` is to the calls."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.capability, self.ordinal, self.name = capability, 0, "an emulator"
+        self.multiprocessors = 3
+        self.shared_bytes = 227 * 1024
+        self.memory = Memory()
+        self.addresses: dict[int, int] = {}
+        self.kept: list[Any] = []
+        self.launched: list[str] = []
+
+    def address_of(self, base: np.ndarray) -> int:
+        if id(base) not in self.addresses:
+            self.addresses[id(base)] = self.memory.place(base)
+            self.kept.append(base)
+        return self.addresses[id(base)]
+
+    def array(self, values: Any) -> FakeArray:
+        """Return an array on the device; views of an array share its memory."""
+        return FakeArray(self, values)
+
+    def allocate(self, size: int, stream: int, on: Any) -> int:
+        return self.memory.place(np.full(max(size, 1), 0xFF, np.uint8))
+
+    def view(self, array: DeviceArray, as_bits: bool) -> np.ndarray:
+        """Return the memory that an array is."""
+        kind = DTYPES.get(array.dtype) or np.dtype(array.dtype)
+        item = item_bytes(array.dtype)
+        if as_bits and array.dtype in DTYPES:
+            kind = np.dtype(np.uint16)
+        strides = tuple(stride * item for stride in array.strides)
+        if 0 in array.shape:
+            return np.empty(array.shape, kind)
+        data, at = self.memory.locate([array.pointer])
+        return np.ndarray(array.shape, kind, data.data, int(at[0]), strides)
+
+    def values(self, result: Any) -> np.ndarray:
+        """Return a result's values."""
+        if isinstance(result, FakeArray):
+            return result.values
+        dtype, shape = result.dtype_name, result.shape
+        strides = _arrays.contiguous_strides(shape)
+        array = DeviceArray(result.pointer, shape, strides, dtype, 0, result, "other")
+        return self.view(array, False).copy()
+
+    def launch(self, kernel: Any, place: Any, blocks: int, *arguments: Any) -> None:
+        """Run a kernel."""
+        self.launched.append(kernel.name)
+        flat = tuple(_launch._flat(arguments))
+        assert len(flat) == sum(map(parameters, kernel.signature)), kernel.name
+        if blocks == 0:
+            return
+        if any(isinstance(x, DeviceArray) for x in arguments):
+            given = [self.view(x, True) if isinstance(x, DeviceArray) else x for x in arguments]
+            run_threads(kernel, blocks, tuple(given))
+        else:
+            numbers = (np.float32(x) if isinstance(x, float) else x for x in arguments)
+            on_hopper = any(isinstance(x, TensorMap) for x in arguments)
+            (run_hopper if on_hopper else run)(kernel, blocks, tuple(numbers), self.memory)
+
+    def tensor_map(self, address: int, shape: Any, strides: Any, box: Any, dtype: str) -> TensorMap:
+        """Return what the emulator takes for a tensor map."""
+        array = DeviceArray(address, shape[::-1], (*strides[::-1], 1), dtype, 0, None, "other")
+        return TensorMap(self.view(array, False), box[1])
+
+
+def parameters(kind: Any) -> int:
+    """Return how many parameters Numba makes of an argument of a type."""
+    from numba.cuda import types
+
+    if isinstance(kind, types.Array):
+        return 5 + 2 * kind.ndim
+    return kind.count if isinstance(kind, types.UniTuple) else 1
+
+
+class SingleThreads(threading.local):
+    """numba.cuda, as each thread of a plain Numba kernel sees it."""
+
+    def begin(self, thread: int, block: int, blocks: int, team: Team) -> None:
+        """Say which thread of which block this is."""
+        self.threadIdx, self.blockIdx = SimpleNamespace(x=thread), SimpleNamespace(x=block)
+        self.gridDim = SimpleNamespace(x=blocks)
+        self.team = team
+        made = itertools.count()  # arrays in shared memory are told by the order they are asked for
+        self.shared = SimpleNamespace(array=lambda *what: team.array(next(made), *what))
+        self.local = SimpleNamespace(array=lambda shape, dtype: np.full(shape, JUNK).astype(dtype))
+        self.syncthreads = team.barrier.wait
+
+    def syncthreads_or(self, condition: Any) -> int:
+        return self.team.any(bool(condition))
+
+    def cuda(self) -> SingleThreads:
+        return self
+
+    def meanings(self) -> dict[str, Any]:
+        kinds = {"float16": np.float16, "bfloat16": DTYPES["bfloat16"]}
+        return {
+            "widen": lambda statement: (
+                lambda bits: np.float32(np.uint16(bits).view(kinds[statement.facts["dtype"]]))
+            ),
+            "narrow": lambda statement: (
+                lambda x: np.asarray(x).astype(kinds[statement.facts["dtype"]]).view(np.uint16)[()]
+            ),
+        }
+
+
+class Team:
+    """The threads of a block."""
+
+    def __init__(self, threads: int) -> None:
+        self.barrier = threading.Barrier(threads, timeout=60)
+        self.lock = threading.Lock()
+        self.arrays: dict[int, np.ndarray] = {}
+        self.votes = [False] * 2
+        self.turn = 0
+
+    def array(self, number: int, shape: Any, dtype: Any) -> np.ndarray:
+        with self.lock:
+            return self.arrays.setdefault(number, np.full(shape, JUNK).astype(dtype))
+
+    def any(self, vote: bool) -> int:
+        turn = self.turn % 2
+        if vote:
+            self.votes[turn] = True
+        if self.barrier.wait() == 0:
+            self.turn += 1
+            self.votes[1 - turn] = False
+        self.barrier.wait()
+        return int(self.votes[turn])
+
+
+def run_threads(kernel: Any, blocks: int, arguments: tuple[Any, ...]) -> None:
+    """Run a plain Numba kernel, block after block, each CUDA thread as one of its own."""
+    threads = SingleThreads()
+    function = rebound(kernel.function, threads)
+    errors: list[BaseException] = []
+
+    def work(thread: int, block: int, team: Team) -> None:
+        threads.begin(thread, block, blocks, team)
+        try:
+            with np.errstate(all="ignore"):
+                function(*arguments)
+        except BaseException as error:
+            errors.append(error)
+            team.barrier.abort()
+
+    for block in range(blocks):
+        team = Team(kernel.threads)
+        workers = [
+            threading.Thread(target=work, args=(i, block, team)) for i in range(kernel.threads)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        real = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+        if errors:
+            raise (real or errors)[0]
+
+
+@contextlib.contextmanager
+def fake_device(capability: tuple[int, int]) -> Iterator[FakeDevice]:
+    """Put a device that is none in the place of the driver."""
+    device = FakeDevice(capability)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_launch, "launch", device.launch)
+        for name in ("_forward", "_backward"):
+            module = importlib.import_module(f"fastattn.cuda.{name}")
+            patch.setattr(module, "launch", device.launch)
+        patch.setattr(_driver, "device", lambda ordinal: device)
+        patch.setattr(_driver, "allocate", device.allocate)
+        patch.setattr(_driver, "free", lambda *_: None)
+        patch.setattr(_driver, "keep", lambda *_: None)
+        patch.setattr(_driver, "wait", lambda *_: None)
+        patch.setattr(_driver, "device_of", lambda address: 0)
+        patch.setattr(_driver, "tensor_map", device.tensor_map)
+        yield device

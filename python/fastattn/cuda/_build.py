@@ -228,7 +228,7 @@ def _target(capability: Capability) -> Capability:
     from numba.cuda.cudadrv.nvrtc import get_supported_ccs
 
     supported = get_supported_ccs()
-    known = [each for each in supported if each <= capability]
+    known: list[Capability] = [each for each in supported if each <= capability]
     if not known:
         raise RuntimeError(
             "this CUDA compiler knows no GPU of compute capability {}.{} any more, only {}.{} and "
@@ -245,7 +245,7 @@ def _compiling_for(target: Capability) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         if not hasattr(np, "row_stack"):
             # NumPy 2.5 has none, and numba-cuda 0.30 names it when it first compiles.
-            np.row_stack = np.vstack
+            setattr(np, "row_stack", np.vstack)  # noqa: B010
             undo.callback(delattr, np, "row_stack")
         # A device function asks the current device what to compile for, and so needs a driver.
         current = dispatcher.get_current_device

@@ -150,8 +150,8 @@ def _from_disk_or_built(kernel: Kernel, capability: Capability) -> Binary:
 def _sources() -> str:
     """Return a hash of every file of this package that can change the code."""
     here = Path(__file__).parent
-    files = [*sorted(here.glob("kernels/*.py")), here / "ptx.py", here / "_build.py"]
-    sources = [(str(x.relative_to(here)), x.read_text()) for x in files if x.is_file()]
+    files = sorted([*here.glob("kernels/*.py"), *here.glob("ptx*.py"), here / "_build.py"])
+    sources = [(x.relative_to(here).as_posix(), x.read_text()) for x in files]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 

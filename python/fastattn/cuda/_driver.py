@@ -15,7 +15,7 @@ import importlib
 import os
 import struct
 import threading
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from fastattn.cuda._build import INSTALL, TENSOR_MAP, TENSOR_MAP_BYTES
 
@@ -163,7 +163,7 @@ class Device:
         number: int = call("cuDeviceGetAttribute", attribute, self.handle)
         return number
 
-    def __enter__(self) -> Device:
+    def __enter__(self) -> Self:
         call("cuCtxPushCurrent", self.context)
         return self
 
@@ -356,6 +356,36 @@ def wait(stream: int, other: int, on: Device) -> None:
             call("cuStreamWaitEvent", stream, event, 0)
         finally:
             call("cuEventDestroy", event)  # in fact once it has happened
+
+
+_kept: list[tuple[Any, Any]] = []  # (event, objects) until it has happened
+
+
+def keep(stream: int, on: Device, objects: Any) -> None:
+    """Refer to objects until the GPU is done with what is on the stream; asked at the next call.
+
+    What a graph reads, its owner must keep: nothing is done while one is captured.
+    """
+    module = driver()
+    with on, _lock:
+        _let_go(module)
+        idle = module.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+        if call("cuStreamIsCapturing", stream) != idle:
+            return
+        event = call("cuEventCreate", int(module.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        call("cuEventRecord", event, stream)
+        _kept.append((event, objects))
+
+
+def _let_go(module: Any) -> None:
+    waiting = []
+    for event, objects in _kept:
+        status, *_ = module.cuEventQuery(event)
+        if status == module.CUresult.CUDA_ERROR_NOT_READY:
+            waiting.append((event, objects))
+        else:
+            module.cuEventDestroy(event)
+    _kept[:] = waiting
 
 
 def device_of(address: int) -> int | None:

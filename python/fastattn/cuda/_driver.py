@@ -116,7 +116,10 @@ os.register_at_fork(after_in_child=_note_fork)
 def call(name: str, *arguments: Any) -> Any:
     """Call a function of the driver and return its result, if it has one; raise on an error."""
     module = driver()
-    status, *results = getattr(module, name)(*arguments)
+    try:
+        status, *results = getattr(module, name)(*arguments)
+    except RuntimeError as error:  # of the bindings: the driver has no such function
+        raise RuntimeError(f"{name}: {error}: {UPDATE}") from error
     _succeeded(name, module, status)
     return results[0] if results else None
 
@@ -247,17 +250,22 @@ class Function:
         x, y, z = (*grid, 1, 1)[:3]
         if x * y * z == 0:
             return
-        binary = self.binary
-        with self.device, self._fill:  # the driver has copied the arguments when it returns
-            self._struct.pack_into(self._memory, self._start, *arguments)
-            call(
-                "cuLaunchKernel",
-                self.handle,
-                *(x, y, z, binary.threads, 1, 1, binary.shared_bytes),
-                stream,
-                self._pointers_address,
-                0,
-            )
+        module, binary, on = driver(), self.binary, self.device
+        # The context as in a with statement, without what `call` costs each time.
+        _succeeded("cuCtxPushCurrent", module, *module.cuCtxPushCurrent(on.context))
+        try:
+            with self._fill:  # the driver has copied the arguments when it returns
+                self._struct.pack_into(self._memory, self._start, *arguments)
+                (status,) = module.cuLaunchKernel(
+                    self.handle,
+                    *(x, y, z, binary.threads, 1, 1, binary.shared_bytes),
+                    stream,
+                    self._pointers_address,
+                    0,
+                )
+        finally:
+            module.cuCtxPopCurrent()
+        _succeeded("cuLaunchKernel", module, status)
 
 
 _kernels: dict[Binary, Any] = {}

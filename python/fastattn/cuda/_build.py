@@ -69,7 +69,7 @@ def build(kernel: Kernel, capability: Capability) -> Binary:
                 cc=(*target, suffix) if suffix else target,
                 abi="numba",
                 abi_info={"abi_name": kernel.name},
-                fastmath=kernel.fastmath,
+                fastmath=False,  # which takes it that nothing is NaN
                 launch_bounds=(kernel.threads, kernel.blocks_per_sm),
             )
         ptx = with_tensor_maps(ptx, kernel.name, kernel.tensor_maps)

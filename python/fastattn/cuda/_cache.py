@@ -73,7 +73,6 @@ def key(kernel: Kernel, capability: Capability) -> str:
         kernel.shared_bytes,
         kernel.blocks_per_sm,
         kernel.tensor_maps,
-        kernel.fastmath,
         kernel.needs,
         capability,
         _sources(),

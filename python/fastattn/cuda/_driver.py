@@ -211,7 +211,7 @@ class Function:
             )
             try:
                 kernel = _kernel(binary)
-                if binary.shared_bytes > PLAIN_SHARED_BYTES:
+                if shared > PLAIN_SHARED_BYTES:
                     call(
                         "cuKernelSetAttribute",
                         module.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,

@@ -85,30 +85,34 @@ class Call:
         return np.asarray(x, np.int64), usual
 
     @property
-    def dtypes(self):
-        return self.query.dtype.name, self.key.dtype.name
-
-    def options(self, *without):
+    def given(self):
         """Return what a factory is told."""
-        options = {
+        from fastattn.cuda.kernels import simt
+
+        arrays = {
+            "query": self.query,
+            "key": self.key,
             "mask": self.mask,
             "bias": self.bias,
             "alibi_slopes": self.slopes,
-            "sinks": self.sinks,
         }
-        options = {k: None if x is None else x.dtype.name for k, x in options.items()}
-        options |= {
-            "softcap": self.softcap is not None,
-            "dropout": self.dropout,
-            "lengths": self.lengths is not None,
-            "offsets": self.offsets is not None,
-        }
-        return {k: x for k, x in options.items() if k not in without}
+        return simt.Given(
+            **{name: name_of(x) for name, x in arrays.items()},
+            softcap=self.softcap is not None,
+            dropout=self.dropout,
+            lengths=self.lengths is not None,
+            offsets=self.offsets is not None,
+        )
 
     @property
-    def scalars(self):
-        """Return the arguments from `length` on."""
+    def arguments(self):
+        """Return the arguments that every kernel ends with."""
         return (
+            self.mask,
+            self.bias,
+            self.slopes,
+            self.lengths,
+            self.offsets,
             self.length,
             self.offset,
             *self.window,
@@ -120,6 +124,11 @@ class Call:
         )
 
 
+def name_of(array):
+    """Return the name of the array's dtype, if there is an array."""
+    return None if array is None else array.dtype.name
+
+
 def attention(operands, options, out=None, lse=None, flags=None, rows_per_flag=1):
     """Return out and lse; those given, with the rows that are not finite replaced, if flagged."""
     from fastattn.cuda.kernels import simt
@@ -129,21 +138,58 @@ def attention(operands, options, out=None, lse=None, flags=None, rows_per_flag=1
     if flags is None:
         out = np.full((*call.query.shape[:-1], value_head_dim), 7, call.query.dtype)
         lse = np.full(out.shape[:-1], 7, call.number)
-    kernel = simt.forward(*call.dtypes, value_head_dim, flags=flags is not None, **call.options())
+    kernel = simt.forward(
+        call.given, value_head_dim, sinks=name_of(call.sinks), flags=flags is not None
+    )
+    blocks = simt.forward_blocks(call.given.query, call.batch, call.heads, call.q_len)
     launch(
-        kernel,
-        simt.forward_blocks(call.dtypes[0], call.batch, call.heads, call.q_len),
-        out,
-        lse,
-        *operands,
-        call.mask,
-        call.bias,
-        call.slopes,
-        call.sinks,
-        call.lengths,
-        call.offsets,
-        flags,
-        rows_per_flag,
-        *call.scalars,
+        kernel, blocks, out, lse, flags, rows_per_flag, call.sinks, *operands, *call.arguments
     )
     return out, lse
+
+
+def attention_backward(
+    grad_out, operands, out, lse, options, grad_lse=None, given=None, flags=None, rows_per_flag=1
+):
+    """Return dq, dk, dv, and dbias and dsinks if there are bias and sinks.
+
+    given: dq, dk and dv whose rows that are not finite are replaced; flags: for dq, and for the
+    other two.
+    """
+    from fastattn.cuda.kernels import simt, simt_backward
+
+    call = Call(*operands, **options)
+    dtype = call.given.query
+    sinks = name_of(call.sinks)
+    rows = (call.batch, call.heads, simt_backward.padded(call.q_len))
+    delta, lse2, terms = (np.full(rows, 7, call.number) for _ in range(3))
+    terms = None if sinks is None else terms
+    kernel = simt_backward.prepare(
+        dtype, sinks=sinks, grad_lse=grad_lse is not None, dsinks=terms is not None
+    )
+    blocks = simt_backward.prepare_blocks(call.batch, call.heads, call.q_len)
+    launch(kernel, blocks, delta, lse2, terms, out, grad_out, lse, grad_lse, call.sinks)
+
+    read = (*operands, grad_out, delta, lse2, *call.arguments)
+    dq, dk, dv = given or (np.full(x.shape, 7, x.dtype) for x in operands)
+    row_flags, key_flags = flags or (None, None)
+    kernel = simt_backward.query_gradient(call.given, dq.shape[-1], flags=flags is not None)
+    blocks = simt.forward_blocks(dtype, call.batch, call.heads, call.q_len)
+    launch(kernel, blocks, dq, row_flags, rows_per_flag, *read)
+    kernel = simt_backward.key_value_gradients(
+        call.given, dk.shape[-1], dv.shape[-1], flags=flags is not None
+    )
+    blocks = simt_backward.key_blocks(call.batch, call.kv_heads, call.kv_len)
+    launch(kernel, blocks, dk, dv, key_flags, rows_per_flag, *read)
+    grads = [dq, dk, dv]
+    if call.bias is not None:
+        dbias = np.full(call.bias_shape, 7, call.bias.dtype)
+        shape = (*(1,) * (4 - dbias.ndim), *dbias.shape)
+        kernel = simt_backward.bias_gradient(call.given)
+        launch(kernel, simt_backward.bias_blocks(dtype, shape), dbias.reshape(shape), *read)
+        grads.append(dbias)
+    if sinks is not None:
+        dsinks = np.full(call.sinks.shape, 7, call.sinks.dtype)
+        launch(simt_backward.sinks_gradient(dtype, sinks), call.heads, dsinks, terms)
+        grads.append(dsinks)
+    return grads

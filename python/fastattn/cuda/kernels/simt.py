@@ -152,6 +152,70 @@ def integers(present: bool, axes: int, kind: Any = types.int64) -> Any:
     return types.Array(kind, axes, "A") if present else types.none
 
 
+class Given(NamedTuple):
+    """What a call has that decides the scores: the dtype of each array, or None, and what else."""
+
+    query: str  # float16, bfloat16, float32 or float64; of out too
+    key: str  # of key and value: the same, or 16-bit beside a float32 query
+    mask: str | None = None  # a dtype as of the query, or bool
+    bias: str | None = None
+    alibi_slopes: str | None = None
+    softcap: bool = False
+    dropout: bool = False
+    lengths: bool = False
+    offsets: bool = False
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether pairs may be hidden one by one."""
+        return self.mask is not None or self.bias is not None
+
+    @property
+    def types(self) -> tuple[Any, ...]:
+        """Numba's types of the arguments that every kernel ends with.
+
+        ::
+
+            mask, bias              (batch, heads, q_len, kv_len)
+            alibi_slopes            (batch, heads)
+            lengths, offsets        int64 (batch,): kv_lengths and query_offset, one by one
+            length, offset          int64: one for all. Both are clamped to what is possible
+            left, right             int64: the window, 2**62 if unlimited; causal is right = 0
+            scale, softcap          float32, or float64 for float64
+            dropped                 int64: round(dropout_p * 2**32)
+            seed_low, seed_high     uint32: the halves of the seed
+            kept_scale              as scale: 1 / (1 - dropout_p), or 1 if nothing is kept
+        """
+        number = accumulator(self.query)
+        return (
+            array(self.mask, 4),
+            array(self.bias, 4),
+            array(self.alibi_slopes, 2),
+            integers(self.lengths, 1),
+            integers(self.offsets, 1),
+            *(types.int64,) * 4,
+            number,
+            number if self.softcap else types.none,
+            types.int64,
+            types.uint32,
+            types.uint32,
+            number,
+        )
+
+    def name(self, stem: str, *sizes: int, **more: str | bool | None) -> str:
+        """Return a kernel's symbol: what it is, and all that it is specialised for."""
+        return symbol(stem, self.query, self.key, *sizes, **self._asdict() | more)
+
+
+def symbol(*parts: object, query: object = None, key: object = None, **given: object) -> str:
+    """Return the parts, and the names of what is given, as one name."""
+    words = [str(part) for part in parts]
+    for name, what in given.items():
+        if what:
+            words.append(name if what is True else f"{name}_{what}")
+    return "_".join(words)
+
+
 # --- What the forward and the backward kernels share ---------------------------------------------
 
 
@@ -160,6 +224,15 @@ def keys_of_row(row, offset, left, right, length):
     """Return the first key that a row may see, and the one behind the last."""
     position = row + offset
     return max(0, position - left), min(length, position + right + 1)
+
+
+@device
+def one_within(each, for_all, batch, low, high):
+    """Return a batch element's own number, or the one for all, clamped."""
+    x = for_all
+    if each is not None:
+        x = each[batch]
+    return max(low, min(x, high))
 
 
 @device
@@ -215,6 +288,23 @@ def loader(dtype: str, query_dtype: str) -> Any:
     return load
 
 
+@functools.cache
+def finiteness(dtype: str) -> Any:
+    """Return the function that looks for what is not finite in results of the dtype."""
+    widen = element(dtype).widen
+
+    @device
+    def is_part_finite(results, row, first_column):
+        """Tell of the columns of a row that one thread has, from its first on."""
+        for first in range(first_column, results.shape[1], SLICE):
+            for column in range(first, min(first + EACH, results.shape[1])):
+                if not math.isfinite(widen(results[row, column])):
+                    return False
+        return True
+
+    return is_part_finite
+
+
 class Scoring(NamedTuple):
     """Device functions for what is done to a score between the product and softmax."""
 
@@ -223,11 +313,12 @@ class Scoring(NamedTuple):
 
 
 @functools.cache
-def scoring(query_dtype: str, mask: str | None, bias: str | None, slopes: str | None) -> Scoring:
-    """Return the functions for these dtypes; None for an argument that is absent."""
-    number = accumulator(query_dtype)
+def scoring(given: Given) -> Scoring:
+    """Return the functions for these dtypes."""
+    number = accumulator(given.query)
     widen_mask, widen_bias, widen_slope = (
-        None if dtype is None else element(dtype).widen for dtype in (mask, bias, slopes)
+        None if dtype is None else element(dtype).widen
+        for dtype in (given.mask, given.bias, given.alibi_slopes)
     )
     minus_inf = np.float32(-math.inf)
 
@@ -260,73 +351,43 @@ def scoring(query_dtype: str, mask: str | None, bias: str | None, slopes: str | 
 
 
 def forward(
-    query_dtype: str,
-    key_dtype: str,
+    given: Given,
     value_head_dim: int,
     *,
-    mask: str | None = None,
-    bias: str | None = None,
-    alibi_slopes: str | None = None,
     sinks: str | None = None,
-    softcap: bool = False,
-    dropout: bool = False,
-    lengths: bool = False,
-    offsets: bool = False,
     lse: bool = True,
     flags: bool = False,
 ) -> Kernel:
-    """Return the kernel for a call that has these arguments, of these dtypes.
+    """Return the kernel for calls that have these arguments.
 
     Parameters
     ----------
-    query_dtype, key_dtype : {"float16", "bfloat16", "float32", "float64"}
-        Of query and out, and of key and value: the same, or a float32 query beside 16-bit keys.
+    given : Given
+        What the call has, and of which dtypes.
     value_head_dim : int
         Sizes up to the next power of 2 share a kernel.
-    mask, bias, alibi_slopes, sinks : str, optional
-        The dtype of each argument that is there; of mask also "bool".
-    softcap, dropout, lengths, offsets, lse, flags : bool
+    sinks : str, optional
+        The dtype of sinks, if there are any.
+    lse, flags : bool
         Whether the call has these.
 
     Returns
     -------
     Kernel
-        For a grid of `forward_blocks`. Its arguments, None where absent; each array may have any
-        strides, also of 0::
+        For a grid of `forward_blocks`. Its arguments::
 
-            out, query, key, value    (batch, heads, length, dim); of 16-bit dtypes as uint16
-            lse                       (batch, heads, q_len), float32; float64 for float64
-            mask, bias                (batch, heads, q_len, kv_len)
-            alibi_slopes              (batch, heads)
-            sinks                     (heads,)
-            lengths, offsets          int64 (batch,); clamped to what is possible
-            flags                     int32 (batch, heads, tiles of rows_per_flag rows)
-            rows_per_flag             int64
-            length, offset            int64, if not given one by one
-            left, right               int64: the window, 2**62 if unlimited; causal is right = 0
-            scale, softcap            float32; float64 for float64
-            dropped                   int64, round(dropout_p * 2**32)
-            seed_low, seed_high       uint32, the halves of the seed
-            kept_scale                1 / (1 - dropout_p), or 1 if nothing is kept
+            out               (batch, heads, q_len, value_head_dim) of the query's dtype, written
+            lse               (batch, heads, q_len), written; float32, or float64 for float64
+            flags             int32 (batch, heads, tiles of rows_per_flag rows)
+            rows_per_flag     int64
+            sinks             (heads,)
+            query, key, value (batch, heads or kv_heads, length, dim)
 
-        With flags, blocks whose flags are all 0 return at once, and of the others only those rows
-        of out and lse are stored that are not finite there.
+        and those of `Given.types`; None for one that is absent, and each array of any strides. With
+        flags, blocks whose flags are all 0 return at once, and of the others only those rows of
+        out and lse are stored that are not finite in out.
     """
-    return _forward(
-        query_dtype,
-        key_dtype,
-        bucket(value_head_dim),
-        mask,
-        bias,
-        alibi_slopes,
-        sinks,
-        softcap,
-        dropout,
-        lengths,
-        offsets,
-        lse,
-        flags,
-    )
+    return _forward(given, bucket(value_head_dim), sinks, lse, flags)
 
 
 def forward_blocks(query_dtype: str, batch: int, heads: int, q_len: int) -> int:
@@ -336,20 +397,9 @@ def forward_blocks(query_dtype: str, batch: int, heads: int, q_len: int) -> int:
 
 @functools.cache
 def _forward(
-    query_dtype: str,
-    key_dtype: str,
-    columns: int,
-    mask_dtype: str | None,
-    bias_dtype: str | None,
-    slopes_dtype: str | None,
-    sinks_dtype: str | None,
-    has_softcap: bool,
-    has_dropout: bool,
-    has_lengths: bool,
-    has_offsets: bool,
-    has_lse: bool,
-    has_flags: bool,
+    given: Given, columns: int, sinks_dtype: str | None, has_lse: bool, has_flags: bool
 ) -> Kernel:
+    query_dtype, key_dtype = given.query, given.key
     number = accumulator(query_dtype)
     float_dtype = np.dtype(number.name)
     zero, one, nan, minus_inf, hidden = map(number, (0, 1, math.nan, -math.inf, HIDDEN))
@@ -359,11 +409,11 @@ def _forward(
     chunks = columns // SLICE
     sums_each = chunks * scores_each
     group_keys = GROUP * KEYS
-    has_mask = mask_dtype is not None or bias_dtype is not None
+    has_mask, has_dropout = given.has_mask, given.dropout
     load_query, load_key = loader(query_dtype, query_dtype), loader(key_dtype, query_dtype)
-    widen, narrow = element(query_dtype).widen, element(query_dtype).narrow
+    narrow, is_part_finite = element(query_dtype).narrow, finiteness(query_dtype)
     widen_sink = None if sinks_dtype is None else element(sinks_dtype).widen
-    is_hidden, with_added = scoring(query_dtype, mask_dtype, bias_dtype, slopes_dtype)
+    is_hidden, with_added = scoring(given)
 
     @device
     def decay(old, new):
@@ -375,17 +425,17 @@ def _forward(
     def attend(
         out,
         lse,
+        flags,
+        rows_per_flag,
+        sinks,
         query,
         key,
         value,
         mask,
         bias,
         alibi_slopes,
-        sinks,
         lengths,
         offsets,
-        flags,
-        rows_per_flag,
         length,
         offset,
         left,
@@ -421,12 +471,8 @@ def _forward(
 
         kv_head = head // (heads // key.shape[1])
         q, k, v = query[batch, head], key[batch, kv_head], value[batch, kv_head]
-        if lengths is not None:
-            length = lengths[batch]
-        if offsets is not None:
-            offset = offsets[batch]
-        length = max(0, min(length, key.shape[2]))
-        offset = max(-FARTHEST, min(offset, FARTHEST))
+        length = one_within(lengths, length, batch, 0, key.shape[2])
+        offset = one_within(offsets, offset, batch, -FARTHEST, FARTHEST)
         first_key = keys_of_row(first, offset, left, right, length)[0]
         end_key = keys_of_row(end - 1, offset, left, right, length)[1]
 
@@ -583,13 +629,9 @@ def _forward(
             cuda.syncthreads()
             for i in range(rows_each):
                 row = first + row0 + i
-                wanted = zero
-                if row < q_len:
-                    for c in range(key0, v.shape[1], SLICE):
-                        for column in range(c, min(c + EACH, v.shape[1])):
-                            if not math.isfinite(widen(out[batch, head, row, column])):
-                                wanted = one
-                part_sums[row0 + i, lane] = wanted
+                part_sums[row0 + i, lane] = zero
+                if row < q_len and not is_part_finite(out[batch, head], row, key0):
+                    part_sums[row0 + i, lane] = one
             cuda.syncthreads()
         for i in range(rows_each):
             row = first + row0 + i
@@ -631,51 +673,20 @@ def _forward(
                             log_sum = total_max[i] + number(math.log(total))
                         lse[batch, head, row] = log_sum
 
-    given = {
-        "mask": mask_dtype,
-        "bias": bias_dtype,
-        "alibi": slopes_dtype,
-        "sinks": sinks_dtype,
-        "softcap": has_softcap,
-        "dropout": has_dropout,
-        "lengths": has_lengths,
-        "offsets": has_offsets,
-        "lse": has_lse,
-        "flags": has_flags,
-    }
-    lse_dtype = number.name if has_lse else None
+    numbers = types.Array(number, 3, "A")
     return Kernel(
-        name=kernel_name("simt_forward", query_dtype, key_dtype, columns, **given),
+        name=given.name("simt_forward", columns, sinks=sinks_dtype, lse=has_lse, flags=has_flags),
         function=attend,
         signature=(
             array(query_dtype, 4),
-            array(lse_dtype, 3),
+            numbers if has_lse else types.none,
+            integers(has_flags, 3, types.int32),
+            types.int64,
+            array(sinks_dtype, 1),
             array(query_dtype, 4),
             array(key_dtype, 4),
             array(key_dtype, 4),
-            array(mask_dtype, 4),
-            array(bias_dtype, 4),
-            array(slopes_dtype, 2),
-            array(sinks_dtype, 1),
-            integers(has_lengths, 1),
-            integers(has_offsets, 1),
-            integers(has_flags, 3, types.int32),
-            *(types.int64,) * 5,
-            number,
-            number if has_softcap else types.none,
-            types.int64,
-            types.uint32,
-            types.uint32,
-            number,
+            *given.types,
         ),
         threads=THREADS,
     )
-
-
-def kernel_name(stem: str, *facts: object, **given: str | bool | None) -> str:
-    """Return the symbol of a kernel: what it is, and what it was specialised for."""
-    parts = [stem, *map(str, facts)]
-    for name, what in given.items():
-        if what:
-            parts.append(name if what is True else f"{name}_{what}")
-    return "_".join(parts)

@@ -270,9 +270,31 @@ class Group:
 
             return stored
 
-        def load_shared_float32_2(d, d_at, address):
-            pair = self.shared_bytes(address, 8).view(np.float32)
-            d.values[d_at], d.values[d_at + 1] = pair[:, 0], pair[:, 1]
+        def load_float32_if(condition, address, otherwise):
+            loads = self.spread(condition, bool)
+            result = self.floats(otherwise).copy()
+            if loads.any():
+                result[loads] = read(self.spread(address)[loads], 4).view(np.float32)[:, 0]
+            return result
+
+        def store_float32_4_if(condition, address, v, v_at):
+            writes = self.spread(condition, bool)
+            if writes.any():
+                assert (self.spread(address)[writes] % 16 == 0).all(), "a misaligned store"
+                for i in range(4):
+                    address_i = self.spread(address)[writes] + 4 * i
+                    memory.write(address_i, v.values[v_at + i][writes])
+
+        def load_shared_floats(count):
+            def loaded(d, d_at, address):
+                numbers = self.shared_bytes(address, 4 * count).view(np.float32)
+                d.values[d_at : d_at + count] = numbers.T
+
+            return loaded
+
+        def store_shared_float32_2(address, x, y):
+            pair = np.stack([self.floats(x), self.floats(y)], 1)
+            self.block.shared[self.within_shared(address, 8)] = as_bytes(pair)
 
         def extreme(of_floats, of_integers):
             def chosen(x, y):
@@ -295,22 +317,27 @@ class Group:
             "lg2": lambda x: np.log2(self.floats(x)),
             "rcp": lambda x: np.float32(1) / self.floats(x),
             "product": lambda x, y: self.floats(x) * self.floats(y),
+            "quotient": lambda x, y: x // y,
             "exchange": lambda x, m: self.floats(x)[np.arange(lanes) ^ m],
             "load_int64": load(np.int64),
             "load_float32": load(np.float32),
+            "load_float32_if": load_float32_if,
             "store_int32": lambda address, value: store_int32(
                 np.arange(lanes) == 0, address, value
             ),
             "store_int32_if": store_int32,
             "store_float32_if": store(np.float32),
+            "store_float32_4_if": store_float32_4_if,
             "copy_16": copy_16,
             "commit_copies": commit_copies,
             "load_matrices": matrices(False),
             "load_matrices_transposed": matrices(True),
             "load_shared_float32": lambda s: self.shared_bytes(s, 4).view(np.float32)[:, 0],
-            "load_shared_float32_2": load_shared_float32_2,
+            "load_shared_float32_2": load_shared_floats(2),
+            "load_shared_float32_4": load_shared_floats(4),
             "store_shared_int32": lambda s, v: self.store_shared(s, self.spread(v, np.int32)),
             "store_shared_float32": lambda s, v: self.store_shared(s, self.floats(v)),
+            "store_shared_float32_2": store_shared_float32_2,
             "sync_warp": lambda: None,
             "any_in_block": lambda c: int(
                 self.arrive(0, block.threads, True, bool(np.any(self.spread(c))))

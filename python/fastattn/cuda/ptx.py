@@ -276,6 +276,9 @@ rcp = op("rcp", "rcp.approx.ftz.f32 %d, %x;", "d:return:f x:f", volatile=False)
 product = op(
     "product", "mul.rn.f32 %d, %x, %y;", "d:return:f x:f y:f", volatile=False
 )  # rounded, never fused with a sum
+quotient = op(
+    "quotient", "div.s32 %d, %x, %y;", "d:return:r x:r y:r", volatile=False
+)  # of int32 that are not negative: Numba's // divides int64
 exchange = op(
     "exchange", "shfl.sync.bfly.b32 %d, %x, %m, 0x1f, 0xffffffff;", "d:return:f x:f m:r"
 )  # the x of the thread whose number differs in the bits of m
@@ -294,6 +297,12 @@ pack = {
 # Memory of the device: addresses are int64.
 load_int64 = op("load_int64", "ld.global.b64 %d, [%g];", "d:return:l g:l", memory=True)
 load_float32 = op("load_float32", "ld.global.f32 %d, [%g];", "d:return:f g:l", memory=True)
+load_float32_if = op(
+    "load_float32_if",
+    "{ .reg .pred p; setp.ne.b32 p, %c, 0; mov.f32 %d, %x; @p ld.global.f32 %d, [%g]; }",
+    "d:return:f c:r g:l x:f",
+    memory=True,
+)  # x where not c
 store_int32 = op("store_int32", "st.global.b32 [%g], %v;", "g:l v:r", memory=True)
 store_int32_if = op(
     "store_int32_if",
@@ -305,6 +314,12 @@ store_float32_if = op(
     "store_float32_if",
     "{ .reg .pred p; setp.ne.b32 p, %c, 0; @p st.global.f32 [%g], %v; }",
     "c:r g:l v:f",
+    memory=True,
+)
+store_float32_4_if = op(
+    "store_float32_4_if",
+    "{ .reg .pred p; setp.ne.b32 p, %c, 0; @p st.global.v4.f32 [%g], %v; }",
+    "c:r g:l v:in:f4",
     memory=True,
 )
 
@@ -320,7 +335,7 @@ wait_copies = {
         family="wait_copies",
         left=left,
     )
-    for left in range(4)
+    for left in range(8)
 }
 
 # Shared memory: addresses are int32.
@@ -342,8 +357,14 @@ load_shared_float32 = op(
 load_shared_float32_2 = op(
     "load_shared_float32_2", "ld.shared.v2.f32 %d, [%s];", "d:out:f2 s:r", memory=True
 )
+load_shared_float32_4 = op(
+    "load_shared_float32_4", "ld.shared.v4.f32 %d, [%s];", "d:out:f4 s:r", memory=True
+)
 store_shared_int32 = op("store_shared_int32", "st.shared.b32 [%s], %v;", "s:r v:r", memory=True)
 store_shared_float32 = op("store_shared_float32", "st.shared.f32 [%s], %v;", "s:r v:f", memory=True)
+store_shared_float32_2 = op(
+    "store_shared_float32_2", "st.shared.v2.f32 [%s], {%x,%y};", "s:r x:f y:f", memory=True
+)
 
 # Barriers.
 sync_warp = op("sync_warp", "bar.warp.sync 0xffffffff;", memory=True)

@@ -259,11 +259,11 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
                 # Here, so that `combine`, a block per row, need only set them.
                 count = group * quotient(q_len + i32(FLAG_ROWS - 1), i32(FLAG_ROWS))
                 flag = flags + i64(quotient(count, group)) * head * i64(4)
-                own = thread
-                while count > i32(0):
-                    store_int32_if(thread < count, flag + i64(own) * i64(4), i32(0))
-                    own += i32(THREADS)
-                    count -= i32(THREADS)
+                at = i32(0)
+                while at < count:
+                    own = at + thread
+                    store_int32_if(own < count, flag + i64(own) * i64(4), i32(0))
+                    at += i32(THREADS)
         if first >= end:
             row = minimum(row_begin + thread, row_end - i32(1))
             at = place(row, head, q_len, group, splits, part)

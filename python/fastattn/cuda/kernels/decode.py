@@ -44,7 +44,6 @@ from fastattn.cuda.kernels.rows import (
     i32,
     i64,
     own_number,
-    packed,
     row_sum,
     scores,
     sums,
@@ -189,7 +188,8 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
     quads = head_dim // 4
     merge_steps = rows_at_once * quads // THREADS
     sum_count, s_count, row_count = row_tiles * head_dim // 2, row_tiles * 8, row_tiles * 2
-    multiply, to_pairs = ptx.multiply[dtype], packed(dtype, 2)
+    probs_count = row_tiles * 4
+    multiply, pair = ptx.multiply[dtype], ptx.pack[dtype]
     s_do, o_do = scores(row_tiles, 2), sums(row_tiles, head_dim // 8)
     mask, softcap, softmax, scale_sums = s_do.mask, s_do.softcap, s_do.softmax, o_do.multiply
     # A group of copies for each tile of keys and each of values: all but the oldest may be away.
@@ -308,6 +308,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
         acc = cuda.local.array(sum_count, dtype=np.float32)
         factor = cuda.local.array(4, dtype=np.int32)
         other = cuda.local.array(4, dtype=np.int32)
+        probs = cuda.local.array(probs_count, dtype=np.int32)
         highest = cuda.local.array(row_count, dtype=np.float32)
         total = cuda.local.array(row_count, dtype=np.float32)
         shrink = cuda.local.array(row_count, dtype=np.float32)
@@ -359,12 +360,14 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
             wait_oldest()
             sync_warp()  # the values are here
             for m in range(row_tiles):
-                to_pairs(s, m * 2, factor)
-                for k in range(steps):
-                    at = stage + i32(tile_bytes + k * 32)
-                    load_matrices_transposed(other, 0, at + left_at)
-                    multiply(acc, (m * steps + k) * 8, factor, 0, other[0], other[1])
-                    multiply(acc, (m * steps + k) * 8 + 4, factor, 0, other[2], other[3])
+                for j in range(4):
+                    probs[m * 4 + j] = pair(s[m * 8 + j * 2], s[m * 8 + j * 2 + 1])
+            for k in range(steps):
+                load_matrices_transposed(other, 0, stage + left_at + i32(tile_bytes + k * 32))
+                for m in range(row_tiles):
+                    here = (m * steps + k) * 8
+                    multiply(acc, here, probs, m * 4, other[0], other[1])
+                    multiply(acc, here + 4, probs, m * 4, other[2], other[3])
             sync_warp()  # and have been read
             if following < end:
                 copy_tile(stage + i32(tile_bytes) + copy_to, v_from, v_row, copy_key, first, end)

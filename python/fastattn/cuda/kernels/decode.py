@@ -196,23 +196,20 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
     wait_oldest, wait_all = ptx.wait_copies[2 * stages - 1], ptx.wait_copies[0]
 
     @device_function
-    def copy_row(target, source, size):
+    def copy_row(target, source):
         for i in range(column_copies):
-            copy_16(target + i32(i * copy_lanes * 16), source + i64(i * copy_lanes * 16), size)
+            copy_16(target + i32(i * copy_lanes * 16), source + i64(i * copy_lanes * 16), i32(16))
 
     @device_function
     def copy_tile(target, source, stride, key, first, end):
-        """Copy this lane's part of rows key, key + copy_rows, ...; zeros if not first <= row < end.
+        """Copy this lane's part of rows key, key + copy_rows, ...
 
-        Zeros, since what nobody sees may be NaN, and 0 * NaN would be seen.
+        Instead of those before first and from end on, which no row of the block sees, the nearest
+        that one does: what is hidden may be NaN, and 0 * NaN would be seen.
         """
         for i in range(row_copies):
-            row = key + i32(i * copy_rows)
-            size = select(both(row >= first, row < end), i32(16), i32(0))
-            row = maximum(first, minimum(row, end - i32(1)))
-            copy_row(
-                target + i32(i * copy_rows * row_bytes), source + i64(row) * stride * i64(2), size
-            )
+            row = maximum(first, minimum(key + i32(i * copy_rows), end - i32(1)))
+            copy_row(target + i32(i * copy_rows * row_bytes), source + i64(row) * stride * i64(2))
 
     @device_function
     def place(row, head, q_len, group, splits, part):
@@ -254,16 +251,15 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
         first = maximum(first_key(first_query, offset, left), part * i32(SPLIT))
         end = minimum(end_key(last_query, offset, right, length), (part + i32(1)) * i32(SPLIT))
 
-        if flags != i64(0):
-            if both(part == i32(0), row_begin == i32(0)):
-                # Here, so that `combine`, a block per row, need only set them.
-                count = group * quotient(q_len + i32(FLAG_ROWS - 1), i32(FLAG_ROWS))
-                flag = flags + i64(quotient(count, group)) * head * i64(4)
-                at = i32(0)
-                while at < count:
-                    own = at + thread
-                    store_int32_if(own < count, flag + i64(own) * i64(4), i32(0))
-                    at += i32(THREADS)
+        if flags != i64(0) and both(part == i32(0), row_begin == i32(0)):
+            # Here, so that `combine`, a block per row, need only set them.
+            flag_tiles = quotient(q_len + i32(FLAG_ROWS - 1), i32(FLAG_ROWS))
+            flag = flags + head * i64(flag_tiles) * i64(4)
+            at = i32(0)
+            while at < group * flag_tiles:
+                own = at + thread
+                store_int32_if(own < group * flag_tiles, flag + i64(own) * i64(4), i32(0))
+                at += i32(THREADS)
         if first >= end:
             row = minimum(row_begin + thread, row_end - i32(1))
             at = place(row, head, q_len, group, splits, part)
@@ -280,12 +276,11 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
             q_to = shared + i32(query_at) + warp * i32(16 * row_bytes) + copy_to
             for i in range(row_copies):
                 row = row_begin + warp * i32(16) + (lane >> i32(lane_bits)) + i32(i * copy_rows)
-                size = select(row < row_end, i32(16), i32(0))
                 row = minimum(row, row_end - i32(1))
                 query_number = quotient(row, group)
                 own_head = row - query_number * group
                 at = i64(query_number) * q_row + i64(own_head) * q_head
-                copy_row(q_to + i32(i * copy_rows * row_bytes), q_from + at * i64(2) + copy_from, size)
+                copy_row(q_to + i32(i * copy_rows * row_bytes), q_from + at * i64(2) + copy_from)
         k_from = key + (i64(batch) * k_batch + i64(kv_head) * k_head) * i64(2) + copy_from
         v_from = value + (i64(batch) * v_batch + i64(kv_head) * v_head) * i64(2) + copy_from
         ring = shared + warp * i32(ring_bytes)
@@ -438,7 +433,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
         signature=SPLIT_SIGNATURE,
         threads=THREADS,
         shared_bytes=query_at + rows_at_once * row_bytes,
-        blocks_per_sm=3 if row_tiles * head_dim <= 128 else 2,
+        blocks_per_sm=3 if row_tiles == 1 and head_dim <= 128 else 2,
         needs=(8, 0),
     )
 
@@ -554,8 +549,8 @@ def combine(dtype: str, head_dim: int) -> Kernel:
         logarithm = level + lg2(whole) * f32(LN2)
         store_float32_if(thread == i32(0), lse + i64(number) * i64(4), logarithm)
         if flags != i64(0):
-            row_tiles = quotient(q_len + i32(FLAG_ROWS - 1), i32(FLAG_ROWS))
-            flag = i64(head) * i64(row_tiles) + i64(quotient(row, i32(FLAG_ROWS)))
+            flag_tiles = quotient(q_len + i32(FLAG_ROWS - 1), i32(FLAG_ROWS))
+            flag = i64(head) * i64(flag_tiles) + i64(quotient(row, i32(FLAG_ROWS)))
             finite = both(abs(low) < f32(math.inf), abs(high) < f32(math.inf))
             store_int32_if(select(finite, i32(0), i32(1)), flags + flag * i64(4), i32(1))
 

@@ -1,0 +1,485 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention on Hopper (sm_90a): warpgroups that multiply, and one that only loads.
+
+The form of FlashAttention-3 [1]_. A block has a loading warpgroup, of which one thread asks for
+tiles (TMA), and two or three multiplying ones, each with 64 rows of the query tile. They tell each
+other through barriers in shared memory: `full` when a tile has come, `empty` when it has been read.
+A multiplying warpgroup starts S = Q K^T of the next key tile and O += P V of this one together, and
+does the softmax of the next while the latter still runs; named barriers make the warpgroups take
+turns, so that one multiplies while the others are at their softmax.
+
+The grid is one block per multiprocessor. Each walks the tiles in its stride; stages and phases of
+the barriers go on from tile to tile, so that the next tile's loads run while this one ends.
+
+Read `mma.py` first. Called by `_attention.py`; `rows.py` has the softmax, `ptx_sm90.py` the
+statements.
+
+.. [1] J. Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and
+   Low-precision", 2024, https://arxiv.org/abs/2407.08608
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from numba import cuda
+
+from fastattn.cuda.kernels import Kernel
+from fastattn.cuda.kernels.rows import (
+    LN2,
+    LOWEST,
+    device_function,
+    end_key,
+    f32,
+    first_key,
+    i32,
+    i64,
+    own_number,
+    packed,
+    row_sum,
+    scores,
+    sums,
+)
+from fastattn.cuda.ptx import (
+    both,
+    elect,
+    lg2,
+    minimum,
+    product,
+    rcp,
+    select,
+    shared_address,
+    store_float32_if,
+    store_int32,
+    store_shared_int32,
+    uniform,
+)
+from fastattn.cuda.ptx_sm90 import (
+    add_shared_int32,
+    descriptor,
+    exchange_int32,
+    fence_mbarrier_init,
+    give_registers,
+    mbarrier_arrive,
+    mbarrier_expect,
+    mbarrier_init,
+    mbarrier_wait,
+    named_arrive,
+    named_or,
+    named_sync,
+    store_16_if,
+    take_registers,
+    tma_load_4d,
+    tma_prefetch,
+    wgmma_registers,
+    wgmma_shared,
+    wgmma_wait,
+)
+
+
+class Tile(NamedTuple):
+    """How a head_dim is cut."""
+
+    queries: int  # 64 per multiplying warpgroup
+    keys: int
+    more_registers: int  # of a thread that multiplies, and of one that loads
+    fewer_registers: int
+
+
+# As many registers as the sums, scores and probabilities of 64 rows need.
+TILES = {64: Tile(192, 128, 160, 32), 128: Tile(128, 128, 240, 24)}
+STAGES = 2  # key tiles, and value tiles, in shared memory; a power of 2, `stage_of` counts on it
+MOST_OFFSET = 2**29
+L2_BYTES = 32 * 2**20  # of keys and values that stay in the L2 cache of 50 MiB
+
+SIGNATURE = (*(i64,) * 8, *(i32,) * 8, *(i64,) * 3, i32, i32, f32, f32)
+
+
+class Plan(NamedTuple):
+    """The grid of a call, and the arguments that say how it is walked."""
+
+    blocks: int
+    pairs: int
+    section: int
+
+
+def plan(
+    batch: int, heads: int, group: int, q_len: int, kv_len: int, head_dim: int, multiprocessors: int
+) -> Plan:
+    """Return how many blocks to launch, and in what order they walk the tiles.
+
+    A section is as many heads as have keys and values that fit in the L2 cache together: within it
+    all heads' longest tiles come first.
+    """
+    pairs = batch * heads
+    tiles = pairs * -(-q_len // TILES[head_dim].queries)
+    fitting = L2_BYTES // max(1, kv_len * head_dim * 4)
+    return Plan(min(tiles, multiprocessors), pairs, min(max(1, fitting) * group, pairs))
+
+
+@device_function
+def placed(tile, q_tiles, pairs, section):
+    """Return the head of which batch element, as one number, and the query tile that `tile` is.
+
+    Within a section the last query tiles, under a causal mask the longest, come first.
+    """
+    begin = i32(tile // i32(section * q_tiles)) * section
+    width = minimum(section, pairs - begin)
+    rest = tile - begin * q_tiles
+    row = i32(rest // width)
+    return begin + rest - row * width, q_tiles - i32(1) - row
+
+
+@device_function
+def stage_of(turn):
+    """Return where the tile with that number since the block began lies."""
+    return turn & i32(STAGES - 1)
+
+
+@device_function
+def parity_of(turn):
+    """Return which phase of its stage's barriers the tile with that number is."""
+    return i32(turn // i32(STAGES)) & i32(1)
+
+
+@device_function
+def quad_transposed(words, at, lane, four):
+    """Exchange words in threads of four, so that each has neighbours for a store of 16 bytes.
+
+    Of words[at], [at + 2], [at + 4] and [at + 6] of the four threads, `four` becomes what they hold
+    at the one with this thread's number among them.
+    """
+    odd = (lane & i32(1)) != i32(0)
+    high = (lane & i32(2)) != i32(0)
+    x, y, z, w = words[at], words[at + 2], words[at + 4], words[at + 6]
+    of_xy = exchange_int32(select(odd, x, y), 1)
+    of_zw = exchange_int32(select(odd, z, w), 1)
+    xy_left, xy_right = select(odd, of_xy, x), select(odd, y, of_xy)
+    zw_left, zw_right = select(odd, of_zw, z), select(odd, w, of_zw)
+    left = exchange_int32(select(high, xy_left, zw_left), 2)
+    right = exchange_int32(select(high, xy_right, zw_right), 2)
+    four[0], four[1] = select(high, left, xy_left), select(high, right, xy_right)
+    four[2], four[3] = select(high, zw_left, left), select(high, zw_right, right)
+
+
+@functools.cache
+def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
+    """Return the forward kernel.
+
+    Its grid has any number of blocks (`plan`). Arguments, strides in elements:
+
+    query, key, value
+        Tensor maps (head_dim, rows, heads, batch) of 16-bit numbers, 128-byte swizzle, zeros
+        beyond the bounds; boxes of 64 x TILES[head_dim].queries or .keys x 1 x 1.
+    out, lse, flags, lengths, offsets
+        Addresses. lse is float32 (batch, heads, q_len); flags is int32 (batch, heads, query tiles)
+        and becomes 1 where a row is not finite, or is 0 for none; lengths and offsets are int64
+        (batch,), or 0: then the numbers length and offset count.
+    q_len, kv_len, heads, group, left, right, length, offset
+        Row i sees the keys from i + offset - left to i + offset + right, below length.
+    o_batch, o_head, o_row
+        Strides of out.
+    pairs, section
+        batch * heads, and how many of them are walked together (`plan`).
+    scale_log2, cap_factor
+        scale * log2(e) > 0, and 0. softcapped: softcap * log2(e), and 2 * log2(e) * scale /
+        softcap.
+    """
+    tile_shape = TILES[head_dim]
+    q_tile, k_tile = tile_shape.queries, tile_shape.keys
+    groups = q_tile // 64
+    threads = 128 * (groups + 1)
+    last_group = groups - 1
+    panels = head_dim // 64  # of 128 bytes of each row
+    q_panel, k_panel = q_tile * 128, k_tile * 128
+    q_bytes, k_bytes = q_panel * panels, k_panel * panels
+    # ---- shared memory, from a multiple of 1024 bytes
+    k_at = q_bytes
+    v_at = k_at + STAGES * k_bytes
+    q_full = v_at + STAGES * k_bytes
+    q_empty = q_full + 8
+    k_full = q_empty + 8
+    k_empty = k_full + 8 * STAGES
+    v_full = k_empty + 8 * STAGES
+    v_empty = v_full + 8 * STAGES
+    found_at = v_empty + 8 * STAGES
+    shared_bytes = found_at + 8 + 1024
+    # ---- named barriers: whose turn to multiply it is, and one for each warpgroup alone
+    order, alone = 1, 8
+
+    s_count, o_count, p_count = k_tile // 2, head_dim // 2, k_tile // 4
+    o_tiles, o_words = head_dim // 8, head_dim // 4
+    s_do, o_do = scores(1, k_tile // 8), sums(1, o_tiles)
+    mask, softcap, softmax = s_do.mask, s_do.softcap, s_do.softmax
+    scale_sums, not_finite = o_do.multiply, o_do.not_finite
+    to_pairs, round_sums = packed(dtype, k_tile // 8), packed(dtype, o_tiles)
+
+    kind = f"{dtype}_{head_dim}"
+    multiply_keys = wgmma_shared(
+        f"multiply_keys_{kind}",
+        k_tile,
+        dtype,
+        [k // 4 * q_panel + k % 4 * 32 for k in range(head_dim // 16)],
+        [k // 4 * k_panel + k % 4 * 32 for k in range(head_dim // 16)],
+    )
+    multiply_values = wgmma_registers(
+        f"multiply_values_{kind}",
+        head_dim,
+        dtype,
+        [k * 2048 for k in range(k_tile // 16)],
+        b_trans=True,
+    )
+    wait_scores = wgmma_wait(f"wait_scores_{kind}", 0, f"f{s_count}")
+    wait_scores_only = wgmma_wait(f"wait_scores_only_{kind}", 1, f"f{s_count}")
+    wait_sums = wgmma_wait(f"wait_sums_{kind}", 0, f"f{o_count}", f"r{p_count}")
+    rows_descriptor, values_descriptor = descriptor(), descriptor(leading=k_panel)
+    take, give = (
+        take_registers[tile_shape.more_registers],
+        give_registers[tile_shape.fewer_registers],
+    )
+
+    @device_function
+    def tile_of(tile, q_tiles, pairs, section, q_len, heads):
+        """Return pair, query tile, batch element, head, first row and last row."""
+        pair, row_tile = placed(tile, q_tiles, pairs, section)
+        batch = i32(pair // heads)
+        first_row = row_tile * i32(q_tile)
+        last_row = minimum(first_row + i32(q_tile), q_len) - i32(1)
+        return pair, row_tile, batch, pair - batch * heads, first_row, last_row
+
+    @device_function
+    def key_tiles(first_row, last_row, offset, left, right, length):
+        """Return the first and the last key tile that any of the rows sees."""
+        begin = i32(first_key(first_row, offset, left) // i32(k_tile))
+        end = end_key(last_row, offset, right, length) + i32(k_tile - 1)
+        return begin, i32(end // i32(k_tile)) - i32(1)
+
+    @device_function
+    def load(shared, at, tensor_map, n, head, batch, turn, full, empty):
+        """Ask for key or value tile n when its place is free."""
+        stage = stage_of(turn)
+        barrier = shared + i32(full) + (stage << i32(3))
+        mbarrier_wait(shared + i32(empty) + (stage << i32(3)), parity_of(turn) ^ i32(1))
+        mbarrier_expect(barrier, k_bytes)
+        for p in range(panels):
+            target = shared + i32(at + p * k_panel) + stage * i32(k_bytes)
+            tma_load_4d(target, tensor_map, p * 64, n * i32(k_tile), head, batch, barrier)
+
+    def attend(
+        query, key, value, out, lse, flags, lengths, offsets,
+        q_len, kv_len, heads, group, left, right, length, offset,
+        o_batch, o_head, o_row, pairs, section, scale, cap_factor,
+    ):  # fmt: skip
+        shared = (shared_address(cuda.shared.array(0, dtype=np.int32)) + i32(1023)) & i32(-1024)
+        thread = i32(cuda.threadIdx.x)
+        warpgroup = uniform(thread >> i32(7))
+        q_tiles = i32((q_len + i32(q_tile - 1)) // i32(q_tile))
+        tiles = pairs * q_tiles
+        tile = i32(cuda.blockIdx.x)
+
+        if elect(thread == i32(0)):
+            tma_prefetch(query)
+            tma_prefetch(key)
+            tma_prefetch(value)
+            mbarrier_init(shared + i32(q_full), 1)
+            mbarrier_init(shared + i32(q_empty), groups)
+            for i in range(STAGES):
+                mbarrier_init(shared + i32(k_full + 8 * i), 1)
+                mbarrier_init(shared + i32(k_empty + 8 * i), groups)
+                mbarrier_init(shared + i32(v_full + 8 * i), 1)
+                mbarrier_init(shared + i32(v_empty + 8 * i), groups)
+                store_shared_int32(shared + i32(found_at + 4 * i), i32(0))
+            fence_mbarrier_init()
+        cuda.syncthreads()
+        turn = i32(0)  # how many key tiles there have been
+        q_parity = i32(0)  # of how many query tiles there have been
+
+        if warpgroup == i32(0):
+            # ---- the loading thread
+            give()
+            while tile < tiles:
+                _, _, batch, head, first_row, last_row = tile_of(
+                    tile, q_tiles, pairs, section, q_len, heads
+                )
+                own_length = own_number(lengths, batch, length, i32(0), kv_len)
+                own_offset = own_number(offsets, batch, offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
+                begin, n = key_tiles(first_row, last_row, own_offset, left, right, own_length)
+                if elect(both(thread == i32(0), n >= begin)):
+                    mbarrier_wait(shared + i32(q_empty), q_parity ^ i32(1))
+                    mbarrier_expect(shared + i32(q_full), q_bytes)
+                    for p in range(panels):
+                        target = shared + i32(p * q_panel)
+                        barrier = shared + i32(q_full)
+                        tma_load_4d(target, query, p * 64, first_row, head, batch, barrier)
+                    q_parity ^= i32(1)
+                    kv_head = i32(head // group)
+                    load(shared, k_at, key, n, kv_head, batch, turn, k_full, k_empty)
+                    # in the order in which they are multiplied
+                    while n > begin:
+                        following = n - i32(1)
+                        next_turn = turn + i32(1)
+                        load(
+                            shared, k_at, key, following, kv_head, batch, next_turn, k_full, k_empty
+                        )
+                        load(shared, v_at, value, n, kv_head, batch, turn, v_full, v_empty)
+                        n = following
+                        turn = next_turn
+                    load(shared, v_at, value, n, kv_head, batch, turn, v_full, v_empty)
+                    turn += i32(1)
+                tile += i32(cuda.gridDim.x)
+        else:
+            # ---- the multiplying warpgroups
+            take()
+            own_group = warpgroup - i32(1)
+            own_order = own_group + i32(order)
+            next_order = own_order + i32(1)
+            if own_group == i32(last_group):
+                next_order = i32(order)
+                named_arrive(next_order, 256)  # the first warpgroup begins
+            own_thread = thread & i32(127)
+            lane = thread & i32(31)
+            group_row = own_group * i32(64)
+            own_row = group_row + ((own_thread >> i32(5)) << i32(4)) + (lane >> i32(2))
+            own_column = (lane & i32(3)) << i32(1)
+            s = cuda.local.array(s_count, dtype=np.float32)
+            acc = cuda.local.array(o_count, dtype=np.float32)
+            p = cuda.local.array(p_count, dtype=np.int32)  # s, rounded to pairs
+            words = cuda.local.array(o_words, dtype=np.int32)
+            four = cuda.local.array(4, dtype=np.int32)
+            highest = cuda.local.array(2, dtype=np.float32)
+            total = cuda.local.array(2, dtype=np.float32)
+            shrink = cuda.local.array(2, dtype=np.float32)
+            first = cuda.local.array(2, dtype=np.int32)
+            last = cuda.local.array(2, dtype=np.int32)
+            q_at = i64(rows_descriptor) | i64((shared + group_row * i32(128)) >> i32(4))
+            keys_at = i64(rows_descriptor) | i64((shared + i32(k_at)) >> i32(4))
+            values_at = i64(values_descriptor) | i64((shared + i32(v_at)) >> i32(4))
+
+            while tile < tiles:
+                pair, row_tile, batch, head, first_row, last_row = tile_of(
+                    tile, q_tiles, pairs, section, q_len, heads
+                )
+                own_length = own_number(lengths, batch, length, i32(0), kv_len)
+                own_offset = own_number(offsets, batch, offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
+                begin, n = key_tiles(first_row, last_row, own_offset, left, right, own_length)
+                sees = n >= begin
+                group_first = first_row + group_row
+                all_from = first_key(group_first + i32(63), own_offset, left)
+                all_to = end_key(group_first, own_offset, right, own_length)
+                for h in range(2):
+                    row = first_row + own_row + i32(h * 8)
+                    first[h] = first_key(row, own_offset, left)
+                    last[h] = end_key(row, own_offset, right, own_length)
+                    highest[h] = f32(LOWEST)
+                    total[h] = f32(0)
+                for i in range(o_count):
+                    acc[i] = f32(0)
+                if sees:
+                    # ---- the first key tile: there are no values to multiply yet
+                    mbarrier_wait(shared + i32(q_full), q_parity)
+                    stage = stage_of(turn)
+                    mbarrier_wait(shared + i32(k_full) + (stage << i32(3)), parity_of(turn))
+                    multiply_keys(s, 0, q_at, keys_at + i64(stage * i32(k_bytes >> 4)))
+                    wait_scores(s, 0)
+                    if elect(own_thread == i32(0)):
+                        mbarrier_arrive(shared + i32(k_empty) + (stage << i32(3)))
+                    if softcapped:
+                        softcap(s, cap_factor)
+                    start = n * i32(k_tile)
+                    if start < all_from or start + i32(k_tile) > all_to:
+                        mask(s, first, last, start + own_column)
+                    softmax(s, highest, total, shrink, scale)
+                    to_pairs(s, 0, p)
+                    n -= i32(1)
+                    while n >= begin:
+                        # ---- scores of this key tile, and the sums of the one before
+                        v_stage, v_parity = stage, parity_of(turn)
+                        turn += i32(1)
+                        stage = stage_of(turn)
+                        mbarrier_wait(shared + i32(k_full) + (stage << i32(3)), parity_of(turn))
+                        named_sync(own_order, 256)
+                        multiply_keys(s, 0, q_at, keys_at + i64(stage * i32(k_bytes >> 4)))
+                        mbarrier_wait(shared + i32(v_full) + (v_stage << i32(3)), v_parity)
+                        at = values_at + i64(v_stage * i32(k_bytes >> 4))
+                        multiply_values(acc, 0, p, 0, at)
+                        named_arrive(next_order, 256)
+                        wait_scores_only(s, 0)
+                        if elect(own_thread == i32(0)):
+                            mbarrier_arrive(shared + i32(k_empty) + (stage << i32(3)))
+                        if softcapped:
+                            softcap(s, cap_factor)
+                        start = n * i32(k_tile)
+                        if start < all_from or start + i32(k_tile) > all_to:
+                            mask(s, first, last, start + own_column)
+                        softmax(s, highest, total, shrink, scale)
+                        wait_sums(acc, 0, p, 0)
+                        if elect(own_thread == i32(0)):
+                            mbarrier_arrive(shared + i32(v_empty) + (v_stage << i32(3)))
+                        scale_sums(acc, shrink)
+                        to_pairs(s, 0, p)
+                        n -= i32(1)
+                    # ---- the last values; the queries are not needed any more
+                    if elect(own_thread == i32(0)):
+                        mbarrier_arrive(shared + i32(q_empty))
+                    mbarrier_wait(shared + i32(v_full) + (stage << i32(3)), parity_of(turn))
+                    multiply_values(acc, 0, p, 0, values_at + i64(stage * i32(k_bytes >> 4)))
+                    wait_sums(acc, 0, p, 0)
+                    if elect(own_thread == i32(0)):
+                        mbarrier_arrive(shared + i32(v_empty) + (stage << i32(3)))
+                    turn += i32(1)
+
+                # ---- divide, and store
+                lse_at = lse + (i64(pair) * i64(q_len)) * i64(4)
+                for h in range(2):
+                    whole = row_sum(total[h])
+                    shrink[h] = select(whole == f32(0), f32(0), rcp(whole))
+                    row = first_row + own_row + i32(h * 8)
+                    logarithm = (product(highest[h], scale) + lg2(whole)) * f32(LN2)
+                    writes = both(row < q_len, own_column == i32(0))
+                    store_float32_if(writes, lse_at + i64(row) * i64(4), logarithm)
+                scale_sums(acc, shrink)
+                round_sums(acc, 0, words)
+                out_at = out + (i64(batch) * o_batch + i64(head) * o_head) * i64(2)
+                out_at += i64((lane & i32(3)) << i32(4))
+                for h in range(2):
+                    row = first_row + own_row + i32(h * 8)
+                    row_at = out_at + i64(row) * o_row * i64(2)
+                    for j in range(0, o_tiles, 4):
+                        quad_transposed(words, j * 2 + h, lane, four)
+                        store_16_if(row < q_len, row_at + i64(j * 16), four, 0)
+                if flags != i64(0):
+                    flag_at = flags + i64(pair * q_tiles + row_tile) * i64(4)
+                    if sees:
+                        bad = select(not_finite(acc) == f32(0), i32(0), i32(1))
+                        found = named_or(own_group + i32(alone), 128, bad)
+                        # Whoever comes last writes. Another warpgroup may be at the next tile
+                        # already, which counts in the other word, but not at the one after: its
+                        # queries do not come before all have multiplied the next one's.
+                        if elect(own_thread == i32(0)):
+                            word = shared + i32(found_at) + (q_parity << i32(2))
+                            own_count = (found << i32(8)) + i32(1)
+                            count = add_shared_int32(word, own_count) + own_count
+                            if (count & i32(255)) == i32(groups):
+                                add_shared_int32(word, -count)
+                                store_int32(flag_at, minimum(count >> i32(8), i32(1)))
+                    elif elect(thread == i32(128)):
+                        store_int32(flag_at, i32(0))
+                if sees:
+                    q_parity ^= i32(1)
+                tile += i32(cuda.gridDim.x)
+            if own_group == i32(0):
+                named_sync(order, 256)  # the last warpgroup's last turn is over
+
+    name = f"fastattn_wgmma_{dtype}_{head_dim}" + ("_softcap" if softcapped else "")
+    attend.__name__ = name
+    return Kernel(
+        name=name,
+        function=attend,
+        signature=SIGNATURE,
+        threads=threads,
+        shared_bytes=shared_bytes,
+        tensor_maps=(0, 1, 2),
+        needs=(9, 0),
+    )

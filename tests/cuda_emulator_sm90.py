@@ -401,6 +401,11 @@ class Warpgroup(cuda_emulator.Group):
                 values = self.floats(value)[where]
                 np.add.at(target.view(np.float32), at // 4, values)
 
+    def do_quotient(self, x, y):
+        if np.any(np.asarray(x) < 0) or np.any(np.asarray(y) <= 0):
+            raise Fault(f"{x} / {y} in unsigned numbers")
+        return x // y
+
     def do_exchange_int32(self, x, m):
         return self.spread(x)[np.arange(LANES) ^ int(m)]
 

@@ -188,11 +188,11 @@ named_or = op(  # a named_sync that returns whether c was not 0 in any thread
 # How many registers a thread of the warpgroup may use from here on.
 take_registers = {
     n: op(f"take_registers_{n}", f"setmaxnreg.inc.sync.aligned.u32 {n};", family="registers")
-    for n in (160, 240)
+    for n in (160, 216, 224, 232, 240)
 }
 give_registers = {
     n: op(f"give_registers_{n}", f"setmaxnreg.dec.sync.aligned.u32 {n};", family="registers")
-    for n in (24, 32)
+    for n in (24, 32, 40, 56, 72)
 }
 
 # ---- shared and global memory
@@ -209,6 +209,9 @@ add_float32_2_if = op(  # x, y to two neighbouring float32, without returning
 # ---- of any architecture, but used by these kernels alone
 exchange_int32 = op(
     "exchange_int32", "shfl.sync.bfly.b32 %d, %x, %m, 0x1f, 0xffffffff;", "d:return:r x:r m:r"
+)
+quotient = op(  # x / y rounded down, both from 0; Numba's // would divide 64-bit numbers
+    "quotient", "div.u32 %d, %x, %y;", "d:return:r x:r y:r", volatile=False
 )
 store_16_if = op(
     "store_16_if",

@@ -69,6 +69,7 @@ from fastattn.cuda.ptx_sm90 import (
     named_arrive,
     named_or,
     named_sync,
+    quotient,
     store_16_if,
     take_registers,
     tma_load_4d,
@@ -89,7 +90,7 @@ class Tile(NamedTuple):
 
 
 # As many registers as the sums, scores and probabilities of 64 rows need.
-TILES = {64: Tile(192, 128, 160, 32), 128: Tile(128, 128, 240, 24)}
+TILES = {64: Tile(192, 128, 160, 32), 128: Tile(128, 128, 224, 56)}
 STAGES = 2  # key tiles, and value tiles, in shared memory; a power of 2, `stage_of` counts on it
 MOST_OFFSET = 2**29
 L2_BYTES = 32 * 2**20  # of keys and values that stay in the L2 cache of 50 MiB
@@ -125,10 +126,10 @@ def placed(tile, q_tiles, pairs, section):
 
     Within a section the last query tiles, under a causal mask the longest, come first.
     """
-    begin = i32(tile // i32(section * q_tiles)) * section
+    begin = quotient(tile, section * q_tiles) * section
     width = minimum(section, pairs - begin)
-    rest = tile - begin * q_tiles
-    row = i32(rest // width)
+    rest = i32(tile - begin * q_tiles)
+    row = quotient(rest, width)
     return begin + rest - row * width, q_tiles - i32(1) - row
 
 
@@ -244,7 +245,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
     def tile_of(tile, q_tiles, pairs, section, q_len, heads):
         """Return pair, query tile, batch element, head, first row and last row."""
         pair, row_tile = placed(tile, q_tiles, pairs, section)
-        batch = i32(pair // heads)
+        batch = quotient(pair, heads)
         first_row = row_tile * i32(q_tile)
         last_row = minimum(first_row + i32(q_tile), q_len) - i32(1)
         return pair, row_tile, batch, pair - batch * heads, first_row, last_row
@@ -314,20 +315,29 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                         barrier = shared + i32(q_full)
                         tma_load_4d(target, query, p * 64, first_row, head, batch, barrier)
                     q_parity ^= i32(1)
-                    kv_head = i32(head // group)
-                    load(shared, k_at, key, n, kv_head, batch, turn, k_full, k_empty)
-                    # in the order in which they are multiplied
-                    while n > begin:
-                        following = n - i32(1)
-                        next_turn = turn + i32(1)
-                        load(
-                            shared, k_at, key, following, kv_head, batch, next_turn, k_full, k_empty
-                        )
-                        load(shared, v_at, value, n, kv_head, batch, turn, v_full, v_empty)
-                        n = following
-                        turn = next_turn
-                    load(shared, v_at, value, n, kv_head, batch, turn, v_full, v_empty)
-                    turn += i32(1)
+                    kv_head = quotient(head, group)
+                    # In the order of use: keys of tile n before values of tile n + 1.
+                    highest_tile = n
+                    while n >= begin - i32(1):
+                        if n >= begin:
+                            load(shared, k_at, key, n, kv_head, batch, turn, k_full, k_empty)
+                        if n < highest_tile:
+                            before = turn - i32(1)
+                            following = n + i32(1)
+                            load(
+                                shared,
+                                v_at,
+                                value,
+                                following,
+                                kv_head,
+                                batch,
+                                before,
+                                v_full,
+                                v_empty,
+                            )
+                        n -= i32(1)
+                        turn += i32(1)
+                    turn -= i32(1)
                 tile += i32(cuda.gridDim.x)
         else:
             # ---- the multiplying warpgroups
@@ -369,9 +379,6 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                 all_from = first_key(group_first + i32(63), own_offset, left)
                 all_to = end_key(group_first, own_offset, right, own_length)
                 for h in range(2):
-                    row = first_row + own_row + i32(h * 8)
-                    first[h] = first_key(row, own_offset, left)
-                    last[h] = end_key(row, own_offset, right, own_length)
                     highest[h] = f32(LOWEST)
                     total[h] = f32(0)
                 for i in range(o_count):
@@ -389,6 +396,10 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                         softcap(s, cap_factor)
                     start = n * i32(k_tile)
                     if start < all_from or start + i32(k_tile) > all_to:
+                        for h in range(2):
+                            row = first_row + own_row + i32(h * 8)
+                            first[h] = first_key(row, own_offset, left)
+                            last[h] = end_key(row, own_offset, right, own_length)
                         mask(s, first, last, start + own_column)
                     softmax(s, highest, total, shrink, scale)
                     to_pairs(s, 0, p)
@@ -412,6 +423,10 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                             softcap(s, cap_factor)
                         start = n * i32(k_tile)
                         if start < all_from or start + i32(k_tile) > all_to:
+                            for h in range(2):
+                                row = first_row + own_row + i32(h * 8)
+                                first[h] = first_key(row, own_offset, left)
+                                last[h] = end_key(row, own_offset, right, own_length)
                             mask(s, first, last, start + own_column)
                         softmax(s, highest, total, shrink, scale)
                         wait_sums(acc, 0, p, 0)

@@ -193,7 +193,7 @@ class Group:
                 while len(self.committed) > left:
                     for target, source, size in self.committed.pop(0):
                         assert (source[size > 0] % 16 == 0).all(), "a misaligned copy"
-                        data = np.zeros((lanes, 16), np.uint8)
+                        data = np.zeros((len(target), 16), np.uint8)
                         if (size > 0).any():
                             data[size > 0] = read(source[size > 0], 16)
                         block.shared[target] = data
@@ -216,6 +216,13 @@ class Group:
             places = self.within_shared(target, 16)
             block.shared[places] = NAN_BYTE
             self.copies.append((places, self.spread(source).copy(), self.spread(size).copy()))
+
+        def copy_16_if(condition, target, source):
+            on = self.spread(condition, bool)
+            # Lanes that do not copy may be given an address that is not in shared memory.
+            places = self.within_shared(np.where(on, self.spread(target), 0), 16)[on]
+            block.shared[places] = NAN_BYTE
+            self.copies.append((places, self.spread(source)[on], np.full(on.sum(), 16)))
 
         def commit_copies():
             self.committed.append(self.copies)
@@ -329,6 +336,7 @@ class Group:
             "store_float32_if": store(np.float32),
             "store_float32_4_if": store_float32_4_if,
             "copy_16": copy_16,
+            "copy_16_if": copy_16_if,
             "commit_copies": commit_copies,
             "load_matrices": matrices(False),
             "load_matrices_transposed": matrices(True),

@@ -326,6 +326,12 @@ store_float32_4_if = op(
 # Copies to shared memory that go on while the threads compute (sm_80): of n bytes, 0 or 16, the
 # rest of the 16 become 0.
 copy_16 = op("copy_16", "cp.async.cg.shared.global [%s], [%g], 16, %n;", "s:r g:l n:r", memory=True)
+copy_16_if = op(
+    "copy_16_if",
+    "{ .reg .pred p; setp.ne.b32 p, %c, 0; @p cp.async.cg.shared.global [%s], [%g], 16; }",
+    "c:r s:r g:l",
+    memory=True,
+)
 commit_copies = op("commit_copies", "cp.async.commit_group;", memory=True)
 wait_copies = {
     left: op(

@@ -121,25 +121,32 @@ def _steps(dtype: str, head_dim: int, tile_rows: int, softcapped: bool) -> Simpl
         return copy_rows
 
     @device_function
+    def chunk_of(address, step):
+        """Return the address of the chunks 2 * step onwards, given that of the first."""
+        swapped = step * 2 & 7
+        return (address ^ i32(swapped * 16)) + i32((step * 2 - swapped) * 16)
+
+    @device_function
     def load_left(left, shared):
         thread = i32(cuda.threadIdx.x)
         lane = thread & i32(31)
         row = (thread >> i32(5)) * i32(16) + (lane & i32(15))
+        chunk = lane >> i32(4)
+        own = shared + row * i32(row_bytes) + ((chunk ^ (lane & i32(7))) << i32(4))
         for k in range(steps):
-            chunk = (i32(k * 2) + (lane >> i32(4))) ^ (lane & i32(7))
-            load_matrices(left, k * 4, shared + row * i32(row_bytes) + (chunk << i32(4)))
+            load_matrices(left, k * 4, chunk_of(own, k))
 
     @device_function
     def multiply_transposed(result, left, shared):
         right = cuda.local.array(4, dtype=np.int32)
         lane = i32(cuda.threadIdx.x) & i32(31)
-        row = shared + ((lane & i32(7)) + ((lane >> i32(4)) << i32(3))) * i32(row_bytes)
+        row, chunk = (lane & i32(7)) + ((lane >> i32(4)) << i32(3)), (lane >> i32(3)) & i32(1)
+        own = shared + row * i32(row_bytes) + ((chunk ^ (lane & i32(7))) << i32(4))
         for i in range(s_tiles * 4):
             result[i] = f32(0)
         for k in range(steps):
-            chunk = (i32(k * 2) + ((lane >> i32(3)) & i32(1))) ^ (lane & i32(7))
             for j in range(s_pairs):
-                load_matrices(right, 0, row + i32(j * 16 * row_bytes) + (chunk << i32(4)))
+                load_matrices(right, 0, chunk_of(own, k) + i32(j * 16 * row_bytes))
                 multiply(result, j * 8, left, k * 4, right[0], right[1])
                 multiply(result, j * 8 + 4, left, k * 4, right[2], right[3])
 
@@ -169,14 +176,13 @@ def _steps(dtype: str, head_dim: int, tile_rows: int, softcapped: bool) -> Simpl
         left = cuda.local.array(4, dtype=np.int32)
         right = cuda.local.array(4, dtype=np.int32)
         lane = i32(cuda.threadIdx.x) & i32(31)
-        row = shared + (lane & i32(15)) * i32(row_bytes)
+        row, chunk = lane & i32(15), lane >> i32(4)
+        own = shared + row * i32(row_bytes) + ((chunk ^ (lane & i32(7))) << i32(4))
         for k in range(tile_steps):
             for i in range(4):
                 left[i] = pair(weights[k * 8 + i * 2], weights[k * 8 + i * 2 + 1])
             for j in range(o_pairs):
-                chunk = (i32(j * 2) + (lane >> i32(4))) ^ (lane & i32(7))
-                at = row + i32(k * 16 * row_bytes) + (chunk << i32(4))
-                load_matrices_transposed(right, 0, at)
+                load_matrices_transposed(right, 0, chunk_of(own, j) + i32(k * 16 * row_bytes))
                 multiply(acc, j * 8, left, 0, right[0], right[1])
                 multiply(acc, j * 8 + 4, left, 0, right[2], right[3])
 

@@ -9,7 +9,6 @@ their own; a launch runs the kernel's function there, of tensor-core kernels as 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
 import threading
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from cuda_emulator_sm90 import TensorMap
 from cuda_emulator_sm90 import run as run_hopper
 from fastattn.cuda._arrays import DeviceArray, item_bytes
 
-from fastattn.cuda import _arrays, _driver, _launch
+from fastattn.cuda import _arrays, _backward, _driver, _forward, _launch
 
 JUNK = np.nan  # in memory that nobody has written
 
@@ -61,6 +60,12 @@ class FakeDevice:
         self.addresses: dict[int, int] = {}
         self.kept: list[Any] = []
         self.launched: list[str] = []
+
+    def __enter__(self) -> FakeDevice:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def address_of(self, base: np.ndarray) -> int:
         if id(base) not in self.addresses:
@@ -108,8 +113,10 @@ class FakeDevice:
             run_threads(kernel, blocks, tuple(given))
         else:
             numbers = (np.float32(x) if isinstance(x, float) else x for x in arguments)
-            on_hopper = any(isinstance(x, TensorMap) for x in arguments)
-            (run_hopper if on_hopper else run)(kernel, blocks, tuple(numbers), self.memory)
+            if kernel.tensor_maps:
+                run_hopper(kernel, blocks, tuple(numbers), self.memory)
+            else:
+                run(kernel, blocks, tuple(numbers), self.memory, lanes=32)
 
     def tensor_map(self, address: int, shape: Any, strides: Any, box: Any, dtype: str) -> TensorMap:
         """Return what the emulator takes for a tensor map."""
@@ -146,14 +153,15 @@ class SingleThreads(threading.local):
         return self
 
     def meanings(self) -> dict[str, Any]:
-        kinds = {"float16": np.float16, "bfloat16": DTYPES["bfloat16"]}
+        def widen(dtype: Any) -> Any:
+            return lambda _: lambda bits: np.float32(np.uint16(bits).view(dtype))
+
+        def narrow(dtype: Any) -> Any:
+            return lambda _: lambda x: np.float32(x).astype(dtype).view(np.uint16)
+
         return {
-            "widen": lambda statement: (
-                lambda bits: np.float32(np.uint16(bits).view(kinds[statement.facts["dtype"]]))
-            ),
-            "narrow": lambda statement: (
-                lambda x: np.asarray(x).astype(kinds[statement.facts["dtype"]]).view(np.uint16)[()]
-            ),
+            **{f"_widen_{name}": widen(dtype) for name, dtype in DTYPES.items()},
+            **{f"_narrow_{name}": narrow(dtype) for name, dtype in DTYPES.items()},
         }
 
 
@@ -216,9 +224,7 @@ def fake_device(capability: tuple[int, int]) -> Iterator[FakeDevice]:
     """Put a device that is none in the place of the driver."""
     device = FakeDevice(capability)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "launch", device.launch)
-        for name in ("_forward", "_backward"):
-            module = importlib.import_module(f"fastattn.cuda.{name}")
+        for module in (_launch, _forward, _backward):
             patch.setattr(module, "launch", device.launch)
         patch.setattr(_driver, "device", lambda ordinal: device)
         patch.setattr(_driver, "allocate", device.allocate)

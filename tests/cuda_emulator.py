@@ -388,6 +388,8 @@ def rebound(function: Callable[..., Any], group: Any) -> Callable[..., Any]:
             if id(statement) not in done:
                 done[id(statement)] = meanings[statement.family](statement)
             return done[id(statement)]
+        if type(x).__name__ == "_Intrinsic":  # of Numba, without a statement: known by its name
+            return meanings[x._name](None)
         if hasattr(x, "py_func"):
             return translated(x.py_func)
         try:

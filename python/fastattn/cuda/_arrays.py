@@ -480,16 +480,17 @@ class OwnArray:
     def __init__(self, shape: tuple[int, ...], dtype: str, stream: int, device: int) -> None:
         self.shape, self.dtype_name, self.device = shape, dtype, device
         self._stream, self._readers = stream, set[int]()
+        self._on = _driver.device(device)
         size = math.prod(shape) * item_bytes(dtype)
-        self.pointer = _driver.allocate(size, stream, _driver.device(device))
+        self.pointer = _driver.allocate(size, stream, self._on)
 
     def __del__(self) -> None:
         """Give the memory back after what is on its stream, and on those that it was given to."""
         pointer = getattr(self, "pointer", None)
         if pointer is None:  # there was none
             return
-        on = _driver.device(self.device)
-        with contextlib.suppress(RuntimeError):  # CUDA is gone at the end of a process
+        on = self._on
+        with contextlib.suppress(ImportError, RuntimeError):  # CUDA is gone at the end of a process
             for stream in self._readers:
                 _driver.wait(self._stream, stream, on)
             _driver.free(pointer, self._stream, on)

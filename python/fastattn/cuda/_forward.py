@@ -66,25 +66,31 @@ def simt(
     """Compute by the kernel that knows every argument; with flags, rows that are not finite."""
     from fastattn.cuda.kernels import simt as kernels
 
-    p, asked = problem, problem.options
-    kernel = kernels.forward(
-        p.query.dtype,
-        p.key.dtype,
-        p.value.shape[-1],
-        mask=p.mask and p.mask.dtype,
-        bias=p.bias and p.bias.dtype,
-        alibi_slopes=p.alibi_slopes and p.alibi_slopes.dtype,
-        sinks=p.sinks and p.sinks.dtype,
-        softcap=asked.softcap > 0,
-        dropout=asked.dropout_p > 0,
-        lengths=p.lengths is not None,
-        offsets=p.offsets is not None,
-        flags=flags is not None,
-    )
+    p = problem
+    sinks = p.sinks and p.sinks.dtype
+    kernel = kernels.forward(given(p), p.value.shape[-1], sinks=sinks, flags=flags is not None)
     batch, heads, q_len, _ = p.query.shape
     blocks = kernels.forward_blocks(p.query.dtype, batch, heads, q_len)
     written = (p.out, p.lse, flags, rows_per_flag, p.sinks)
     launch(kernel, place, blocks, *written, p.query, p.key, p.value, *simt_options(p))
+
+
+def given(problem: Problem) -> Any:
+    """Return what the simt kernels are specialised for."""
+    from fastattn.cuda.kernels import simt as kernels
+
+    p = problem
+    return kernels.Given(
+        query=p.query.dtype,
+        key=p.key.dtype,
+        mask=p.mask and p.mask.dtype,
+        bias=p.bias and p.bias.dtype,
+        alibi_slopes=p.alibi_slopes and p.alibi_slopes.dtype,
+        softcap=p.options.softcap > 0,
+        dropout=p.options.dropout_p > 0,
+        lengths=p.lengths is not None,
+        offsets=p.offsets is not None,
+    )
 
 
 def simt_options(problem: Problem) -> tuple[Any, ...]:

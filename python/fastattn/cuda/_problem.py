@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -288,14 +289,14 @@ class Axes(NamedTuple):
 def joined(batch_shape: Shape, strides: list[Shape]) -> Axes:
     """Return how the batch axes join, given those strides of every array; axes of 1 always do."""
     axes = [i for i, size in enumerate(batch_shape) if size != 1]
-    count = 1
-    for before, after in zip(reversed([None, *axes[:-1]]), reversed(axes), strict=True):
-        count *= batch_shape[after]
-        if before is None:
-            return Axes((), count)
-        if any(each[before] != each[after] * batch_shape[after] for each in strides):
-            return Axes(tuple(batch_shape[i] for i in axes[: axes.index(after)]), count)
-    return Axes((), count)
+    first = len(axes) - 1  # of the axes that join
+    while first > 0 and all(
+        each[axes[first - 1]] == each[axes[first]] * batch_shape[axes[first]] for each in strides
+    ):
+        first -= 1
+    sizes = [batch_shape[i] for i in axes]
+    first = max(first, 0)
+    return Axes(tuple(sizes[:first]), math.prod(sizes[first:]))
 
 
 def part(array: DeviceArray, batch_shape: Shape, axes: Axes, place: Shape) -> DeviceArray:

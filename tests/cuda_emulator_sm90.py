@@ -43,12 +43,15 @@ class Aborted(BaseException):
 
 @dataclass(frozen=True)
 class Timing:
-    """Who runs next, and when products read their operands."""
+    """Who runs next, and when products read their operands.
+
+    Whoever arrives at a barrier or starts something lets another run: the next one, or a random
+    one if there is a seed; the slow one only when no other can.
+    """
 
     early_products: bool = False
-    seed: int | None = (
-        None  # None: whoever arrives at a barrier lets the others run until they wait
-    )
+    seed: int | None = None
+    slow: int | None = None
 
 
 class TensorMap:
@@ -71,6 +74,7 @@ class Turns:
         self.ready = [lambda: True] * n  # may it go on?
         self.running = set(range(n))
         self.error = None
+        self.slow = timing.slow
         self.random = None if timing.seed is None else random.Random(timing.seed)
 
     def _next(self, me):
@@ -78,6 +82,8 @@ class Turns:
         n = len(self.ready)
         order = [(me + 1 + i) % n for i in range(n)]
         able = [i for i in order if i in self.running and self.ready[i]()]
+        if self.slow in able and len(able) > 1:
+            able.remove(self.slow)
         if self.random and able:
             return self.random.choice(able)
         return able[0] if able else None
@@ -109,7 +115,7 @@ class Turns:
         """Go on when `ready()`."""
         with self.changed:
             self.ready[me] = ready
-            if not ready() or self.random:
+            if not ready() or self.random or me == self.slow:
                 self._hand_over(me)
                 self._until_mine(me)
             self.ready[me] = lambda: True
@@ -420,6 +426,9 @@ class Warpgroup(cuda_emulator.Group):
             target[at[:, None] + np.arange(16)] = words.view(np.uint8).reshape(-1, 16)
 
     # ---- products
+    def do_shared_address(self, _):
+        return 16  # no multiple of what TMA wants: that is the kernel's affair
+
     def _matrix(self, descriptor, steps, rows, trans, dtype):
         descriptor = int(descriptor)
         if descriptor >> 62 != 1 or (descriptor >> 49) & 7:
@@ -457,7 +466,8 @@ class Warpgroup(cuda_emulator.Group):
                 a = self._matrix(rest[0], what.a_steps, 64, what.a_trans, what.dtype)
             else:
                 a = self._factor(rest[0], rest[1], what.a_steps, what.dtype)
-            return (a @ b.T)[_fragment(what.n)]
+            # Not a @ b.T: threads of a BLAS take longer to meet than these products take.
+            return np.einsum("ik,jk->ij", a, b)[_fragment(what.n)]
 
         early = compute() if self.block.timing.early_products else None
 

@@ -80,6 +80,11 @@ class FakeDevice:
     def allocate(self, size: int, stream: int, on: Any) -> int:
         return self.memory.place(np.full(max(size, 1), 0xFF, np.uint8))
 
+    def clear(self, address: int, size: int, stream: int, on: Any) -> None:
+        if size:
+            data, at = self.memory.locate([address, address + size - 1])
+            data[at[0] : at[1] + 1] = 0
+
     def view(self, array: DeviceArray, as_bits: bool) -> np.ndarray:
         """Return the memory that an array is."""
         kind = DTYPES.get(array.dtype) or np.dtype(array.dtype)
@@ -229,6 +234,7 @@ def fake_device(capability: tuple[int, int]) -> Iterator[FakeDevice]:
         patch.setattr(_driver, "device", lambda ordinal: device)
         patch.setattr(_driver, "allocate", device.allocate)
         patch.setattr(_driver, "free", lambda *_: None)
+        patch.setattr(_driver, "clear", device.clear)
         patch.setattr(_driver, "keep", lambda *_: None)
         patch.setattr(_driver, "wait", lambda *_: None)
         patch.setattr(_driver, "device_of", lambda address: 0)

@@ -2,5 +2,6 @@
 """Attention on NVIDIA GPUs, by kernels that are written in Python and compiled by Numba."""
 
 from fastattn.cuda._attention import attention, explain, is_available
+from fastattn.cuda._backward import attention_backward
 
-__all__ = ["attention", "explain", "is_available"]
+__all__ = ["attention", "attention_backward", "explain", "is_available"]

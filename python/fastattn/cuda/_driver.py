@@ -353,6 +353,12 @@ def free(address: int, stream: int, on: Device) -> None:
         call("cuMemFreeAsync", address, stream)
 
 
+def clear(address: int, size: int, stream: int, on: Device) -> None:
+    """Fill device memory with zeros, after what is on the stream."""
+    with on:
+        call("cuMemsetD8Async", address, 0, size, stream)
+
+
 def wait(stream: int, other: int, on: Device) -> None:
     """Let what follows on a stream come after what is on another; the host does not wait."""
     if (stream or LEGACY_STREAM) == (other or LEGACY_STREAM):

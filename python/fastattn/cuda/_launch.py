@@ -111,3 +111,22 @@ def copy(place: Place, target: DeviceArray, source: DeviceArray) -> None:
 
     rows = math.prod(source.shape[:3])
     launch(copies.copy(STORED[item_bytes(source.dtype)]), place, rows, target, source)
+
+
+def add(
+    place: Place, target: DeviceArray, source: DeviceArray, shape: tuple[int, int, int]
+) -> None:
+    """Sum a contiguous array, seen as three axes, over the middle one."""
+    from fastattn.cuda.kernels import copies
+
+    outer, count, inner = shape
+    flat = target._replace(shape=(outer, inner), strides=(inner, 1))
+    whole = source._replace(shape=shape, strides=(count * inner, inner, 1))
+    kernel = copies.add(target.dtype, source.dtype)
+    launch(kernel, place, copies.blocks(outer * inner), flat, whole)
+
+
+def clear(place: Place, array: DeviceArray) -> None:
+    """Fill a contiguous array with zeros."""
+    size = math.prod(array.shape) * item_bytes(array.dtype)
+    _driver.clear(array.pointer, size, place.stream, place.device)

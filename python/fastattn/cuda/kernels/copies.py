@@ -45,6 +45,39 @@ def copy(stored: str) -> Kernel:
 
 
 @functools.cache
+def add(target_dtype: str, source_dtype: str) -> Kernel:
+    """Return the kernel that sums source, of three axes, over the middle one, in order.
+
+    Its grid has `blocks` for the elements of target, of two axes.
+    """
+    from fastattn.cuda.kernels.simt import accumulator, element
+
+    number = accumulator(source_dtype)
+    zero = number(0)
+    target_element, source_element = element(target_dtype), element(source_dtype)
+    narrow, widen = target_element.narrow, source_element.widen
+
+    def add_up(target, source):
+        i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        if i < target.shape[0] * target.shape[1]:
+            row, column = i // target.shape[1], i % target.shape[1]
+            total = zero
+            for n in range(source.shape[1]):
+                total += number(widen(source[row, n, column]))
+            target[row, column] = narrow(total)
+
+    return Kernel(
+        f"fastattn_add_{target_dtype}_{source_dtype}",
+        add_up,
+        (
+            types.Array(target_element.stored, 2, "A"),
+            types.Array(source_element.stored, 3, "A"),
+        ),
+        THREADS,
+    )
+
+
+@functools.cache
 def convert(dtype: str) -> Kernel:
     """Return the kernel that copies source, of an integer dtype, to target, int64; of one axis."""
     source_kind = types.Array(getattr(types, dtype), 1, "A")

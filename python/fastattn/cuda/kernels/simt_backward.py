@@ -591,9 +591,7 @@ def key_blocks(batch: int, kv_heads: int, kv_len: int) -> int:
 
 
 @functools.cache
-def _key_value_gradients(
-    given: Given, columns: int, value_columns: int, has_flags: bool
-) -> Kernel:
+def _key_value_gradients(given: Given, columns: int, value_columns: int, has_flags: bool) -> Kernel:
     number = accumulator(given.query)
     float_dtype = np.dtype(number.name)
     zero = number(0)

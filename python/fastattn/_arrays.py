@@ -92,8 +92,8 @@ def _of_torch(torch: Any, name: str, x: Any) -> Array:
     return array.view(_bfloat16(array.dtype)) if array.dtype == BFLOAT16_BITS else array
 
 
-def check_tensor(torch: Any, name: str, x: Any) -> None:
-    """Accept a tensor whose values lie in the CPU's memory, in places that strides tell."""
+def check_tensor(torch: Any, name: str, x: Any, on_gpu: bool = False) -> None:
+    """Accept a tensor whose values lie in places that strides tell: the CPU's memory, or a GPU's."""
     if x.is_nested:
         raise TypeError(
             f"{name} must be a dense tensor, not a nested one (fastattn.varlen_attention takes the "
@@ -101,7 +101,7 @@ def check_tensor(torch: Any, name: str, x: Any) -> None:
         )
     if x.device.type == "meta":
         raise TypeError(f"{name} must hold numbers, got a tensor on the device meta")
-    if x.device.type != "cpu":
+    if x.device.type != ("cuda" if on_gpu else "cpu"):
         raise TypeError(f"{name} must be on the CPU, got a tensor on {x.device}: {name}.cpu()")
     if x.layout != torch.strided:
         raise TypeError(

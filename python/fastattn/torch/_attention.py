@@ -46,7 +46,8 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     query : Tensor of shape (..., q_heads, q_len, head_dim)
-        float16, bfloat16, float32 or float64, on the CPU; key and value share the dtype.
+        float16, bfloat16, float32 or float64, on the CPU, or on a GPU (see `fastattn.cuda`); key
+        and value share the dtype.
     key : Tensor of shape (..., heads, kv_len, head_dim)
     value : Tensor of shape (..., heads, kv_len, value_head_dim)
         All axes but the last two broadcast, unless enable_gqa.
@@ -103,6 +104,7 @@ def quickly(
         or type(query) not in PLAIN
         or type(key) not in PLAIN
         or type(value) not in PLAIN
+        or query.is_cuda
         or not unobserved()
         or is_autocast_enabled("cpu")
     ):
@@ -133,7 +135,7 @@ def _called_as_torch(
         _tensors.check(name, x)
     if not enable_gqa:
         query, key, value = _equal_heads(query, key, value)
-    if attn_mask is not None and not torch.compiler.is_compiling():
+    if attn_mask is not None and not (torch.compiler.is_compiling() or query.is_cuda):
         known = sizes(query.shape, key.shape, value.shape)
         pair_array("attn_mask", _tensors.array_of("attn_mask", attn_mask), MASK_NAMES, known)
     out: Tensor = attention(
@@ -203,7 +205,8 @@ def attention(
     Parameters
     ----------
     query, key, value : Tensor
-        Shapes and dtypes as for `fastattn.attention`, on the CPU.
+        Shapes and dtypes as for `fastattn.attention`, on the CPU, or on a GPU (see
+        `fastattn.cuda`).
     mask, bias : Tensor, optional
         Likewise. A float mask that requires grad is taken for a bias, or added to it.
     query_offset, alibi_slopes, sinks, kv_lengths : Tensor, array or number, optional
@@ -358,7 +361,7 @@ def _called(
     for name, pairs in (("mask", mask), ("bias", bias)):
         if pairs is not None:
             _tensors.check(name, pairs)
-    if is_autocast_enabled("cpu"):
+    if is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query, key, value)
     if mask is not None and mask.requires_grad:
         mask, bias = None, mask if bias is None else bias + mask
@@ -439,7 +442,7 @@ def _wants_grad(*tensors: Any) -> bool:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors in autocast's dtype, as for torch's function; float64 stays."""
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(
         x.to(dtype) if x.dtype in _tensors.FLOATS and x.dtype != torch.float64 else x
         for x in tensors

@@ -7,7 +7,7 @@ one would make them slow (cpp/parallel.h).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ import fastattn
 from fastattn import _core
 from fastattn._arguments import finite_number, packed_sizes, sizes
 from fastattn.torch._tensors import array_of, small_array_of, tensor_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # (mask, bias, sinks, alibi_slopes, query_offset, kv_lengths, seed, cu_seqlens_q, cu_seqlens_kv,
 #  scale, is_causal, has_window, left, right, softcap, dropout_p); the first 9 may be tensors.
@@ -76,6 +79,10 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, options: Options, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return out, and lse if asked for."""
+    if query.is_cuda:
+        from fastattn.torch import _gpu
+
+        return _gpu.forward(query, key, value, options, return_lse)
     if _is_plain(options, query, key):
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         lse = query.new_empty(query.shape[:-1], dtype=wide) if return_lse else None
@@ -84,12 +91,12 @@ def forward(
         if result is not None:
             return result, lse
     arrays = [array_of(*x) for x in (("query", query), ("key", key), ("value", value))]
-    keywords = _keywords(options)
+    named = keywords(options, array_of, small_array_of)
     call = calls.attention
     if is_packed(options):
         call = calls.varlen_attention
-        known, *starts = packed_sizes(*arrays, *(keywords[name] for name in STARTS_NAMES))
-        keywords.update(zip(STARTS_NAMES, starts, strict=True))
+        known, *starts = packed_sizes(*arrays, *(named[name] for name in STARTS_NAMES))
+        named.update(zip(STARTS_NAMES, starts, strict=True))
     else:
         known = sizes(*(x.shape for x in arrays))
     if query.stride(-1) != 1:
@@ -98,7 +105,7 @@ def forward(
     with pool_of_caller:
         results = call(
             *arrays,
-            **keywords,
+            **named,
             return_lse=return_lse,
             out=array_of("out", out) if out.numel() else None,
         )
@@ -140,6 +147,11 @@ def backward(
     wants_dsinks: bool,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients by query, key, value, bias and sinks; None for what is not wanted."""
+    if query.is_cuda:
+        from fastattn.torch import _gpu
+
+        saved = (grad_out, query, key, value, out, lse, grad_lse)
+        return _gpu.backward(*saved, options, wants_dbias, wants_dsinks)
     if grad_lse is None and _is_plain(options, query, key):
         scale, is_causal = options[MAY_BE_TENSORS : MAY_BE_TENSORS + 2]
         grads = plain_backward(grad_out, query, key, value, out, lse, scale, is_causal)
@@ -155,7 +167,7 @@ def backward(
                 grad_lse=None if grad_lse is None else array_of("grad_lse", grad_lse),
                 return_dbias=wants_dbias,
                 return_dsinks=wants_dsinks,
-                **_keywords(options),
+                **keywords(options, array_of, small_array_of),
             ),
         )
     dsinks = rest.pop().to(options[2].dtype) if wants_dsinks else None
@@ -195,23 +207,25 @@ def _is_plain(options: Options, query: Tensor, key: Tensor) -> bool:
     return type(offset) is int and offset == 0
 
 
-def _keywords(options: Options) -> dict[str, Any]:
-    """Return the options as fastattn's functions take them."""
+def keywords(
+    options: Options, pairs_of: Callable[[str, Tensor], Any], numbers_of: Callable[[str, Any], Any]
+) -> dict[str, Any]:
+    """Return the options as fastattn's functions take them, tensors as what two functions say."""
     mask, bias, sinks, slopes, offset, lengths, seed = options[: STARTS.start]
     scale, is_causal, has_window, left, right, softcap, dropout_p = options[MAY_BE_TENSORS:]
     starts = zip(STARTS_NAMES, options[STARTS], strict=True) if is_packed(options) else ()
     return {
-        "mask": mask if mask is None else array_of("mask", mask),
-        "bias": bias if bias is None else array_of("bias", bias),
+        "mask": mask if mask is None else pairs_of("mask", mask),
+        "bias": bias if bias is None else pairs_of("bias", bias),
         "scale": scale,
         "is_causal": is_causal,
-        "query_offset": small_array_of("query_offset", offset),
+        "query_offset": numbers_of("query_offset", offset),
         "window": (left, right) if has_window else None,
         "softcap": softcap,
-        "alibi_slopes": small_array_of("alibi_slopes", slopes),
-        "sinks": small_array_of("sinks", sinks),
-        "kv_lengths": small_array_of("kv_lengths", lengths),
+        "alibi_slopes": numbers_of("alibi_slopes", slopes),
+        "sinks": numbers_of("sinks", sinks),
+        "kv_lengths": numbers_of("kv_lengths", lengths),
         "dropout_p": dropout_p,
         "seed": int(seed) % SEEDS if isinstance(seed, Tensor) else seed,
-        **{name: small_array_of(name, x) for name, x in starts},
+        **{name: numbers_of(name, x) for name, x in starts},
     }

@@ -152,7 +152,7 @@ attention_operator = torch.library.custom_op(
     "fastattn::attention",
     _forward,
     mutates_args=(),
-    device_types="cpu",
+    device_types=("cpu", "cuda"),
     schema=f"({OPERANDS}, {TENSORS}, {NUMBERS}) -> (Tensor, Tensor)",
 )
 attention_operator.register_fake(_forward_fake)
@@ -162,7 +162,7 @@ backward_operator = torch.library.custom_op(
     "fastattn::attention_backward",
     _backward,
     mutates_args=(),
-    device_types="cpu",
+    device_types=("cpu", "cuda"),
     schema=f"(Tensor grad_out, {OPERANDS}, Tensor out, Tensor lse, Tensor? grad_lse, {TENSORS}, "
     f"{NUMBERS}, bool wants_dbias, bool wants_dsinks) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -37,7 +37,7 @@ def array_of(name: str, x: Tensor) -> NDArray[Any]:
             pass
         else:
             return whole
-    check(name, x)
+    check_tensor(torch, name, x)
     return array_of_tensor(torch, name, x)
 
 
@@ -55,7 +55,7 @@ def small_array_of(name: str, x: Any) -> Any:
 
 
 def check(name: str, x: Any) -> None:
-    """Accept a tensor whose values lie in the CPU's memory, one after the other."""
+    """Accept a tensor whose values lie in the memory of the CPU, or of a GPU, as strides tell."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
-    check_tensor(torch, name, x)
+    check_tensor(torch, name, x, on_gpu=x.is_cuda)

@@ -3,18 +3,17 @@
 
 `device` puts it in the place of the driver. Arrays lie in an emulator's memory, at addresses of
 their own; a launch runs the kernel's function there, of tensor-core kernels as vectors of threads
-(cuda_emulator.py), of plain Numba kernels as one thread of the operating system per CUDA thread.
+(cuda_emulator.py), of plain Numba kernels as one greenlet per CUDA thread.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import greenlet
 import numpy as np
 import pytest
 from cuda_emulator import DTYPES, Memory, rebound, run
@@ -115,7 +114,10 @@ class FakeDevice:
             return
         if any(isinstance(x, DeviceArray) for x in arguments):
             given = [self.view(x, True) if isinstance(x, DeviceArray) else x for x in arguments]
-            run_threads(kernel, blocks, tuple(given))
+            threads = SingleThreads(kernel, blocks)
+            with np.errstate(all="ignore"):
+                for block in range(blocks):
+                    threads.run(block, tuple(given))
         else:
             numbers = (np.float32(x) if isinstance(x, float) else x for x in arguments)
             if kernel.tensor_maps:
@@ -138,21 +140,45 @@ def parameters(kind: Any) -> int:
     return kind.count if isinstance(kind, types.UniTuple) else 1
 
 
-class SingleThreads(threading.local):
-    """numba.cuda, as each thread of a plain Numba kernel sees it."""
+class SingleThreads:
+    """numba.cuda to the threads of a plain Numba kernel: greenlets that take turns at barriers."""
 
-    def begin(self, thread: int, block: int, blocks: int, team: Team) -> None:
-        """Say which thread of which block this is."""
-        self.threadIdx, self.blockIdx = SimpleNamespace(x=thread), SimpleNamespace(x=block)
+    def __init__(self, kernel: Any, blocks: int) -> None:
+        self.threads = kernel.threads
         self.gridDim = SimpleNamespace(x=blocks)
-        self.team = team
-        made = itertools.count()  # arrays in shared memory are told by the order they are asked for
-        self.shared = SimpleNamespace(array=lambda *what: team.array(next(made), *what))
+        self.shared = SimpleNamespace(array=self._shared_array)
         self.local = SimpleNamespace(array=lambda shape, dtype: np.full(shape, JUNK).astype(dtype))
-        self.syncthreads = team.barrier.wait
+        self.function = rebound(kernel.function, self)
+
+    def run(self, block: int, arguments: tuple[Any, ...]) -> None:
+        """Run a block's threads, each up to the next barrier, until all have ended."""
+        self.blockIdx = SimpleNamespace(x=block)
+        self.arrays: dict[int, np.ndarray] = {}  # told by the order in which they are asked for
+        self.vote = self.voted = False
+        self.hub = greenlet.getcurrent()
+        team = [greenlet.greenlet(self.function) for _ in range(self.threads)]
+        asked = [0] * self.threads
+        given = [arguments] * self.threads
+        while any(not thread.dead for thread in team):
+            for i, thread in enumerate(team):
+                if not thread.dead:
+                    self.threadIdx = SimpleNamespace(x=i)
+                    self.asked = asked[i]
+                    thread.switch(*given[i])
+                    asked[i], given[i] = self.asked, ()
+            self.voted, self.vote = self.vote, False
+
+    def _shared_array(self, shape: Any, dtype: Any) -> np.ndarray:
+        self.asked += 1
+        return self.arrays.setdefault(self.asked, np.full(shape, JUNK).astype(dtype))
+
+    def syncthreads(self) -> None:
+        self.hub.switch()
 
     def syncthreads_or(self, condition: Any) -> int:
-        return self.team.any(bool(condition))
+        self.vote |= bool(condition)
+        self.hub.switch()
+        return int(self.voted)
 
     def cuda(self) -> SingleThreads:
         return self
@@ -168,60 +194,6 @@ class SingleThreads(threading.local):
             **{f"_widen_{name}": widen(dtype) for name, dtype in DTYPES.items()},
             **{f"_narrow_{name}": narrow(dtype) for name, dtype in DTYPES.items()},
         }
-
-
-class Team:
-    """The threads of a block."""
-
-    def __init__(self, threads: int) -> None:
-        self.barrier = threading.Barrier(threads, timeout=60)
-        self.lock = threading.Lock()
-        self.arrays: dict[int, np.ndarray] = {}
-        self.votes = [False] * 2
-        self.turn = 0
-
-    def array(self, number: int, shape: Any, dtype: Any) -> np.ndarray:
-        with self.lock:
-            return self.arrays.setdefault(number, np.full(shape, JUNK).astype(dtype))
-
-    def any(self, vote: bool) -> int:
-        turn = self.turn % 2
-        if vote:
-            self.votes[turn] = True
-        if self.barrier.wait() == 0:
-            self.turn += 1
-            self.votes[1 - turn] = False
-        self.barrier.wait()
-        return int(self.votes[turn])
-
-
-def run_threads(kernel: Any, blocks: int, arguments: tuple[Any, ...]) -> None:
-    """Run a plain Numba kernel, block after block, each CUDA thread as one of its own."""
-    threads = SingleThreads()
-    function = rebound(kernel.function, threads)
-    errors: list[BaseException] = []
-
-    def work(thread: int, block: int, team: Team) -> None:
-        threads.begin(thread, block, blocks, team)
-        try:
-            with np.errstate(all="ignore"):
-                function(*arguments)
-        except BaseException as error:
-            errors.append(error)
-            team.barrier.abort()
-
-    for block in range(blocks):
-        team = Team(kernel.threads)
-        workers = [
-            threading.Thread(target=work, args=(i, block, team)) for i in range(kernel.threads)
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        real = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
-        if errors:
-            raise (real or errors)[0]
 
 
 @contextlib.contextmanager

@@ -142,9 +142,7 @@ def attention(operands, options, out=None, lse=None, flags=None, rows_per_flag=1
         call.given, value_head_dim, sinks=name_of(call.sinks), flags=flags is not None
     )
     blocks = simt.forward_blocks(call.given.query, call.batch, call.heads, call.q_len)
-    launch(
-        kernel, blocks, out, lse, flags, rows_per_flag, call.sinks, *operands, *call.arguments
-    )
+    launch(kernel, blocks, out, lse, flags, rows_per_flag, call.sinks, *operands, *call.arguments)
     return out, lse
 
 

@@ -112,7 +112,9 @@ def errors(operands, options, seed=1, **more):
     The gate of test_backward.py; the plain formula rounds P and dS to the query's dtype.
     """
     got = grads_of(operands, options, seed, emulated_backward, **more)
-    truth = grads_of(operands, options, seed, reference.attention_backward, compute_dtype=np.float64)
+    truth = grads_of(
+        operands, options, seed, reference.attention_backward, compute_dtype=np.float64
+    )
     plain = Formula(operands, options, seed, np.float32).gradients(operands[0].dtype)
     exactly = Formula(operands, options, seed, np.float64)
     lse = attention(*operands, return_lse=True, **options)[1]
@@ -141,7 +143,12 @@ CASES = {
     "ragged": (130, 190, {}, {}),
     "one": (1, 1, {}, {"scale": 1.0}),
     "causal": (200, 200, {}, {"is_causal": True}),
-    "causal, later": (70, 330, {"heads": 4, "kv_heads": 2}, {"is_causal": True, "query_offset": 260}),
+    "causal, later": (
+        70,
+        330,
+        {"heads": 4, "kv_heads": 2},
+        {"is_causal": True, "query_offset": 260},
+    ),
     "window": (200, 260, {}, {"window": (70, 30), "query_offset": 40}),
     "narrow window": (140, 140, {}, {"window": (0, 0)}),
     "left": (150, 150, {}, {"window": (5, None)}),

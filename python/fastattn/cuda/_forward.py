@@ -23,9 +23,9 @@ from fastattn.cuda._launch import (
     upload,
 )
 from fastattn.cuda._problem import Options, Problem
+from fastattn.cuda.kernels import UNLIMITED
 
 LOG2E = math.log2(math.e)
-UNLIMITED = 2**29  # a side of a window, to kernels that count in 32 bits
 MOST_DROPPED = 2**32
 
 

@@ -13,6 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+# The tensor-core kernels count positions in 32 bits: their sums with a side of a window must fit.
+MOST_LENGTH = 2**28  # of queries, and of keys
+MOST_OFFSET = 2**29
+UNLIMITED = 2**30  # a side of a window that no position reaches
 
 @dataclass(frozen=True)
 class Kernel:

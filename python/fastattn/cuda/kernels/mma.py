@@ -119,7 +119,10 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
     q_tile, k_tile = tile.queries, tile.keys
     row_tiles = q_tile // (16 * tile.warps)  # of 16 rows, per warp
     s_tiles, o_tiles = k_tile // 8, head_dim // 8  # of 8 columns
-    s_pairs, o_pairs, qk_steps, pv_steps = s_tiles // 2, o_tiles // 2, head_dim // 16, k_tile // 16
+    s_pairs, o_pairs, pv_steps = s_tiles // 2, o_tiles // 2, k_tile // 16
+    # Longer loops are not unrolled.
+    qk_parts = max(1, head_dim // 128)
+    qk_steps = head_dim // 16 // qk_parts
     rows = shared_rows(head_dim)
     row_bytes, row_threads, row_chunks, shift, bits = (
         rows.bytes,
@@ -180,7 +183,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         first_row = q_block * i32(q_tile)
         last_row = minimum(first_row + i32(q_tile), q_len) - i32(1)
         length = own_number(lengths, batch, length, i32(0), kv_len)
-        offset = own_number(offsets, batch, offset, i32(-(2**29)), i32(2**29))
+        offset = own_number(offsets, batch, offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
         start = first_key(first_row, offset, left) // i32(k_tile) * i32(k_tile)
         end = end_key(last_row, offset, right, length)
         all_from = first_key(last_row, offset, left)  # keys that every row sees
@@ -245,17 +248,19 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
 
             for i in range(s_count):
                 s[i] = f32(0)
-            for k in range(qk_steps):
-                for m in range(row_tiles):
-                    at = chunk_of(q_read, k) + i32(m * 16 * row_bytes)
-                    load_matrices(factor, m * 4, at)
-                for j in range(s_pairs):
-                    at = chunk_of(k_read + buffer, k) + i32(j * 16 * row_bytes)
-                    load_matrices(other, 0, at)
+            for part in range(qk_parts):
+                for step in range(qk_steps):
+                    k = part * qk_steps + step
                     for m in range(row_tiles):
-                        here = (m * s_tiles + j * 2) * 4
-                        multiply(s, here, factor, m * 4, other[0], other[1])
-                        multiply(s, here + 4, factor, m * 4, other[2], other[3])
+                        at = chunk_of(q_read, k) + i32(m * 16 * row_bytes)
+                        load_matrices(factor, m * 4, at)
+                    for j in range(s_pairs):
+                        at = chunk_of(k_read + buffer, k) + i32(j * 16 * row_bytes)
+                        load_matrices(other, 0, at)
+                        for m in range(row_tiles):
+                            here = (m * s_tiles + j * 2) * 4
+                            multiply(s, here, factor, m * 4, other[0], other[1])
+                            multiply(s, here + 4, factor, m * 4, other[2], other[3])
 
             if softcapped:
                 softcap(s, cap_factor)

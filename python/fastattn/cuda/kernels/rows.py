@@ -16,6 +16,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from fastattn.cuda.kernels import MOST_LENGTH, UNLIMITED
 from fastattn.cuda.ptx import (
     both,
     ex2,
@@ -32,8 +33,6 @@ from fastattn.cuda.ptx import (
 
 f32, i32, i64 = types.float32, types.int32, types.int64
 
-UNLIMITED = 2**29  # a side of a window that no position reaches
-MOST_LENGTH = 2**28  # of queries and of keys: sums of positions and sides fit int32
 LOWEST = float("-inf")
 LN2 = float(np.log(2))
 

@@ -13,9 +13,11 @@ import pytest
 pytest.importorskip("numba.cuda", reason="needs the extra `cuda`")
 
 import cuda_emulator as emulator
+import cuda_sass
 from conftest import assert_same_bits, make_problem
 
 from fastattn import reference
+from fastattn.cuda._build import build
 from fastattn.cuda.kernels import decode
 from fastattn.cuda.kernels.rows import UNLIMITED
 
@@ -355,7 +357,7 @@ FAULTS = {
         "(lane >> i32(4)) << i32(4)",
     ),
     "the ring does not wrap": ("select(stage == ring + i32(ring_bytes), ring, stage)", "stage"),
-    "refilled with the same keys": ("copy_key += i32(stages * WARPS * KEYS)", "copy_key += i32(0)"),
+    "refilled with the same keys": ("copy_key + i32(stages * WARPS * KEYS)", "copy_key"),
     "mask off by one": (
         "row_last[i] = end_key(query_number, offset",
         "row_last[i] = end_key(query_number + i32(1), offset",
@@ -432,3 +434,35 @@ def test_shared_memory_has_room_for_enough_blocks(head_dim, row_tiles):
     assert kernel.blocks_per_sm * whole <= 228 * 1024  # sm_90
     in_flight = 2 * decode.WARPS * decode.ROW_TILES[head_dim] * decode.KEYS * 2 * head_dim
     assert in_flight >= 48 * 1024
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "row_tiles", "softcapped"),
+    [
+        ((8, 0), "float16", 128, 1, False),
+        ((8, 0), "bfloat16", 64, 4, True),
+        ((8, 0), "float16", 256, 1, False),
+        ((8, 9), "bfloat16", 96, 2, False),
+        ((9, 0), "bfloat16", 128, 2, False),
+        ((9, 0), "float16", 64, 4, False),
+    ],
+)
+def test_the_machine_code(capability, dtype, head_dim, row_tiles, softcapped, tmp_path):
+    kernel = decode.split(dtype, head_dim, row_tiles, softcapped)
+    binary = build(kernel, capability)
+    assert ".local" not in binary.ptx
+    assert binary.spill_stores + binary.spill_loads <= 32
+    assert binary.registers * kernel.threads * kernel.blocks_per_sm <= 65536
+    found = cuda_sass.counts(cuda_sass.disassemble(binary.cubin, tmp_path))
+    steps = head_dim // 16
+    assert found["HMMA"] == found[f"HMMA.16816.F32{'.BF16' * (dtype == 'bfloat16')}"]
+    assert found["HMMA"] == row_tiles * steps * 4
+    assert found["LDSM"] == steps * (row_tiles + 2)  # queries, keys, values
+    first_copies = 1 + 2 * decode.ROW_TILES[head_dim]  # queries, and the ring
+    assert found["LDGSTS.E.BYPASS.128"] == found["LDGSTS"] == steps * (first_copies + 2)
+
+
+def test_the_machine_code_of_combine():
+    binary = build(decode.combine("float16", 256), (8, 0))
+    assert ".local" not in binary.ptx
+    assert binary.spill_stores + binary.spill_loads == 0

@@ -270,7 +270,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
         # ---- copies begin: a tile of rows by each of the first warps, then the warp's own keys
         copy_lane = lane & i32(copy_lanes - 1)
         copy_from = i64(copy_lane) * i64(16)
-        copy_to = (lane >> i32(lane_bits)) * i32(row_bytes) + (copy_lane << i32(4))
+        copy_to = i32((lane >> i32(lane_bits)) * i32(row_bytes) + (copy_lane << i32(4)))
         if warp < i32(row_tiles):
             q_from = query + (i64(batch) * q_batch + i64(kv_head * group) * q_head) * i64(2)
             q_to = shared + i32(query_at) + warp * i32(16 * row_bytes) + copy_to
@@ -283,11 +283,12 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
                 copy_row(q_to + i32(i * copy_rows * row_bytes), q_from + at * i64(2) + copy_from)
         k_from = key + (i64(batch) * k_batch + i64(kv_head) * k_head) * i64(2) + copy_from
         v_from = value + (i64(batch) * v_batch + i64(kv_head) * v_head) * i64(2) + copy_from
-        ring = shared + warp * i32(ring_bytes)
+        ring = i32(shared + warp * i32(ring_bytes))
         tile = first >> i32(4)
         tile = tile + ((warp - tile) & i32(WARPS - 1))
-        start = tile * i32(KEYS)
-        copy_key = start + (lane >> i32(lane_bits))
+        # Numba makes int64 of a sum of int32; what lives through the loop is to take one register.
+        start = i32(tile * i32(KEYS))
+        copy_key = i32(start + (lane >> i32(lane_bits)))
         for i in range(stages):
             k_to = ring + i32(i * stage_bytes) + copy_to
             ahead = i32(i * WARPS * KEYS)
@@ -297,7 +298,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
             if start + ahead < end:
                 copy_tile(k_to + i32(tile_bytes), v_from, v_row, copy_key + ahead, first, end)
             commit_copies()
-        copy_key += i32(stages * WARPS * KEYS)
+        copy_key = i32(copy_key + i32(stages * WARPS * KEYS))
 
         s = cuda.local.array(s_count, dtype=np.float32)
         acc = cuda.local.array(sum_count, dtype=np.float32)
@@ -320,11 +321,11 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
             row_last[i] = end_key(query_number, offset, right, length)
 
         # ---- where this thread's addresses for ldmatrix begin
-        left_at = (lane & i32(15)) * i32(row_bytes) + ((lane >> i32(4)) << i32(4))
-        right_at = ((lane & i32(7)) + ((lane >> i32(4)) << i32(3))) * i32(row_bytes)
-        right_at += ((lane >> i32(3)) & i32(1)) << i32(4)
-        q_read = shared + i32(query_at) + left_at
-        own_column = (lane & i32(3)) << i32(1)
+        left_at = i32((lane & i32(15)) * i32(row_bytes) + ((lane >> i32(4)) << i32(4)))
+        right_row = (lane & i32(7)) + ((lane >> i32(4)) << i32(3))
+        right_at = i32(right_row * i32(row_bytes) + (((lane >> i32(3)) & i32(1)) << i32(4)))
+        q_read = i32(shared + i32(query_at) + left_at)
+        own_column = i32((lane & i32(3)) << i32(1))
         wait_oldest()
         cuda.syncthreads()  # the queries are here, for all warps
 
@@ -341,7 +342,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
                     multiply(s, m * 8, factor, 0, other[0], other[1])
                     multiply(s, m * 8 + 4, factor, 0, other[2], other[3])
             sync_warp()  # and have been read
-            following = start + i32(stages * WARPS * KEYS)
+            following = i32(start + i32(stages * WARPS * KEYS))
             if following < end:
                 copy_tile(stage + copy_to, k_from, k_row, copy_key, first, end)
             commit_copies()
@@ -367,9 +368,9 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
             if following < end:
                 copy_tile(stage + i32(tile_bytes) + copy_to, v_from, v_row, copy_key, first, end)
             commit_copies()
-            copy_key += i32(WARPS * KEYS)
-            start += i32(WARPS * KEYS)
-            stage += i32(stage_bytes)
+            copy_key = i32(copy_key + i32(WARPS * KEYS))
+            start = i32(start + i32(WARPS * KEYS))
+            stage = i32(stage + i32(stage_bytes))
             stage = select(stage == ring + i32(ring_bytes), ring, stage)
         wait_all()
         cuda.syncthreads()  # rings and queries have been read

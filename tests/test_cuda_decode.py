@@ -436,6 +436,13 @@ def test_shared_memory_has_room_for_enough_blocks(head_dim, row_tiles):
     assert in_flight >= 48 * 1024
 
 
+def built(kernel, capability):
+    binary = build(kernel, capability)
+    if binary.registers is None:
+        pytest.skip(f"no assembler: {binary.log}")
+    return binary
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_dim", "row_tiles", "softcapped"),
     [
@@ -449,7 +456,7 @@ def test_shared_memory_has_room_for_enough_blocks(head_dim, row_tiles):
 )
 def test_the_machine_code(capability, dtype, head_dim, row_tiles, softcapped, tmp_path):
     kernel = decode.split(dtype, head_dim, row_tiles, softcapped)
-    binary = build(kernel, capability)
+    binary = built(kernel, capability)
     assert ".local" not in binary.ptx
     assert binary.spill_stores + binary.spill_loads <= 32
     assert binary.registers * kernel.threads * kernel.blocks_per_sm <= 65536
@@ -463,6 +470,6 @@ def test_the_machine_code(capability, dtype, head_dim, row_tiles, softcapped, tm
 
 
 def test_the_machine_code_of_combine():
-    binary = build(decode.combine("float16", 256), (8, 0))
+    binary = built(decode.combine("float16", 256), (8, 0))
     assert ".local" not in binary.ptx
     assert binary.spill_stores + binary.spill_loads == 0

@@ -17,8 +17,11 @@ rows, which is what partial results then cost. Of a split, tile t of 16 keys is 
 key's position alone decides who adds it and when: keys that a row does not see change no bit of it.
 
 Each warp has a ring of buffers of its own, and waits for its own copies only: no barrier of the
-block in the loop. Every tile is masked: next to waiting for memory that costs nothing, and a row's
-bits come from a single path through the arithmetic whatever its neighbours see.
+block in the loop. Up to 64 KiB of copies (48 for head_dim 96) are in flight for each block, and a
+multiprocessor has room for two blocks or more (sm_89: one); an H200 needs 36 KiB on each to read
+memory at full speed, if the answer takes a microsecond. Every tile is masked: next to waiting for
+memory that costs nothing, and a row's bits come from a single path through the arithmetic whatever
+its neighbours see.
 
 .. [1] T. Dao, D. Haziza, F. Massa, G. Sizov, "Flash-Decoding for long-context inference", 2023,
    https://pytorch.org/blog/flash-decoding/

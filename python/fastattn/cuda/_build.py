@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does a kernel in Python become machine code? Numba writes PTX, nvJitLink assembles it.
+"""How does a kernel in Python become machine code? Numba writes PTX, NVIDIA's ptxas assembles it.
 
-Called by `_cache.py`, and by tests that look at the PTX and the registers. Calls numba-cuda and
-cuda-bindings, which are imported when the first kernel is built. Neither a GPU nor a driver is
+Called by `_cache.py`, and by tests that look at the PTX and the registers. Calls numba-cuda, which
+is imported when the first kernel is built, and the program ptxas. Neither a GPU nor a driver is
 needed: what is built here can be loaded elsewhere by `_driver.py` alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,13 +33,15 @@ HOPPER = (9, 0)
 PARAMETERS = ("int32", "int64", "float32", "float64")  # what a kernel may take by value
 TENSOR_MAP = "tensor_map"
 TENSOR_MAP_BYTES = 128
+# What a ptxas says that is older than the compiler or the architecture.
+OLD_ASSEMBLER = ("Unsupported .version", "is not defined for option 'gpu-name'")
 
 
 class Binary(NamedTuple):
     """Machine code, what launching it takes, and what the assembler said of it."""
 
     name: str  # the symbol in the code
-    cubin: bytes  # what the driver loads; PTX if the GPU is newer than the compiler
+    cubin: bytes  # what the driver loads; PTX if it has to compile that itself
     threads: int
     shared_bytes: int  # dynamic
     parameters: tuple[str, ...]  # of PARAMETERS, or TENSOR_MAP
@@ -51,8 +58,8 @@ class Binary(NamedTuple):
 def build(kernel: Kernel, capability: Capability) -> Binary:
     """Return a kernel's machine code for GPUs of a compute capability.
 
-    Raises RuntimeError if the kernel cannot run there, or if NVIDIA's libraries refuse it, and
-    ImportError without numba-cuda.
+    Raises RuntimeError if the kernel cannot run there or does not compile, and ImportError without
+    numba-cuda.
     """
     check_capability(kernel, capability)
     parameters = parameters_of(kernel)
@@ -75,10 +82,10 @@ def build(kernel: Kernel, capability: Capability) -> Binary:
         ptx = with_tensor_maps(ptx, kernel.name, kernel.tensor_maps)
         cubin, log = assemble(ptx, architecture)
     # The code for one generation does not run on the next: there, the driver compiles the PTX.
-    image = cubin if target[0] == capability[0] else ptx.encode() + b"\0"
+    image = cubin if target[0] == capability[0] else None
     return Binary(
         kernel.name,
-        image,
+        image or ptx.encode() + b"\0",
         kernel.threads,
         kernel.shared_bytes,
         parameters,
@@ -143,45 +150,47 @@ def with_tensor_maps(ptx: str, name: str, numbers: tuple[int, ...]) -> str:
             rf"mov.b64 \1, {parameter};\n\tcvta.param.u64 \1, \1;",
             ptx,
         )
-        if declared != 1 or f"[{parameter}" in ptx:
+        if declared != 1 or re.search(rf"\[{re.escape(parameter)}\b", ptx):
             raise RuntimeError(f"{name}: parameter {number} is read in an unknown way in the PTX")
     return ptx
 
 
-def assemble(ptx: str, architecture: str) -> tuple[bytes, str]:
-    """Return the machine code that nvJitLink makes of PTX, and its log, warnings included."""
-    from cuda.bindings import nvjitlink
+def assemble(ptx: str, architecture: str) -> tuple[bytes | None, str]:
+    """Return the machine code that ptxas makes of PTX, and its log, warnings included.
 
-    def text(size_of: Any, read: Any) -> str:
-        buffer = bytearray(size_of(handle))
-        read(handle, buffer)
-        return buffer.rstrip(b"\0").decode(errors="replace")
+    None if there is no ptxas that knows this PTX and architecture. nvJitLink would not do: it
+    compiles PTX as a part of something larger, and then ignores setmaxnreg and serialises wgmma.
+    """
+    refused = []
+    for ptxas in assemblers():
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+            source.write_text(ptx)
+            # -v: registers and spills in the log.
+            command = [ptxas, f"-arch={architecture}", "-v", "-o", str(target), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            log = (done.stdout + done.stderr).strip()
+            if done.returncode == 0:
+                return target.read_bytes(), log
+        if not any(text in log for text in OLD_ASSEMBLER):
+            raise RuntimeError(f"{ptxas} made no code for {architecture} of what NVVM wrote: {log}")
+        refused.append(f"{ptxas} is too old")
+    reason = ", ".join(refused) or "ptxas is not here"
+    return None, f"{reason}: the driver compiles the PTX"
 
-    handle = None
-    try:
-        options = [f"-arch={architecture}", "-Xptxas=-v"]  # -v: registers and spills in the log
-        handle = nvjitlink.create(len(options), options)
-        code = ptx.encode()
-        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, code, len(code), "kernel")
-        nvjitlink.complete(handle)
-        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
-        nvjitlink.get_linked_cubin(handle, cubin)
-        logs = (
-            text(nvjitlink.get_info_log_size, nvjitlink.get_info_log),
-            text(nvjitlink.get_error_log_size, nvjitlink.get_error_log),
-        )
-    except nvjitlink.nvJitLinkError as error:
-        said = str(error)
-        if handle is not None:
-            said += "\n" + text(nvjitlink.get_error_log_size, nvjitlink.get_error_log)
-        raise RuntimeError(
-            f"nvJitLink made no code for {architecture} of what NVVM wrote; nvidia-nvjitlink must "
-            f"be no older than nvidia-nvvm ({INSTALL} gets a pair that fits): {said.strip()}"
-        ) from error
-    finally:
-        if handle is not None:
-            nvjitlink.destroy(handle)
-    return bytes(cubin), "\n".join(filter(None, logs))
+
+def assemblers() -> list[str]:
+    """Return where programs ptxas are: of NVIDIA's packages or toolkit, on the PATH, of Triton."""
+    from cuda.pathfinder import find_nvidia_binary_utility
+
+    triton = importlib.util.find_spec("triton")
+    folders = (triton and triton.submodule_search_locations) or []
+    found = [
+        find_nvidia_binary_utility("ptxas"),
+        shutil.which("ptxas"),
+        *(shutil.which(f"{x}/backends/nvidia/bin/ptxas") for x in folders),
+    ]
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def report(log: str) -> dict[str, Any]:
@@ -204,7 +213,7 @@ def report(log: str) -> dict[str, Any]:
 def _compiler() -> Iterator[Any]:
     """Give numba.cuda to one thread at a time: Numba's compiler serves no two."""
     try:
-        from cuda.bindings import nvjitlink  # noqa: F401
+        from cuda.pathfinder import find_nvidia_binary_utility  # noqa: F401
         from numba import cuda
         from numba.cuda.core.compiler_lock import global_compiler_lock
     except ImportError as error:

@@ -21,9 +21,9 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastattn.cuda._build import Binary, Capability, build
+from fastattn.cuda._build import Binary, Capability, assemblers, build
 
 if TYPE_CHECKING:
     from fastattn.cuda.kernels import Kernel
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 VARIABLE = "FASTATTN_CACHE_DIR"
 MAGIC = b"fastattn"
 HEADER = struct.Struct("<8sQQ32s")  # MAGIC, bytes of description and of code, SHA-256 of both
-PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
+PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm")
 
 _built: dict[tuple[Kernel, Capability], Binary] = {}
 _lock = threading.Lock()
@@ -155,9 +155,12 @@ def _sources() -> str:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def _versions() -> dict[str, Any]:
     """Return the versions of all that compiles; "" for a package that is not there."""
-    versions = {"python": "{}.{}".format(*sys.version_info)}
+    versions: dict[str, Any] = {"python": "{}.{}".format(*sys.version_info)}
+    with contextlib.suppress(ImportError):  # without cuda-pathfinder, nothing is compiled either
+        known = [(path, Path(path).stat()) for path in assemblers()]
+        versions["ptxas"] = [(path, x.st_size, x.st_mtime_ns) for path, x in known]
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

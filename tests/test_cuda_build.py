@@ -1,0 +1,721 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do kernels become machine code, once? Compiling without a GPU, and the cache on disk."""
+
+import dataclasses
+import inspect
+import json
+import shlex
+import subprocess
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from child import run, start
+from cuda_sass import counts, disassemble
+
+from fastattn.cuda import _build, _cache
+from fastattn.cuda._build import Binary
+
+PACKAGE = Path(_build.__file__).parent
+KNOWN = Binary(
+    name="known",
+    cubin=bytes(range(256)) * 5,
+    threads=128,
+    shared_bytes=70_000,
+    parameters=("int64", "tensor_map", "float32"),
+    architecture="sm_90a",
+    registers=168,
+    spill_stores=4,
+    spill_loads=8,
+    stack_bytes=16,
+    static_shared_bytes=1024,
+    log="ptxas info",
+)
+
+
+@pytest.fixture(scope="module")
+def numba_cuda():
+    pytest.importorskip("numba_cuda", exc_type=ImportError)
+    from numba import cuda
+
+    return cuda
+
+
+@pytest.fixture
+def ptxas(numba_cuda):
+    """Need an assembler."""
+    if not _build.assemblers():
+        pytest.skip("ptxas is not here: pip install nvidia-cuda-nvcc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked of a kernel before Numba sees it."""
+
+    name: str = "asked"
+    signature: tuple = ("int64", "int32")
+    tensor_maps: tuple = ()
+    needs: tuple = (7, 5)
+    threads: int = 64
+    shared_bytes: int = 0
+    blocks_per_sm: int = 1
+
+
+def small(**fields):
+    """Return a kernel that copies a number through shared memory, for two arguments of addresses.
+
+    The first may be a tensor map: then it is the map's first number.
+    """
+    from numba import cuda
+    from numba.cuda import types
+
+    from fastattn.cuda.kernels import Kernel
+    from fastattn.cuda.ptx import load_int64, store_int32
+
+    @cuda.jit(device=True, forceinline=True)
+    def doubled(number):
+        return number * types.int32(2)
+
+    def copy(source, target, count, factor):
+        numbers = cuda.shared.array(0, dtype=np.int32)
+        numbers[cuda.threadIdx.x] = types.int32(load_int64(source))
+        cuda.syncthreads()
+        if factor > types.float32(0):
+            store_int32(target, doubled(numbers[count]))
+
+    signature = (types.int64, types.int64, types.int32, types.float32)
+    known = {"name": "small", "function": copy, "signature": signature, "threads": 64}
+    return Kernel(**known | {"shared_bytes": 256} | fields)
+
+
+# Importing.
+
+
+def imported():
+    """Return what of CUDA `import fastattn` imports."""
+    names = {x.split(".")[0] for x in sys.modules}
+    found = sorted(names & {"numba", "numba_cuda", "llvmlite", "cuda", "cupy", "torch", "jax"})
+    return found + [x for x in sys.modules if x.startswith("fastattn.cuda")]
+
+
+def used_without_cuda():
+    """Return whether an array of NumPy is on a GPU, and the errors of what needs one."""
+    for name in ("numba", "numba_cuda", "llvmlite", "cuda"):
+        sys.modules[name] = None
+    from fastattn.cuda import _arrays, _cache, _driver
+
+    errors = []
+    for call in (_driver.count, lambda: _cache.load(Asked(), (8, 0))):
+        try:
+            call()
+        except ImportError as error:
+            errors.append(str(error))
+    return [_arrays.is_cuda_array(np.zeros(3)), errors]
+
+
+def test_importing_fastattn_touches_no_cuda():
+    lines = [
+        "import json, sys, fastattn",
+        inspect.getsource(imported),
+        "print(json.dumps(imported()))",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_without_anything_of_cuda():
+    is_cuda_array, errors = run(used_without_cuda, env={"FASTATTN_CACHE_DIR": ""})
+    assert is_cuda_array is False
+    assert [text.split(" (")[0] for text in errors] == [
+        "fastattn.cuda needs cuda-bindings",
+        "fastattn.cuda needs numba-cuda to compile its kernels",
+    ]
+    assert all(text.endswith('): pip install "fastattn[cuda]"') for text in errors)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("needs", "capability", "message"),
+    [
+        (
+            (7, 5),
+            (7, 0),
+            "fastattn.cuda needs a GPU of compute capability 7.5 (Turing) or later, got one of "
+            "7.0: fastattn.attention computes on the CPU",
+        ),
+        (
+            (8, 0),
+            (7, 5),
+            "asked needs a GPU of compute capability 8.0 or later, got one of 7.5",
+        ),
+        (
+            (9, 0),
+            (10, 0),
+            "asked needs a GPU of compute capability 9.0 itself, got one of 10.0",
+        ),
+    ],
+)
+def test_gpus_without_the_instructions(needs, capability, message):
+    with pytest.raises(RuntimeError) as error:
+        _build.build(Asked(needs=needs), capability)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"signature": ("int64", "float16")},
+            "argument 1 of asked must be one of int32, int64, float32, float64, not float16",
+        ),
+        (
+            {"tensor_maps": (1,)},
+            "argument 1 of asked is a tensor map and must be declared int64, not int32",
+        ),
+    ],
+)
+def test_arguments_that_are_not_passed_by_value(fields, message):
+    with pytest.raises(TypeError) as error:
+        _build.build(Asked(**fields), (8, 0))
+    assert str(error.value) == message
+
+
+def program(path, *, says, status):
+    """Write a program that says something and ends."""
+    path.write_text(f"#!/bin/sh\necho {shlex.quote(says)} >&2\nexit {status}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_ptx_with_an_error(ptxas):
+    (path, *_) = _build.assemblers()
+    with pytest.raises(RuntimeError) as error:
+        _build.assemble(".version 8.0\n.target sm_80\n.address_size 64\nnonsense;\n", "sm_80")
+    message = str(error.value)
+    assert message.startswith(f"{path} made no code for sm_80 of what NVVM wrote: ptxas ")
+    assert "syntax error" in message
+
+
+def test_an_assembler_that_is_too_old_is_passed_over(ptxas, monkeypatch, tmp_path):
+    """Be it for the PTX or for the architecture; without another, the driver compiles the PTX."""
+    versions, known = "ptxas fatal: Unsupported .version 9.0; current version is 8.0", []
+    known.append(program(tmp_path / "first", says=versions, status=255))
+    names = "ptxas fatal: Value 'sm_90a' is not defined for option 'gpu-name'"
+    known.append(program(tmp_path / "second", says=names, status=1))
+    good = _build.assemblers()
+    monkeypatch.setattr(_build, "assemblers", lambda: known + good)
+    assert _build.build(small(), (8, 0)).cubin.startswith(b"\x7fELF")
+    monkeypatch.setattr(_build, "assemblers", lambda: known)
+    binary = _build.build(small(), (8, 0))
+    assert binary.cubin == binary.ptx.encode() + b"\0"
+    assert binary.registers is None
+    assert binary.log == (
+        f"{known[0]} is too old, {known[1]} is too old: the driver compiles the PTX"
+    )
+
+
+def test_what_ptxas_itself_calls_too_old(ptxas):
+    """The texts that passing over rests on are those of the real one."""
+    assert _build.assemble(".version 99.0\n.target sm_80\n.address_size 64\n", "sm_80")[0] is None
+    assert _build.assemble(".version 8.0\n.target sm_80\n", "sm_999")[0] is None
+
+
+def test_without_an_assembler_the_driver_compiles(numba_cuda, monkeypatch):
+    monkeypatch.setattr(_build, "assemblers", list)
+    binary = _build.build(small(needs=(9, 0)), (9, 0))
+    assert binary.cubin == binary.ptx.encode() + b"\0"
+    assert binary.log == "ptxas is not here: the driver compiles the PTX"
+    assert binary.architecture == "sm_90a"
+
+
+def test_where_assemblers_are_looked_for(numba_cuda, monkeypatch, tmp_path):
+    from cuda import pathfinder
+
+    (tmp_path / "triton" / "backends" / "nvidia" / "bin").mkdir(parents=True)
+    (tmp_path / "triton" / "__init__.py").write_text("")
+    (tmp_path / "bin").mkdir()
+    of_triton = program(tmp_path / "triton/backends/nvidia/bin/ptxas", says="", status=0)
+    on_path = program(tmp_path / "bin" / "ptxas", says="", status=0)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(pathfinder, "find_nvidia_binary_utility", lambda name: "/of/nvidia/" + name)
+    assert _build.assemblers() == ["/of/nvidia/ptxas", on_path, of_triton]
+    monkeypatch.setattr(pathfinder, "find_nvidia_binary_utility", lambda name: on_path)
+    assert _build.assemblers() == [on_path, of_triton]
+    monkeypatch.setattr(pathfinder, "find_nvidia_binary_utility", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _build.assemblers() == [of_triton]
+
+
+def test_compiler_libraries_that_are_missing(numba_cuda, monkeypatch):
+    class DynamicLibNotFoundError(RuntimeError):
+        pass
+
+    def missing(*_, **__):
+        raise DynamicLibNotFoundError("no libnvvm.so")
+
+    monkeypatch.setattr(numba_cuda, "compile", missing)
+    with pytest.raises(RuntimeError) as error:
+        _build.build(small(), (8, 0))
+    assert str(error.value) == (
+        "fastattn.cuda needs NVIDIA's compiler libraries: "
+        'pip install "fastattn[cuda]": no libnvvm.so'
+    )
+
+
+def test_gpus_that_the_compiler_knows_no_more(numba_cuda, monkeypatch):
+    from numba.cuda.cudadrv import nvrtc
+
+    monkeypatch.setattr(nvrtc, "get_supported_ccs", lambda: [(8, 0), (9, 0)])
+    with pytest.raises(RuntimeError) as error:
+        _build.build(small(), (7, 5))
+    assert str(error.value) == (
+        "this CUDA compiler knows no GPU of compute capability 7.5 any more, only 8.0 and later: "
+        'pip install "fastattn[cuda]"'
+    )
+
+
+# What is built.
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (12, 0)])
+def test_machine_code_without_a_gpu(ptxas, capability, tmp_path):
+    binary = _build.build(small(), capability)
+    assert binary.cubin.startswith(b"\x7fELF")
+    assert binary.architecture == "sm_{}{}".format(*capability)
+    assert f".target {binary.architecture}\n" in binary.ptx
+    assert ".visible .entry small(" in binary.ptx
+    assert binary[2:5] == (64, 256, ("int64", "int64", "int32", "float32"))
+    assert 4 <= binary.registers <= 64
+    assert (binary.spill_stores, binary.spill_loads, binary.stack_bytes) == (0, 0, 0)
+    assert binary.static_shared_bytes == 0
+    assert "Compiling entry function 'small'" in binary.log
+    sass = counts(disassemble(binary.cubin, tmp_path))
+    assert (sass["BAR"], sass["STS"], sass["LDS"], sass["STG"]) == (1, 1, 1, 1)
+
+
+def test_instructions_of_one_architecture(numba_cuda):
+    binary = _build.build(small(needs=(9, 0)), (9, 0))
+    assert binary.architecture == "sm_90a"
+    assert ".target sm_90a\n" in binary.ptx
+
+
+def test_the_bounds_of_a_launch(numba_cuda):
+    ptx = _build.build(small(threads=384, blocks_per_sm=2), (8, 0)).ptx
+    assert ".maxntid 384" in ptx
+    assert ".minnctapersm 2" in ptx
+
+
+def test_a_gpu_newer_than_the_compiler_gets_the_nearest_code(ptxas, monkeypatch):
+    """Within a generation machine code, on the next the PTX: the driver compiles that."""
+    from numba.cuda.cudadrv import nvrtc
+
+    monkeypatch.setattr(nvrtc, "get_supported_ccs", lambda: [(7, 5), (8, 0), (9, 0)])
+    assert _build.build(small(), (8, 9)).architecture == "sm_80"
+    binary = _build.build(small(), (10, 0))
+    assert binary.cubin == binary.ptx.encode() + b"\0"
+    assert ".target sm_90\n" in binary.ptx
+
+
+def test_static_shared_memory_and_spills_are_read_from_the_log():
+    log = (
+        "ptxas info    : Compiling entry function 'k' for 'sm_90a'\n"
+        "ptxas info    : Function properties for k\n"
+        "ptxas         .     96 bytes stack frame, 28 bytes spill stores, 24 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers, 96 bytes cumulative stack size, "
+        "4096 bytes smem\n"
+    )
+    assert _build.report(log) == {
+        "registers": 255,
+        "spill_stores": 28,
+        "spill_loads": 24,
+        "stack_bytes": 96,
+        "static_shared_bytes": 4096,
+    }
+    nothing = dict.fromkeys(("registers", "spill_stores", "spill_loads", "stack_bytes"))
+    assert _build.report("") == {**nothing, "static_shared_bytes": 0}
+
+
+def test_warnings_of_the_assembler_are_in_the_log(ptxas):
+    """Such as that setmaxnreg is ignored, or wgmma serialised."""
+    ptx = """
+    .version 8.0
+    .target sm_90a
+    .address_size 64
+    .visible .entry k()
+    {
+        setmaxnreg.dec.sync.aligned.u32 24;
+        ret;
+    }
+    """
+    bounded = ptx.replace("k()", "k() .maxntid 384 .minnctapersm 1")
+    assert "Potential Performance Loss: 'setmaxnreg' ig" in _build.assemble(ptx, "sm_90a")[1]
+    assert "Potential Performance Loss" not in _build.assemble(bounded, "sm_90a")[1]
+
+
+# Tensor maps.
+
+
+def test_a_tensor_map_is_passed_by_value(ptxas, tmp_path):
+    plain = _build.build(small(), (9, 0))
+    mapped = _build.build(small(tensor_maps=(0,)), (9, 0))
+    assert mapped.parameters == ("tensor_map", "int64", "int32", "float32")
+    assert ".param .align 128 .b8 small_param_0[128]" in mapped.ptx
+    assert "[small_param_0]" in plain.ptx
+    assert "[small_param_0]" not in mapped.ptx
+    assert "cvta.param.u64" in mapped.ptx
+    # sm_90 has parameters from 0x210, a map at a multiple of 128; the count is the third.
+    for binary, address in ((plain, 0x220), (mapped, 0x308)):
+        assert f"[{address:#x}]" in disassemble(binary.cubin, tmp_path)
+
+
+def test_a_tensor_map_that_is_read_in_an_unknown_way():
+    ptx = ".visible .entry k(\n.param .u64 k_param_0\n)\nld.param.v2.u64 {%rd1, %rd2}, [k_param_0];"
+    with pytest.raises(RuntimeError, match=r"^k: parameter 0 is read in an unknown way in the PTX"):
+        _build.with_tensor_maps(ptx, "k", (0,))
+    with pytest.raises(RuntimeError, match=r"^k: parameter 1 is read in an unknown way in the PTX"):
+        _build.with_tensor_maps(ptx, "k", (1,))
+
+
+def test_only_the_parameter_that_is_meant_becomes_a_tensor_map():
+    ptx = "".join(
+        f".param .u64 k_param_{i};ld.param.u64 %rd{i}, [k_param_{i}];" for i in (1, 10, 11)
+    )
+    rewritten = _build.with_tensor_maps(ptx, "k", (1,))
+    assert rewritten.count("[128]") == 1
+    assert "ld.param.u64 %rd10, [k_param_10];" in rewritten
+    assert "mov.b64 %rd1, k_param_1;" in rewritten
+
+
+# Shims.
+
+
+def build_without_row_stack():
+    """Build under a NumPy that lacks row_stack, as 2.5 does; return what is left of the shims."""
+    if hasattr(np, "row_stack"):
+        delattr(np, "row_stack")
+    binary = _build.build(small(), (8, 0))
+    from numba.cuda import dispatcher
+
+    return [
+        hasattr(np, "row_stack"),
+        dispatcher.get_current_device.__module__,
+        binary.cubin[:4].hex(),
+    ]
+
+
+def test_numpy_without_row_stack_and_undone_shims(numba_cuda):
+    assert run(build_without_row_stack) == [False, "numba.cuda.api", "7f454c46"]
+
+
+def test_shims_are_undone_when_a_kernel_does_not_compile(numba_cuda):
+    from numba.cuda import dispatcher
+
+    def wrong(source, target, count, factor):
+        source.nothing()
+
+    before = dispatcher.get_current_device
+    with pytest.raises(Exception, match="Unknown attribute 'nothing' of type int64"):
+        _build.build(dataclasses.replace(small(), function=wrong), (8, 0))
+    assert dispatcher.get_current_device is before
+
+
+def test_threads_may_build_at_once(numba_cuda):
+    kernels = [small(name=f"small_{i}", threads=32 * (i + 1)) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(lambda kernel: _build.build(kernel, (8, 0)), kernels))
+    for kernel, binary in zip(kernels, built, strict=True):
+        assert binary.name == kernel.name
+        assert f".entry {kernel.name}(" in binary.ptx
+        assert f".maxntid {kernel.threads}" in binary.ptx
+
+
+# The cache.
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """Return an empty directory, that the cache uses with nothing in memory."""
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "deep" / "cache"))
+    monkeypatch.setattr(_cache, "_built", {})
+    monkeypatch.setattr(_cache, "_directories_warned_of", set())
+    return tmp_path / "deep" / "cache"
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Return the list of what is built, each in no time."""
+    built = []
+
+    def build(kernel, capability):
+        built.append((kernel.name, capability))
+        return KNOWN._replace(name=kernel.name, ptx="the PTX")
+
+    monkeypatch.setattr(_cache, "build", build)
+    return built
+
+
+def forget(monkeypatch):
+    monkeypatch.setattr(_cache, "_built", {})
+
+
+def test_a_kernel_is_built_once(cache, builds, monkeypatch):
+    first = _cache.load(Asked(), (8, 0))
+    assert _cache.load(Asked(), (8, 0)) is first
+    forget(monkeypatch)  # as in another process
+    assert _cache.load(Asked(), (8, 0)) == first._replace(ptx=None)
+    assert builds == [("asked", (8, 0))]
+    assert [x.suffix for x in cache.iterdir()] == [".cubin"]
+    _cache.load(Asked(), (8, 9))
+    assert builds == [("asked", (8, 0)), ("asked", (8, 9))]
+
+
+def test_many_threads_build_once(cache, builds, monkeypatch):
+    built = _cache.build
+    monkeypatch.setattr(_cache, "build", lambda *x: (threading.Event().wait(0.05), built(*x))[1])
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(lambda _: _cache.load(Asked(), (8, 0)), range(8)))
+    assert all(x is loaded[0] for x in loaded)
+    assert len(builds) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "other"},
+        {"signature": ("int64", "float32")},
+        {"threads": 128},
+        {"shared_bytes": 16},
+        {"blocks_per_sm": 2},
+        {"tensor_maps": (0,)},
+        {"needs": (8, 0)},
+    ],
+)
+def test_every_field_of_a_kernel_is_in_the_key(fields):
+    assert _cache.key(Asked(**fields), (8, 0)) != _cache.key(Asked(), (8, 0))
+    assert _cache.key(Asked(), (8, 0)) == _cache.key(Asked(), (8, 0))
+
+
+def test_sources_and_versions_are_in_the_key(monkeypatch, tmp_path):
+    before = _cache.key(Asked(), (8, 0))
+    copy = tmp_path / "cuda"
+    (copy / "kernels").mkdir(parents=True)
+    for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("kernels/*.py")):
+        (copy / path.relative_to(PACKAGE)).write_text(path.read_text())
+    monkeypatch.setattr(_cache, "__file__", str(copy / "_cache.py"))
+
+    def key():
+        _cache._sources.cache_clear()
+        return _cache.key(Asked(), (8, 0))
+
+    assert key() == before
+    seen = {before}
+    for name in ("kernels/__init__.py", "kernels/mma.py", "ptx.py", "_build.py"):
+        with (copy / name).open("a") as file:
+            file.write("# changed\n")
+        seen.add(key())
+    assert len(seen) == 5
+    (copy / "_driver.py").write_text("")  # decides nothing about the code
+    assert key() in seen
+    _cache._sources.cache_clear()
+    for package in (*_cache.PACKAGES, "python", "ptxas"):
+        changed = _cache._versions() | {package: "another"}
+        with monkeypatch.context() as patch:
+            patch.setattr(_cache, "_versions", lambda changed=changed: changed)
+            seen.add(_cache.key(Asked(), (8, 0)))
+    assert len(seen) == 5 + len(_cache.PACKAGES) + 2
+
+
+def test_versions_of_packages_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(_cache, "PACKAGES", ("numpy", "no-such-package-at-all"))
+    monkeypatch.setattr(_cache, "assemblers", lambda: [sys.executable])
+    _cache._versions.cache_clear()
+    try:
+        size = Path(sys.executable).stat().st_size
+        versions = _cache._versions()
+        assert versions.pop("python") == "{}.{}".format(*sys.version_info)
+        assert versions.pop("ptxas")[0][:2] == (sys.executable, size)
+        assert versions == {"numpy": np.__version__, "no-such-package-at-all": ""}
+    finally:
+        _cache._versions.cache_clear()
+
+
+@pytest.mark.parametrize("length", [0, 10, 55, 56, 300, -1])
+def test_a_truncated_file_is_built_again(cache, builds, monkeypatch, length):
+    _cache.load(Asked(), (8, 0))
+    (path,) = cache.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:length])
+    forget(monkeypatch)
+    assert _cache.load(Asked(), (8, 0)).cubin == KNOWN.cubin
+    assert len(builds) == 2
+    assert path.read_bytes() == whole
+
+
+def test_a_file_with_any_byte_changed_is_not_read(tmp_path):
+    path = tmp_path / "known.cubin"
+    _cache.write(path, KNOWN)
+    whole = path.read_bytes()
+    assert _cache.read(path) == KNOWN
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        assert _cache.read(path) is None, position
+    path.write_bytes(whole + b"x")
+    assert _cache.read(path) is None
+
+
+def test_a_file_of_other_fields_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "known.cubin"
+    fields = KNOWN._asdict() | {"new": 1}
+
+    class Other:
+        _asdict = staticmethod(lambda: dict(fields))
+
+    _cache.write(path, Other())
+    assert _cache.read(path) is None
+
+
+def test_a_damaged_file_that_cannot_be_replaced(cache, builds, monkeypatch):
+    """The kernel is built; the next process tries again."""
+    _cache.load(Asked(), (8, 0))
+    (path,) = cache.iterdir()
+    path.write_bytes(b"")
+    forget(monkeypatch)
+
+    def refused(*_, **__):
+        raise PermissionError("Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    monkeypatch.setattr(_cache.tempfile, "mkstemp", refused)
+    with pytest.warns(RuntimeWarning, match="compiles its kernels in every process"):
+        assert _cache.load(Asked(), (8, 0)).cubin == KNOWN.cubin
+
+
+def test_a_directory_that_cannot_be_written_costs_one_warning(builds, monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("no directory")
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(blocked))
+    monkeypatch.setattr(_cache, "_built", {})
+    monkeypatch.setattr(_cache, "_directories_warned_of", set())
+    with pytest.warns(RuntimeWarning, match="compiles its kernels in every process") as warned:
+        _cache.load(Asked(), (8, 0))
+    assert len(warned) == 1
+    assert str(warned[0].message).endswith(
+        "set FASTATTN_CACHE_DIR to a directory of yours, or to nothing for no cache"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _cache.load(Asked(), (8, 9))
+    assert builds == [("asked", (8, 0)), ("asked", (8, 9))]
+
+
+def test_a_failed_write_leaves_nothing(cache, builds, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(_cache.os, "replace", full)
+    with pytest.warns(RuntimeWarning, match="No space left on device"):
+        _cache.load(Asked(), (8, 0))
+    assert list(cache.iterdir()) == []
+
+
+def test_an_empty_variable_means_no_files(builds, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_cache, "_built", {})
+    for _ in range(2):
+        _cache.load(Asked(), (8, 0))
+    assert len(builds) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_files_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert _cache.directory() == tmp_path / "own"
+    monkeypatch.delenv("FASTATTN_CACHE_DIR")
+    assert _cache.directory() == tmp_path / "cache" / "fastattn"
+    for unusable in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unusable)
+        assert _cache.directory() == tmp_path / "home" / ".cache" / "fastattn"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert _cache.directory() == tmp_path / "home" / ".cache" / "fastattn"
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert _cache.directory() is None
+
+
+def write_and_read(path, rounds):
+    """Write a file over and over, and count what was read that was not whole."""
+    path = Path(path)
+    broken = 0
+    for i in range(rounds):
+        code = bytes([i % 256]) * (50_000 + i)
+        _cache.write(path, KNOWN._replace(cubin=code))
+        broken += _cache.read(path) is None
+    return broken
+
+
+def test_processes_may_write_one_file_at_once(tmp_path):
+    path = tmp_path / "known.cubin"
+    processes = [start(write_and_read, str(path), 200) for _ in range(4)]
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=100)
+        assert (process.returncode, stdout) == (0, "0\n"), stderr
+    assert _cache.read(path) is not None
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def load_small():
+    """Load a kernel by way of the cache."""
+    binary = _cache.load(small(), (8, 0))
+    return [len(binary.cubin), binary.registers]
+
+
+def test_processes_may_build_one_kernel_at_once(numba_cuda, tmp_path):
+    env = {"FASTATTN_CACHE_DIR": str(tmp_path)}
+    processes = [start(load_small, env=env) for _ in range(4)]
+    results = []
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=200)
+        assert process.returncode == 0, stderr
+        results.append(json.loads(stdout))
+    (path,) = tmp_path.iterdir()
+    binary = _cache.read(path)
+    assert results == [[len(binary.cubin), binary.registers]] * 4
+
+
+def read_without_numba(path):
+    """Read a file where neither Numba nor NVIDIA's libraries are."""
+    for name in ("numba", "llvmlite", "cuda", "numba_cuda"):
+        sys.modules[name] = None
+    binary = _cache.read(Path(path))
+    return [binary.name, binary.threads, binary.shared_bytes, *binary.parameters]
+
+
+def test_a_file_can_be_launched_without_numba(tmp_path):
+    path = tmp_path / "known.cubin"
+    _cache.write(path, KNOWN)
+    assert run(read_without_numba, str(path)) == [
+        "known",
+        128,
+        70_000,
+        "int64",
+        "tensor_map",
+        "float32",
+    ]

@@ -279,7 +279,8 @@ def _of_torch(name: str, x: Any) -> DeviceArray:
         )
     if x.is_neg():
         x = x.resolve_neg()
-    pointer = x.data_ptr() if type(x) is torch.Tensor else _pointer_of_subclass(x)
+    plain = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
+    pointer = x.data_ptr() if plain else _pointer_of_subclass(x)
     if not pointer and x.numel():
         raise TypeError(
             f"{name} must be a tensor with memory of its own, got {x.dtype} in a {type(x).__name__}"

@@ -2,7 +2,6 @@
 """What of arrays on a GPU? Each library's are understood, with a fake driver over host memory."""
 
 import ctypes
-import gc
 import sys
 import weakref
 from types import ModuleType, SimpleNamespace
@@ -24,7 +23,6 @@ STREAM = 77
 def gpu(monkeypatch):
     with fake_driver(monkeypatch) as fake:
         yield fake
-        gc.collect()  # arrays of ours need the fake to be given back
 
 
 @pytest.fixture(scope="module")
@@ -272,10 +270,8 @@ def test_memory_of_dlpack_lives_as_long_as_the_array(gpu, versions):
     alive = weakref.ref(numbers)
     array = _arrays.device_array("key", Capsules(numbers, versions=versions), STREAM)
     del numbers
-    gc.collect()
     assert alive() is not None
     del array
-    gc.collect()
     assert alive() is None
 
 
@@ -717,10 +713,8 @@ def test_our_memory_is_given_back_after_its_readers(gpu):
     gpu.calls.clear()
     pointer = own.pointer
     del own
-    gc.collect()
     assert gpu.of("cuMemFreeAsync") == []  # the capsule has it
     del capsule
-    gc.collect()
     assert [x[1] for x in gpu.of("cuEventRecord")] == [5]
     assert [x[0] for x in gpu.of("cuStreamWaitEvent")] == [STREAM]
     assert gpu.of("cuMemFreeAsync") == [(pointer, STREAM)]
@@ -732,7 +726,6 @@ def test_our_memory_without_a_reader(gpu):
     own = OwnArray((), "float64", STREAM, 0)
     pointer = own.pointer
     del own
-    gc.collect()
     assert gpu.of("cuMemFreeAsync") == [(pointer, STREAM)]
     assert gpu.of("cuEventRecord") == []
 
@@ -741,7 +734,6 @@ def test_a_result_that_there_is_no_memory_for(gpu):
     gpu.fails["cuMemAllocAsync"] = "CUDA_ERROR_OUT_OF_MEMORY"
     with pytest.raises(MemoryError, match="smaller batch"):
         _arrays.empty(query_on(), (2**40,), "float32", STREAM)
-    gc.collect()
     assert gpu.of("cuMemFreeAsync") == []
 
 
@@ -749,7 +741,7 @@ def test_a_context_that_is_gone_when_memory_is_given_back(gpu):
     own = OwnArray((3,), "float32", STREAM, 0)
     gpu.fails["cuCtxPushCurrent"] = "CUDA_ERROR_UNKNOWN"
     del own
-    gc.collect()  # an exception here would be a warning, and that an error
+    # An exception there would be a warning, and that an error.
     gpu.fails.clear()
 
 
@@ -791,10 +783,8 @@ def test_our_capsules_are_understood_by_others(gpu, torch):
     read = torch.utils.dlpack.from_dlpack(capsule)
     assert read.tolist() == numbers.reshape(2, 3).tolist()
     del own, capsule, whole
-    gc.collect()
     assert gpu.of("cuMemFreeAsync") == []
     del read
-    gc.collect()
     assert len(gpu.of("cuMemFreeAsync")) == 1
     assert _arrays._exports == {}
 

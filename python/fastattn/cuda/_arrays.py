@@ -480,8 +480,7 @@ class OwnArray:
 
     def __init__(self, shape: tuple[int, ...], dtype: str, stream: int, device: int) -> None:
         self.shape, self.dtype_name, self.device = shape, dtype, device
-        self._stream, self._readers = stream, set[int]()
-        self._on = _driver.device(device)
+        self._on, self._stream, self._readers = _driver.device(device), stream, set[int]()
         size = math.prod(shape) * item_bytes(dtype)
         self.pointer = _driver.allocate(size, stream, self._on)
 
@@ -490,11 +489,11 @@ class OwnArray:
         pointer = getattr(self, "pointer", None)
         if pointer is None:  # there was none
             return
-        on = self._on
-        with contextlib.suppress(ImportError, RuntimeError):  # CUDA is gone at the end of a process
+        # At the end of a process, say.
+        with contextlib.suppress(ImportError, RuntimeError, MemoryError):
             for stream in self._readers:
-                _driver.wait(self._stream, stream, on)
-            _driver.free(pointer, self._stream, on)
+                _driver.wait(self._stream, stream, self._on)
+            _driver.free(pointer, self._stream, self._on)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -527,7 +526,7 @@ class OwnArray:
             raise BufferError("fastattn's results are given to their own GPU, without a copy")
         if stream != -1:  # -1: the other side sees to it
             reader = _driver.LEGACY_STREAM if stream is None else stream
-            _driver.wait(reader, self._stream, _driver.device(self.device))
+            _driver.wait(reader, self._stream, self._on)
             self._readers.add(reader)
         ndim = len(self.shape)
         sizes = (ctypes.c_int64 * ndim)(*self.shape)

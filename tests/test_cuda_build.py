@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -169,23 +170,68 @@ def test_gpus_without_the_instructions(needs, capability, message):
     assert str(error.value) == message
 
 
+def array(ndim):
+    """Return what stands for Numba's type of an array."""
+    return types.SimpleNamespace(ndim=ndim)
+
+
+def test_arguments_are_taken_apart_as_numba_does():
+    pair = types.SimpleNamespace(types=("float32", array(1)))
+    signature = ("int64", "int64", "uint32", array(2), "none", pair)
+    assert _build.parameters_of(Asked(signature=signature, tensor_maps=(1,))) == (
+        *("int64", "tensor_map", "uint32"),
+        *("int64",) * 9,
+        "int64",
+        *("float32", *("int64",) * 7),
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         (
             {"signature": ("int64", "float16")},
-            "argument 1 of asked must be one of int32, int64, float32, float64, not float16",
+            "argument 1 of asked must be a number (int32, uint32, int64, float32, float64), an "
+            "array, a tuple or none, not float16",
         ),
         (
             {"tensor_maps": (1,)},
-            "argument 1 of asked is a tensor map and must be declared int64, not int32",
+            "argument 1 of asked is a tensor map: it must be declared int64, and stand before "
+            "arrays and tuples",
+        ),
+        (
+            {"signature": (array(1), "int64"), "tensor_maps": (1,)},
+            "argument 1 of asked is a tensor map: it must be declared int64, and stand before "
+            "arrays and tuples",
         ),
     ],
 )
-def test_arguments_that_are_not_passed_by_value(fields, message):
+def test_arguments_that_cannot_be_passed(fields, message):
     with pytest.raises(TypeError) as error:
         _build.build(Asked(**fields), (8, 0))
     assert str(error.value) == message
+
+
+def test_every_kind_of_argument_is_in_the_ptx_as_expected(ptxas):
+    """Of real types: else Numba takes arguments apart in another way than a launch passes them."""
+    from numba.cuda import types
+
+    def nothing(a, b, c, d, e, f, g):
+        pass
+
+    kinds = (types.int64, types.uint32, types.float64, types.none, types.int32)
+    arrays = types.Array(types.uint16, 3, "A"), types.UniTuple(types.float32, 2)
+    kernel = dataclasses.replace(small(), function=nothing, signature=(*kinds, *arrays))
+    binary = _build.build(kernel, (8, 0))
+    assert binary.parameters == (
+        *("int64", "uint32", "float64", "int64", "int32"),
+        *("int64",) * 11,
+        *("float32",) * 2,
+    )
+    with pytest.raises(RuntimeError, match=r"^small has other parameters in the PTX than is known"):
+        _build.check_parameters(binary.ptx, "small", binary.parameters[:-1])
+    with pytest.raises(RuntimeError, match=r"than is known: .*'u64', 'u32', 'f64', 'u64', 'u32', "):
+        _build.check_parameters(binary.ptx, "small", ("int32", *binary.parameters[1:]))
 
 
 def program(path, *, says, status):

@@ -16,8 +16,8 @@ from cuda_fake import Gpu, fake_driver
 from fastattn.cuda import _driver
 from fastattn.cuda._build import Binary
 
-ALL_KINDS = ("int32", "int64", "float32", "float64", "tensor_map", "int32")
-ARGUMENTS = (-5, 2**62 + 3, 1.5, 1e300, bytes(range(128)), 7)
+ALL_KINDS = ("int32", "int64", "float32", "float64", "tensor_map", "uint32")
+ARGUMENTS = (-5, 2**62 + 3, 1.5, 1e300, bytes(range(128)), 2**32 - 7)
 
 
 def binary(parameters=ALL_KINDS, shared=100_000, **fields):
@@ -290,7 +290,7 @@ def test_a_function_that_an_old_driver_lacks(gpu):
 
 def parameters(address, kinds):
     """Return the bytes of each parameter, as the driver would copy them."""
-    widths = {"int32": 4, "int64": 8, "float32": 4, "float64": 8, "tensor_map": 128}
+    widths = {"int32": 4, "uint32": 4, "int64": 8, "float32": 4, "float64": 8, "tensor_map": 128}
     pointers = (ctypes.c_void_p * len(kinds)).from_address(address)
     return [
         (pointer, ctypes.string_at(pointer, widths[kind]))
@@ -310,7 +310,11 @@ def test_a_launch_passes_what_it_was_given(gpu):
     assert given[:9] == (function.handle, 7, 5, 1, 384, 1, 1, 100_000, 1234)
     assert given[10] == 0
     expected = [struct.pack(code, x) for code, x in zip("iqfd", ARGUMENTS, strict=False)]
-    assert [content for _, content in seen] == [*expected, ARGUMENTS[4], struct.pack("i", 7)]
+    assert [content for _, content in seen] == [
+        *expected,
+        ARGUMENTS[4],
+        struct.pack("I", 2**32 - 7),
+    ]
     widths = (4, 8, 4, 8, 64, 4)
     assert [x % width for (x, _), width in zip(seen, widths, strict=True)] == [0] * 6
 

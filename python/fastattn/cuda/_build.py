@@ -30,8 +30,11 @@ Capability = tuple[int, int]
 INSTALL = 'pip install "fastattn[cuda]"'
 LEAST_CAPABILITY = (7, 5)  # Turing: CUDA 13 writes code for nothing older
 HOPPER = (9, 0)
-PARAMETERS = ("int32", "int64", "float32", "float64")  # what a kernel may take by value
+PARAMETERS = ("int32", "uint32", "int64", "float32", "float64")  # numbers that a kernel may take
 TENSOR_MAP = "tensor_map"
+# As PTX declares them, where b is as good as u.
+PTX_TYPES = {"int32": "u32", "uint32": "u32", "int64": "u64", "float32": "f32", "float64": "f64"}
+PTX_TYPES[TENSOR_MAP] = "u8"
 TENSOR_MAP_BYTES = 128
 # What a ptxas says that is older than the compiler or the architecture.
 OLD_ASSEMBLER = ("Unsupported .version", "is not defined for option 'gpu-name'")
@@ -80,6 +83,7 @@ def build(kernel: Kernel, capability: Capability) -> Binary:
                 launch_bounds=(kernel.threads, kernel.blocks_per_sm),
             )
         ptx = with_tensor_maps(ptx, kernel.name, kernel.tensor_maps)
+        check_parameters(ptx, kernel.name, parameters)
         cubin, log = assemble(ptx, architecture)
     # The code for one generation does not run on the next: there, the driver compiles the PTX.
     image = cubin if target[0] == capability[0] else None
@@ -114,22 +118,46 @@ def check_capability(kernel: Kernel, capability: Capability) -> None:
 
 
 def parameters_of(kernel: Kernel) -> tuple[str, ...]:
-    """Return what each argument of a kernel is: one of PARAMETERS, or TENSOR_MAP."""
-    names = [str(kind) for kind in kernel.signature]
-    for number, name in enumerate(names):
-        if name not in PARAMETERS:
-            raise TypeError(
-                f"argument {number} of {kernel.name} must be one of {', '.join(PARAMETERS)}, "
-                f"not {name}"
-            )
-    for number in kernel.tensor_maps:
-        if names[number] != "int64":
-            raise TypeError(
-                f"argument {number} of {kernel.name} is a tensor map and must be declared int64, "
-                f"not {names[number]}"
-            )
-        names[number] = TENSOR_MAP
-    return tuple(names)
+    """Return what a launch passes to a kernel: numbers of PARAMETERS, and TENSOR_MAPs.
+
+    Numba takes arguments apart: a tuple into its elements, an array into two addresses that are
+    not read, its count of elements, their bytes, its address, its shape, and its strides in bytes.
+    """
+    parameters: list[str] = []
+    for number, kind in enumerate(kernel.signature):
+        if number in kernel.tensor_maps:
+            if str(kind) != "int64" or len(parameters) != number:
+                raise TypeError(
+                    f"argument {number} of {kernel.name} is a tensor map: it must be declared "
+                    "int64, and stand before arrays and tuples"
+                )
+            parameters.append(TENSOR_MAP)
+        else:
+            parameters += _taken_apart(kernel.name, number, kind)
+    return tuple(parameters)
+
+
+def _taken_apart(name: str, number: int, kind: Any) -> list[str]:
+    if str(kind) in PARAMETERS:
+        return [str(kind)]
+    if str(kind) == "none":  # an address that is not read
+        return ["int64"]
+    if hasattr(kind, "ndim"):
+        return ["int64"] * (5 + 2 * kind.ndim)
+    if hasattr(kind, "types"):
+        return [x for each in kind.types for x in _taken_apart(name, number, each)]
+    raise TypeError(
+        f"argument {number} of {name} must be a number ({', '.join(PARAMETERS)}), an array, a "
+        f"tuple or none, not {kind}"
+    )
+
+
+def check_parameters(ptx: str, name: str, parameters: tuple[str, ...]) -> None:
+    """Make sure that Numba took the arguments apart as `parameters_of` says."""
+    declared = re.findall(rf"\.param [^,)]*?\.([a-z]+\d+) {re.escape(name)}_param_\d+", ptx)
+    expected = [PTX_TYPES[parameter] for parameter in parameters]
+    if [kind.replace("b", "u") for kind in declared] != expected:
+        raise RuntimeError(f"{name} has other parameters in the PTX than is known: {declared}")
 
 
 def with_tensor_maps(ptx: str, name: str, numbers: tuple[int, ...]) -> str:

@@ -26,7 +26,14 @@ LEAST_CUDA = 12000  # the driver's: libraries of kernels and tensor maps are of 
 PLAIN_SHARED_BYTES = 48 * 1024  # of a block; more must be asked for
 DEFAULT_STREAM, LEGACY_STREAM = 0, 1  # two names of one stream
 # How struct writes a parameter, and to what address it is aligned.
-FORMATS = {"int32": "i", "int64": "q", "float32": "f", "float64": "d", TENSOR_MAP: "128s"}
+FORMATS = {
+    "int32": "i",
+    "uint32": "I",
+    "int64": "q",
+    "float32": "f",
+    "float64": "d",
+    TENSOR_MAP: "128s",
+}
 TENSOR_MAP_ALIGNMENT = 64
 SWIZZLE_BYTES = 128
 MOST_BOX = 256  # elements of a tensor map's box along an axis

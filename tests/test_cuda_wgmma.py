@@ -7,6 +7,7 @@ the tests are known to see such things as a missing wait.
 
 import functools
 import math
+import re
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -308,6 +309,87 @@ def test_plan():
     assert wgmma.plan(1, 3, 1, 200, 2**24, 64, 132) == (6, 3, 1)
 
 
+# ---- machine code
+
+HGMMAS = {64: (24, 12), 128: (32, 16)}  # in the kernel, and in the loop over key tiles
+LOADS = {64: 3, 128: 6}  # of 64 columns of queries, keys and values
+EXPONENTIALS = 64 + 2  # of a tile's scores and of two maxima, per thread
+LOOP_LIMIT = {64: 440, 128: 490}  # instructions, beside those of the mask
+
+
+@functools.cache
+def built(dtype, head_dim, softcapped):
+    binary = _build.build(wgmma.forward(dtype, head_dim, softcapped), _build.HOPPER)
+    if binary.registers is None:
+        pytest.skip(binary.log)
+    return binary
+
+
+VARIANTS = [
+    *(("float16", head_dim, False) for head_dim in wgmma.TILES),
+    *(("bfloat16", head_dim, True) for head_dim in wgmma.TILES),
+]
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "softcapped"), VARIANTS)
+def test_everything_is_in_registers(dtype, head_dim, softcapped):
+    binary = built(dtype, head_dim, softcapped)
+    tile = wgmma.TILES[head_dim]
+    groups = tile.queries // 64
+    assert ".local" not in binary.ptx
+    assert (binary.spill_stores, binary.spill_loads, binary.stack_bytes) == (0, 0, 0)
+    assert "wgmma.mma_async" not in binary.log  # a warning that the products are serialised
+    # What the warpgroups take from here on is what the block was started with.
+    assert binary.registers == 2**16 // binary.threads // 8 * 8
+    taken = groups * tile.more_registers + tile.fewer_registers
+    assert taken <= (groups + 1) * binary.registers
+    assert binary.shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "softcapped"), VARIANTS)
+def test_instructions(dtype, head_dim, softcapped, tmp_path):
+    sass = cuda_sass.disassemble(built(dtype, head_dim, softcapped).cubin, tmp_path)
+    counts = cuda_sass.counts(sass)
+    everywhere, in_loop = HGMMAS[head_dim]
+    assert counts["HGMMA"] == everywhere
+    assert counts["UTMALDG.4D"] == counts["UTMALDG"] == LOADS[head_dim]
+    assert counts["USETMAXREG"] == 2
+    assert counts["SYNCS"] >= 8 + 6 + 5  # initialised, arrived at, waited for
+    assert counts["LDL"] == counts["STL"] == counts["CALL"] == 0
+    loop = loop_without_mask(sass, in_loop)
+    # QK of a tile is in flight with PV of the one before: three waits would serialise them.
+    assert sum("DEPBAR" in line for line in loop) == 2
+    if not softcapped:
+        assert sum("MUFU" in line for line in loop) == EXPONENTIALS
+        assert len(loop) <= LOOP_LIMIT[head_dim]
+
+
+def loop_without_mask(sass, products):
+    """Return the instructions of the smallest loop with so many HGMMA.
+
+    Those that its longest forward branch passes by are not counted: the mask's.
+    """
+    lines, labels = [], {}
+    for line in sass.splitlines():
+        if match := re.match(r"(\.L_x_\d+):", line):
+            labels[match[1]] = len(lines)
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", line):
+            lines.append(line)
+    jumps = [
+        (at, labels[match[1]])
+        for at, line in enumerate(lines)
+        if (match := re.search(r"BRA.*?(\.L_x_\d+)", line)) and match[1] in labels
+    ]
+    loops = [
+        (at - target, target, at)
+        for at, target in jumps
+        if target <= at and sum("HGMMA" in line for line in lines[target : at + 1]) == products
+    ]
+    _, begin, end = min(loops)
+    _, mask, after = max((to - at, at, to) for at, to in jumps if begin <= at < to <= end)
+    return lines[begin : mask + 1] + lines[after : end + 1]
+
+
 # ---- faults: (what is planted, text, its replacement)
 
 RELEASE_V = """if elect(own_thread == i32(0)):
@@ -332,11 +414,11 @@ FAULTS = {
         "if sees:\n                    pass",
     ),
     "wrong parity": (
-        "& i32(1)\n\n\n@device_function\ndef quad",
-        "& i32(0)\n\n\n@device_function\ndef quad",
+        "i32(turn >> i32(STAGE_BITS)) & i32(1)",
+        "i32(turn >> i32(STAGE_BITS)) & i32(0)",
     ),
     "turns are not carried over": (
-        "(stage << i32(3)))\n                    turn += i32(1)",
+        "(stage << i32(3)))\n                    turn = i32(turn + i32(1))",
         "(stage << i32(3)))",
     ),
     "loads do not wait for their place": (
@@ -395,7 +477,8 @@ FAULTS = {
     "sums before the wait": ("wait_sums(acc, 0, p, 0)\n                        if", "if"),
     "probabilities overwritten": (
         "wait_sums(acc, 0, p, 0)\n                        if",
-        "to_pairs(s, 0, p)\n                        wait_sums(acc, 0, p, 0)\n                        if",
+        "to_pairs(s, 0, p)\n"
+        "                        wait_sums(acc, 0, p, 0)\n                        if",
     ),
     "no turn given": ("named_arrive(next_order, 256)\n                        wait", "wait"),
     "no first turn": ("named_arrive(next_order, 256)  # the first warpgroup begins", "pass"),

@@ -8,7 +8,7 @@ A multiplying warpgroup starts S = Q K^T of the next key tile and O += P V of th
 does the softmax of the next while the latter still runs; named barriers make the warpgroups take
 turns, so that one multiplies while the others are at their softmax.
 
-The grid is one block per multiprocessor. Each walks the tiles in its stride; stages and phases of
+The grid is one block per multiprocessor. Each takes one tile after the other; stages and phases of
 the barriers go on from tile to tile, so that the next tile's loads run while this one ends.
 
 Read `mma.py` first. Called by `_attention.py`; `rows.py` has the softmax, `ptx_sm90.py` the
@@ -91,7 +91,8 @@ class Tile(NamedTuple):
 
 # As many registers as the sums, scores and probabilities of 64 rows need.
 TILES = {64: Tile(192, 128, 160, 32), 128: Tile(128, 128, 224, 56)}
-STAGES = 2  # key tiles, and value tiles, in shared memory; a power of 2, `stage_of` counts on it
+STAGE_BITS = 1
+STAGES = 2**STAGE_BITS  # of key tiles, and of value tiles, in shared memory
 MOST_OFFSET = 2**29
 L2_BYTES = 32 * 2**20  # of keys and values that stay in the L2 cache of 50 MiB
 
@@ -136,13 +137,13 @@ def placed(tile, q_tiles, pairs, section):
 @device_function
 def stage_of(turn):
     """Return where the tile with that number since the block began lies."""
-    return turn & i32(STAGES - 1)
+    return i32(turn & i32(STAGES - 1))
 
 
 @device_function
 def parity_of(turn):
     """Return which phase of its stage's barriers the tile with that number is."""
-    return i32(turn // i32(STAGES)) & i32(1)
+    return i32(i32(turn >> i32(STAGE_BITS)) & i32(1))
 
 
 @device_function
@@ -273,12 +274,17 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         q_len, kv_len, heads, group, left, right, length, offset,
         o_batch, o_head, o_row, pairs, section, scale, cap_factor,
     ):  # fmt: skip
-        shared = (shared_address(cuda.shared.array(0, dtype=np.int32)) + i32(1023)) & i32(-1024)
+        own = shared_address(cuda.shared.array(0, dtype=np.int32))
+        shared = uniform(i32(own + i32(1023)) & i32(-1024))
         thread = i32(cuda.threadIdx.x)
         warpgroup = uniform(thread >> i32(7))
         q_tiles = i32((q_len + i32(q_tile - 1)) // i32(q_tile))
         tiles = pairs * q_tiles
+        # Every second round goes backwards through the blocks: tiles get shorter, and so each block
+        # has some of the longer and some of the shorter ones.
+        blocks = i32(cuda.gridDim.x)
         tile = i32(cuda.blockIdx.x)
+        to_next = i32((blocks - tile) * i32(2) - i32(1))
 
         if elect(thread == i32(0)):
             tma_prefetch(query)
@@ -335,10 +341,11 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                                 v_full,
                                 v_empty,
                             )
-                        n -= i32(1)
-                        turn += i32(1)
-                    turn -= i32(1)
-                tile += i32(cuda.gridDim.x)
+                        n = i32(n - i32(1))
+                        turn = i32(turn + i32(1))
+                    turn = i32(turn - i32(1))
+                tile = i32(tile + to_next)
+                to_next = i32(blocks * i32(2) - to_next)
         else:
             # ---- the multiplying warpgroups
             take()
@@ -394,7 +401,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                         mbarrier_arrive(shared + i32(k_empty) + (stage << i32(3)))
                     if softcapped:
                         softcap(s, cap_factor)
-                    start = n * i32(k_tile)
+                    start = i32(n * i32(k_tile))
                     if start < all_from or start + i32(k_tile) > all_to:
                         for h in range(2):
                             row = first_row + own_row + i32(h * 8)
@@ -403,11 +410,11 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                         mask(s, first, last, start + own_column)
                     softmax(s, highest, total, shrink, scale)
                     to_pairs(s, 0, p)
-                    n -= i32(1)
+                    n = i32(n - i32(1))
                     while n >= begin:
                         # ---- scores of this key tile, and the sums of the one before
                         v_stage, v_parity = stage, parity_of(turn)
-                        turn += i32(1)
+                        turn = i32(turn + i32(1))
                         stage = stage_of(turn)
                         mbarrier_wait(shared + i32(k_full) + (stage << i32(3)), parity_of(turn))
                         named_sync(own_order, 256)
@@ -421,7 +428,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                             mbarrier_arrive(shared + i32(k_empty) + (stage << i32(3)))
                         if softcapped:
                             softcap(s, cap_factor)
-                        start = n * i32(k_tile)
+                        start = i32(n * i32(k_tile))
                         if start < all_from or start + i32(k_tile) > all_to:
                             for h in range(2):
                                 row = first_row + own_row + i32(h * 8)
@@ -434,7 +441,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                             mbarrier_arrive(shared + i32(v_empty) + (v_stage << i32(3)))
                         scale_sums(acc, shrink)
                         to_pairs(s, 0, p)
-                        n -= i32(1)
+                        n = i32(n - i32(1))
                     # ---- the last values; the queries are not needed any more
                     if elect(own_thread == i32(0)):
                         mbarrier_arrive(shared + i32(q_empty))
@@ -443,7 +450,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                     wait_sums(acc, 0, p, 0)
                     if elect(own_thread == i32(0)):
                         mbarrier_arrive(shared + i32(v_empty) + (stage << i32(3)))
-                    turn += i32(1)
+                    turn = i32(turn + i32(1))
 
                 # ---- divide, and store
                 lse_at = lse + (i64(pair) * i64(q_len)) * i64(4)
@@ -483,7 +490,8 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                         store_int32(flag_at, i32(0))
                 if sees:
                     q_parity ^= i32(1)
-                tile += i32(cuda.gridDim.x)
+                tile = i32(tile + to_next)
+                to_next = i32(blocks * i32(2) - to_next)
             if own_group == i32(0):
                 named_sync(order, 256)  # the last warpgroup's last turn is over
 

@@ -188,11 +188,11 @@ named_or = op(  # a named_sync that returns whether c was not 0 in any thread
 # How many registers a thread of the warpgroup may use from here on.
 take_registers = {
     n: op(f"take_registers_{n}", f"setmaxnreg.inc.sync.aligned.u32 {n};", family="registers")
-    for n in (160, 216, 224, 232, 240)
+    for n in (160, 224, 240)
 }
 give_registers = {
     n: op(f"give_registers_{n}", f"setmaxnreg.dec.sync.aligned.u32 {n};", family="registers")
-    for n in (24, 32, 40, 56, 72)
+    for n in (24, 32, 56)
 }
 
 # ---- shared and global memory

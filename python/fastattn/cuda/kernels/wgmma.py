@@ -89,7 +89,8 @@ class Tile(NamedTuple):
     fewer_registers: int
 
 
-# As many registers as the sums, scores and probabilities of 64 rows need.
+# As many registers as the sums, scores and probabilities of 64 rows need. All the threads together
+# must not take more than the block starts with, 64 Ki shared out evenly.
 TILES = {64: Tile(192, 128, 160, 32), 128: Tile(128, 128, 224, 56)}
 STAGE_BITS = 1
 STAGES = 2**STAGE_BITS  # of key tiles, and of value tiles, in shared memory
@@ -113,7 +114,7 @@ def plan(
     """Return how many blocks to launch, and in what order they walk the tiles.
 
     A section is as many heads as have keys and values that fit in the L2 cache together: within it
-    all heads' longest tiles come first.
+    all heads' longest tiles come first. Neither changes results.
     """
     pairs = batch * heads
     tiles = pairs * -(-q_len // TILES[head_dim].queries)
@@ -297,7 +298,8 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                 mbarrier_init(shared + i32(k_empty + 8 * i), groups)
                 mbarrier_init(shared + i32(v_full + 8 * i), 1)
                 mbarrier_init(shared + i32(v_empty + 8 * i), groups)
-                store_shared_int32(shared + i32(found_at + 4 * i), i32(0))
+            store_shared_int32(shared + i32(found_at), i32(0))
+            store_shared_int32(shared + i32(found_at + 4), i32(0))
             fence_mbarrier_init()
         cuda.syncthreads()
         turn = i32(0)  # how many key tiles there have been

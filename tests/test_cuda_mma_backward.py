@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradients on tensor cores by mma.sync: run in the emulator, and looked at when compiled."""
 
+import contextlib
 import math
 import types
 from pathlib import Path
@@ -14,8 +15,10 @@ from test_backward import Formula, grads_of
 pytest.importorskip("numba.cuda")
 
 import cuda_emulator
+import cuda_sass
 
 from fastattn import attention, reference
+from fastattn.cuda import _build
 from fastattn.cuda.kernels import mma_backward
 from fastattn.cuda.kernels.rows import UNLIMITED
 
@@ -178,3 +181,220 @@ def test_within_gate(case, head_dim, dtype):
     q_len, kv_len, shape, options = CASES[case]
     operands = make_problem(q_len, kv_len, head_dim, dtype=dtype, **shape)
     assert_within_gate(operands, options)
+
+
+def gradients(operands, options, **more):
+    """Return what the kernels make of operands, and their flags."""
+    flags = []
+    return grads_of(operands, options, 1, emulated_backward, flags=flags, **more), flags
+
+
+def tiles_not_finite(*grads):
+    """Return the flags that these gradients, of the same rows, should have."""
+    finite = np.ones(grads[0].shape[:-1], bool)
+    for grad in grads:
+        finite &= np.isfinite(grad.astype(np.float32)).all(-1)
+    finite = finite.reshape(-1, *finite.shape[-2:])
+    starts = np.arange(0, finite.shape[-1], 128)
+    return (~np.logical_and.reduceat(finite, starts, axis=-1)).astype(np.int32)
+
+
+MANY = {"window": (90, 20), "query_offset": [30, -20], "kv_lengths": [190, 150]}
+
+
+@every_dim
+def test_runs_strides_and_warps_change_no_bit(head_dim):
+    shape = {"heads": 2, "kv_heads": 1, "batch": (2,)}
+    operands = make_problem(70, 190, head_dim, **shape, dtype=np.float16)
+    first = grads_of(operands, MANY, 1, emulated_backward)
+    for more in ({}, {"swapped": True}, {"lanes": 32}):
+        assert_same_bits(grads_of(operands, MANY, 1, emulated_backward, **more), first)
+
+
+def test_neighbours_change_no_bit():
+    operands = make_problem(70, 190, 64, heads=2, kv_heads=1, batch=(2,), dtype=np.float16)
+    out, lse = attention(*operands, return_lse=True, **MANY)
+    arrays = [np.ones_like(out), *operands, out, lse]
+    together = emulated_backward(*arrays, grad_lse=np.zeros_like(lse), **MANY)
+    options = {name: numbers[1:] for name, numbers in MANY.items()} | {"window": MANY["window"]}
+    alone = emulated_backward(*(x[1:] for x in arrays), grad_lse=np.zeros_like(lse[1:]), **options)
+    assert_same_bits(alone, tuple(x[1:] for x in together))
+
+
+@every_half
+def test_lengths_on_the_device_are_clamped(dtype):
+    operands = make_problem(100, 190, 64, batch=(3,), dtype=dtype)
+    legal = {"kv_lengths": [0, 190, 190], "query_offset": [0, 0, 190], "window": (200, 0)}
+    expected = grads_of(operands, legal, 1, emulated_backward)
+    far = {"kv_lengths": [-5, 2**40, 190], "query_offset": [0, 0, 190]}
+
+    def with_far_numbers(*args, **more):
+        return emulated_backward(*args, **(more | far))
+
+    assert_same_bits(grads_of(operands, legal, 1, with_far_numbers), expected)
+    far = {"kv_lengths": [0, 190, 190], "query_offset": [2**50, 0, -(2**50)]}
+    dq, dk, dv = grads_of(operands, legal, 1, with_far_numbers)
+    for grad, usual in zip((dq, dk, dv), expected, strict=True):
+        assert_same_bits(grad[1], usual[1])
+        assert_same_bits(grad[::2], np.zeros_like(grad[::2]))
+
+
+@every_half
+@pytest.mark.parametrize("poison", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_poison_that_no_row_sees(softcap, poison, dtype):
+    operands = make_problem(100, 190, 64, heads=2, dtype=dtype)
+    # Rows 0 to 19 see nothing, nobody sees keys from 70 on: both share tiles with others.
+    options = {"is_causal": True, "query_offset": -20, "kv_lengths": 70, "softcap": softcap}
+    expected, flags = gradients(operands, options)
+    assert not any(x.any() for x in flags)
+    query, key, value = (x.copy() for x in operands)
+    key[:, 70:] = value[:, 70:] = poison
+    got, flags = gradients((query, key, value), options)
+    assert_same_bits(got, expected)
+    assert not any(x.any() for x in flags)
+    # 0 * NaN reaches the keys, which is flagged; not the rows themselves.
+    query[:, :20] = poison
+    (dq, _, _), flags = gradients((query, key, value), options)
+    assert_same_bits(dq, expected[0])
+    np.testing.assert_array_equal(flags[0][0], [[1, 0]] * 2)
+    assert not flags[1].any()
+
+
+@every_half
+def test_poison_of_hidden_pairs(dtype):
+    operands = make_problem(150, 150, 128, dtype=dtype)
+    options = {"window": (3, 3)}
+    expected, _ = gradients(operands, options)
+    key, value = (x.copy() for x in operands[1:])
+    key[:, 50] = value[:, 50] = np.nan
+    out, lse = attention(*operands, return_lse=True, **options)
+    rng = np.random.default_rng(1)
+    grad_out = rng.standard_normal(out.shape).astype(dtype)
+    grad_lse = rng.standard_normal(lse.shape).astype(np.float32)
+    flags = []
+    # With the clean out and lse: only what the kernels read of key 50 is NaN.
+    dq, dk, dv = emulated_backward(
+        grad_out, operands[0], key, value, out, lse, grad_lse=grad_lse, flags=flags, **options
+    )
+    hidden = np.r_[0:50, 51:150]
+    assert_same_bits((dk[:, hidden], dv[:, hidden]), (expected[1][:, hidden], expected[2][:, hidden]))
+    assert np.isnan(dk[:, 50].astype(np.float32)).all()
+    assert np.isnan(dq[:, 47:54].astype(np.float32)).all()
+    np.testing.assert_array_equal(flags[0], tiles_not_finite(dk, dv))
+    np.testing.assert_array_equal(flags[1], tiles_not_finite(dq))
+    assert_same_bits(dq[:, 128:], expected[0][:, 128:])  # of a tile that does not see key 50
+
+
+@every_dim
+def test_what_is_not_finite_is_flagged(head_dim):
+    query, key, value = make_problem(
+        300, 270, head_dim, heads=2, kv_heads=1, batch=(2,), dtype=np.float16
+    )
+    query[1, 0, 290, 5] = np.nan
+    options = {"window": (0, 0), "query_offset": 0}
+    (dq, dk, dv), flags = gradients((query, key, value), options)
+    np.testing.assert_array_equal(flags[0], tiles_not_finite(dk, dv))
+    np.testing.assert_array_equal(flags[1], tiles_not_finite(dq))
+    assert not flags[0].any()  # row 290 sees no key
+    query[1, 0, 140, 5] = np.nan
+    (dq, dk, dv), flags = gradients((query, key, value), options)
+    np.testing.assert_array_equal(flags[0], tiles_not_finite(dk, dv))
+    np.testing.assert_array_equal(flags[1], tiles_not_finite(dq))
+    assert flags[0].tolist() == [[[0, 0, 0]], [[0, 1, 0]]]
+    assert flags[1].tolist() == [[[0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0, 0, 0]]]
+
+
+FAULTS = {
+    # What is replaced, by what; None: no fault. 32 lanes let the warps drift apart.
+    "none": ("", "", 32),
+    "tile not waited for": (
+        "            wait_all()\n            cuda.syncthreads()  # this tile",
+        "            cuda.syncthreads()  # this tile",
+        None,
+    ),
+    "own rows not waited for": (
+        "        wait_all()\n        cuda.syncthreads()\n        load_left",
+        "        cuda.syncthreads()\n        load_left",
+        None,
+    ),
+    "one buffer": (
+        "buffer = shared + i32(stage_bytes) - (buffer - shared)",
+        "buffer = shared",
+        None,
+    ),
+    "no barrier after a copy": (
+        "            wait_all()\n            cuda.syncthreads()  # this tile",
+        "            wait_all()  # this tile",
+        32,
+    ),
+    "copied without exchange": ("((chunk ^ (row & i32(7))) << i32(4))", "(chunk << i32(4))", None),
+    "read without exchange": (
+        "row * i32(row_bytes) + ((chunk ^ (lane & i32(7))) << i32(4))",
+        "row * i32(row_bytes) + (chunk << i32(4))",
+        None,
+    ),
+    "not transposed": ("load_matrices_transposed(right", "load_matrices(right", None),
+    "first key of a row": ("minimum(q_len, sees + left + i32(1))", "minimum(q_len, sees + left)", None),
+    "last key of a row": ("first[h] = sees - right", "first[h] = sees - right + i32(1)", None),
+    "length": ("end[h] = select(own_key", "end[h] = select(i32(0) * own_key", None),
+    "edge below": ("if start < all_from or following > all_to:", "if following > all_to:", None),
+    "edge above": ("if start < all_from or following > all_to:", "if start < all_from:", None),
+    "edge of keys": ("or last_key >= end_key(this_row, offset, right, length)\n", "\n", None),
+    "first tile": ("first_row = maximum(i32(0), start - offset - right)", "first_row = i32(64)", None),
+    "last tile": (
+        "length - i32(1)) - offset + left + i32(1))",
+        "length - i32(1)) - offset + left - i32(63))",
+        None,
+    ),
+    "one head of the group": ("end_head = head + group", "end_head = head + i32(1)", None),
+    "lse2 of another head": ("lse2 += number_head", "lse2 += i64(0)", None),
+    "no delta": ("s[at] * (dp[at] - delta)\n", "s[at] * dp[at]\n", None),
+    "no slope": ("(dp[at] - delta) * slope", "(dp[at] - delta)", None),
+    "no scale": ("dk_acc, dk_scale", "dk_acc, f32(1)", None),
+    "rows exchanged": ("row_lse2[h], row_delta[h]", "row_lse2[1 - h], row_delta[1 - h]", None),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault):
+    was, becomes, lanes = FAULTS[fault]
+    source = Path(mma_backward.__file__).read_text()
+    assert was in source
+    faulty = types.ModuleType("faulty")
+    exec(compile(source.replace(was, becomes), fault, "exec"), vars(faulty))
+    operands = make_problem(130, 150, 64, heads=2, kv_heads=1, dtype=np.float16)
+    with pytest.raises(AssertionError) if fault != "none" else contextlib.nullcontext():
+        for options in (
+            {"window": (70, 10), "query_offset": 9, "kv_lengths": 140},
+            {"is_causal": True, "query_offset": 9, "softcap": 1.5},
+        ):
+            assert_within_gate(operands, options, module=faulty, lanes=lanes)
+
+
+# Statements of a warp in the code: products, reads of their factors, copies to shared memory.
+COUNTS = {
+    ("dkdv", 64): {"HMMA": 128, "LDSM": 8 + 64, "LDGSTS": 8 + 2 * (4 + 2)},
+    ("dkdv", 128): {"HMMA": 128, "LDSM": 16 + 64, "LDGSTS": 16 + 2 * (4 + 2)},
+    ("dq", 64): {"HMMA": 96, "LDSM": 8 + 48, "LDGSTS": 8 + 2 * 4},
+    ("dq", 128): {"HMMA": 192, "LDSM": 16 + 96, "LDGSTS": 16 + 2 * 8},
+}
+COMPILED = [
+    *(("float16", False, capability) for capability in ((8, 0), (8, 9), (9, 0))),
+    *(("bfloat16", True, capability) for capability in ((8, 0), (9, 0))),
+]
+
+
+@pytest.mark.parametrize(("dtype", "softcapped", "capability"), COMPILED, ids=str)
+@every_dim
+@pytest.mark.parametrize("name", ["dkdv", "dq"])
+def test_machine_code(name, head_dim, dtype, softcapped, capability, tmp_path):
+    kernel = getattr(mma_backward, name)(dtype, head_dim, softcapped)
+    assert kernel.shared_bytes <= 64 * 1024  # fits any GPU since sm_80
+    binary = _build.build(kernel, capability)
+    assert ".local" not in binary.ptx
+    assert binary.registers <= 255
+    assert max(binary.spill_stores, binary.spill_loads, binary.stack_bytes) <= 32
+    counts = cuda_sass.counts(cuda_sass.disassemble(binary.cubin, tmp_path))
+    expected = COUNTS[name, head_dim]
+    assert {instruction: counts[instruction] for instruction in expected} == expected

@@ -57,6 +57,7 @@ from fastattn.cuda.ptx import (
     load_shared_float32_2,
     maximum,
     minimum,
+    quotient,
     select,
     shared_address,
     store_int32,
@@ -108,9 +109,9 @@ def _steps(dtype: str, head_dim: int, tile_rows: int, softcapped: bool) -> Simpl
         @device_function
         def copy_rows(shared, source, stride, first, end):
             thread = i32(cuda.threadIdx.x)
-            row = thread // i32(chunks)
-            chunk = thread % i32(chunks)
-            target = shared + row * i32(row_bytes) + ((chunk ^ (row & i32(7))) << i32(4))
+            row = quotient(thread, i32(chunks))
+            chunk = i32(thread - row * i32(chunks))
+            target = i32(shared + row * i32(row_bytes) + ((chunk ^ (row & i32(7))) << i32(4)))
             row += first
             own = source + (i64(row) * stride + i64(chunk * i32(8))) * i64(2)
             for i in range(copies):
@@ -124,7 +125,7 @@ def _steps(dtype: str, head_dim: int, tile_rows: int, softcapped: bool) -> Simpl
     def chunk_of(address, step):
         """Return the address of the chunks 2 * step onwards, given that of the first."""
         swapped = step * 2 & 7
-        return (address ^ i32(swapped * 16)) + i32((step * 2 - swapped) * 16)
+        return i32((address ^ i32(swapped * 16)) + i32((step * 2 - swapped) * 16))
 
     @device_function
     def load_left(left, shared):
@@ -132,7 +133,7 @@ def _steps(dtype: str, head_dim: int, tile_rows: int, softcapped: bool) -> Simpl
         lane = thread & i32(31)
         row = (thread >> i32(5)) * i32(16) + (lane & i32(15))
         chunk = lane >> i32(4)
-        own = shared + row * i32(row_bytes) + ((chunk ^ (lane & i32(7))) << i32(4))
+        own = i32(shared + row * i32(row_bytes) + ((chunk ^ (lane & i32(7))) << i32(4)))
         for k in range(steps):
             load_matrices(left, k * 4, chunk_of(own, k))
 
@@ -141,7 +142,7 @@ def _steps(dtype: str, head_dim: int, tile_rows: int, softcapped: bool) -> Simpl
         right = cuda.local.array(4, dtype=np.int32)
         lane = i32(cuda.threadIdx.x) & i32(31)
         row, chunk = (lane & i32(7)) + ((lane >> i32(4)) << i32(3)), (lane >> i32(3)) & i32(1)
-        own = shared + row * i32(row_bytes) + ((chunk ^ (lane & i32(7))) << i32(4))
+        own = i32(shared + row * i32(row_bytes) + ((chunk ^ (lane & i32(7))) << i32(4)))
         for i in range(s_tiles * 4):
             result[i] = f32(0)
         for k in range(steps):
@@ -177,7 +178,7 @@ def _steps(dtype: str, head_dim: int, tile_rows: int, softcapped: bool) -> Simpl
         right = cuda.local.array(4, dtype=np.int32)
         lane = i32(cuda.threadIdx.x) & i32(31)
         row, chunk = lane & i32(15), lane >> i32(4)
-        own = shared + row * i32(row_bytes) + ((chunk ^ (lane & i32(7))) << i32(4))
+        own = i32(shared + row * i32(row_bytes) + ((chunk ^ (lane & i32(7))) << i32(4)))
         for k in range(tile_steps):
             for i in range(4):
                 left[i] = pair(weights[k * 8 + i * 2], weights[k * 8 + i * 2 + 1])
@@ -246,10 +247,10 @@ def dkdv(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
     wait_all = ptx.wait_copies[0]
 
     @device_function
-    def copy_stage(shared, query, q_row, grad_out, g_row, lse2, delta, row, q_len):
+    def copy_stage(shared, query, q_row, grad_out, g_row, lse2, delta, row, end_row):
         """Copy a tile of rows of Q and dO, and of their lse2 and delta."""
-        copy_tile(shared, query, q_row, row, q_len)
-        copy_tile(shared + i32(tile_bytes), grad_out, g_row, row, q_len)
+        copy_tile(shared, query, q_row, row, end_row)
+        copy_tile(shared + i32(tile_bytes), grad_out, g_row, row, end_row)
         thread = i32(cuda.threadIdx.x)
         copies = select(thread < i32(number_bytes // 16), i32(1), i32(0))
         target = shared + i32(2 * tile_bytes) + thread * i32(16)
@@ -266,21 +267,21 @@ def dkdv(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         dk_scale, scale, cap_factor,
     ):  # fmt: skip
         # ---- which keys, and which rows see one of them
-        k_tiles = (kv_len + i32(ROWS - 1)) // i32(ROWS)
+        k_tiles = quotient(kv_len + i32(ROWS - 1), i32(ROWS))
         block = i32(cuda.blockIdx.x)
-        pair_number = block // k_tiles
-        k_block = block % k_tiles  # under a causal mask, the longest first
-        kv_heads = heads // group
-        kv_head = pair_number % kv_heads
-        batch = pair_number // kv_heads
-        start = k_block * i32(ROWS)
-        last_key = start + i32(ROWS - 1)
+        pair_number = quotient(block, k_tiles)
+        k_block = i32(block - pair_number * k_tiles)  # under a causal mask, the longest first
+        kv_heads = quotient(heads, group)
+        batch = quotient(pair_number, kv_heads)
+        kv_head = i32(pair_number - batch * kv_heads)
+        start = i32(k_block * i32(ROWS))
+        last_key = i32(start + i32(ROWS - 1))
         length = own_number(lengths, batch, length, i32(0), kv_len)
         offset = own_number(offsets, batch, offset, i32(-(2**29)), i32(2**29))
-        first_row = maximum(i32(0), start - offset - right) // i32(q_tile) * i32(q_tile)
+        first_row = i32(quotient(maximum(i32(0), start - offset - right), i32(q_tile)) * i32(q_tile))
         end_row = minimum(q_len, minimum(last_key, length - i32(1)) - offset + left + i32(1))
-        head = kv_head * group
-        end_head = head + group
+        head = i32(kv_head * group)
+        end_head = i32(head + group)
         if start >= length or first_row >= end_row:
             end_head = head  # none does
 
@@ -312,11 +313,11 @@ def dkdv(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         for i in range(o_count):
             dk_acc[i] = f32(0)
             dv_acc[i] = f32(0)
-        own_key = start + (thread >> i32(5)) * i32(16) + (lane >> i32(2))
-        own_column = (lane & i32(3)) << i32(1)
+        own_key = i32(start + (thread >> i32(5)) * i32(16) + (lane >> i32(2)))
+        own_column = i32((lane & i32(3)) << i32(1))
 
         # ---- the rows of every head of the group
-        number_head = i64((q_len + i32(ROWS - 1)) // i32(ROWS)) * i64(ROWS * 4)
+        number_head = i64(quotient(q_len + i32(ROWS - 1), i32(ROWS))) * i64(ROWS * 4)
         query += (i64(batch) * q_batch + i64(head) * q_head) * i64(2)
         grad_out += (i64(batch) * g_batch + i64(head) * g_head) * i64(2)
         lse2 += i64(batch * heads + head) * number_head
@@ -324,23 +325,23 @@ def dkdv(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         row = first_row
         buffer = shared
         if head < end_head:
-            copy_stage(buffer, query, q_row, grad_out, g_row, lse2, delta, row, q_len)
+            copy_stage(buffer, query, q_row, grad_out, g_row, lse2, delta, row, end_row)
         while head < end_head:
             wait_all()
             cuda.syncthreads()  # this tile is here, and nobody reads the one before
             here = buffer
             this_row = row
-            buffer = shared + i32(stage_bytes) - (buffer - shared)
-            row += i32(q_tile)
+            buffer = i32(shared + i32(stage_bytes) - (buffer - shared))
+            row = i32(row + i32(q_tile))
             if row >= end_row:
                 row = first_row
-                head += i32(1)
+                head = i32(head + i32(1))
                 query += q_head * i64(2)
                 grad_out += g_head * i64(2)
                 lse2 += number_head
                 delta += number_head
             if head < end_head:
-                copy_stage(buffer, query, q_row, grad_out, g_row, lse2, delta, row, q_len)
+                copy_stage(buffer, query, q_row, grad_out, g_row, lse2, delta, row, end_row)
 
             multiply_transposed(s, k, here)
             multiply_transposed(dp, v, here + i32(tile_bytes))
@@ -353,7 +354,7 @@ def dkdv(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                 for h in range(2):
                     for e in range(2):
                         weigh(s, dp, j * 4 + h * 2 + e, row_lse2[e], row_delta[e], scale)
-            last_row = this_row + i32(q_tile - 1)
+            last_row = i32(this_row + i32(q_tile - 1))
             if (
                 last_row >= q_len
                 or start < first_key(last_row, offset, left)
@@ -430,17 +431,18 @@ def dq(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         dq_scale, scale, cap_factor,
     ):  # fmt: skip
         # ---- which rows, and which keys they see
-        q_tiles = (q_len + i32(ROWS - 1)) // i32(ROWS)
+        q_tiles = quotient(q_len + i32(ROWS - 1), i32(ROWS))
         block = i32(cuda.blockIdx.x)
-        pair_number = block // q_tiles
-        q_block = q_tiles - i32(1) - block % q_tiles  # under a causal mask, the longest first
-        head = pair_number % heads
-        batch = pair_number // heads
-        first_row = q_block * i32(ROWS)
-        last_row = minimum(first_row + i32(ROWS), q_len) - i32(1)
+        pair_number = quotient(block, q_tiles)
+        # Under a causal mask, the longest first.
+        q_block = i32(q_tiles - i32(1) - (block - pair_number * q_tiles))
+        batch = quotient(pair_number, heads)
+        head = i32(pair_number - batch * heads)
+        first_row = i32(q_block * i32(ROWS))
+        last_row = i32(minimum(first_row + i32(ROWS), q_len) - i32(1))
         length = own_number(lengths, batch, length, i32(0), kv_len)
         offset = own_number(offsets, batch, offset, i32(-(2**29)), i32(2**29))
-        start = first_key(first_row, offset, left) // i32(k_tile) * i32(k_tile)
+        start = i32(quotient(first_key(first_row, offset, left), i32(k_tile)) * i32(k_tile))
         end_start = end_key(last_row, offset, right, length)
         all_from = first_key(last_row, offset, left)  # keys that every row sees
         all_to = end_key(first_row, offset, right, length)
@@ -458,8 +460,8 @@ def dq(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         g = cuda.local.array(left_count, dtype=np.int32)
         row_lse2 = cuda.local.array(2, dtype=np.float32)
         row_delta = cuda.local.array(2, dtype=np.float32)
-        own_row = first_row + (thread >> i32(5)) * i32(16) + (lane >> i32(2))
-        own_column = (lane & i32(3)) << i32(1)
+        own_row = i32(first_row + (thread >> i32(5)) * i32(16) + (lane >> i32(2)))
+        own_column = i32((lane & i32(3)) << i32(1))
         own_number_at = (i64(pair_number) * i64(q_tiles * i32(ROWS)) + i64(own_row)) * i64(4)
         for h in range(2):
             row_lse2[h] = load_float32(lse2 + own_number_at + i64(h * 32))
@@ -479,22 +481,23 @@ def dq(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
             acc[i] = f32(0)
 
         # ---- the keys
-        key += (i64(batch) * k_batch + i64(head // group) * k_head) * i64(2)
-        value += (i64(batch) * v_batch + i64(head // group) * v_head) * i64(2)
+        kv_head = quotient(head, group)
+        key += (i64(batch) * k_batch + i64(kv_head) * k_head) * i64(2)
+        value += (i64(batch) * v_batch + i64(kv_head) * v_head) * i64(2)
         buffer = shared
         if start < end_start:
-            copy_tile(buffer, key, k_row, start, length)
-            copy_tile(buffer + i32(tile_bytes), value, v_row, start, length)
+            copy_tile(buffer, key, k_row, start, end_start)
+            copy_tile(buffer + i32(tile_bytes), value, v_row, start, end_start)
             commit_copies()
         while start < end_start:
             wait_all()
             cuda.syncthreads()  # this tile is here, and nobody reads the one before
             here = buffer
-            buffer = shared + i32(stage_bytes) - (buffer - shared)
-            following = start + i32(k_tile)
+            buffer = i32(shared + i32(stage_bytes) - (buffer - shared))
+            following = i32(start + i32(k_tile))
             if following < end_start:
-                copy_tile(buffer, key, k_row, following, length)
-                copy_tile(buffer + i32(tile_bytes), value, v_row, following, length)
+                copy_tile(buffer, key, k_row, following, end_start)
+                copy_tile(buffer + i32(tile_bytes), value, v_row, following, end_start)
                 commit_copies()
 
             multiply_transposed(s, q, here)

@@ -293,9 +293,6 @@ pack = {
     )
     for dtype, letter in (("float16", "f16"), ("bfloat16", "bf16"))
 }
-quotient = op(
-    "quotient", "div.u32 %d, %x, %y;", "d:return:r x:r y:r", volatile=False
-)  # of numbers >= 0; Numba's // divides 64 bits, which is a call
 
 # Memory of the device: addresses are int64.
 load_int64 = op("load_int64", "ld.global.b64 %d, [%g];", "d:return:l g:l", memory=True)

@@ -115,9 +115,7 @@ def errors(operands, options, seed=1, **more):
     The gate of test_backward.py; the plain formula rounds P and dS to the query's dtype.
     """
     got = grads_of(operands, options, seed, emulated_backward, **more)
-    truth = grads_of(
-        operands, options, seed, reference.attention_backward, compute_dtype=np.float64
-    )
+    truth = grads_of(operands, options, seed, reference.attention_backward, compute_dtype=np.float64)
     plain = Formula(operands, options, seed, np.float32).gradients(operands[0].dtype)
     exactly = Formula(operands, options, seed, np.float64)
     lse = attention(*operands, return_lse=True, **options)[1]
@@ -146,16 +144,11 @@ CASES = {
     "ragged": (130, 190, {}, {}),
     "one": (1, 1, {}, {"scale": 1.0}),
     "causal": (200, 200, {}, {"is_causal": True}),
-    "causal, later": (
-        70,
-        330,
-        {"heads": 4, "kv_heads": 2},
-        {"is_causal": True, "query_offset": 260},
-    ),
+    "causal, later": (70, 330, {}, {"is_causal": True, "query_offset": 260}),
     "window": (200, 260, {}, {"window": (70, 30), "query_offset": 40}),
     "narrow window": (140, 140, {}, {"window": (0, 0)}),
     "left": (150, 150, {}, {"window": (5, None)}),
-    "groups": (60, 100, {"heads": 6, "kv_heads": 2, "batch": (2,)}, {}),
+    "groups": (60, 100, {"heads": 6, "kv_heads": 2}, {}),
     "lengths": (
         40,
         270,
@@ -288,21 +281,20 @@ def test_poison_of_hidden_pairs(dtype):
 
 @every_dim
 def test_what_is_not_finite_is_flagged(head_dim):
-    query, key, value = make_problem(
-        300, 270, head_dim, heads=2, kv_heads=1, batch=(2,), dtype=np.float16
-    )
-    query[1, 0, 290, 5] = np.nan
+    shape = {"heads": 2, "kv_heads": 1, "batch": (2,)}
+    query, key, value = make_problem(190, 140, head_dim, **shape, dtype=np.float16)
+    query[1, 0, 150, 5] = np.nan
     options = {"window": (0, 0), "query_offset": 0}
     (dq, dk, dv), flags = gradients((query, key, value), options)
     np.testing.assert_array_equal(flags[0], tiles_not_finite(dk, dv))
     np.testing.assert_array_equal(flags[1], tiles_not_finite(dq))
-    assert not flags[0].any()  # row 290 sees no key
-    query[1, 0, 140, 5] = np.nan
+    assert not flags[0].any()  # row 150 sees no key
+    query[1, 0, 130, 5] = np.nan
     (dq, dk, dv), flags = gradients((query, key, value), options)
     np.testing.assert_array_equal(flags[0], tiles_not_finite(dk, dv))
     np.testing.assert_array_equal(flags[1], tiles_not_finite(dq))
-    assert flags[0].tolist() == [[[0, 0, 0]], [[0, 1, 0]]]
-    assert flags[1].tolist() == [[[0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0, 0, 0]]]
+    assert flags[0].tolist() == [[[0, 0]], [[0, 1]]]
+    assert flags[1].tolist() == [[[0, 0], [0, 0]], [[0, 1], [0, 0]]]
 
 
 FAULTS = {
@@ -319,7 +311,7 @@ FAULTS = {
         None,
     ),
     "one buffer": (
-        "buffer = shared + i32(stage_bytes) - (buffer - shared)",
+        "buffer = i32(shared + i32(stage_bytes) - (buffer - shared))",
         "buffer = shared",
         None,
     ),
@@ -341,13 +333,17 @@ FAULTS = {
     "edge below": ("if start < all_from or following > all_to:", "if following > all_to:", None),
     "edge above": ("if start < all_from or following > all_to:", "if start < all_from:", None),
     "edge of keys": ("or last_key >= end_key(this_row, offset, right, length)\n", "\n", None),
-    "first tile": ("first_row = maximum(i32(0), start - offset - right)", "first_row = i32(64)", None),
+    "first tile": (
+        "quotient(maximum(i32(0), start - offset - right), i32(q_tile))",
+        "quotient(start - offset - right + i32(q_tile), i32(q_tile))",
+        None,
+    ),
     "last tile": (
         "length - i32(1)) - offset + left + i32(1))",
         "length - i32(1)) - offset + left - i32(63))",
         None,
     ),
-    "one head of the group": ("end_head = head + group", "end_head = head + i32(1)", None),
+    "one head of the group": ("end_head = i32(head + group)", "end_head = i32(head + i32(1))", None),
     "lse2 of another head": ("lse2 += number_head", "lse2 += i64(0)", None),
     "no delta": ("s[at] * (dp[at] - delta)\n", "s[at] * dp[at]\n", None),
     "no slope": ("(dp[at] - delta) * slope", "(dp[at] - delta)", None),
@@ -381,7 +377,7 @@ COUNTS = {
 }
 COMPILED = [
     *(("float16", False, capability) for capability in ((8, 0), (8, 9), (9, 0))),
-    *(("bfloat16", True, capability) for capability in ((8, 0), (9, 0))),
+    ("bfloat16", True, (8, 0)),
 ]
 
 

@@ -115,7 +115,9 @@ def errors(operands, options, seed=1, **more):
     The gate of test_backward.py; the plain formula rounds P and dS to the query's dtype.
     """
     got = grads_of(operands, options, seed, emulated_backward, **more)
-    truth = grads_of(operands, options, seed, reference.attention_backward, compute_dtype=np.float64)
+    truth = grads_of(
+        operands, options, seed, reference.attention_backward, compute_dtype=np.float64
+    )
     plain = Formula(operands, options, seed, np.float32).gradients(operands[0].dtype)
     exactly = Formula(operands, options, seed, np.float64)
     lse = attention(*operands, return_lse=True, **options)[1]
@@ -271,7 +273,9 @@ def test_poison_of_hidden_pairs(dtype):
         grad_out, operands[0], key, value, out, lse, grad_lse=grad_lse, flags=flags, **options
     )
     hidden = np.r_[0:50, 51:150]
-    assert_same_bits((dk[:, hidden], dv[:, hidden]), (expected[1][:, hidden], expected[2][:, hidden]))
+    assert_same_bits(
+        (dk[:, hidden], dv[:, hidden]), (expected[1][:, hidden], expected[2][:, hidden])
+    )
     assert np.isnan(dk[:, 50].astype(np.float32)).all()
     assert np.isnan(dq[:, 47:54].astype(np.float32)).all()
     np.testing.assert_array_equal(flags[0], tiles_not_finite(dk, dv))
@@ -320,6 +324,11 @@ FAULTS = {
         "            wait_all()  # this tile",
         32,
     ),
+    "no barrier after a block's own rows are read": (
+        "        cuda.syncthreads()  # from here on",
+        "        # from here on",
+        32,
+    ),
     "copied without exchange": ("((chunk ^ (row & i32(7))) << i32(4))", "(chunk << i32(4))", None),
     "read without exchange": (
         "row * i32(row_bytes) + ((chunk ^ (lane & i32(7))) << i32(4))",
@@ -327,7 +336,11 @@ FAULTS = {
         None,
     ),
     "not transposed": ("load_matrices_transposed(right", "load_matrices(right", None),
-    "first key of a row": ("minimum(q_len, sees + left + i32(1))", "minimum(q_len, sees + left)", None),
+    "first key of a row": (
+        "minimum(q_len, sees + left + i32(1))",
+        "minimum(q_len, sees + left)",
+        None,
+    ),
     "last key of a row": ("first[h] = sees - right", "first[h] = sees - right + i32(1)", None),
     "length": ("end[h] = select(own_key", "end[h] = select(i32(0) * own_key", None),
     "edge below": ("if start < all_from or following > all_to:", "if following > all_to:", None),
@@ -343,7 +356,11 @@ FAULTS = {
         "length - i32(1)) - offset + left - i32(63))",
         None,
     ),
-    "one head of the group": ("end_head = i32(head + group)", "end_head = i32(head + i32(1))", None),
+    "one head of the group": (
+        "end_head = i32(head + group)",
+        "end_head = i32(head + i32(1))",
+        None,
+    ),
     "lse2 of another head": ("lse2 += number_head", "lse2 += i64(0)", None),
     "no delta": ("s[at] * (dp[at] - delta)\n", "s[at] * dp[at]\n", None),
     "no slope": ("(dp[at] - delta) * slope", "(dp[at] - delta)", None),

@@ -219,10 +219,11 @@ def dkdv(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
     elements:
 
     query, key, value, grad_out, lse2, delta, dk, dv, flags, lengths, offsets
-        Addresses. lse2 and delta are float32 (batch, heads, q_len rounded up to 128): lse * log2(e),
-        and the row's sum of grad_out * out less the gradient of lse. flags is int32 (batch, kv
-        heads, key tiles) and becomes 1 where a row of dk or dv is not finite, or is 0 for none;
-        lengths and offsets are int64 (batch,), or 0: then the numbers length and offset count.
+        Addresses. lse2 and delta are float32 (batch, heads, q_len rounded up to 128): lse times
+        log2(e), or +inf for a row that sees nothing, and the sum of grad_out * out less the
+        gradient of lse. flags is int32 (batch, kv heads, key tiles) and becomes 1 where a row of dk
+        or dv is not finite, or is 0 for none; lengths and offsets are int64 (batch,), or 0: then
+        the numbers length and offset count.
     q_len, kv_len, heads, group, left, right, length, offset
         Row i sees the keys from i + offset - left to i + offset + right, below length. heads are
         those of query, group of them share a kv head.
@@ -278,7 +279,9 @@ def dkdv(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         last_key = i32(start + i32(ROWS - 1))
         length = own_number(lengths, batch, length, i32(0), kv_len)
         offset = own_number(offsets, batch, offset, i32(-(2**29)), i32(2**29))
-        first_row = i32(quotient(maximum(i32(0), start - offset - right), i32(q_tile)) * i32(q_tile))
+        first_row = i32(
+            quotient(maximum(i32(0), start - offset - right), i32(q_tile)) * i32(q_tile)
+        )
         end_row = minimum(q_len, minimum(last_key, length - i32(1)) - offset + left + i32(1))
         head = i32(kv_head * group)
         end_head = i32(head + group)

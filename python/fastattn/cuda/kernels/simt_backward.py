@@ -61,7 +61,7 @@ from fastattn.cuda.kernels.simt import (
 
 PADDING = 128  # delta and lse2 have a multiple of this many rows
 PREPARED_ROWS = 32  # of a block of `prepare`
-LANES = 32  # threads of `prepare` that share a row
+LANES = SLICE  # threads of `prepare` that share a row
 
 # What a pair is to a gradient. A pair that dropout drops still has a probability, and a dscore.
 UNSEEN, DROPPED, KEPT = 0, 1, 2
@@ -121,7 +121,7 @@ def prepare(
     widen_sink = None if sinks is None else element(sinks).widen
 
     def prepare_rows(delta, lse2, sink_terms, out, grad_out, lse, grad_lse, sinks):
-        parts = cuda.shared.array((PREPARED_ROWS, LANES + 1), float_dtype)
+        parts = cuda.shared.array((PREPARED_ROWS, PITCH), float_dtype)
         heads, q_len, columns = out.shape[1], out.shape[2], out.shape[3]
         blocks = delta.shape[2] // PREPARED_ROWS
         block = cuda.blockIdx.x

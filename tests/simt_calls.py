@@ -5,7 +5,9 @@ The simulator is chosen by an environment variable when numba is imported, so th
 processes of their own: test_cuda_simt.py sends them to a pool whose workers begin with `start`.
 """
 
+import contextlib
 import os
+import threading
 import warnings
 
 import numpy as np
@@ -19,6 +21,57 @@ def start():
     warnings.simplefilter("ignore")  # inf - inf and the like, which NumPy's scalars warn of
 
 
+@contextlib.contextmanager
+def in_turn():
+    """Let the simulator run the threads of a block in turn, each to the next barrier.
+
+    Its own way, all at once and waiting by looking again and again, takes several times as long. In
+    turn, what is read across threads before a barrier is wrong whenever it can be.
+    """
+    from numba.cuda.simulator import kernel as simulator
+
+    class Thread(simulator.BlockThread):
+        def run(self):
+            self.turn.acquire()
+            super().run()
+            ring = self._manager.ring
+            place = ring.index(self)
+            del ring[place]
+            if ring:
+                ring[place % len(ring)].turn.release()
+
+        def syncthreads(self):
+            ring = self._manager.ring
+            ring[(ring.index(self) + 1) % len(ring)].turn.release()
+            self.turn.acquire()
+
+    class Manager(simulator.BlockManager):
+        def run(self, block, *arguments):
+            def call():
+                self._f(*arguments)
+
+            indices = np.ndindex(*self._block_dim)
+            threads = [Thread(call, self, block, index, self._debug) for index in indices]
+            self.ring = list(threads)
+            for thread in threads:
+                thread.turn = threading.Lock()
+                thread.turn.acquire()
+                thread.start()
+            threads[0].turn.release()
+            for thread in threads:
+                thread.join()
+            for thread in threads:
+                if thread.exception:
+                    raise thread.exception[0].with_traceback(thread.exception[1])
+
+    usual = simulator.BlockManager
+    simulator.BlockManager = Manager
+    try:
+        yield
+    finally:
+        simulator.BlockManager = usual
+
+
 def launch(kernel, blocks, *arguments):
     """Run a kernel on the arrays themselves: the simulator would copy them, and their strides."""
     from numba import cuda
@@ -27,9 +80,10 @@ def launch(kernel, blocks, *arguments):
     assert len(arguments) == len(kernel.signature)
     if blocks == 0:
         return
-    cuda.jit(kernel.function)[blocks, kernel.threads](
-        *(FakeCUDAArray(x) if isinstance(x, np.ndarray) else x for x in arguments)
-    )
+    with in_turn():
+        cuda.jit(kernel.function)[blocks, kernel.threads](
+            *(FakeCUDAArray(x) if isinstance(x, np.ndarray) else x for x in arguments)
+        )
 
 
 class Call:
@@ -75,7 +129,7 @@ class Call:
         self.offsets, self.offset = self.each_or_all(query_offset, 0)
         self.dropout = dropout_p != 0
         self.dropped = round(dropout_p * 2**32)
-        self.seed = (np.uint32(seed % 2**32), np.uint32(seed >> 32))
+        self.seed = (seed % 2**32, seed >> 32)
         self.kept_scale = number(1 / (1 - dropout_p) if dropout_p < 1 else 1)
 
     def each_or_all(self, x, usual):

@@ -29,8 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import config
-from numba import cuda
+from numba import config, cuda
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
@@ -183,7 +182,7 @@ class Given(NamedTuple):
             left, right             int64: the window, 2**62 if unlimited; causal is right = 0
             scale, softcap          float32, or float64 for float64
             dropped                 int64: round(dropout_p * 2**32)
-            seed_low, seed_high     uint32: the halves of the seed
+            seed_low, seed_high     int64: the halves of the seed, each below 2**32
             kept_scale              as scale: 1 / (1 - dropout_p), or 1 if nothing is kept
         """
         number = accumulator(self.query)
@@ -196,9 +195,7 @@ class Given(NamedTuple):
             *(types.int64,) * 4,
             number,
             number if self.softcap else types.none,
-            types.int64,
-            types.uint32,
-            types.uint32,
+            *(types.int64,) * 3,
             number,
         )
 
@@ -238,10 +235,10 @@ def one_within(each, for_all, batch, low, high):
 @device
 def is_flagged(flags, rows_per_flag, first, end):
     """Return whether any of the rows first..end - 1 has a flag that is set."""
+    any_set = 0
     for n in range(first // rows_per_flag, (end - 1) // rows_per_flag + 1):
-        if flags[n] != 0:
-            return True
-    return False
+        any_set |= flags[n]
+    return any_set != 0
 
 
 @device
@@ -325,13 +322,12 @@ def scoring(given: Given) -> Scoring:
     @device
     def is_hidden(mask, bias, batch, head, row, key):
         """Return whether the mask or the bias hides a pair."""
+        hidden = False
         if mask is not None:
-            if widen_mask(mask[batch, head, row, key]) == minus_inf:
-                return True
+            hidden = widen_mask(mask[batch, head, row, key]) == minus_inf
         if bias is not None:
-            if widen_bias(bias[batch, head, row, key]) == minus_inf:
-                return True
-        return False
+            hidden = hidden or widen_bias(bias[batch, head, row, key]) == minus_inf
+        return hidden
 
     @device
     def with_added(score, mask, bias, slopes, batch, head, row, key, position):
@@ -465,9 +461,8 @@ def _forward(
         thread = cuda.threadIdx.x
         lane = thread % ACROSS
         row0, key0 = thread // ACROSS * rows_each, lane * EACH
-        if flags is not None:
-            if not is_flagged(flags[batch, head], rows_per_flag, first, end):
-                return
+        if flags is not None and not is_flagged(flags[batch, head], rows_per_flag, first, end):
+            return
 
         kv_head = head // (heads // key.shape[1])
         q, k, v = query[batch, head], key[batch, kv_head], value[batch, kv_head]
@@ -512,14 +507,17 @@ def _forward(
                     for j in range(EACH):
                         key_index = start + key0 + j
                         sees = 0
-                        if row < q_len and low <= key_index and key_index < high:
-                            if not is_hidden(mask, bias, batch, head, row, key_index):
-                                sees = 1
+                        if (
+                            row < q_len
+                            and low <= key_index
+                            and key_index < high
+                            and not is_hidden(mask, bias, batch, head, row, key_index)
+                        ):
+                            sees = 1
                         seen[i * EACH + j] = sees
                         any_seen |= sees
-                if has_mask:
-                    if cuda.syncthreads_or(types.int32(any_seen)) == 0:
-                        continue
+                if has_mask and cuda.syncthreads_or(types.int32(any_seen)) == 0:
+                    continue
 
                 for n in range(scores_each):
                     scores[n] = zero
@@ -666,12 +664,11 @@ def _forward(
                         if column < v.shape[1]:
                             result = totals[chunk * scores_each + i * EACH + c] * factor / divisor
                             out[batch, head, row, column] = narrow(result)
-                if lse is not None:
-                    if lane == 0:
-                        log_sum = minus_inf
-                        if saw[i]:
-                            log_sum = total_max[i] + number(math.log(total))
-                        lse[batch, head, row] = log_sum
+                if lse is not None and lane == 0:
+                    log_sum = minus_inf
+                    if saw[i]:
+                        log_sum = total_max[i] + number(math.log(total))
+                    lse[batch, head, row] = log_sum
 
     numbers = types.Array(number, 3, "A")
     return Kernel(

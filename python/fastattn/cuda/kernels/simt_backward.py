@@ -41,9 +41,9 @@ from fastattn.cuda.kernels.simt import (
     ROWS,
     SLICE,
     THREADS,
+    Given,
     accumulator,
     array,
-    Given,
     bucket,
     device,
     element,
@@ -306,16 +306,19 @@ def _tile_gradients(given: Given, to_bias: bool) -> Any:
             for j in range(EACH):
                 key = start + key0 + j
                 state = UNSEEN
-                if row < q.shape[0] and low <= key and key < high:
-                    if not is_hidden(mask, bias, batch, head, row, key):
-                        state = KEPT
-                        if has_dropout and words[j] < dropped:
-                            state = DROPPED
+                if (
+                    row < q.shape[0]
+                    and low <= key
+                    and key < high
+                    and not is_hidden(mask, bias, batch, head, row, key)
+                ):
+                    state = KEPT
+                    if has_dropout and words[j] < dropped:
+                        state = DROPPED
                 states[i * EACH + j] = state
                 any_seen |= state
-        if has_mask:
-            if cuda.syncthreads_or(types.int32(any_seen)) == 0:
-                return False
+        if has_mask and cuda.syncthreads_or(types.int32(any_seen)) == 0:
+            return False
 
         # dscores is grad_out . value until it becomes what its name says.
         for n in range(rows_each * EACH):
@@ -447,9 +450,8 @@ def _query_gradient(given: Given, columns: int, has_flags: bool) -> Kernel:
         thread = cuda.threadIdx.x
         lane = thread % ACROSS
         row0, key0 = thread // ACROSS * rows_each, lane * EACH
-        if flags is not None:
-            if not is_flagged(flags[batch, head], rows_per_flag, first, end):
-                return
+        if flags is not None and not is_flagged(flags[batch, head], rows_per_flag, first, end):
+            return
 
         kv_head = head // (heads // key.shape[1])
         q, do = query[batch, head], grad_out[batch, head]
@@ -896,40 +898,40 @@ def bias_gradient(given: Given) -> Kernel:
                     first_key = keys_of_row(first, offset_here, left, right, length_here)[0]
                     end_key = keys_of_row(last, offset_here, left, right, length_here)[1]
                     for start in range(own_start, end_start, KEYS):
-                        if start < end_key and start + KEYS > first_key:
-                            if tile_gradients(
-                                states,
-                                probs,
-                                dscores,
-                                queries,
-                                keys,
-                                q,
-                                k,
-                                v,
-                                do,
-                                delta,
-                                lse2,
-                                mask,
-                                bias,
-                                alibi_slopes,
-                                batch,
-                                head,
-                                first,
-                                start,
-                                length_here,
-                                offset_here,
-                                left,
-                                right,
-                                scale,
-                                softcap,
-                                dropped,
-                                seed_low,
-                                seed_high,
-                                kept_scale,
-                            ):
-                                for n in range(scores_each):
-                                    if states[n] != UNSEEN:
-                                        sums[n] += dscores[n]
+                        reached = start < end_key and start + KEYS > first_key
+                        if reached and tile_gradients(
+                            states,
+                            probs,
+                            dscores,
+                            queries,
+                            keys,
+                            q,
+                            k,
+                            v,
+                            do,
+                            delta,
+                            lse2,
+                            mask,
+                            bias,
+                            alibi_slopes,
+                            batch,
+                            head,
+                            first,
+                            start,
+                            length_here,
+                            offset_here,
+                            left,
+                            right,
+                            scale,
+                            softcap,
+                            dropped,
+                            seed_low,
+                            seed_high,
+                            kept_scale,
+                        ):
+                            for n in range(scores_each):
+                                if states[n] != UNSEEN:
+                                    sums[n] += dscores[n]
 
         # Of an axis that was broadcast, the tile's rows or columns become one.
         for n in range(scores_each):

@@ -72,7 +72,7 @@ def in_turn():
         simulator.BlockManager = usual
 
 
-def launch(kernel, blocks, *arguments):
+def launch(kernel, blocks, *arguments, threads=in_turn):
     """Run a kernel on the arrays themselves: the simulator would copy them, and their strides."""
     from numba import cuda
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
@@ -80,7 +80,7 @@ def launch(kernel, blocks, *arguments):
     assert len(arguments) == len(kernel.signature)
     if blocks == 0:
         return
-    with in_turn():
+    with threads():
         cuda.jit(kernel.function)[blocks, kernel.threads](
             *(FakeCUDAArray(x) if isinstance(x, np.ndarray) else x for x in arguments)
         )
@@ -183,7 +183,7 @@ def name_of(array):
     return None if array is None else array.dtype.name
 
 
-def attention(operands, options, out=None, lse=None, flags=None, rows_per_flag=1):
+def attention(operands, options, out=None, lse=None, flags=None, rows_per_flag=1, threads=in_turn):
     """Return out and lse; those given, with the rows that are not finite replaced, if flagged."""
     from fastattn.cuda.kernels import simt
 
@@ -196,7 +196,8 @@ def attention(operands, options, out=None, lse=None, flags=None, rows_per_flag=1
         call.given, value_head_dim, sinks=name_of(call.sinks), flags=flags is not None
     )
     blocks = simt.forward_blocks(call.given.query, call.batch, call.heads, call.q_len)
-    launch(kernel, blocks, out, lse, flags, rows_per_flag, call.sinks, *operands, *call.arguments)
+    written = (out, lse, flags, rows_per_flag)
+    launch(kernel, blocks, *written, call.sinks, *operands, *call.arguments, threads=threads)
     return out, lse
 
 
@@ -245,3 +246,26 @@ def attention_backward(
         launch(simt_backward.sinks_gradient(dtype, sinks), call.heads, dsinks, terms)
         grads.append(dsinks)
     return grads
+
+
+def everything(operands, options, other_strides=False):
+    """Return out, lse and the gradients for grad_out = out.
+
+    other_strides: of arrays laid out in other ways, keys whose rows are all the same with a stride
+    of 0. These do not survive the way to another process.
+    """
+    if other_strides:
+        query, key, value = operands
+        key = np.broadcast_to(key[:, :1, :1], key.shape)
+        operands = (relaid(query), key, relaid(value))
+        options = {name: relaid(x) for name, x in options.items()}
+    out, lse = attention(operands, options)
+    grad_out = relaid(out) if other_strides else out
+    return [out, lse, *attention_backward(grad_out, operands, out, lse, options)]
+
+
+def relaid(x):
+    """Return an equal array whose axes lie in the other order, with gaps, the last one backwards."""
+    memory = np.zeros((*x.shape[::-1], 2), x.dtype)
+    memory[::-1, ..., 0] = x.T
+    return memory[::-1, ..., 0].T

@@ -18,6 +18,7 @@ MOST_LENGTH = 2**28  # of queries, and of keys
 MOST_OFFSET = 2**29
 UNLIMITED = 2**30  # a side of a window that no position reaches
 
+
 @dataclass(frozen=True)
 class Kernel:
     """A function in Numba's subset of Python, and what it takes to compile and launch it."""

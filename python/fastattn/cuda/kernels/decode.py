@@ -36,7 +36,7 @@ import numpy as np
 from numba import cuda
 
 from fastattn.cuda import ptx
-from fastattn.cuda.kernels import Kernel
+from fastattn.cuda.kernels import MOST_OFFSET, Kernel
 from fastattn.cuda.kernels.rows import (
     LN2,
     LOWEST,
@@ -247,7 +247,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
         kv_head = block - batch * kv_heads
         head = i64(batch) * i64(heads) + i64(kv_head * group)
         length = own_number(lengths, batch, length, i32(0), kv_len)
-        offset = own_number(offsets, batch, offset, i32(-(2**29)), i32(2**29))
+        offset = own_number(offsets, batch, offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
         first_query = quotient(row_begin, group)
         last_query = quotient(row_end - i32(1), group)
         # Keys of this split that some row may see.

@@ -21,7 +21,7 @@ import numpy as np
 from numba import cuda
 
 from fastattn.cuda import ptx
-from fastattn.cuda.kernels import Kernel
+from fastattn.cuda.kernels import MOST_OFFSET, Kernel
 from fastattn.cuda.kernels.rows import (
     LN2,
     LOWEST,

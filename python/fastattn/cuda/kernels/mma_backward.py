@@ -31,7 +31,7 @@ import numpy as np
 from numba import cuda
 
 from fastattn.cuda import ptx
-from fastattn.cuda.kernels import Kernel
+from fastattn.cuda.kernels import MOST_OFFSET, Kernel
 from fastattn.cuda.kernels.rows import (
     device_function,
     end_key,
@@ -278,7 +278,7 @@ def dkdv(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         start = i32(k_block * i32(ROWS))
         last_key = i32(start + i32(ROWS - 1))
         length = own_number(lengths, batch, length, i32(0), kv_len)
-        offset = own_number(offsets, batch, offset, i32(-(2**29)), i32(2**29))
+        offset = own_number(offsets, batch, offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
         first_row = i32(
             quotient(maximum(i32(0), start - offset - right), i32(q_tile)) * i32(q_tile)
         )
@@ -444,7 +444,7 @@ def dq(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         first_row = i32(q_block * i32(ROWS))
         last_row = i32(minimum(first_row + i32(ROWS), q_len) - i32(1))
         length = own_number(lengths, batch, length, i32(0), kv_len)
-        offset = own_number(offsets, batch, offset, i32(-(2**29)), i32(2**29))
+        offset = own_number(offsets, batch, offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
         start = i32(quotient(first_key(first_row, offset, left), i32(k_tile)) * i32(k_tile))
         end_start = end_key(last_row, offset, right, length)
         all_from = first_key(last_row, offset, left)  # keys that every row sees

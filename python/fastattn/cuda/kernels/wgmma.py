@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
-from fastattn.cuda.kernels import Kernel
+from fastattn.cuda.kernels import MOST_OFFSET, Kernel
 from fastattn.cuda.kernels.rows import (
     LN2,
     LOWEST,
@@ -94,7 +94,6 @@ class Tile(NamedTuple):
 TILES = {64: Tile(192, 128, 160, 32), 128: Tile(128, 128, 224, 56)}
 STAGE_BITS = 1
 STAGES = 2**STAGE_BITS  # of key tiles, and of value tiles, in shared memory
-MOST_OFFSET = 2**29
 L2_BYTES = 32 * 2**20  # of keys and values that stay in the L2 cache of 50 MiB
 
 SIGNATURE = (*(i64,) * 8, *(i32,) * 8, *(i64,) * 3, i32, i32, f32, f32)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # NumPy has no bfloat16 of its own: without ml_dtypes, its bits are passed on.
 BFLOAT16_BITS = np.dtype("V2")
+INTERFACE = "__cuda_array_interface__"
+DLPACK_CUDA, DLPACK_CUDA_MANAGED = 2, 13  # DLPack's names of memory that a GPU reads
+GPU_PLATFORMS = ("gpu", "cuda")  # of JAX
 JAX_ALIGNMENT = 64  # bytes: what lies so is not copied on its way to JAX
 
 
@@ -33,6 +36,20 @@ def framework(x: Any) -> Any:
         if kind is not None and isinstance(x, kind):
             return module
     return None
+
+
+def is_cuda_array(x: Any) -> bool:
+    """Tell whether x, which is no NumPy array, is an array on a GPU, for `fastattn.cuda`."""
+    module = framework(x)
+    if module is None:
+        if hasattr(x, INTERFACE):
+            return True
+        where = getattr(x, "__dlpack_device__", None)
+        return where is not None and where()[0] in (DLPACK_CUDA, DLPACK_CUDA_MANAGED)
+    if module.__name__ == "torch":
+        return bool(x.is_cuda)
+    traced = isinstance(x, module.core.Tracer)
+    return not traced and any(each.platform in GPU_PLATFORMS for each in x.devices())
 
 
 def as_numpy(name: str, x: Any) -> Any:
@@ -93,7 +110,7 @@ def _of_torch(torch: Any, name: str, x: Any) -> Array:
 
 
 def check_tensor(torch: Any, name: str, x: Any, on_gpu: bool = False) -> None:
-    """Accept a tensor whose values lie in places that strides tell: the CPU's memory, or a GPU's."""
+    """Accept a tensor whose values lie, as strides tell, in the memory of the CPU, or of a GPU."""
     if x.is_nested:
         raise TypeError(
             f"{name} must be a dense tensor, not a nested one (fastattn.varlen_attention takes the "

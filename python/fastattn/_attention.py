@@ -29,7 +29,7 @@ from fastattn._arguments import (
     sizes,
     whole_number,
 )
-from fastattn._arrays import answer, as_numpy, destination, room
+from fastattn._arrays import answer, as_numpy, destination, is_cuda_array, room
 from fastattn._report import Report
 
 if TYPE_CHECKING:
@@ -176,7 +176,8 @@ def attention(
     Any of the arrays may also be a tensor of PyTorch on the CPU or a JAX array on one CPU device;
     the result is of the kind of query, whatever the others are. They are read where they lie, and
     out may be a tensor where query is one. bfloat16 needs ml_dtypes. There is no gradient here:
-    fastattn.torch and fastattn.jax have it.
+    fastattn.torch and fastattn.jax have it. A call with arrays on a GPU is one of
+    `fastattn.cuda.attention`.
 
     Bitwise the same for any number of threads, any strides, and whatever else is in the batch. A
     NaN or Inf in a key or value that a query does not see leaves its result as it is, and so does
@@ -201,6 +202,28 @@ def attention(
            [0.36, 0.64, 0.  ],
            [0.26, 0.26, 0.47]], dtype=float32)
     """
+    if type(query) is not np.ndarray and is_cuda_array(query):
+        from fastattn import cuda
+
+        return cuda.attention(  # type: ignore[no-any-return]
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            is_causal=is_causal,
+            query_offset=query_offset,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            kv_lengths=kv_lengths,
+            dropout_p=dropout_p,
+            seed=seed,
+            return_lse=return_lse,
+            out=out,
+        )
     given: Any = query
     given_out = out
     query, key, value, known, arguments = check(
@@ -638,6 +661,26 @@ sinks, kv_lengths, dropout_p, seed
         As for `attention`; also if there are so many tiles, made unlike by a mask, bias or
         positions, that looking at them would take long.
     """
+    if type(query) is not np.ndarray and is_cuda_array(query):
+        from fastattn import cuda
+
+        return cuda.explain(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            is_causal=is_causal,
+            query_offset=query_offset,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            kv_lengths=kv_lengths,
+            dropout_p=dropout_p,
+            seed=seed,
+        )
     query, key, value, known, arguments = check(
         query,
         key,

@@ -19,7 +19,7 @@ from fastattn._arguments import (
     check_packed,
     floats,
 )
-from fastattn._arrays import answer, as_numpy, rounded_to, widened
+from fastattn._arrays import answer, as_numpy, is_cuda_array, rounded_to, widened
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -120,6 +120,34 @@ kv_lengths, dropout_p, seed
     array([[1., 1.],
            [1., 1.]])
     """
+    if type(query) is not np.ndarray and is_cuda_array(query):
+        from fastattn import cuda
+
+        if cu_seqlens_q is not None or cu_seqlens_kv is not None:
+            raise NotImplementedError("cu_seqlens_q, cu_seqlens_kv have no kernel for GPUs")
+        return cuda.attention_backward(
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            is_causal=is_causal,
+            query_offset=query_offset,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            kv_lengths=kv_lengths,
+            dropout_p=dropout_p,
+            seed=seed,
+            grad_lse=grad_lse,
+            return_dbias=return_dbias,
+            return_dsinks=return_dsinks,
+        )
     given: Any = query
     rest = (
         mask,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn._arguments import FLOAT_NAMES, may_share_memory, overlaps_itself
+from fastattn._arrays import DLPACK_CUDA, DLPACK_CUDA_MANAGED, INTERFACE, is_cuda_array
 from fastattn.cuda import _driver
 
 if TYPE_CHECKING:
@@ -28,12 +29,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-INTERFACE = "__cuda_array_interface__"
 ITEM_BYTES = {"bfloat16": 2}  # of what NumPy has no name for
-DLPACK_CUDA, DLPACK_CUDA_MANAGED = 2, 13  # memory that a kernel reads
 DLPACK_VERSION = (1, 0)
 DLPACK_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
-GPU_PLATFORMS = ("gpu", "cuda")  # of JAX
 
 
 class DeviceArray(NamedTuple):
@@ -47,20 +45,6 @@ class DeviceArray(NamedTuple):
     owner: Any  # keeps the memory; of a result, what the caller gets
     library: str  # torch, jax, cupy, numba or other
     writeable: bool = True
-
-
-def is_cuda_array(x: Any) -> bool:
-    """Tell whether an array lies on a GPU."""
-    library = library_of(x)
-    if library == "torch":
-        return bool(x.is_cuda)
-    if library == "jax":
-        traced = isinstance(x, sys.modules["jax"].core.Tracer)
-        return not traced and any(each.platform in GPU_PLATFORMS for each in x.devices())
-    if hasattr(x, INTERFACE):
-        return True
-    where = getattr(x, "__dlpack_device__", None)
-    return where is not None and where()[0] in (DLPACK_CUDA, DLPACK_CUDA_MANAGED)
 
 
 def library_of(x: Any) -> str:

@@ -220,13 +220,17 @@ def _fill(call: Call, wholes: list[DeviceArray], dsinks: list[DeviceArray]) -> N
     asked = on_device(call.asked, place)
     rows = (*known.batch_shape, max(known.q_heads, 1), padded_rows(known.q_len))
     wide = wide_dtype(call.query.dtype)
+    dq, dk, dv = map(with_heads, wholes[:3])
     more = Gradients(
         with_heads(call.grad_out),
-        call.grad_lse and with_row_heads(call.grad_lse),
-        *map(with_heads, wholes[:3]),
+        None if call.grad_lse is None else with_row_heads(call.grad_lse),
+        dq,
+        dk,
+        dv,
         wholes[3] if wholes[3:] else None,
-        *(scratch(place, rows, wide) for _ in range(2)),
-        scratch(place, rows, wide) if dsinks else None,
+        delta=scratch(place, rows, wide),
+        lse2=scratch(place, rows, wide),
+        sink_terms=scratch(place, rows, wide) if dsinks else None,
     )
     inputs = (call.query, call.key, call.value)
     choice = _choose.backward(question(*inputs, asked, place.device), call.deterministic)
@@ -441,7 +445,8 @@ def simt_dbias(problem: Problem, place: Place) -> None:
     assert dbias is not None
     if dbias.strides[0] == 0:
         dbias = dbias._replace(shape=(1, *dbias.shape[1:]))
-    blocks = kernels.bias_blocks(p.query.dtype, dbias.shape)
+    batch, heads, q_len, kv_len = dbias.shape
+    blocks = kernels.bias_blocks(p.query.dtype, (batch, heads, q_len, kv_len))
     launch(kernels.bias_gradient(given(p)), place, blocks, dbias, *simt_inputs(p))
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fastattn.cuda.kernels import MOST_LENGTH
+
 FORMS = ("wgmma", "mma", "decode", "simt")
 HALVES = ("float16", "bfloat16")
 # Repeated here so that choosing imports no Numba; tests compare them with the kernels'.
@@ -18,7 +20,6 @@ MMA_GRADIENT_HEAD_DIMS = (64, 128)
 WGMMA_HEAD_DIMS = (64, 128)
 FEW_QUERIES = 16
 FEW_ROWS = 64  # queries times query heads per KV head
-MOST_LENGTH = 2**28  # positions and sides of windows are 32 bits wide
 TENSOR_CORES, HOPPER = (8, 0), (9, 0)
 
 

@@ -31,12 +31,15 @@ MOST_DROPPED = 2**32
 
 def on_device(asked: Options, place: Place) -> Options:
     """Return the options with the host's arrays in the device's memory."""
+
+    def moved(x: Any) -> Any:
+        return x if x is None or isinstance(x, DeviceArray) else upload(place, x)
+
     return asked._replace(
-        **{
-            name: upload(place, x)
-            for name in ("alibi_slopes", "sinks", "lengths", "offsets")
-            if (x := getattr(asked, name)) is not None and not isinstance(x, DeviceArray)
-        }
+        alibi_slopes=moved(asked.alibi_slopes),
+        sinks=moved(asked.sinks),
+        lengths=moved(asked.lengths),
+        offsets=moved(asked.offsets),
     )
 
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn._arguments import (
-    BFLOAT16_BITS,
     FLOAT_NAMES,
     MASK_NAMES,
     WIDEST,
@@ -25,7 +24,8 @@ from fastattn._arguments import (
     check,
     dropout,
 )
-from fastattn.cuda._arrays import DeviceArray, device_array, is_cuda_array, item_bytes
+from fastattn._arrays import BFLOAT16_BITS, is_cuda_array
+from fastattn.cuda._arrays import DeviceArray, device_array, item_bytes
 
 INTEGERS = ("int64", "int32", "int16", "int8", "uint32", "uint16", "uint8")
 Shape = tuple[int, ...]
@@ -38,10 +38,10 @@ class Options(NamedTuple):
     known: Sizes
     mask: DeviceArray | None
     bias: DeviceArray | None
-    alibi_slopes: DeviceArray | np.ndarray[Any, Any] | None
-    sinks: DeviceArray | np.ndarray[Any, Any] | None
-    lengths: DeviceArray | np.ndarray[Any, Any] | None  # one per batch element
-    offsets: DeviceArray | np.ndarray[Any, Any] | None
+    alibi_slopes: Any  # from here: on the GPU, or NumPy arrays of the host's, or None
+    sinks: Any
+    lengths: Any  # one per batch element
+    offsets: Any
     length: int  # of all, where not one per batch element
     offset: int
     left: int  # WIDEST if unlimited
@@ -86,9 +86,9 @@ def options(
 ) -> Options:
     """Check the options of a call on arrays of a GPU."""
     on_gpu = {}
-    for name, x, dtypes in (("mask", mask, MASK_NAMES), ("bias", bias, FLOAT_NAMES)):
+    for name, x, kinds in (("mask", mask, MASK_NAMES), ("bias", bias, FLOAT_NAMES)):
         if x is not None:
-            on_gpu[name] = device_array(name, x, stream, query, dtypes)
+            on_gpu[name] = device_array(name, x, stream, query, kinds)
     small = dict(zip(SMALL, (query_offset, kv_lengths, alibi_slopes, sinks), strict=True))
     for name, x in small.items():
         if (
@@ -96,7 +96,7 @@ def options(
             and not isinstance(x, int | float | list | np.ndarray)
             and is_cuda_array(x)
         ):
-            dtypes = INTEGERS if name in SMALL[:2] else FLOAT_NAMES
+            dtypes: tuple[str, ...] = INTEGERS if name in SMALL[:2] else FLOAT_NAMES
             on_gpu[name] = device_array(name, x, stream, query, dtypes)
     arrays = {"query": query, "key": key, "value": value, **on_gpu}
     facts = tuple((name, x.shape, x.dtype) for name, x in arrays.items())
@@ -195,7 +195,7 @@ class Problem(NamedTuple):
     offsets: DeviceArray | None
     options: Options
     first_batch: int  # the number of element 0 in the whole batch
-    more: tuple[DeviceArray | None, ...] = ()  # arrays of a gradient: as out, or as lse
+    more: tuple[Any, ...] = ()  # arrays of a gradient: as out, or as lse
 
     @property
     def batch(self) -> int:
@@ -224,7 +224,7 @@ def problems(
     batch_shape, known = asked.known.batch_shape, asked.known
     ndim = len(batch_shape)
     pairs = (*batch_shape, max(known.q_heads, 1), known.q_len, known.kv_len)
-    spread = [
+    spread: list[Any] = [
         None if x is None else broadcast(x, (*batch_shape, *x.shape[len(x.shape) - kept :]))
         for x, kept in (
             *((with_heads(x), 3) for x in (query, key, value, out)),
@@ -239,9 +239,10 @@ def problems(
     ]
     axes = joined(batch_shape, [x.strides[:ndim] for x in spread if x is not None])
     for place, first in axes.steps():
-        q, k, v, o, stats, mask, bias, slopes, lengths, offsets, *others = (
+        parts: list[Any] = [
             None if x is None else part(x, batch_shape, axes, place) for x in spread
-        )
+        ]
+        q, k, v, o, stats, mask, bias, slopes, lengths, offsets, *others = parts
         yield Problem(
             q, k, v, o, stats, mask, bias, slopes, asked.sinks, lengths, offsets, asked, first,
             tuple(others),

@@ -141,7 +141,9 @@ def op(
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         pairs = iter(zip(values, signature.args, strict=True))
-        inputs, tied, stores = [], [], []
+        inputs: list[Any] = []
+        tied: list[Any] = []
+        stores: list[tuple[Operand, list[Any]]] = []
         for x in parsed:
             if x.kind == "scalar":
                 inputs.append(next(pairs)[0])

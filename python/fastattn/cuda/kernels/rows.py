@@ -16,7 +16,6 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from fastattn.cuda.kernels import MOST_LENGTH, UNLIMITED
 from fastattn.cuda.ptx import (
     both,
     ex2,

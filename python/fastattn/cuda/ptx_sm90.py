@@ -199,10 +199,10 @@ give_registers = {
 add_shared_int32 = op(  # atomic; returns what was there before
     "add_shared_int32", "atom.shared.add.u32 %d, [%s], %v;", "d:return:r s:r v:r", memory=True
 )
-add_float32_2_if = op(  # x, y to two neighbouring float32, without returning
-    "add_float32_2_if",
-    "{ .reg .pred p; setp.ne.b32 p, %c, 0; @p red.relaxed.gpu.global.add.v2.f32 [%g], {%x, %y}; }",
-    "c:r g:l x:f y:f",
+add_float32_2 = op(  # x, y to two neighbouring float32, without returning
+    "add_float32_2",
+    "red.relaxed.gpu.global.add.v2.f32 [%g], {%x, %y};",
+    "g:l x:f y:f",
     memory=True,
 )
 
@@ -219,3 +219,4 @@ store_16_if = op(
     "c:r g:l v:in:r4",
     memory=True,
 )
+load_float32_4 = op("load_float32_4", "ld.global.v4.f32 %d, [%g];", "d:out:f4 g:l", memory=True)

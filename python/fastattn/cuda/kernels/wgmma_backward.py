@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradients on Hopper's tensor cores: TMA, asynchronous `wgmma`, float16 and bfloat16.
+
+The form of FlashAttention-3 [1]_. A block owns 128 keys of a key head and visits the queries that
+see any of them, 64 at a time. One warpgroup fetches: keys and values once, then queries, grad_out
+and their two numbers per row, two tiles of each in shared memory. Two warpgroups compute, each for
+64 of the keys; scores are taken transposed, keys down and queries across, so that P and dS leave
+one product in the very registers where the next one wants its left factor::
+
+    S' = K Q'    dP' = V dO'    P' = 2 ** (S' * scale_log2 - lse2)    dS' = P' (dP' - delta)
+    dV += P' dO          dK += dS' Q          dQ += dS K
+
+dK and dV stay in registers to the end and are added up in a fixed order, over the query heads of
+the group too. dQ is the sum over blocks: its dS goes through shared memory, to be read the other
+way round, and the product is added to a float32 array in device memory in whatever order blocks
+come. Where the bits of dq must repeat, `with_dq=False` leaves it to another kernel; `round_dq`
+makes dq of that array.
+
+Read `mma.py` first. Called by `_backward.py`; what it reads of rows, lse2 and delta, comes from
+`simt_backward.prepare`. `ptx_sm90.py` says how matrices lie in shared memory.
+
+.. [1] J. Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and
+   Low-precision", 2024, https://arxiv.org/abs/2407.08608
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numba import cuda
+
+from fastattn.cuda import ptx
+from fastattn.cuda.kernels import Kernel
+from fastattn.cuda.kernels.rows import (
+    LOWEST,
+    UNLIMITED,
+    device_function,
+    f32,
+    i32,
+    i64,
+    own_number,
+    scores,
+    sums,
+)
+from fastattn.cuda.ptx import (
+    any_in_block,
+    both,
+    elect,
+    ex2,
+    load_shared_float32_2,
+    maximum,
+    minimum,
+    select,
+    shared_address,
+    store_int32,
+    store_int32_if,
+    store_shared_int32,
+    uniform,
+)
+from fastattn.cuda.ptx_sm90 import (
+    add_float32_2,
+    bulk_load,
+    descriptor,
+    fence_mbarrier_init,
+    fence_proxy_async,
+    give_registers,
+    load_float32_4,
+    mbarrier_arrive,
+    mbarrier_expect,
+    mbarrier_init,
+    mbarrier_wait,
+    named_or,
+    named_sync,
+    store_16_if,
+    take_registers,
+    tma_load_4d,
+    wgmma_registers,
+    wgmma_shared,
+    wgmma_wait,
+)
+
+KEYS = 128  # of a block
+QUERIES = 64  # of a step
+ROWS = 128  # that lse2 and delta are padded to, and that share a flag of dq
+PANEL = 64  # columns of a box of a tensor map: 128 bytes
+COMPUTING = 2  # warpgroups, KEYS / COMPUTING keys each: a product has 64 rows
+STAGES = 2  # tiles of queries in shared memory
+TOGETHER_BYTES = 2**25  # of the second-level cache, 50 MB, for what blocks at work share
+SIGNATURE = (*(i64,) * 12, *(i32,) * 10, *(i64,) * 6, *(f32,) * 3)
+ROUND_SIGNATURE = (i64, i64, i64, i32, i32, i64, i64, i64)
+
+
+def padded_rows(q_len: int) -> int:
+    """Return how many rows lse2 and delta have for each head."""
+    return -(-q_len // ROWS) * ROWS
+
+
+def blocks(batch: int, kv_heads: int, kv_len: int) -> int:
+    """Return the size of the grid of `backward`, and of its flags."""
+    return batch * kv_heads * -(-kv_len // KEYS)
+
+
+def round_blocks(batch: int, heads: int, q_len: int) -> int:
+    """Return the size of the grid of `round_dq`, and of its flags."""
+    return batch * heads * -(-q_len // ROWS)
+
+
+def heads_together(batch: int, kv_heads: int, group: int, q_len: int, head_dim: int) -> int:
+    """Return the argument `together` of `backward`: key heads whose queries fit in the cache.
+
+    Blocks of a head all read its queries and grad_out, 2 bytes a number, and add to its dq, 4.
+    """
+    bytes_per_head = group * q_len * head_dim * (2 + 2 + 4)
+    return max(1, min(batch * kv_heads, TOGETHER_BYTES // max(1, bytes_per_head)))
+
+
+@functools.cache
+def backward(
+    dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool = True
+) -> Kernel:
+    """Return the kernel for dk and dv, and a sum of float32 that becomes dq.
+
+    Its grid is `blocks`. Arguments, strides in elements:
+
+    query, key, value, grad_out
+        Tensor maps of four axes: head_dim, row, head, batch; boxes of 64 columns and, for query
+        and grad_out, QUERIES rows, for key and value, KEYS; 128-byte swizzle, zeros beyond.
+    lse2, delta
+        Addresses, float32 (batch, heads, padded_rows(q_len)): lse * log2(e), or +inf for a row
+        that sees nothing and beyond q_len; the sum of grad_out * out less grad_lse.
+    dq
+        Address, float32 (batch, heads, q_len, head_dim), contiguous and zero; 0 if not with_dq.
+    dk, dv
+        Addresses. The last axis is contiguous.
+    flags
+        Address, int32 (batch, kv_heads, key tiles): becomes 1 where a row of dk or dv is not
+        finite, else 0; or 0 for none.
+    lengths, offsets
+        Addresses, int64 (batch,), or 0: then the numbers length and offset count.
+    q_len, kv_len, batch, kv_heads, group
+        Sizes, at most `rows.MOST_LENGTH`; group is the number of query heads per key head.
+    together
+        How many key heads are worked on at a time; see `heads_together`.
+    left, right, length, offset
+        Query i sees the keys from i + offset - left to i + offset + right, below length.
+    dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row
+        Strides.
+    scale_log2, cap_factor, scale
+        scale * log2(e), 0 and scale. softcapped: softcap * log2(e), 2 * log2(e) * scale / softcap
+        and scale.
+    """
+    panels = head_dim // PANEL
+    q_panel, k_panel = QUERIES * 128, KEYS * 128  # bytes
+    q_bytes, k_bytes = q_panel * panels, k_panel * panels
+    ds_bytes = KEYS * QUERIES * 2 if with_dq else 0
+    row_bytes = QUERIES * 4  # of lse2, or delta, of a tile
+    # Shared memory: keys, values, then two each of queries, grad_out, dS, the rows' numbers.
+    v_at = k_bytes
+    q_at = v_at + k_bytes
+    do_at = q_at + STAGES * q_bytes
+    ds_at = do_at + STAGES * q_bytes
+    rows_at = ds_at + STAGES * ds_bytes
+    keys_here = rows_at + STAGES * 2 * row_bytes  # barriers
+    tile_here = keys_here + 8
+    tile_free = tile_here + 8 * STAGES
+    shared_bytes = tile_free + 8 * STAGES + 1024  # to begin on a multiple of 1024
+
+    dq_columns = head_dim // COMPUTING  # of a warpgroup
+    columns_at = k_panel if dq_columns == PANEL else dq_columns * 2  # the second one's, in keys
+    s_count, o_count, dq_count, pair_count = QUERIES // 2, head_dim // 2, dq_columns // 2, QUERIES // 4
+    s_tiles, o_tiles, dq_tiles = QUERIES // 8, head_dim // 8, dq_columns // 8
+    kind = f"{dtype}_{head_dim}"
+
+    def along(panel):
+        return [k % 4 * 32 + k // 4 * panel for k in range(head_dim // 16)]
+
+    def down(rows):
+        return [k * 2048 for k in range(rows // 16)]
+
+    times_queries = wgmma_shared(
+        f"times_queries_{kind}", QUERIES, dtype, along(k_panel), along(q_panel)
+    )
+    add_product = wgmma_registers(
+        f"add_product_{kind}", head_dim, dtype, down(QUERIES), b_trans=True
+    )
+    times_keys = wgmma_shared(
+        f"times_keys_{kind}", dq_columns, dtype, down(KEYS), down(KEYS), a_trans=True, b_trans=True
+    )
+    s_array, o_array, pairs = f"f{s_count}", f"f{o_count}", f"r{pair_count}"
+    wait_scores = wgmma_wait(f"wait_scores_{kind}", 1, s_array)
+    wait_dv_dq = wgmma_wait(f"wait_dv_dq_{kind}", 1, o_array, pairs, f"f{dq_count}")
+    wait_dv = wgmma_wait(f"wait_dv_{kind}", 1, o_array, pairs)
+    wait_dk = wgmma_wait(f"wait_dk_{kind}", 0, o_array, pairs)
+    # K-major; MN-major with columns in panels of queries, or of keys.
+    along_rows, down_queries, down_keys = descriptor(), descriptor(q_panel), descriptor(k_panel)
+    down_ds = descriptor()  # one panel
+
+    pair = ptx.pack[dtype]
+    softcap = scores(1, s_tiles).softcap
+    not_finite = sums(1, o_tiles).not_finite
+    give_up, take = give_registers[24], take_registers[240]
+
+    @device_function
+    def hide(x, key, query, q_len, length, offset, left, right, hidden):
+        """Replace what query does not see of key; both are those of the thread's first element."""
+        for h in range(2):
+            row = key + i32(8 * h)
+            first = row - offset - right
+            end = select(row < length, minimum(q_len, row - offset + left + i32(1)), first)
+            for j in range(s_tiles):
+                for e in range(2):
+                    at = j * 4 + h * 2 + e
+                    column = query + i32(j * 8 + e)
+                    x[at] = select(both(column >= first, column < end), x[at], hidden)
+
+    def differentiate(
+        query, key, value, grad_out, lse2, delta, dq, dk, dv, flags, lengths, offsets,
+        q_len, kv_len, batch, kv_heads, group, together, left, right, length, offset,
+        dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+        scale_log2, cap_factor, scale,
+    ):  # fmt: skip
+        # ---- which keys: `together` heads at a time, of these first the tiles that most see
+        k_tiles = (kv_len + i32(KEYS - 1)) // i32(KEYS)
+        block = i32(cuda.blockIdx.x)
+        first_pair = block // (together * k_tiles) * together
+        pairs_here = minimum(together, batch * kv_heads - first_pair)
+        rest = block - first_pair * k_tiles
+        k_tile = rest // pairs_here
+        pair_number = first_pair + rest - k_tile * pairs_here
+        if right > left:
+            k_tile = k_tiles - i32(1) - k_tile
+        item = pair_number // kv_heads
+        kv_head = pair_number - item * kv_heads
+        length = own_number(lengths, item, length, i32(0), kv_len)
+        offset = own_number(offsets, item, offset, i32(-UNLIMITED), i32(UNLIMITED))
+
+        # ---- which tiles of queries see any of them, in each head of the group
+        first_key = k_tile * i32(KEYS)
+        end_key = minimum(first_key + i32(KEYS), length)
+        from_tile = maximum(first_key - offset - right, i32(0)) // i32(QUERIES)
+        end_query = maximum(minimum(end_key - offset + left, q_len), i32(0))
+        to_tile = (end_query + i32(QUERIES - 1)) // i32(QUERIES)
+        tile = from_tile
+        head = kv_head * group
+        end_head = head + group
+        if end_key <= first_key or to_tile <= from_tile:
+            end_head = head
+        stage = i32(0)
+
+        thread = i32(cuda.threadIdx.x)
+        warpgroup = uniform(thread >> i32(7))
+        shared = shared_address(cuda.shared.array(0, dtype=np.int32))
+        shared = (shared + i32(1023)) & i32(-1024)
+        if elect(thread == i32(0)):
+            mbarrier_init(shared + i32(keys_here), 1)
+            for i in range(STAGES):
+                mbarrier_init(shared + i32(tile_here + 8 * i), 1)
+                mbarrier_init(shared + i32(tile_free + 8 * i), COMPUTING)
+            fence_mbarrier_init()
+        cuda.syncthreads()
+
+        if warpgroup == i32(COMPUTING):  # ---- the one that fetches
+            give_up()
+            if elect(thread == i32(COMPUTING * 128)):
+                mbarrier_expect(shared + i32(keys_here), 2 * k_bytes)
+                for p in range(panels):
+                    to = shared + i32(p * k_panel)
+                    here = shared + i32(keys_here)
+                    tma_load_4d(to, key, p * PANEL, first_key, kv_head, item, here)
+                    tma_load_4d(to + i32(v_at), value, p * PANEL, first_key, kv_head, item, here)
+                parity = i32(1)
+                rows = (q_len + i32(ROWS - 1)) & i32(-ROWS)
+                while head < end_head:
+                    here = shared + i32(tile_here) + stage * i32(8)
+                    row = tile * i32(QUERIES)
+                    mbarrier_wait(shared + i32(tile_free) + stage * i32(8), parity)
+                    mbarrier_expect(here, 2 * q_bytes + 2 * row_bytes)
+                    for p in range(panels):
+                        to = shared + i32(q_at + p * q_panel) + stage * i32(q_bytes)
+                        tma_load_4d(to, query, p * PANEL, row, head, item, here)
+                        to += i32(do_at - q_at)
+                        tma_load_4d(to, grad_out, p * PANEL, row, head, item, here)
+                    at = (i64(item * kv_heads * group + head) * i64(rows) + i64(row)) * i64(4)
+                    to = shared + i32(rows_at) + stage * i32(2 * row_bytes)
+                    bulk_load(to, lse2 + at, row_bytes, here)
+                    bulk_load(to + i32(row_bytes), delta + at, row_bytes, here)
+                    stage += i32(1)
+                    if stage == i32(STAGES):
+                        stage = i32(0)
+                        parity = parity ^ i32(1)
+                    tile += i32(1)
+                    if tile == to_tile:
+                        tile = from_tile
+                        head += i32(1)
+        else:  # ---- those that compute
+            take()
+            own_thread = thread & i32(127)
+            lane = thread & i32(31)
+            own_row = ((own_thread >> i32(5)) << i32(4)) + (lane >> i32(2))
+            own_column = (lane & i32(3)) << i32(1)
+            s = cuda.local.array(s_count, dtype=np.float32)  # then P
+            dp = cuda.local.array(s_count, dtype=np.float32)  # then dS
+            dk_sum = cuda.local.array(o_count, dtype=np.float32)
+            dv_sum = cuda.local.array(o_count, dtype=np.float32)
+            dq_part = cuda.local.array(dq_count, dtype=np.float32)
+            p_pairs = cuda.local.array(pair_count, dtype=np.int32)
+            ds_pairs = cuda.local.array(pair_count, dtype=np.int32)
+            two = cuda.local.array(2, dtype=np.float32)  # numbers of two queries
+            for i in range(o_count):
+                dk_sum[i] = f32(0)
+                dv_sum[i] = f32(0)
+
+            own_keys = shared + warpgroup * i32(64 * 128)
+            k_matrix = i64(along_rows) | i64(own_keys >> i32(4))
+            v_matrix = i64(along_rows) | i64((own_keys + i32(v_at)) >> i32(4))
+            q_matrix = i64(along_rows) | i64((shared + i32(q_at)) >> i32(4))
+            q_down = i64(down_queries) | i64((shared + i32(q_at)) >> i32(4))
+            k_down = i64(down_keys) | i64((shared + warpgroup * i32(columns_at)) >> i32(4))
+            ds_down = i64(down_ds) | i64((shared + i32(ds_at)) >> i32(4))
+            to_do = i64((do_at - q_at) >> 4)  # from queries to grad_out
+            in_block = warpgroup * i32(64) + own_row
+            own_key = first_key + in_block
+            ds_write = shared + i32(ds_at) + in_block * i32(128) + own_column * i32(2)
+            ds_write += (in_block & i32(7)) << i32(4)  # swizzled: chunk j is at ds_write ^ 16 j
+            dq_from = dq + i64(warpgroup * i32(dq_columns) + own_column) * i64(4)
+
+            # Tiles of queries that see all of this warpgroup's keys need no mask.
+            own_first = first_key + warpgroup * i32(64)
+            whole_from = maximum(own_first + i32(63 + QUERIES - 1) - offset - right, i32(0))
+            whole_from = whole_from // i32(QUERIES)
+            whole_to = minimum(maximum(own_first + i32(1) - offset + left, i32(0)), q_len)
+            whole_to = whole_to // i32(QUERIES)
+            if own_first + i32(64) > length:
+                whole_to = i32(0)
+
+            mbarrier_wait(shared + i32(keys_here), 0)
+            parity = i32(0)
+            while head < end_head:
+                row = tile * i32(QUERIES)
+                masked = tile < whole_from or tile >= whole_to
+                mbarrier_wait(shared + i32(tile_here) + stage * i32(8), parity)
+                in_stage = i64(stage * i32(q_bytes >> 4))
+                times_queries(s, 0, k_matrix, q_matrix + in_stage)
+                times_queries(dp, 0, v_matrix, q_matrix + in_stage + to_do)
+
+                wait_scores(s, 0)
+                numbers = shared + i32(rows_at) + stage * i32(2 * row_bytes) + own_column * i32(4)
+                if softcapped:
+                    softcap(s, cap_factor)
+                    if masked:
+                        hide(
+                            s, own_key, row + own_column, q_len, length, offset, left, right,
+                            f32(LOWEST),
+                        )  # fmt: skip
+                for j in range(s_tiles):
+                    load_shared_float32_2(two, 0, numbers + i32(j * 32))
+                    for h in range(2):
+                        at = j * 4 + h * 2
+                        p0 = ex2(s[at] * scale_log2 - two[0])
+                        p1 = ex2(s[at + 1] * scale_log2 - two[1])
+                        if softcapped:  # P goes to dV; dS wants it times the slope of the cap
+                            p_pairs[j * 2 + h] = pair(p0, p1)
+                            s[at] = p0 - p0 * s[at] * s[at]
+                            s[at + 1] = p1 - p1 * s[at + 1] * s[at + 1]
+                        else:
+                            s[at] = p0
+                            s[at + 1] = p1
+                if not softcapped:
+                    if masked:
+                        hide(
+                            s, own_key, row + own_column, q_len, length, offset, left, right,
+                            f32(0),
+                        )  # fmt: skip
+                    for j in range(s_tiles):
+                        for h in range(2):
+                            at = j * 4 + h * 2
+                            p_pairs[j * 2 + h] = pair(s[at], s[at + 1])
+                add_product(dv_sum, 0, p_pairs, 0, q_down + in_stage + to_do)
+
+                wait_scores(dp, 0)
+                for j in range(s_tiles):
+                    load_shared_float32_2(two, 0, numbers + i32(row_bytes + j * 32))
+                    for h in range(2):
+                        for e in range(2):
+                            at = j * 4 + h * 2 + e
+                            dp[at] = s[at] * (dp[at] - two[e])
+                if masked:  # P is 0 there, but dP may be anything
+                    hide(
+                        dp, own_key, row + own_column, q_len, length, offset, left, right, f32(0)
+                    )
+                for j in range(s_tiles):
+                    for h in range(2):
+                        at = j * 4 + h * 2
+                        ds_pairs[j * 2 + h] = pair(dp[at], dp[at + 1])
+                if with_dq:
+                    # Written while the other warpgroup may still read the stage before this one.
+                    ds_to = ds_write + stage * i32(ds_bytes)
+                    for j in range(s_tiles):
+                        for h in range(2):
+                            at = (ds_to ^ i32(j * 16)) + i32(h * 8 * 128)
+                            store_shared_int32(at, ds_pairs[j * 2 + h])
+                    fence_proxy_async()
+                    named_sync(1, COMPUTING * 128)
+                    times_keys(dq_part, 0, ds_down + i64(stage * i32(ds_bytes >> 4)), k_down)
+                    add_product(dk_sum, 0, ds_pairs, 0, q_down + in_stage)
+                    wait_dv_dq(dv_sum, 0, p_pairs, 0, dq_part, 0)
+                    heads_before = i64(item * kv_heads * group + head)
+                    for h in range(2):
+                        # Beyond the last row lie zeros: the last one may have them too.
+                        to_row = minimum(row + own_row + i32(h * 8), q_len - i32(1))
+                        to = heads_before * i64(q_len) + i64(to_row)
+                        to = dq_from + to * i64(head_dim * 4)
+                        for j in range(dq_tiles):
+                            at = j * 4 + h * 2
+                            x, y = dq_part[at] * scale, dq_part[at + 1] * scale
+                            add_float32_2(to + i64(j * 32), x, y)
+                else:
+                    add_product(dk_sum, 0, ds_pairs, 0, q_down + in_stage)
+                    wait_dv(dv_sum, 0, p_pairs, 0)
+                wait_dk(dk_sum, 0, ds_pairs, 0)
+                if elect(own_thread == i32(0)):
+                    mbarrier_arrive(shared + i32(tile_free) + stage * i32(8))
+                stage += i32(1)
+                if stage == i32(STAGES):
+                    stage = i32(0)
+                    parity = parity ^ i32(1)
+                tile += i32(1)
+                if tile == to_tile:
+                    tile = from_tile
+                    head += i32(1)
+
+            # ---- what is left: scale, and store
+            for i in range(o_count):
+                dk_sum[i] = dk_sum[i] * scale
+            for h in range(2):
+                row = own_key + i32(h * 8)
+                dk_to = i64(item) * dk_batch + i64(kv_head) * dk_head + i64(row) * dk_row
+                dk_to = dk + (dk_to + i64(own_column)) * i64(2)
+                dv_to = i64(item) * dv_batch + i64(kv_head) * dv_head + i64(row) * dv_row
+                dv_to = dv + (dv_to + i64(own_column)) * i64(2)
+                for j in range(o_tiles):
+                    at = j * 4 + h * 2
+                    dk_pair = pair(dk_sum[at], dk_sum[at + 1])
+                    dv_pair = pair(dv_sum[at], dv_sum[at + 1])
+                    store_int32_if(row < kv_len, dk_to + i64(j * 16), dk_pair)
+                    store_int32_if(row < kv_len, dv_to + i64(j * 16), dv_pair)
+            if flags != i64(0):
+                nothing = not_finite(dk_sum) + not_finite(dv_sum)
+                found = named_or(1, COMPUTING * 128, select(nothing == f32(0), i32(0), i32(1)))
+                if elect(thread == i32(0)):
+                    store_int32(flags + i64(pair_number * k_tiles + k_tile) * i64(4), found)
+
+    name = f"fastattn_wgmma_backward_{dtype}_{head_dim}"
+    name += ("_softcap" if softcapped else "") + ("" if with_dq else "_without_dq")
+    differentiate.__name__ = name
+    return Kernel(
+        name=name,
+        function=differentiate,
+        signature=SIGNATURE,
+        threads=(COMPUTING + 1) * 128,
+        shared_bytes=shared_bytes,
+        tensor_maps=(0, 1, 2, 3),
+        needs=(9, 0),
+    )
+
+
+@functools.cache
+def round_dq(dtype: str, head_dim: int) -> Kernel:
+    """Return the kernel that rounds the sum of `backward` to dq.
+
+    Its grid is `round_blocks`. Arguments, strides in elements, multiples of 8:
+
+    source
+        Address, float32 (batch, heads, q_len, head_dim), contiguous.
+    dq
+        Address, on a multiple of 16 bytes. The last axis is contiguous.
+    flags
+        Address, int32 (batch, heads, tiles of ROWS queries): becomes 1 where a row is not finite,
+        else 0; or 0 for none.
+    q_len, heads
+        Sizes.
+    dq_batch, dq_head, dq_row
+        Strides.
+    """
+    threads = 256
+    chunks = head_dim // 8  # of a row: what a thread rounds at a time
+    rows_at_once = threads // chunks
+    turns = ROWS // rows_at_once
+    pair = ptx.pack[dtype]
+
+    def round_rows(source, dq, flags, q_len, heads, dq_batch, dq_head, dq_row):
+        tiles = (q_len + i32(ROWS - 1)) // i32(ROWS)
+        block = i32(cuda.blockIdx.x)
+        pair_number = block // tiles
+        tile = block - pair_number * tiles
+        item = pair_number // heads
+        head = pair_number - item * heads
+        thread = i32(cuda.threadIdx.x)
+        first = tile * i32(ROWS) + thread // i32(chunks)
+        column = thread % i32(chunks) * i32(8)
+        x = cuda.local.array(8, dtype=np.float32)
+        packed = cuda.local.array(4, dtype=np.int32)
+        nothing = f32(0)
+        for i in range(turns):
+            row = first + i32(i * rows_at_once)
+            inside = minimum(row, q_len - i32(1))
+            at = (i64(pair_number) * i64(q_len) + i64(inside)) * i64(head_dim) + i64(column)
+            load_float32_4(x, 0, source + at * i64(4))
+            load_float32_4(x, 4, source + at * i64(4) + i64(16))
+            for k in range(4):
+                nothing += x[2 * k] * f32(0) + x[2 * k + 1] * f32(0)
+                packed[k] = pair(x[2 * k], x[2 * k + 1])
+            at = i64(item) * dq_batch + i64(head) * dq_head + i64(row) * dq_row + i64(column)
+            store_16_if(row < q_len, dq + at * i64(2), packed, 0)
+        if flags != i64(0):
+            found = any_in_block(select(nothing == f32(0), i32(0), i32(1)))
+            if elect(thread == i32(0)):
+                store_int32(flags + i64(block) * i64(4), found)
+
+    name = f"fastattn_round_dq_{dtype}_{head_dim}"
+    round_rows.__name__ = name
+    return Kernel(
+        name=name, function=round_rows, signature=ROUND_SIGNATURE, threads=threads, needs=(8, 0)
+    )

@@ -397,15 +397,13 @@ class Warpgroup(cuda_emulator.Group):
         word += np.int32(v)
         return before
 
-    def do_add_float32_2_if(self, c, g, x, y):
-        where = self.spread(c, bool)
-        if np.any(self.spread(g)[where] % 8):
+    def do_add_float32_2(self, g, x, y):
+        address = self.spread(g)
+        if np.any(address % 8):
             raise Fault("red.v2.f32 at an address that is no multiple of 8")
         for shift, value in ((0, x), (4, y)):
-            if where.any():
-                target, at = self.block.memory.locate(self.spread(g)[where] + shift)
-                values = self.floats(value)[where]
-                np.add.at(target.view(np.float32), at // 4, values)
+            target, at = self.block.memory.locate(address + shift)
+            np.add.at(target.view(np.float32), at // 4, self.floats(value))
 
     def do_quotient(self, x, y):
         if np.any(np.asarray(x) < 0) or np.any(np.asarray(y) <= 0):
@@ -424,6 +422,11 @@ class Warpgroup(cuda_emulator.Group):
                 raise Fault("a store of 16 bytes at an address that is no multiple of 16")
             words = np.stack([v[v_at + i] for i in range(4)], 1)[where]
             target[at[:, None] + np.arange(16)] = words.view(np.uint8).reshape(-1, 16)
+
+    def do_load_float32_4(self, d, d_at, g):
+        numbers = self.block.memory.read(self.spread(g), 16).view(np.float32)
+        for i in range(4):
+            d[d_at + i] = numbers[:, i]
 
     # ---- products
     def do_shared_address(self, _):

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backward kernel for Hopper, in the emulator: gradients, what is hidden, flags, and faults."""
+
+import itertools
+import types
+from pathlib import Path
+
+import cuda_emulator
+import cuda_emulator_sm90
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import EXTRA_ULPS, assert_same_bits, make_problem
+from cuda_emulator_sm90 import TensorMap, Timing
+from numpy.testing import assert_array_equal
+from test_backward import Formula
+
+from fastattn import attention, reference
+from fastattn.cuda.kernels import wgmma_backward
+from fastattn.cuda.kernels.rows import UNLIMITED
+
+NAN, INF = np.nan, np.inf
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+LOG2E = float(np.log2(np.e))
+
+
+def strided(array):
+    """Return the same numbers, heads innermost but one: as many models lay them out."""
+    return np.ascontiguousarray(array.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+
+
+class Problem:
+    """Inputs of the kernel, and what the call before it left."""
+
+    def __init__(self, dtype, head_dim, q_len, kv_len, heads=1, kv_heads=1, batch=1, **options):
+        self.dtype, self.head_dim, self.options = dtype, head_dim, options
+        self.operands = make_problem(
+            q_len, kv_len, head_dim,
+            heads=heads, kv_heads=kv_heads, batch=(batch,), dtype=DTYPES[dtype],
+        )  # fmt: skip
+        self.finish()
+
+    def finish(self):
+        """Compute what depends on the operands."""
+        self.formula = Formula(self.operands, self.options, 1, np.float64)
+        self.grad_out = self.formula.grad_out.astype(DTYPES[self.dtype])
+        self.out, self.lse = attention(*self.operands, return_lse=True, **self.options)
+
+    def rows(self):
+        """Return lse2 and delta, as `simt_backward.prepare` leaves them."""
+        batch, heads, q_len, _ = self.operands[0].shape
+        shape = (batch, heads, wgmma_backward.padded_rows(q_len))
+        lse2, delta = np.full(shape, INF, np.float32), np.zeros(shape, np.float32)
+        lse2[..., :q_len] = np.where(np.isneginf(self.lse), INF, self.lse * np.float32(LOG2E))
+        product = self.grad_out.astype(np.float32) * self.out.astype(np.float32)
+        delta[..., :q_len] = product.sum(-1) - self.formula.grad_lse[..., 0].astype(np.float32)
+        return lse2, delta
+
+    def span(self):
+        """Return left, right, length, offset, lengths and offsets of the options."""
+        options = self.options
+        left, right = options.get("window") or (None, None)
+        if options.get("is_causal"):
+            right = 0
+        left, right = (UNLIMITED if x is None else x for x in (left, right))
+        lengths, offset = options.get("kv_lengths"), options.get("query_offset", 0)
+        length, offsets = self.operands[1].shape[2], None
+        if np.ndim(offset):
+            offset, offsets = 0, offset
+        return left, right, length, offset, lengths, offsets
+
+
+def run(problem, module=wgmma_backward, *, with_dq=True, timing=None, together=None):
+    """Return dq, as a sum of float32, dk, dv and flags."""
+    query, key, value = problem.operands
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    group = heads // kv_heads
+    softcap = problem.options.get("softcap")
+    kernel = module.backward(problem.dtype, head_dim, softcap is not None, with_dq)
+    memory = cuda_emulator.Memory()
+    maps = [TensorMap(strided(x), n) for x, n in ((query, 64), (key, 128), (value, 128))]
+    maps.append(TensorMap(strided(problem.grad_out), 64))
+    lse2, delta = problem.rows()
+    dq = np.zeros(query.shape, np.float32)
+    tiles = -(-kv_len // 128)
+    flags = np.full((batch, kv_heads, tiles), -1, np.int32)
+    # Rows of dk lie as heads do not: (batch, row, head, column).
+    dk = np.full((batch, kv_len, kv_heads, head_dim), NAN, key.dtype)
+    dv = np.full((batch, kv_heads, kv_len, head_dim), NAN, key.dtype)
+    left, right, length, offset, lengths, offsets = problem.span()
+    own = [None if x is None else np.asarray(x, np.int64) for x in (lengths, offsets)]
+    scale = problem.options.get("scale") or head_dim**-0.5
+    factors = (scale * LOG2E, 0.0)
+    if softcap is not None:
+        factors = (softcap * LOG2E, 2 * LOG2E * scale / softcap)
+    if together is None:
+        together = module.heads_together(batch, kv_heads, group, q_len, head_dim)
+    blocks = module.blocks(batch, kv_heads, kv_len)
+    arguments = (
+        *maps,
+        *map(memory.place, (lse2, delta, dq, dk, dv, flags)),
+        *(0 if x is None else memory.place(x) for x in own),
+        q_len, kv_len, batch, kv_heads, group, together, left, right, length, offset,
+        kv_len * kv_heads * head_dim, head_dim, kv_heads * head_dim,
+        kv_heads * kv_len * head_dim, kv_len * head_dim, head_dim,
+        *map(np.float32, (*factors, scale)),
+    )  # fmt: skip
+    cuda_emulator_sm90.run(kernel, blocks, arguments, memory, timing)
+    return dq, dk.transpose(0, 2, 1, 3), dv, flags
+
+
+def assert_within_gate(problem, got):
+    """Assert FlashAttention's rule, as `test_backward.assert_gradients_within_gate` does."""
+    operands, options, exactly = problem.operands, problem.options, problem.formula
+    truth = reference.attention_backward(
+        problem.grad_out, *operands, problem.out, problem.lse,
+        grad_lse=problem.formula.grad_lse[..., 0], compute_dtype=np.float64, **options,
+    )  # fmt: skip
+    plain = Formula(operands, options, 1, np.float32).gradients(operands[0].dtype)
+    eps = np.finfo(np.float32).eps
+    score = np.abs(problem.lse[np.isfinite(problem.lse)]).max(initial=exactly.largest_score)
+    names = ("dq", "dk", "dv")
+    for name, grad, rough, exact, magnitude in zip(
+        names, got, plain, truth, exactly.magnitudes(), strict=True
+    ):
+        assert grad.shape == exact.shape
+        ulp = EXTRA_ULPS * eps + ml_dtypes.finfo(operands[0].dtype).eps
+        grad, rough, exact = (x.astype(np.float64) for x in (grad, rough, exact))
+        assert np.isfinite(grad).all(), name
+        error, rough_error = (np.abs(x - exact).max(initial=0) for x in (grad, rough))
+        rounding = ulp * np.abs(exact).max(initial=0)
+        assert error <= 2 * max(rough_error, score * eps * magnitude) + rounding, name
+
+
+every_kernel = pytest.mark.parametrize(
+    ("dtype", "head_dim"), list(itertools.product(DTYPES, (64, 128)))
+)
+CASES = {
+    "one": {"q_len": 1, "kv_len": 1},
+    "whole tiles": {"q_len": 64, "kv_len": 128},
+    "ragged": {"q_len": 129, "kv_len": 65, "heads": 2, "kv_heads": 2},
+    "few queries": {"q_len": 3, "kv_len": 300},
+    "causal": {"q_len": 200, "kv_len": 200, "is_causal": True},
+    "causal, offset": {"q_len": 70, "kv_len": 150, "is_causal": True, "query_offset": 77},
+    "rows that see nothing": {"q_len": 130, "kv_len": 140, "is_causal": True, "query_offset": -70},
+    "window": {"q_len": 260, "kv_len": 260, "window": (70, 9)},
+    "diagonal": {"q_len": 100, "kv_len": 150, "window": (0, 0), "query_offset": 20},
+    "window to the right": {"q_len": 150, "kv_len": 270, "window": (3, None), "query_offset": 40},
+    "wide band": {"q_len": 320, "kv_len": 130, "window": (190, 260), "query_offset": -90},
+    "lengths": {"q_len": 90, "kv_len": 140, "batch": 3, "kv_lengths": np.array([0, 131, 77])},
+    "offsets": {
+        "q_len": 90, "kv_len": 140, "batch": 3, "is_causal": True,
+        "query_offset": np.array([-45, 0, 63]), "kv_lengths": np.array([140, 20, 128]),
+    },
+    "groups": {"q_len": 70, "kv_len": 60, "heads": 6, "kv_heads": 2, "batch": 2},
+    "groups, causal": {
+        "q_len": 130, "kv_len": 130, "heads": 3, "is_causal": True, "scale": 0.3,
+    },
+    "softcap": {"q_len": 100, "kv_len": 140, "softcap": 1.5, "scale": 0.4},
+    "softcap, edges": {
+        "q_len": 100, "kv_len": 140, "softcap": 30.0, "batch": 2, "kv_lengths": np.array([129, 64]),
+        "window": (40, 30), "query_offset": 10,
+    },
+    "wide softcap": {"q_len": 64, "kv_len": 100, "softcap": 1e5},
+    "negative scale": {"q_len": 80, "kv_len": 80, "is_causal": True, "scale": -0.2},
+}  # fmt: skip
+
+
+@every_kernel
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(case, dtype, head_dim):
+    problem = Problem(dtype, head_dim, **CASES[case])
+    *gradients, flags = run(problem)
+    assert_within_gate(problem, gradients)
+    assert (flags == 0).all()
+
+
+@every_kernel
+def test_what_runs_when_does_not_matter(dtype, head_dim):
+    problem = Problem(dtype, head_dim, 140, 100, heads=2, is_causal=True, query_offset=-10)
+    _, dk, dv, _ = run(problem)
+    for timing in (Timing(early_products=True), Timing(seed=0), Timing(early_products=True, seed=1)):
+        again = run(problem, timing=timing)
+        assert_same_bits(again[1], dk)
+        assert_same_bits(again[2], dv)
+        assert_within_gate(problem, again[:3])
+    untouched, dk_alone, dv_alone, _ = run(problem, with_dq=False)
+    assert (untouched == 0).all()
+    assert_same_bits(dk_alone, dk)
+    assert_same_bits(dv_alone, dv)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("window", [(None, 0), (0, None)])
+def test_every_tile_is_somebodys(together, window):
+    problem = Problem(
+        "float16", 64, 40, 300, heads=3, kv_heads=3, batch=2, window=window, query_offset=120
+    )
+    assert_within_gate(problem, run(problem, together=together)[:3])
+
+
+@pytest.mark.parametrize("window", [(None, 0), (0, None), (None, 30)])
+def test_the_tiles_that_most_queries_see_come_first(window, monkeypatch):
+    fetched = {}
+    load = cuda_emulator_sm90.Warpgroup.do_bulk_load
+
+    def counted(group, *arguments):
+        fetched[group.block.number] = fetched.get(group.block.number, 0) + 1
+        load(group, *arguments)
+
+    monkeypatch.setattr(cuda_emulator_sm90.Warpgroup, "do_bulk_load", counted)
+    run(Problem("float16", 64, 380, 380, heads=2, window=window, query_offset=0), together=2)
+    counts = list(fetched.values())
+    assert list(fetched) == [0, 1, 2]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]
+
+
+@every_kernel
+@pytest.mark.parametrize("junk", [NAN, INF])
+def test_hidden_keys_may_hold_anything(dtype, head_dim, junk):
+    lengths = np.array([0, 77, 128])
+    problem = Problem(dtype, head_dim, 50, 140, batch=3, kv_lengths=lengths)
+    expected = run(problem)
+    tail = np.arange(140)[None, :] >= lengths[:, None]
+    problem.operands[2][:, 0][tail] = junk
+    for x, y in zip(run(problem), expected, strict=True):
+        assert_same_bits(x, y)
+    # Of a hidden key, 0 * NaN reaches dq: `round_dq` says so.
+    problem.operands[1][:, 0][tail] = junk
+    again = run(problem)
+    for x, y in zip(again[1:], expected[1:], strict=True):
+        assert_same_bits(x, y)
+
+
+def test_flags_say_where_a_row_is_not_finite():
+    problem = Problem("bfloat16", 64, 300, 300, heads=4, kv_heads=2, is_causal=True)
+    problem.grad_out[0, 3, 140, 5] = NAN  # seen from keys 0 to 140, of the second key head
+    *_, dk, dv, flags = run(problem)
+    assert_array_equal(flags, [[[0, 0, 0], [1, 1, 0]]])
+    bad = ~np.isfinite(dv.astype(np.float32)).all(-1)
+    assert bad[0, 1, :141].all()
+    assert not bad[0, 0].any()
+    assert not bad[0, 1, 256:].any()
+
+
+@every_kernel
+def test_round_dq(dtype, head_dim):
+    rng = np.random.default_rng(0)
+    source = rng.standard_normal((2, 3, 150, head_dim)).astype(np.float32)
+    dq = np.full((2, 150, 3, head_dim), NAN, DTYPES[dtype])
+    flags = np.full((2, 3, 2), -1, np.int32)
+    source[1, 0, 149, 7] = INF
+    source[0, 2, 3, head_dim - 1] = NAN
+    memory = cuda_emulator.Memory()
+    arguments = (
+        *map(memory.place, (source, dq, flags)),
+        150, 3, 150 * 3 * head_dim, head_dim, 3 * head_dim,
+    )  # fmt: skip
+    kernel = wgmma_backward.round_dq(dtype, head_dim)
+    blocks = wgmma_backward.round_blocks(2, 3, 150)
+    cuda_emulator_sm90.run(kernel, blocks, arguments, memory)
+    got, rounded = (x.astype(np.float32) for x in (dq, source.astype(DTYPES[dtype])))
+    assert_same_bits(got.transpose(0, 2, 1, 3), rounded)
+    expected = np.zeros_like(flags)
+    expected[1, 0, 1] = expected[0, 2, 0] = 1
+    assert_array_equal(flags, expected)
+
+
+def test_heads_together():
+    # 2 heads, each 4 query heads x 1024 queries x 64 x 8 bytes = 2 MiB, of 32.
+    assert wgmma_backward.heads_together(1, 2, 4, 1024, 64) == 2
+    assert wgmma_backward.heads_together(8, 8, 4, 1024, 64) == 16
+    assert wgmma_backward.heads_together(8, 8, 8, 2**20, 128) == 1
+    assert wgmma_backward.heads_together(8, 8, 8, 0, 128) == 64
+
+
+def with_fault(right, wrong):
+    """Return the kernel's module with one line of its source changed."""
+    source = Path(wgmma_backward.__file__).read_text()
+    assert source.count(right) == 1
+    module = types.ModuleType("with_fault")
+    exec(compile(source.replace(right, wrong), "with_fault", "exec"), vars(module))
+    return module
+
+
+RELEASE = """                if elect(own_thread == i32(0)):
+                    mbarrier_arrive(shared + i32(tile_free) + stage * i32(8))
+"""
+WAIT_DK = "                wait_dk(dk_sum, 0, ds_pairs, 0)\n"
+TURN = """                if stage == i32(STAGES):
+                    stage = i32(0)
+                    parity = parity ^ i32(1)
+                tile"""
+FAULTS = {
+    "no wait for the tile": (
+        "                mbarrier_wait(shared + i32(tile_here) + stage * i32(8), parity)\n", ""
+    ),
+    "no wait for the keys": ("            mbarrier_wait(shared + i32(keys_here), 0)\n", ""),
+    "no wait for a free stage": (
+        "                    mbarrier_wait(shared + i32(tile_free) + stage * i32(8), parity)\n", ""
+    ),
+    "the same phase twice": (TURN, TURN.replace("parity ^ i32(1)", "parity")),
+    "no release": (RELEASE, ""),
+    "release before the last product": (WAIT_DK + RELEASE, RELEASE + WAIT_DK),
+    "too few bytes announced": ("2 * q_bytes + 2 * row_bytes", "2 * q_bytes + row_bytes"),
+    "no barrier before dS is read": ("named_sync(1, COMPUTING * 128)", "pass"),
+    "a single dS": ("ds_write + stage * i32(ds_bytes)", "ds_write"),
+    "dS not swizzled": ("(in_block & i32(7)) << i32(4)", "i32(0)"),
+    "no wait for the scores": ("                wait_scores(s, 0)\n", ""),
+    "no wait for dP": ("                wait_scores(dp, 0)\n", ""),
+    "no wait for dQ": ('(f"wait_dv_dq_{kind}", 1,', '(f"wait_dv_dq_{kind}", 3,'),
+    "panels of another matrix": (", descriptor(q_panel), ", ", descriptor(k_panel), "),
+    "k steps of another matrix": ("along(k_panel), along(q_panel)", "along(q_panel), along(k_panel)"),
+    "the other warpgroup's keys": ("shared + warpgroup * i32(64 * 128)", "shared"),
+    "the other warpgroup's columns": ("shared + warpgroup * i32(columns_at)", "shared"),
+    "mask off by one": ("offset + left + i32(1)), first)", "offset + left), first)"),
+    "mask off by one, to the right": ("first = row - offset - right\n", "first = row - offset\n"),
+    "too many whole tiles": ("own_first + i32(63 + QUERIES - 1) -", "own_first + i32(QUERIES - 1) -"),
+    "too many whole tiles, to the left": ("own_first + i32(1) - offset", "own_first + i32(64) - offset"),
+    "padding taken for a whole tile": ("            if own_first + i32(64) > length:\n", "            if False:\n"),
+    "a tile of queries too few": ("(end_query + i32(QUERIES - 1))", "end_query"),
+    "a tile of queries left out": ("maximum(first_key - offset - right, i32(0))", "maximum(first_key + i32(128) - offset - right, i32(0))"),
+    "the same head again": ("                        head += i32(1)\n", "                        end_head -= i32(1)\n"),
+    "rows beyond the last": ("minimum(row + own_row + i32(h * 8), q_len - i32(1))", "row + own_row + i32(h * 8)"),
+    "no scale": ("dk_sum[i] = dk_sum[i] * scale", "pass"),
+    "numbers of other columns": ("stage * i32(2 * row_bytes) + own_column * i32(4)", "stage * i32(2 * row_bytes)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault):
+    module = with_fault(*FAULTS[fault])
+    problem = Problem(
+        "float16", 128, 200, 140, heads=2, window=(160, 3), query_offset=0,
+        kv_lengths=np.array([100]),
+    )  # fmt: skip
+    found = (AssertionError, IndexError, cuda_emulator_sm90.Deadlock, cuda_emulator_sm90.Fault)
+    with pytest.raises(found):
+        for timing in (Timing(), Timing(early_products=True), Timing(seed=0)):
+            assert_within_gate(problem, run(problem, module, timing=timing)[:3])

@@ -1,27 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward kernel for Hopper, in the emulator: gradients, what is hidden, flags, and faults."""
 
+import contextlib
 import itertools
 import types
 from pathlib import Path
 
-import cuda_emulator
-import cuda_emulator_sm90
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import EXTRA_ULPS, assert_same_bits, make_problem
-from cuda_emulator_sm90 import TensorMap, Timing
 from numpy.testing import assert_array_equal
 from test_backward import Formula
 
+pytest.importorskip("numba_cuda")
+
+import cuda_emulator
+import cuda_emulator_sm90
+import cuda_sass
+from cuda_emulator_sm90 import TensorMap, Timing
+
 from fastattn import attention, reference
-from fastattn.cuda.kernels import wgmma_backward
+from fastattn.cuda import _build
+from fastattn.cuda.kernels import simt_backward, wgmma_backward
 from fastattn.cuda.kernels.rows import UNLIMITED
 
 NAN, INF = np.nan, np.inf
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LOG2E = float(np.log2(np.e))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Let BLAS use one thread, where that can be said: the emulator's products are small."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        threadpool_limits = contextlib.nullcontext
+    with threadpool_limits(1):
+        yield
 
 
 def strided(array):
@@ -49,7 +66,7 @@ class Problem:
     def rows(self):
         """Return lse2 and delta, as `simt_backward.prepare` leaves them."""
         batch, heads, q_len, _ = self.operands[0].shape
-        shape = (batch, heads, wgmma_backward.padded_rows(q_len))
+        shape = (batch, heads, simt_backward.padded(q_len))
         lse2, delta = np.full(shape, INF, np.float32), np.zeros(shape, np.float32)
         lse2[..., :q_len] = np.where(np.isneginf(self.lse), INF, self.lse * np.float32(LOG2E))
         product = self.grad_out.astype(np.float32) * self.out.astype(np.float32)
@@ -70,7 +87,7 @@ class Problem:
         return left, right, length, offset, lengths, offsets
 
 
-def run(problem, module=wgmma_backward, *, with_dq=True, timing=None, together=None):
+def run(problem, module=wgmma_backward, *, with_dq=True, timing=None, section=None):
     """Return dq, as a sum of float32, dk, dv and flags."""
     query, key, value = problem.operands
     batch, heads, q_len, head_dim = query.shape
@@ -94,19 +111,17 @@ def run(problem, module=wgmma_backward, *, with_dq=True, timing=None, together=N
     factors = (scale * LOG2E, 0.0)
     if softcap is not None:
         factors = (softcap * LOG2E, 2 * LOG2E * scale / softcap)
-    if together is None:
-        together = module.heads_together(batch, kv_heads, group, q_len, head_dim)
-    blocks = module.blocks(batch, kv_heads, kv_len)
+    plan = module.plan(batch, kv_heads, group, q_len, kv_len, head_dim)
     arguments = (
         *maps,
         *map(memory.place, (lse2, delta, dq, dk, dv, flags)),
         *(0 if x is None else memory.place(x) for x in own),
-        q_len, kv_len, batch, kv_heads, group, together, left, right, length, offset,
+        q_len, kv_len, batch, kv_heads, group, section or plan.section, left, right, length, offset,
         kv_len * kv_heads * head_dim, head_dim, kv_heads * head_dim,
         kv_heads * kv_len * head_dim, kv_len * head_dim, head_dim,
         *map(np.float32, (*factors, scale)),
     )  # fmt: skip
-    cuda_emulator_sm90.run(kernel, blocks, arguments, memory, timing)
+    cuda_emulator_sm90.run(kernel, plan.blocks, arguments, memory, timing)
     return dq, dk.transpose(0, 2, 1, 3), dv, flags
 
 
@@ -191,13 +206,13 @@ def test_what_runs_when_does_not_matter(dtype, head_dim):
     assert_same_bits(dv_alone, dv)
 
 
-@pytest.mark.parametrize("together", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("section", [1, 2, 3, 5, 6])
 @pytest.mark.parametrize("window", [(None, 0), (0, None)])
-def test_every_tile_is_somebodys(together, window):
+def test_every_tile_is_somebodys(section, window):
     problem = Problem(
         "float16", 64, 40, 300, heads=3, kv_heads=3, batch=2, window=window, query_offset=120
     )
-    assert_within_gate(problem, run(problem, together=together)[:3])
+    assert_within_gate(problem, run(problem, section=section)[:3])
 
 
 @pytest.mark.parametrize("window", [(None, 0), (0, None), (None, 30)])
@@ -210,7 +225,7 @@ def test_the_tiles_that_most_queries_see_come_first(window, monkeypatch):
         load(group, *arguments)
 
     monkeypatch.setattr(cuda_emulator_sm90.Warpgroup, "do_bulk_load", counted)
-    run(Problem("float16", 64, 380, 380, heads=2, window=window, query_offset=0), together=2)
+    run(Problem("float16", 64, 380, 380, heads=2, window=window, query_offset=0), section=2)
     counts = list(fetched.values())
     assert list(fetched) == [0, 1, 2]
     assert counts == sorted(counts, reverse=True)
@@ -268,12 +283,12 @@ def test_round_dq(dtype, head_dim):
     assert_array_equal(flags, expected)
 
 
-def test_heads_together():
-    # 2 heads, each 4 query heads x 1024 queries x 64 x 8 bytes = 2 MiB, of 32.
-    assert wgmma_backward.heads_together(1, 2, 4, 1024, 64) == 2
-    assert wgmma_backward.heads_together(8, 8, 4, 1024, 64) == 16
-    assert wgmma_backward.heads_together(8, 8, 8, 2**20, 128) == 1
-    assert wgmma_backward.heads_together(8, 8, 8, 0, 128) == 64
+def test_plan():
+    # 2 key heads, each of 4 query heads x 1024 queries x 64 x 8 bytes = 2 MiB, of 32.
+    assert wgmma_backward.plan(1, 2, 4, 1024, 1000, 64) == (16, 2)
+    assert wgmma_backward.plan(8, 8, 4, 1024, 128, 64) == (64, 16)
+    assert wgmma_backward.plan(8, 8, 8, 2**20, 1, 128) == (64, 1)
+    assert wgmma_backward.plan(8, 8, 8, 0, 0, 128) == (0, 64)
 
 
 def with_fault(right, wrong):
@@ -320,7 +335,7 @@ FAULTS = {
     "too many whole tiles": ("own_first + i32(63 + QUERIES - 1) -", "own_first + i32(QUERIES - 1) -"),
     "too many whole tiles, to the left": ("own_first + i32(1) - offset", "own_first + i32(64) - offset"),
     "padding taken for a whole tile": ("            if own_first + i32(64) > length:\n", "            if False:\n"),
-    "a tile of queries too few": ("(end_query + i32(QUERIES - 1))", "end_query"),
+    "a tile of queries too few": ("end_query + i32(QUERIES - 1)", "end_query"),
     "a tile of queries left out": ("maximum(first_key - offset - right, i32(0))", "maximum(first_key + i32(128) - offset - right, i32(0))"),
     "the same head again": ("                        head += i32(1)\n", "                        end_head -= i32(1)\n"),
     "rows beyond the last": ("minimum(row + own_row + i32(h * 8), q_len - i32(1))", "row + own_row + i32(h * 8)"),
@@ -329,14 +344,64 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault):
-    module = with_fault(*FAULTS[fault])
+FOUND = (AssertionError, IndexError, cuda_emulator_sm90.Deadlock, cuda_emulator_sm90.Fault)
+
+
+def check_at_any_time(module):
+    """Assert that the gradients are right, for a problem with edges of all kinds."""
     problem = Problem(
         "float16", 128, 200, 140, heads=2, window=(160, 3), query_offset=0,
         kv_lengths=np.array([100]),
     )  # fmt: skip
-    found = (AssertionError, IndexError, cuda_emulator_sm90.Deadlock, cuda_emulator_sm90.Fault)
-    with pytest.raises(found):
-        for timing in (Timing(), Timing(early_products=True), Timing(seed=0)):
-            assert_within_gate(problem, run(problem, module, timing=timing)[:3])
+    for timing in (Timing(), Timing(early_products=True), Timing(seed=0)):
+        assert_within_gate(problem, run(problem, module, timing=timing)[:3])
+
+
+def test_no_fault_planted():
+    check_at_any_time(wgmma_backward)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault):
+    module = with_fault(*FAULTS[fault])
+    with pytest.raises(FOUND):
+        check_at_any_time(module)
+
+
+# ---- machine code
+
+
+@pytest.mark.parametrize("with_dq", [True, False], ids=["dq", "no dq"])
+@pytest.mark.parametrize("softcapped", [False, True], ids=["plain", "softcap"])
+@every_kernel
+def test_machine_code(dtype, head_dim, softcapped, with_dq, tmp_path):
+    kernel = wgmma_backward.backward(dtype, head_dim, softcapped, with_dq)
+    binary = _build.build(kernel, (9, 0))
+    if binary.registers is None:
+        pytest.skip("ptxas is not here")
+    assert binary.architecture == "sm_90a"
+    assert ".local" not in binary.ptx
+    assert max(binary.spill_stores, binary.spill_loads) <= 32
+    assert "serialized" not in binary.log
+    assert binary.shared_bytes <= 227 * 1024
+    found = cuda_sass.counts(cuda_sass.disassemble(binary.cubin, tmp_path))
+    # S and dP: head_dim / 16 each; dV and dK: 64 queries / 16 each; dQ: 128 keys / 16.
+    assert found["HGMMA"] == 2 * head_dim // 16 + 2 * 4 + 8 * with_dq
+    # K, V, Q and dO by panels of 64 columns, lse2 and delta.
+    assert found["UTMALDG.4D"] == 4 * head_dim // 64
+    assert found["UBLKCP"] == 2
+    assert found["REDG"] == (head_dim // 8 if with_dq else 0)
+    assert found["USETMAXREG"] == 2
+
+
+@every_kernel
+def test_machine_code_of_round_dq(dtype, head_dim, tmp_path):
+    binary = _build.build(wgmma_backward.round_dq(dtype, head_dim), (8, 0))
+    if binary.registers is None:
+        pytest.skip("ptxas is not here")
+    assert ".local" not in binary.ptx
+    assert binary.spill_stores == binary.spill_loads == 0
+    found = cuda_sass.counts(cuda_sass.disassemble(binary.cubin, tmp_path))
+    rows_each = 128 * (head_dim // 8) // 256
+    assert found["LDG.E.128"] == 2 * rows_each
+    assert found["STG.E.128"] == rows_each

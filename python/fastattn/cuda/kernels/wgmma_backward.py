@@ -26,6 +26,7 @@ Read `mma.py` first. Called by `_backward.py`; what it reads of rows, lse2 and d
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 from numba import cuda
@@ -40,9 +41,12 @@ from fastattn.cuda.kernels.rows import (
     i32,
     i64,
     own_number,
+    packed,
     scores,
     sums,
 )
+from fastattn.cuda.kernels.simt_backward import PADDING, padded
+from fastattn.cuda.kernels.wgmma import L2_BYTES, placed, quad_transposed
 from fastattn.cuda.ptx import (
     any_in_block,
     both,
@@ -51,10 +55,10 @@ from fastattn.cuda.ptx import (
     load_shared_float32_2,
     maximum,
     minimum,
+    quotient,
     select,
     shared_address,
     store_int32,
-    store_int32_if,
     store_shared_int32,
     uniform,
 )
@@ -82,57 +86,53 @@ from fastattn.cuda.ptx_sm90 import (
 
 KEYS = 128  # of a block
 QUERIES = 64  # of a step
-ROWS = 128  # that lse2 and delta are padded to, and that share a flag of dq
+ROWS = 128  # of a block of `round_dq`
 PANEL = 64  # columns of a box of a tensor map: 128 bytes
 COMPUTING = 2  # warpgroups, KEYS / COMPUTING keys each: a product has 64 rows
 STAGES = 2  # tiles of queries in shared memory
-TOGETHER_BYTES = 2**25  # of the second-level cache, 50 MB, for what blocks at work share
 SIGNATURE = (*(i64,) * 12, *(i32,) * 10, *(i64,) * 6, *(f32,) * 3)
 ROUND_SIGNATURE = (i64, i64, i64, i32, i32, i64, i64, i64)
 
 
-def padded_rows(q_len: int) -> int:
-    """Return how many rows lse2 and delta have for each head."""
-    return -(-q_len // ROWS) * ROWS
+class Plan(NamedTuple):
+    """The grid of `backward`, and the argument that says in what order it goes."""
+
+    blocks: int
+    section: int
 
 
-def blocks(batch: int, kv_heads: int, kv_len: int) -> int:
-    """Return the size of the grid of `backward`, and of its flags."""
-    return batch * kv_heads * -(-kv_len // KEYS)
+def plan(batch: int, kv_heads: int, group: int, q_len: int, kv_len: int, head_dim: int) -> Plan:
+    """Return how many blocks to launch, and how many key heads are worked on at a time.
+
+    Blocks of a head all read its queries and grad_out, 2 bytes a number, and add to its dq, 4: a
+    section is as many heads as have these in the L2 cache together.
+    """
+    pairs = batch * kv_heads
+    fitting = L2_BYTES // max(1, group * q_len * head_dim * (2 + 2 + 4))
+    return Plan(pairs * -(-kv_len // KEYS), max(1, min(pairs, fitting)))
 
 
 def round_blocks(batch: int, heads: int, q_len: int) -> int:
-    """Return the size of the grid of `round_dq`, and of its flags."""
-    return batch * heads * -(-q_len // ROWS)
-
-
-def heads_together(batch: int, kv_heads: int, group: int, q_len: int, head_dim: int) -> int:
-    """Return the argument `together` of `backward`: key heads whose queries fit in the cache.
-
-    Blocks of a head all read its queries and grad_out, 2 bytes a number, and add to its dq, 4.
-    """
-    bytes_per_head = group * q_len * head_dim * (2 + 2 + 4)
-    return max(1, min(batch * kv_heads, TOGETHER_BYTES // max(1, bytes_per_head)))
+    """Return how many blocks to launch of `round_dq`."""
+    return batch * heads * padded(q_len) // ROWS
 
 
 @functools.cache
-def backward(
-    dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool = True
-) -> Kernel:
+def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool = True) -> Kernel:
     """Return the kernel for dk and dv, and a sum of float32 that becomes dq.
 
-    Its grid is `blocks`. Arguments, strides in elements:
+    Its grid is that of `plan`. Arguments, strides in elements:
 
     query, key, value, grad_out
         Tensor maps of four axes: head_dim, row, head, batch; boxes of 64 columns and, for query
         and grad_out, QUERIES rows, for key and value, KEYS; 128-byte swizzle, zeros beyond.
     lse2, delta
-        Addresses, float32 (batch, heads, padded_rows(q_len)): lse * log2(e), or +inf for a row
-        that sees nothing and beyond q_len; the sum of grad_out * out less grad_lse.
+        Addresses, float32 (batch, heads, padded(q_len)), as `simt_backward.prepare` makes them:
+        lse * log2(e), +inf where a row sees nothing, and sum(grad_out * out) - grad_lse.
     dq
         Address, float32 (batch, heads, q_len, head_dim), contiguous and zero; 0 if not with_dq.
     dk, dv
-        Addresses. The last axis is contiguous.
+        Addresses. The last axis is contiguous, rows begin on multiples of 16 bytes.
     flags
         Address, int32 (batch, kv_heads, key tiles): becomes 1 where a row of dk or dv is not
         finite, else 0; or 0 for none.
@@ -140,8 +140,8 @@ def backward(
         Addresses, int64 (batch,), or 0: then the numbers length and offset count.
     q_len, kv_len, batch, kv_heads, group
         Sizes, at most `rows.MOST_LENGTH`; group is the number of query heads per key head.
-    together
-        How many key heads are worked on at a time; see `heads_together`.
+    section
+        How many key heads of batch elements are worked on at a time (`plan`).
     left, right, length, offset
         Query i sees the keys from i + offset - left to i + offset + right, below length.
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row
@@ -168,7 +168,12 @@ def backward(
 
     dq_columns = head_dim // COMPUTING  # of a warpgroup
     columns_at = k_panel if dq_columns == PANEL else dq_columns * 2  # the second one's, in keys
-    s_count, o_count, dq_count, pair_count = QUERIES // 2, head_dim // 2, dq_columns // 2, QUERIES // 4
+    s_count, o_count, dq_count, pair_count = (
+        QUERIES // 2,
+        head_dim // 2,
+        dq_columns // 2,
+        QUERIES // 4,
+    )
     s_tiles, o_tiles, dq_tiles = QUERIES // 8, head_dim // 8, dq_columns // 8
     kind = f"{dtype}_{head_dim}"
 
@@ -199,6 +204,7 @@ def backward(
     pair = ptx.pack[dtype]
     softcap = scores(1, s_tiles).softcap
     not_finite = sums(1, o_tiles).not_finite
+    round_sums, word_count = packed(dtype, o_tiles), head_dim // 4
     give_up, take = give_registers[24], take_registers[240]
 
     @device_function
@@ -214,23 +220,32 @@ def backward(
                     column = query + i32(j * 8 + e)
                     x[at] = select(both(column >= first, column < end), x[at], hidden)
 
+    @device_function
+    def store_rows(numbers, to, stride, row, end, lane):
+        """Round and store two rows, as far as they come before `end`."""
+        words = cuda.local.array(word_count, dtype=np.int32)
+        four = cuda.local.array(4, dtype=np.int32)
+        round_sums(numbers, 0, words)
+        for h in range(2):
+            own_row = row + i32(h * 8)
+            row_to = to + i64(own_row) * stride * i64(2)
+            for j in range(0, o_tiles, 4):
+                quad_transposed(words, j * 2 + h, lane, four)
+                store_16_if(own_row < end, row_to + i64(j * 16), four, 0)
+
     def differentiate(
         query, key, value, grad_out, lse2, delta, dq, dk, dv, flags, lengths, offsets,
-        q_len, kv_len, batch, kv_heads, group, together, left, right, length, offset,
+        q_len, kv_len, batch, kv_heads, group, section, left, right, length, offset,
         dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
         scale_log2, cap_factor, scale,
     ):  # fmt: skip
-        # ---- which keys: `together` heads at a time, of these first the tiles that most see
-        k_tiles = (kv_len + i32(KEYS - 1)) // i32(KEYS)
+        # ---- which keys: of a section, the tiles that most queries see come first
+        k_tiles = quotient(kv_len + i32(KEYS - 1), i32(KEYS))
         block = i32(cuda.blockIdx.x)
-        first_pair = block // (together * k_tiles) * together
-        pairs_here = minimum(together, batch * kv_heads - first_pair)
-        rest = block - first_pair * k_tiles
-        k_tile = rest // pairs_here
-        pair_number = first_pair + rest - k_tile * pairs_here
-        if right > left:
+        pair_number, k_tile = placed(block, k_tiles, batch * kv_heads, section)
+        if right <= left:
             k_tile = k_tiles - i32(1) - k_tile
-        item = pair_number // kv_heads
+        item = quotient(pair_number, kv_heads)
         kv_head = pair_number - item * kv_heads
         length = own_number(lengths, item, length, i32(0), kv_len)
         offset = own_number(offsets, item, offset, i32(-UNLIMITED), i32(UNLIMITED))
@@ -238,9 +253,9 @@ def backward(
         # ---- which tiles of queries see any of them, in each head of the group
         first_key = k_tile * i32(KEYS)
         end_key = minimum(first_key + i32(KEYS), length)
-        from_tile = maximum(first_key - offset - right, i32(0)) // i32(QUERIES)
+        from_tile = quotient(maximum(first_key - offset - right, i32(0)), i32(QUERIES))
         end_query = maximum(minimum(end_key - offset + left, q_len), i32(0))
-        to_tile = (end_query + i32(QUERIES - 1)) // i32(QUERIES)
+        to_tile = quotient(end_query + i32(QUERIES - 1), i32(QUERIES))
         tile = from_tile
         head = kv_head * group
         end_head = head + group
@@ -270,7 +285,7 @@ def backward(
                     tma_load_4d(to, key, p * PANEL, first_key, kv_head, item, here)
                     tma_load_4d(to + i32(v_at), value, p * PANEL, first_key, kv_head, item, here)
                 parity = i32(1)
-                rows = (q_len + i32(ROWS - 1)) & i32(-ROWS)
+                rows = (q_len + i32(PADDING - 1)) & i32(-PADDING)
                 while head < end_head:
                     here = shared + i32(tile_here) + stage * i32(8)
                     row = tile * i32(QUERIES)
@@ -328,9 +343,9 @@ def backward(
             # Tiles of queries that see all of this warpgroup's keys need no mask.
             own_first = first_key + warpgroup * i32(64)
             whole_from = maximum(own_first + i32(63 + QUERIES - 1) - offset - right, i32(0))
-            whole_from = whole_from // i32(QUERIES)
+            whole_from = quotient(whole_from, i32(QUERIES))
             whole_to = minimum(maximum(own_first + i32(1) - offset + left, i32(0)), q_len)
-            whole_to = whole_to // i32(QUERIES)
+            whole_to = quotient(whole_to, i32(QUERIES))
             if own_first + i32(64) > length:
                 whole_to = i32(0)
 
@@ -386,9 +401,7 @@ def backward(
                             at = j * 4 + h * 2 + e
                             dp[at] = s[at] * (dp[at] - two[e])
                 if masked:  # P is 0 there, but dP may be anything
-                    hide(
-                        dp, own_key, row + own_column, q_len, length, offset, left, right, f32(0)
-                    )
+                    hide(dp, own_key, row + own_column, q_len, length, offset, left, right, f32(0))
                 for j in range(s_tiles):
                     for h in range(2):
                         at = j * 4 + h * 2
@@ -433,18 +446,11 @@ def backward(
             # ---- what is left: scale, and store
             for i in range(o_count):
                 dk_sum[i] = dk_sum[i] * scale
-            for h in range(2):
-                row = own_key + i32(h * 8)
-                dk_to = i64(item) * dk_batch + i64(kv_head) * dk_head + i64(row) * dk_row
-                dk_to = dk + (dk_to + i64(own_column)) * i64(2)
-                dv_to = i64(item) * dv_batch + i64(kv_head) * dv_head + i64(row) * dv_row
-                dv_to = dv + (dv_to + i64(own_column)) * i64(2)
-                for j in range(o_tiles):
-                    at = j * 4 + h * 2
-                    dk_pair = pair(dk_sum[at], dk_sum[at + 1])
-                    dv_pair = pair(dv_sum[at], dv_sum[at + 1])
-                    store_int32_if(row < kv_len, dk_to + i64(j * 16), dk_pair)
-                    store_int32_if(row < kv_len, dv_to + i64(j * 16), dv_pair)
+            columns_of = i64((lane & i32(3)) << i32(4))
+            dk_to = dk + (i64(item) * dk_batch + i64(kv_head) * dk_head) * i64(2) + columns_of
+            dv_to = dv + (i64(item) * dv_batch + i64(kv_head) * dv_head) * i64(2) + columns_of
+            store_rows(dk_sum, dk_to, dk_row, own_key, kv_len, lane)
+            store_rows(dv_sum, dv_to, dv_row, own_key, kv_len, lane)
             if flags != i64(0):
                 nothing = not_finite(dk_sum) + not_finite(dv_sum)
                 found = named_or(1, COMPUTING * 128, select(nothing == f32(0), i32(0), i32(1)))
@@ -490,15 +496,16 @@ def round_dq(dtype: str, head_dim: int) -> Kernel:
     pair = ptx.pack[dtype]
 
     def round_rows(source, dq, flags, q_len, heads, dq_batch, dq_head, dq_row):
-        tiles = (q_len + i32(ROWS - 1)) // i32(ROWS)
+        tiles = quotient(q_len + i32(ROWS - 1), i32(ROWS))
         block = i32(cuda.blockIdx.x)
-        pair_number = block // tiles
+        pair_number = quotient(block, tiles)
         tile = block - pair_number * tiles
-        item = pair_number // heads
+        item = quotient(pair_number, heads)
         head = pair_number - item * heads
         thread = i32(cuda.threadIdx.x)
-        first = tile * i32(ROWS) + thread // i32(chunks)
-        column = thread % i32(chunks) * i32(8)
+        first = quotient(thread, i32(chunks))
+        column = (thread - first * i32(chunks)) * i32(8)
+        first += tile * i32(ROWS)
         x = cuda.local.array(8, dtype=np.float32)
         packed = cuda.local.array(4, dtype=np.int32)
         nothing = f32(0)

@@ -304,19 +304,15 @@ RELEASE = """                if elect(own_thread == i32(0)):
                     mbarrier_arrive(shared + i32(tile_free) + stage * i32(8))
 """
 WAIT_DK = "                wait_dk(dk_sum, 0, ds_pairs, 0)\n"
-TURN = """                if stage == i32(STAGES):
-                    stage = i32(0)
-                    parity = parity ^ i32(1)
-                tile"""
 FAULTS = {
     "no wait for the tile": (
-        "                mbarrier_wait(shared + i32(tile_here) + stage * i32(8), parity)\n", ""
+        "                mbarrier_wait(shared + i32(tile_here) + stage * i32(8), parity_of(turn))\n", ""
     ),
     "no wait for the keys": ("            mbarrier_wait(shared + i32(keys_here), 0)\n", ""),
     "no wait for a free stage": (
-        "                    mbarrier_wait(shared + i32(tile_free) + stage * i32(8), parity)\n", ""
+        "                    mbarrier_wait(shared + i32(tile_free) + stage * i32(8), parity_of(turn) ^ i32(1))\n", ""
     ),
-    "the same phase twice": (TURN, TURN.replace("parity ^ i32(1)", "parity")),
+    "the same phase always": ("stage * i32(8), parity_of(turn))", "stage * i32(8), 0)"),
     "no release": (RELEASE, ""),
     "release before the last product": (WAIT_DK + RELEASE, RELEASE + WAIT_DK),
     "too few bytes announced": ("2 * q_bytes + 2 * row_bytes", "2 * q_bytes + row_bytes"),
@@ -330,14 +326,16 @@ FAULTS = {
     "k steps of another matrix": ("along(k_panel), along(q_panel)", "along(q_panel), along(k_panel)"),
     "the other warpgroup's keys": ("shared + warpgroup * i32(64 * 128)", "shared"),
     "the other warpgroup's columns": ("shared + warpgroup * i32(columns_at)", "shared"),
-    "mask off by one": ("offset + left + i32(1)), first)", "offset + left), first)"),
-    "mask off by one, to the right": ("first = row - offset - right\n", "first = row - offset\n"),
+    "mask off by one": ("own_key + i32(h * 8 + 1) - offset", "own_key + i32(h * 8) - offset"),
+    "mask off by one, to the right": ("own_key - offset - right - own_column", "own_key - offset - right - own_column - i32(1)"),
     "too many whole tiles": ("own_first + i32(63 + QUERIES - 1) -", "own_first + i32(QUERIES - 1) -"),
     "too many whole tiles, to the left": ("own_first + i32(1) - offset", "own_first + i32(64) - offset"),
     "padding taken for a whole tile": ("            if own_first + i32(64) > length:\n", "            if False:\n"),
-    "a tile of queries too few": ("end_query + i32(QUERIES - 1)", "end_query"),
+    "a tile of queries too few": ("last_row + i32(QUERIES - 1)", "last_row"),
     "a tile of queries left out": ("maximum(first_key - offset - right, i32(0))", "maximum(first_key + i32(128) - offset - right, i32(0))"),
     "the same head again": ("                        head += i32(1)\n", "                        end_head -= i32(1)\n"),
+    "hidden by length, but seen": ("own_key + i32(h * 8) < length", "own_key + i32(h * 8) < kv_len"),
+    "the second rows masked like the first": ("i32(j * 8 + e - h * 8) >= first", "i32(j * 8 + e) >= first"),
     "rows beyond the last": ("minimum(row + own_row + i32(h * 8), q_len - i32(1))", "row + own_row + i32(h * 8)"),
     "no scale": ("dk_sum[i] = dk_sum[i] * scale", "pass"),
     "numbers of other columns": ("stage * i32(2 * row_bytes) + own_column * i32(4)", "stage * i32(2 * row_bytes)"),

@@ -46,7 +46,14 @@ from fastattn.cuda.kernels.rows import (
     sums,
 )
 from fastattn.cuda.kernels.simt_backward import PADDING, padded
-from fastattn.cuda.kernels.wgmma import L2_BYTES, placed, quad_transposed
+from fastattn.cuda.kernels.wgmma import (
+    L2_BYTES,
+    STAGES,
+    parity_of,
+    placed,
+    quad_transposed,
+    stage_of,
+)
 from fastattn.cuda.ptx import (
     any_in_block,
     both,
@@ -89,7 +96,6 @@ QUERIES = 64  # of a step
 ROWS = 128  # of a block of `round_dq`
 PANEL = 64  # columns of a box of a tensor map: 128 bytes
 COMPUTING = 2  # warpgroups, KEYS / COMPUTING keys each: a product has 64 rows
-STAGES = 2  # tiles of queries in shared memory
 SIGNATURE = (*(i64,) * 12, *(i32,) * 10, *(i64,) * 6, *(f32,) * 3)
 ROUND_SIGNATURE = (i64, i64, i64, i32, i32, i64, i64, i64)
 
@@ -208,17 +214,19 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
     give_up, take = give_registers[24], take_registers[240]
 
     @device_function
-    def hide(x, key, query, q_len, length, offset, left, right, hidden):
-        """Replace what query does not see of key; both are those of the thread's first element."""
+    def hide(x, row, first, end, hidden):
+        """Replace what the queries from `row` on do not see.
+
+        Those from `first` on, or h * 8 later, and before end[h] see the thread's keys.
+        """
         for h in range(2):
-            row = key + i32(8 * h)
-            first = row - offset - right
-            end = select(row < length, minimum(q_len, row - offset + left + i32(1)), first)
             for j in range(s_tiles):
                 for e in range(2):
                     at = j * 4 + h * 2 + e
-                    column = query + i32(j * 8 + e)
-                    x[at] = select(both(column >= first, column < end), x[at], hidden)
+                    seen = both(
+                        row + i32(j * 8 + e - h * 8) >= first, row + i32(j * 8 + e) < end[h]
+                    )
+                    x[at] = select(seen, x[at], hidden)
 
     @device_function
     def store_rows(numbers, to, stride, row, end, lane):
@@ -254,14 +262,14 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
         first_key = k_tile * i32(KEYS)
         end_key = minimum(first_key + i32(KEYS), length)
         from_tile = quotient(maximum(first_key - offset - right, i32(0)), i32(QUERIES))
-        end_query = maximum(minimum(end_key - offset + left, q_len), i32(0))
-        to_tile = quotient(end_query + i32(QUERIES - 1), i32(QUERIES))
+        last_row = maximum(minimum(end_key - offset + left, q_len), i32(0))
+        to_tile = quotient(last_row + i32(QUERIES - 1), i32(QUERIES))
         tile = from_tile
         head = kv_head * group
         end_head = head + group
         if end_key <= first_key or to_tile <= from_tile:
             end_head = head
-        stage = i32(0)
+        turn = i32(0)  # how many tiles there have been
 
         thread = i32(cuda.threadIdx.x)
         warpgroup = uniform(thread >> i32(7))
@@ -284,12 +292,14 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                     here = shared + i32(keys_here)
                     tma_load_4d(to, key, p * PANEL, first_key, kv_head, item, here)
                     tma_load_4d(to + i32(v_at), value, p * PANEL, first_key, kv_head, item, here)
-                parity = i32(1)
                 rows = (q_len + i32(PADDING - 1)) & i32(-PADDING)
                 while head < end_head:
+                    stage = stage_of(turn)
                     here = shared + i32(tile_here) + stage * i32(8)
                     row = tile * i32(QUERIES)
-                    mbarrier_wait(shared + i32(tile_free) + stage * i32(8), parity)
+                    mbarrier_wait(
+                        shared + i32(tile_free) + stage * i32(8), parity_of(turn) ^ i32(1)
+                    )
                     mbarrier_expect(here, 2 * q_bytes + 2 * row_bytes)
                     for p in range(panels):
                         to = shared + i32(q_at + p * q_panel) + stage * i32(q_bytes)
@@ -300,10 +310,7 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                     to = shared + i32(rows_at) + stage * i32(2 * row_bytes)
                     bulk_load(to, lse2 + at, row_bytes, here)
                     bulk_load(to + i32(row_bytes), delta + at, row_bytes, here)
-                    stage += i32(1)
-                    if stage == i32(STAGES):
-                        stage = i32(0)
-                        parity = parity ^ i32(1)
+                    turn += i32(1)
                     tile += i32(1)
                     if tile == to_tile:
                         tile = from_tile
@@ -322,6 +329,7 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
             p_pairs = cuda.local.array(pair_count, dtype=np.int32)
             ds_pairs = cuda.local.array(pair_count, dtype=np.int32)
             two = cuda.local.array(2, dtype=np.float32)  # numbers of two queries
+            end_query = cuda.local.array(2, dtype=np.int32)
             for i in range(o_count):
                 dk_sum[i] = f32(0)
                 dv_sum[i] = f32(0)
@@ -340,6 +348,12 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
             ds_write += (in_block & i32(7)) << i32(4)  # swizzled: chunk j is at ds_write ^ 16 j
             dq_from = dq + i64(warpgroup * i32(dq_columns) + own_column) * i64(4)
 
+            # Which queries see this thread's keys; `row` is to count its first column as column 0.
+            first_query = own_key - offset - right - own_column
+            for h in range(2):
+                own_end = minimum(own_key + i32(h * 8 + 1) - offset + left, q_len)
+                own_end = select(own_key + i32(h * 8) < length, own_end, i32(-UNLIMITED))
+                end_query[h] = own_end - own_column
             # Tiles of queries that see all of this warpgroup's keys need no mask.
             own_first = first_key + warpgroup * i32(64)
             whole_from = maximum(own_first + i32(63 + QUERIES - 1) - offset - right, i32(0))
@@ -350,11 +364,11 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                 whole_to = i32(0)
 
             mbarrier_wait(shared + i32(keys_here), 0)
-            parity = i32(0)
             while head < end_head:
                 row = tile * i32(QUERIES)
                 masked = tile < whole_from or tile >= whole_to
-                mbarrier_wait(shared + i32(tile_here) + stage * i32(8), parity)
+                stage = stage_of(turn)
+                mbarrier_wait(shared + i32(tile_here) + stage * i32(8), parity_of(turn))
                 in_stage = i64(stage * i32(q_bytes >> 4))
                 times_queries(s, 0, k_matrix, q_matrix + in_stage)
                 times_queries(dp, 0, v_matrix, q_matrix + in_stage + to_do)
@@ -364,10 +378,7 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                 if softcapped:
                     softcap(s, cap_factor)
                     if masked:
-                        hide(
-                            s, own_key, row + own_column, q_len, length, offset, left, right,
-                            f32(LOWEST),
-                        )  # fmt: skip
+                        hide(s, row, first_query, end_query, f32(LOWEST))
                 for j in range(s_tiles):
                     load_shared_float32_2(two, 0, numbers + i32(j * 32))
                     for h in range(2):
@@ -383,10 +394,7 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                             s[at + 1] = p1
                 if not softcapped:
                     if masked:
-                        hide(
-                            s, own_key, row + own_column, q_len, length, offset, left, right,
-                            f32(0),
-                        )  # fmt: skip
+                        hide(s, row, first_query, end_query, f32(0))
                     for j in range(s_tiles):
                         for h in range(2):
                             at = j * 4 + h * 2
@@ -401,7 +409,7 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                             at = j * 4 + h * 2 + e
                             dp[at] = s[at] * (dp[at] - two[e])
                 if masked:  # P is 0 there, but dP may be anything
-                    hide(dp, own_key, row + own_column, q_len, length, offset, left, right, f32(0))
+                    hide(dp, row, first_query, end_query, f32(0))
                 for j in range(s_tiles):
                     for h in range(2):
                         at = j * 4 + h * 2
@@ -434,10 +442,7 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                 wait_dk(dk_sum, 0, ds_pairs, 0)
                 if elect(own_thread == i32(0)):
                     mbarrier_arrive(shared + i32(tile_free) + stage * i32(8))
-                stage += i32(1)
-                if stage == i32(STAGES):
-                    stage = i32(0)
-                    parity = parity ^ i32(1)
+                turn += i32(1)
                 tile += i32(1)
                 if tile == to_tile:
                     tile = from_tile

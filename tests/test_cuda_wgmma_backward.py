@@ -309,8 +309,8 @@ FAULTS = {
         "                mbarrier_wait(shared + i32(tile_here) + stage * i32(8), parity_of(turn))\n", ""
     ),
     "no wait for the keys": ("            mbarrier_wait(shared + i32(keys_here), 0)\n", ""),
-    "no wait for a free stage": (
-        "                    mbarrier_wait(shared + i32(tile_free) + stage * i32(8), parity_of(turn) ^ i32(1))\n", ""
+    "a stage always taken for free": (
+"shared + i32(tile_free) + stage * i32(8), parity_of(turn) ^ i32(1)", "shared + i32(tile_free) + stage * i32(8), 1"
     ),
     "the same phase always": ("stage * i32(8), parity_of(turn))", "stage * i32(8), 0)"),
     "no release": (RELEASE, ""),

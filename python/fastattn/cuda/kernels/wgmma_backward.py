@@ -199,7 +199,8 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
         f"times_keys_{kind}", dq_columns, dtype, down(KEYS), down(KEYS), a_trans=True, b_trans=True
     )
     s_array, o_array, pairs = f"f{s_count}", f"f{o_count}", f"r{pair_count}"
-    wait_scores = wgmma_wait(f"wait_scores_{kind}", 1, s_array)
+    wait_dk_scores = wgmma_wait(f"wait_dk_scores_{kind}", 1, o_array, pairs, s_array)
+    wait_dp = wgmma_wait(f"wait_dp_{kind}", 1, s_array)
     wait_dv_dq = wgmma_wait(f"wait_dv_dq_{kind}", 1, o_array, pairs, f"f{dq_count}")
     wait_dv = wgmma_wait(f"wait_dv_{kind}", 1, o_array, pairs)
     wait_dk = wgmma_wait(f"wait_dk_{kind}", 0, o_array, pairs)
@@ -373,7 +374,10 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                 times_queries(s, 0, k_matrix, q_matrix + in_stage)
                 times_queries(dp, 0, v_matrix, q_matrix + in_stage + to_do)
 
-                wait_scores(s, 0)
+                # The product for dK of the tile before ran until now, and read its queries.
+                wait_dk_scores(dk_sum, 0, ds_pairs, 0, s, 0)
+                if elect(both(own_thread == i32(0), turn > i32(0))):
+                    mbarrier_arrive(shared + i32(tile_free) + (stage ^ i32(1)) * i32(8))
                 numbers = shared + i32(rows_at) + stage * i32(2 * row_bytes) + own_column * i32(4)
                 if softcapped:
                     softcap(s, cap_factor)
@@ -401,7 +405,7 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                             p_pairs[j * 2 + h] = pair(s[at], s[at + 1])
                 add_product(dv_sum, 0, p_pairs, 0, q_down + in_stage + to_do)
 
-                wait_scores(dp, 0)
+                wait_dp(dp, 0)
                 for j in range(s_tiles):
                     load_shared_float32_2(two, 0, numbers + i32(row_bytes + j * 32))
                     for h in range(2):
@@ -439,14 +443,12 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                 else:
                     add_product(dk_sum, 0, ds_pairs, 0, q_down + in_stage)
                     wait_dv(dv_sum, 0, p_pairs, 0)
-                wait_dk(dk_sum, 0, ds_pairs, 0)
-                if elect(own_thread == i32(0)):
-                    mbarrier_arrive(shared + i32(tile_free) + stage * i32(8))
                 turn += i32(1)
                 tile += i32(1)
                 if tile == to_tile:
                     tile = from_tile
                     head += i32(1)
+            wait_dk(dk_sum, 0, ds_pairs, 0)
 
             # ---- what is left: scale, and store
             for i in range(o_count):

@@ -266,7 +266,7 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
         last_row = maximum(minimum(end_key - offset + left, q_len), i32(0))
         to_tile = quotient(last_row + i32(QUERIES - 1), i32(QUERIES))
         tile = from_tile
-        head = kv_head * group
+        head = pair_number * group  # counted from the first batch element's
         end_head = head + group
         if end_key <= first_key or to_tile <= from_tile:
             end_head = head
@@ -293,6 +293,7 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                     here = shared + i32(keys_here)
                     tma_load_4d(to, key, p * PANEL, first_key, kv_head, item, here)
                     tma_load_4d(to + i32(v_at), value, p * PANEL, first_key, kv_head, item, here)
+                before = item * kv_heads * group  # heads of other batch elements
                 rows = (q_len + i32(PADDING - 1)) & i32(-PADDING)
                 while head < end_head:
                     stage = stage_of(turn)
@@ -304,10 +305,10 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                     mbarrier_expect(here, 2 * q_bytes + 2 * row_bytes)
                     for p in range(panels):
                         to = shared + i32(q_at + p * q_panel) + stage * i32(q_bytes)
-                        tma_load_4d(to, query, p * PANEL, row, head, item, here)
+                        tma_load_4d(to, query, p * PANEL, row, head - before, item, here)
                         to += i32(do_at - q_at)
-                        tma_load_4d(to, grad_out, p * PANEL, row, head, item, here)
-                    at = (i64(item * kv_heads * group + head) * i64(rows) + i64(row)) * i64(4)
+                        tma_load_4d(to, grad_out, p * PANEL, row, head - before, item, here)
+                    at = (i64(head) * i64(rows) + i64(row)) * i64(4)
                     to = shared + i32(rows_at) + stage * i32(2 * row_bytes)
                     bulk_load(to, lse2 + at, row_bytes, here)
                     bulk_load(to + i32(row_bytes), delta + at, row_bytes, here)
@@ -430,11 +431,10 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                     times_keys(dq_part, 0, ds_down + i64(stage * i32(ds_bytes >> 4)), k_down)
                     add_product(dk_sum, 0, ds_pairs, 0, q_down + in_stage)
                     wait_dv_dq(dv_sum, 0, p_pairs, 0, dq_part, 0)
-                    heads_before = i64(item * kv_heads * group + head)
                     for h in range(2):
                         # Beyond the last row lie zeros: the last one may have them too.
                         to_row = minimum(row + own_row + i32(h * 8), q_len - i32(1))
-                        to = heads_before * i64(q_len) + i64(to_row)
+                        to = i64(head) * i64(q_len) + i64(to_row)
                         to = dq_from + to * i64(head_dim * 4)
                         for j in range(dq_tiles):
                             at = j * 4 + h * 2

@@ -87,8 +87,14 @@ class Problem:
         return left, right, length, offset, lengths, offsets
 
 
-def run(problem, module=wgmma_backward, *, with_dq=True, timing=None, section=None):
-    """Return dq, as a sum of float32, dk, dv and flags."""
+def run(
+    problem, module=wgmma_backward, *, with_dq=True, timing=None, section=None, lengths=None,
+    offsets=None, flagged=True,
+):  # fmt: skip
+    """Return dq, as a sum of float32, dk, dv and flags.
+
+    lengths and offsets: what the device has instead of the problem's.
+    """
     query, key, value = problem.operands
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
@@ -105,8 +111,9 @@ def run(problem, module=wgmma_backward, *, with_dq=True, timing=None, section=No
     # Rows of dk lie as heads do not: (batch, row, head, column).
     dk = np.full((batch, kv_len, kv_heads, head_dim), NAN, key.dtype)
     dv = np.full((batch, kv_heads, kv_len, head_dim), NAN, key.dtype)
-    left, right, length, offset, lengths, offsets = problem.span()
-    own = [None if x is None else np.asarray(x, np.int64) for x in (lengths, offsets)]
+    left, right, length, offset, *own = problem.span()
+    own = [x if y is None else y for x, y in zip(own, (lengths, offsets), strict=True)]
+    own = [None if x is None else np.asarray(x, np.int64) for x in own]
     scale = problem.options.get("scale") or head_dim**-0.5
     factors = (scale * LOG2E, 0.0)
     if softcap is not None:
@@ -114,7 +121,8 @@ def run(problem, module=wgmma_backward, *, with_dq=True, timing=None, section=No
     plan = module.plan(batch, kv_heads, group, q_len, kv_len, head_dim)
     arguments = (
         *maps,
-        *map(memory.place, (lse2, delta, dq, dk, dv, flags)),
+        *map(memory.place, (lse2, delta, dq, dk, dv)),
+        memory.place(flags) if flagged else 0,
         *(0 if x is None else memory.place(x) for x in own),
         q_len, kv_len, batch, kv_heads, group, section or plan.section, left, right, length, offset,
         kv_len * kv_heads * head_dim, head_dim, kv_heads * head_dim,
@@ -195,7 +203,11 @@ def test_gradients(case, dtype, head_dim):
 def test_what_runs_when_does_not_matter(dtype, head_dim):
     problem = Problem(dtype, head_dim, 140, 100, heads=2, is_causal=True, query_offset=-10)
     _, dk, dv, _ = run(problem)
-    for timing in (Timing(early_products=True), Timing(seed=0), Timing(early_products=True, seed=1)):
+    for timing in (
+        Timing(early_products=True),
+        Timing(seed=0),
+        Timing(early_products=True, seed=1),
+    ):
         again = run(problem, timing=timing)
         assert_same_bits(again[1], dk)
         assert_same_bits(again[2], dv)
@@ -204,6 +216,24 @@ def test_what_runs_when_does_not_matter(dtype, head_dim):
     assert (untouched == 0).all()
     assert_same_bits(dk_alone, dk)
     assert_same_bits(dv_alone, dv)
+
+
+def test_numbers_on_the_device_are_clamped():
+    problem = Problem(
+        "float16", 64, 50, 70, batch=4, is_causal=True, kv_lengths=np.array([70, 0, 33, 70]),
+        query_offset=np.array([5, 0, 2**29, -(2**29)]),
+    )  # fmt: skip
+    *gradients, _ = run(
+        problem, lengths=[10**12, -(10**12), 33, 70], offsets=[5, 0, 10**12, -(10**12)]
+    )
+    assert_within_gate(problem, gradients)
+
+
+def test_flags_are_optional():
+    problem = Problem("float16", 64, 50, 70)
+    *gradients, flags = run(problem, flagged=False)
+    assert_within_gate(problem, gradients)
+    assert (flags == -1).all()
 
 
 @pytest.mark.parametrize("section", [1, 2, 3, 5, 6])

@@ -86,6 +86,7 @@ from fastattn.cuda.ptx_sm90 import (
     store_16_if,
     take_registers,
     tma_load_4d,
+    tma_prefetch,
     wgmma_registers,
     wgmma_shared,
     wgmma_wait,
@@ -145,7 +146,7 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
     lengths, offsets
         Addresses, int64 (batch,), or 0: then the numbers length and offset count.
     q_len, kv_len, batch, kv_heads, group
-        Sizes, at most `rows.MOST_LENGTH`; group is the number of query heads per key head.
+        Sizes, from 1; lengths at most `rows.MOST_LENGTH`. group is query heads per key head.
     section
         How many key heads of batch elements are worked on at a time (`plan`).
     left, right, length, offset
@@ -182,6 +183,8 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
     )
     s_tiles, o_tiles, dq_tiles = QUERIES // 8, head_dim // 8, dq_columns // 8
     kind = f"{dtype}_{head_dim}"
+    # P of capped scores takes the registers that dP would wait in.
+    dp_later = softcapped and head_dim == 128
 
     def along(panel):
         return [k % 4 * 32 + k // 4 * panel for k in range(head_dim // 16)]
@@ -199,7 +202,9 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
         f"times_keys_{kind}", dq_columns, dtype, down(KEYS), down(KEYS), a_trans=True, b_trans=True
     )
     s_array, o_array, pairs = f"f{s_count}", f"f{o_count}", f"r{pair_count}"
-    wait_dk_scores = wgmma_wait(f"wait_dk_scores_{kind}", 1, o_array, pairs, s_array)
+    wait_dk_scores = wgmma_wait(
+        f"wait_dk_scores_{kind}", 0 if dp_later else 1, o_array, pairs, s_array
+    )
     wait_dp = wgmma_wait(f"wait_dp_{kind}", 1, s_array)
     wait_dv_dq = wgmma_wait(f"wait_dv_dq_{kind}", 1, o_array, pairs, f"f{dq_count}")
     wait_dv = wgmma_wait(f"wait_dv_{kind}", 1, o_array, pairs)
@@ -277,6 +282,10 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
         shared = shared_address(cuda.shared.array(0, dtype=np.int32))
         shared = (shared + i32(1023)) & i32(-1024)
         if elect(thread == i32(0)):
+            tma_prefetch(query)
+            tma_prefetch(key)
+            tma_prefetch(value)
+            tma_prefetch(grad_out)
             mbarrier_init(shared + i32(keys_here), 1)
             for i in range(STAGES):
                 mbarrier_init(shared + i32(tile_here + 8 * i), 1)
@@ -373,7 +382,8 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                 mbarrier_wait(shared + i32(tile_here) + stage * i32(8), parity_of(turn))
                 in_stage = i64(stage * i32(q_bytes >> 4))
                 times_queries(s, 0, k_matrix, q_matrix + in_stage)
-                times_queries(dp, 0, v_matrix, q_matrix + in_stage + to_do)
+                if not dp_later:
+                    times_queries(dp, 0, v_matrix, q_matrix + in_stage + to_do)
 
                 # The product for dK of the tile before ran until now, and read its queries.
                 wait_dk_scores(dk_sum, 0, ds_pairs, 0, s, 0)
@@ -404,6 +414,8 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
                         for h in range(2):
                             at = j * 4 + h * 2
                             p_pairs[j * 2 + h] = pair(s[at], s[at + 1])
+                if dp_later:
+                    times_queries(dp, 0, v_matrix, q_matrix + in_stage + to_do)
                 add_product(dv_sum, 0, p_pairs, 0, q_down + in_stage + to_do)
 
                 wait_dp(dp, 0)

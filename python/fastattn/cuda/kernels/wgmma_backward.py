@@ -26,7 +26,6 @@ Read `mma.py` first. Called by `_backward.py`; what it reads of rows, lse2 and d
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 from numba import cuda
@@ -101,22 +100,19 @@ SIGNATURE = (*(i64,) * 12, *(i32,) * 10, *(i64,) * 6, *(f32,) * 3)
 ROUND_SIGNATURE = (i64, i64, i64, i32, i32, i64, i64, i64)
 
 
-class Plan(NamedTuple):
-    """The grid of `backward`, and the argument that says in what order it goes."""
-
-    blocks: int
-    section: int
+def blocks(batch: int, kv_heads: int, kv_len: int) -> int:
+    """Return how many blocks to launch of `backward`."""
+    return batch * kv_heads * -(-kv_len // KEYS)
 
 
-def plan(batch: int, kv_heads: int, group: int, q_len: int, kv_len: int, head_dim: int) -> Plan:
-    """Return how many blocks to launch, and how many key heads are worked on at a time.
+def heads_together(batch: int, kv_heads: int, group: int, q_len: int, head_dim: int) -> int:
+    """Return the argument `section` of `backward`: how many key heads are worked on at a time.
 
     Blocks of a head all read its queries and grad_out, 2 bytes a number, and add to its dq, 4: a
     section is as many heads as have these in the L2 cache together.
     """
-    pairs = batch * kv_heads
     fitting = L2_BYTES // max(1, group * q_len * head_dim * (2 + 2 + 4))
-    return Plan(pairs * -(-kv_len // KEYS), max(1, min(pairs, fitting)))
+    return max(1, min(batch * kv_heads, fitting))
 
 
 def round_blocks(batch: int, heads: int, q_len: int) -> int:
@@ -125,10 +121,10 @@ def round_blocks(batch: int, heads: int, q_len: int) -> int:
 
 
 @functools.cache
-def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool = True) -> Kernel:
+def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool = False) -> Kernel:
     """Return the kernel for dk and dv, and a sum of float32 that becomes dq.
 
-    Its grid is that of `plan`. Arguments, strides in elements:
+    Its grid is `blocks`. Arguments, strides in elements:
 
     query, key, value, grad_out
         Tensor maps of four axes: head_dim, row, head, batch; boxes of 64 columns and, for query
@@ -148,7 +144,7 @@ def backward(dtype: str, head_dim: int, softcapped: bool = False, with_dq: bool 
     q_len, kv_len, batch, kv_heads, group
         Sizes, from 1; lengths at most `rows.MOST_LENGTH`. group is query heads per key head.
     section
-        How many key heads of batch elements are worked on at a time (`plan`).
+        How many heads of all batch elements are worked on at a time: `heads_together`.
     left, right, length, offset
         Query i sees the keys from i + offset - left to i + offset + right, below length.
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row

@@ -212,7 +212,8 @@ def test_arguments_that_cannot_be_passed(fields, message):
     assert str(error.value) == message
 
 
-def test_every_kind_of_argument_is_in_the_ptx_as_expected(ptxas):
+@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])  # PTX of the second says more
+def test_every_kind_of_argument_is_in_the_ptx_as_expected(ptxas, capability):
     """Of real types: else Numba takes arguments apart in another way than a launch passes them."""
     from numba.cuda import types
 
@@ -222,7 +223,7 @@ def test_every_kind_of_argument_is_in_the_ptx_as_expected(ptxas):
     kinds = (types.int64, types.uint32, types.float64, types.none, types.int32)
     arrays = types.Array(types.uint16, 3, "A"), types.UniTuple(types.float32, 2)
     kernel = dataclasses.replace(small(), function=nothing, signature=(*kinds, *arrays))
-    binary = _build.build(kernel, (8, 0))
+    binary = _build.build(kernel, capability)
     assert binary.parameters == (
         *("int64", "uint32", "float64", "int64", "int32"),
         *("int64",) * 11,
@@ -492,7 +493,7 @@ def test_threads_may_build_at_once(numba_cuda):
 def cache(monkeypatch, tmp_path):
     """Return an empty directory, that the cache uses with nothing in memory."""
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "deep" / "cache"))
-    monkeypatch.setattr(_cache, "_built", {})
+    forget(monkeypatch)
     monkeypatch.setattr(_cache, "_directories_warned_of", set())
     return tmp_path / "deep" / "cache"
 
@@ -512,6 +513,7 @@ def builds(monkeypatch):
 
 def forget(monkeypatch):
     monkeypatch.setattr(_cache, "_built", {})
+    monkeypatch.setattr(_cache, "_at_hand", {})
 
 
 def test_a_kernel_is_built_once(cache, builds, monkeypatch):
@@ -652,7 +654,7 @@ def test_a_directory_that_cannot_be_written_costs_one_warning(builds, monkeypatc
     blocked = tmp_path / "file"
     blocked.write_text("no directory")
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(blocked))
-    monkeypatch.setattr(_cache, "_built", {})
+    forget(monkeypatch)
     monkeypatch.setattr(_cache, "_directories_warned_of", set())
     with pytest.warns(RuntimeWarning, match="compiles its kernels in every process") as warned:
         _cache.load(Asked(), (8, 0))
@@ -679,7 +681,7 @@ def test_a_failed_write_leaves_nothing(cache, builds, monkeypatch):
 def test_an_empty_variable_means_no_files(builds, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTATTN_CACHE_DIR", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(_cache, "_built", {})
+    forget(monkeypatch)
     for _ in range(2):
         _cache.load(Asked(), (8, 0))
     assert len(builds) == 1

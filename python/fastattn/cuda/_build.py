@@ -154,7 +154,9 @@ def _taken_apart(name: str, number: int, kind: Any) -> list[str]:
 
 def check_parameters(ptx: str, name: str, parameters: tuple[str, ...]) -> None:
     """Make sure that Numba took the arguments apart as `parameters_of` says."""
-    declared = re.findall(rf"\.param [^,)]*?\.([a-z]+\d+) {re.escape(name)}_param_\d+", ptx)
+    declared = re.findall(
+        rf"\.param (?:\.align \d+ )?\.([a-z]\d+) [^,)]*?\b{re.escape(name)}_param_\d+", ptx
+    )
     expected = [PTX_TYPES[parameter] for parameter in parameters]
     if [kind.replace("b", "u") for kind in declared] != expected:
         raise RuntimeError(f"{name} has other parameters in the PTX than is known: {declared}")

@@ -34,20 +34,23 @@ HEADER = struct.Struct("<8sQQ32s")  # MAGIC, bytes of description and of code, S
 PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm")
 
 _built: dict[tuple[Kernel, Capability], Binary] = {}
+# The same by a kernel's id, for its hash takes long; the kernel is kept, so the id stays its own.
+_at_hand: dict[tuple[int, Capability], tuple[Kernel, Binary]] = {}
 _lock = threading.Lock()
 _directories_warned_of: set[Path] = set()
 
 
 def load(kernel: Kernel, capability: Capability) -> Binary:
     """Return a kernel's machine code for a compute capability, from where it is found first."""
-    known = _built.get((kernel, capability))
+    known = _at_hand.get((id(kernel), capability))
     if known is not None:
-        return known
+        return known[1]
     with _lock:
-        known = _built.get((kernel, capability))
-        if known is None:
-            known = _built[kernel, capability] = _from_disk_or_built(kernel, capability)
-    return known
+        binary = _built.get((kernel, capability))
+        if binary is None:
+            binary = _built[kernel, capability] = _from_disk_or_built(kernel, capability)
+        _at_hand[id(kernel), capability] = kernel, binary
+    return binary
 
 
 def directory() -> Path | None:

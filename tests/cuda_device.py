@@ -19,11 +19,14 @@ import pytest
 from cuda_emulator import DTYPES, Memory, rebound, run
 from cuda_emulator_sm90 import TensorMap
 from cuda_emulator_sm90 import run as run_hopper
-from fastattn.cuda._arrays import DeviceArray, item_bytes
 
 from fastattn.cuda import _arrays, _backward, _driver, _forward, _launch
+from fastattn.cuda._arrays import DeviceArray, item_bytes
 
-JUNK = np.nan  # in memory that nobody has written
+
+def junk(shape: Any, dtype: Any) -> np.ndarray:
+    """Return memory that nobody has written."""
+    return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -77, dtype)
 
 
 class FakeArray:
@@ -115,9 +118,8 @@ class FakeDevice:
         if any(isinstance(x, DeviceArray) for x in arguments):
             given = [self.view(x, True) if isinstance(x, DeviceArray) else x for x in arguments]
             threads = SingleThreads(kernel, blocks)
-            with np.errstate(all="ignore"):
-                for block in range(blocks):
-                    threads.run(block, tuple(given))
+            for block in range(blocks):
+                threads.run(block, tuple(given))
         else:
             numbers = (np.float32(x) if isinstance(x, float) else x for x in arguments)
             if kernel.tensor_maps:
@@ -147,8 +149,14 @@ class SingleThreads:
         self.threads = kernel.threads
         self.gridDim = SimpleNamespace(x=blocks)
         self.shared = SimpleNamespace(array=self._shared_array)
-        self.local = SimpleNamespace(array=lambda shape, dtype: np.full(shape, JUNK).astype(dtype))
-        self.function = rebound(kernel.function, self)
+        self.local = SimpleNamespace(array=junk)
+        function = rebound(kernel.function, self)
+
+        def run(*arguments: Any) -> None:
+            with np.errstate(all="ignore"):  # a greenlet has settings of its own
+                function(*arguments)
+
+        self.function = run
 
     def run(self, block: int, arguments: tuple[Any, ...]) -> None:
         """Run a block's threads, each up to the next barrier, until all have ended."""
@@ -170,7 +178,7 @@ class SingleThreads:
 
     def _shared_array(self, shape: Any, dtype: Any) -> np.ndarray:
         self.asked += 1
-        return self.arrays.setdefault(self.asked, np.full(shape, JUNK).astype(dtype))
+        return self.arrays.setdefault(self.asked, junk(shape, dtype))
 
     def syncthreads(self) -> None:
         self.hub.switch()

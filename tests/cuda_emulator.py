@@ -311,6 +311,19 @@ class Group:
 
             return chosen
 
+        def store_16_if(condition, address, values, at):
+            where = self.spread(condition, bool)
+            if where.any():
+                target, places = memory.locate(self.spread(address)[where])
+                assert (places % 16 == 0).all(), "a misaligned store"
+                words = np.stack([values[at + i] for i in range(4)], 1)[where]
+                target[places[:, None] + np.arange(16)] = as_bytes(words)
+
+        def load_float32_4(d, d_at, address):
+            numbers = read(self.spread(address), 16).view(np.float32)
+            for i in range(4):
+                d[d_at + i] = numbers[:, i]
+
         store_int32 = store(np.int32)
         simple = {
             "select": lambda c, x, y: np.where(c, x, y)[()],
@@ -335,6 +348,9 @@ class Group:
             "store_int32_if": store_int32,
             "store_float32_if": store(np.float32),
             "store_float32_4_if": store_float32_4_if,
+            "store_16_if": store_16_if,
+            "load_float32_4": load_float32_4,
+            "exchange_int32": lambda x, m: self.spread(x)[np.arange(lanes) ^ m],
             "copy_16": copy_16,
             "copy_16_if": copy_16_if,
             "commit_copies": commit_copies,

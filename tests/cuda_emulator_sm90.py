@@ -405,29 +405,6 @@ class Warpgroup(cuda_emulator.Group):
             target, at = self.block.memory.locate(address + shift)
             np.add.at(target.view(np.float32), at // 4, self.floats(value))
 
-    def do_quotient(self, x, y):
-        if np.any(np.asarray(x) < 0) or np.any(np.asarray(y) <= 0):
-            raise Fault(f"{x} / {y} in unsigned numbers")
-        return x // y
-
-    def do_exchange_int32(self, x, m):
-        return self.spread(x)[np.arange(LANES) ^ int(m)]
-
-    def do_store_16_if(self, c, g, v, v_at):
-        where = self.spread(c, bool)
-        if where.any():
-            target, at = self.block.memory.locate(self.spread(g)[where])
-            self.block.memory.locate(self.spread(g)[where] + 15)
-            if np.any(at % 16):
-                raise Fault("a store of 16 bytes at an address that is no multiple of 16")
-            words = np.stack([v[v_at + i] for i in range(4)], 1)[where]
-            target[at[:, None] + np.arange(16)] = words.view(np.uint8).reshape(-1, 16)
-
-    def do_load_float32_4(self, d, d_at, g):
-        numbers = self.block.memory.read(self.spread(g), 16).view(np.float32)
-        for i in range(4):
-            d[d_at + i] = numbers[:, i]
-
     # ---- products
     def do_shared_address(self, _):
         return 16  # no multiple of what TMA wants: that is the kernel's affair

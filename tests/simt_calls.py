@@ -265,7 +265,7 @@ def everything(operands, options, other_strides=False):
 
 
 def relaid(x):
-    """Return an equal array whose axes lie in the other order, with gaps, the last one backwards."""
+    """Return an equal array, its axes in the other order, with gaps, the last one backwards."""
     memory = np.zeros((*x.shape[::-1], 2), x.dtype)
     memory[::-1, ..., 0] = x.T
     return memory[::-1, ..., 0].T

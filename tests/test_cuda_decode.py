@@ -18,8 +18,7 @@ from conftest import assert_same_bits, make_problem
 
 from fastattn import reference
 from fastattn.cuda._build import build
-from fastattn.cuda.kernels import decode
-from fastattn.cuda.kernels.rows import UNLIMITED
+from fastattn.cuda.kernels import UNLIMITED, decode
 
 NAN = float("nan")
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

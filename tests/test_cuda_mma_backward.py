@@ -19,8 +19,7 @@ import cuda_sass
 
 from fastattn import attention, reference
 from fastattn.cuda import _build
-from fastattn.cuda.kernels import mma_backward
-from fastattn.cuda.kernels.rows import UNLIMITED
+from fastattn.cuda.kernels import UNLIMITED, mma_backward
 
 PADDED = 128  # the rows of lse2 and delta
 every_half = pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)

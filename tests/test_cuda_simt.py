@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels in plain Numba CUDA: the definition's results, in Numba's simulator, and that they
-compile for each generation of GPUs.
+"""The kernels in plain Numba CUDA: the definition's results in Numba's simulator, and compiling.
 
 What runs here are the functions that run on a GPU, thread by thread, in processes that simulate
 (simt_calls.py); what does not run here is the machine code.
@@ -36,7 +35,7 @@ every_dtype = pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=lambda dt
 
 @pytest.fixture(scope="module")
 def pool():
-    """Processes that simulate."""
+    """Start processes that simulate."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, spawn, initializer=simt_calls.start) as executor:
         yield executor
@@ -244,7 +243,7 @@ def test_gradients_of_every_argument_with_every_other(pool):
 # --- Sizes and layouts ---------------------------------------------------------------------------
 
 # (q_len, kv_len, head_dim, value_head_dim): both sides of a tile's edges, and of shared memory's.
-SIZES = [(1, 1, 1, 1), (32, 32, 32, 32), (65, 33, 33, 65), (3, 70, 64, 130)]
+SIZES = [(1, 1, 1, 1), (65, 33, 33, 65), (3, 70, 64, 130)]
 
 
 @every_dtype
@@ -255,8 +254,7 @@ def test_sizes(pool, dtype):
 
 @every_dtype
 def test_sizes_of_gradients(pool, dtype):
-    sizes = [SIZES[0], *SIZES[2:]]
-    problems = [(make_problem(*size, heads=1, batch=(1,), dtype=dtype), {}) for size in sizes]
+    problems = [(make_problem(*size, heads=1, batch=(1,), dtype=dtype), {}) for size in SIZES]
     assert_all_gradients_within_gate(pool, problems)
 
 
@@ -266,9 +264,7 @@ def test_more_keys_than_a_group_of_tiles(pool):
     assert_all_within_gate(pool, [(operands, {}), (operands, {"bias": rising})])
 
 
-@pytest.mark.parametrize(
-    "shape", [(), (1,), (40,), (34, 1), (2, 1, 1), (2, 34, 40), (2, 1, 1, 40)], ids=str
-)
+@pytest.mark.parametrize("shape", [(), (34, 1), (2, 34, 40), (2, 1, 1, 40)], ids=str)
 def test_bias_is_summed_over_what_it_repeats(pool, shape):
     operands = make_problem(34, 40, 3, heads=2, batch=(2,), dtype=np.float64)
     options = {"bias": np.random.default_rng(0).normal(size=shape), "kv_lengths": [40, 5]}
@@ -352,8 +348,11 @@ def test_hidden_keys_may_hold_anything(pool, options):
 
 def test_rows_are_spoilt_by_what_they_see_alone(pool):
     query, key, value = make_problem(9, 40, 6, heads=1, batch=(1,))
-    seen = np.random.default_rng(0).random((9, 40)) < 0.9
+    seen = np.random.default_rng(0).random((9, 40)) < 0.6
     expected = pool.submit(simt_calls.attention, (query, key, value), {"mask": seen})
+    key, value = key.copy(), value.copy()  # those may still be on their way
+    key, value = key.copy(), value.copy()  # those may still be on their way
+    key, value = key.copy(), value.copy()  # those may still be on their way
     key[..., 3, 0], value[..., 35, :] = NAN, NAN
     spoilt = seen[:, 3] | seen[:, 35]
     assert 0 < spoilt.sum() < 9

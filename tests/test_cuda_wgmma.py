@@ -25,8 +25,7 @@ from cuda_emulator_sm90 import Deadlock, Fault, TensorMap, Timing, run
 
 from fastattn import reference
 from fastattn.cuda import _build
-from fastattn.cuda.kernels import wgmma
-from fastattn.cuda.kernels.rows import UNLIMITED
+from fastattn.cuda.kernels import UNLIMITED, wgmma
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LOG2E = 1 / math.log(2)

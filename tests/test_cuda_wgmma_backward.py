@@ -22,8 +22,7 @@ from cuda_emulator_sm90 import TensorMap, Timing
 
 from fastattn import attention, reference
 from fastattn.cuda import _build
-from fastattn.cuda.kernels import simt_backward, wgmma_backward
-from fastattn.cuda.kernels.rows import UNLIMITED
+from fastattn.cuda.kernels import UNLIMITED, simt_backward, wgmma_backward
 
 NAN, INF = np.nan, np.inf
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

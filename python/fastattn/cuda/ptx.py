@@ -284,6 +284,9 @@ quotient = op(
 exchange = op(
     "exchange", "shfl.sync.bfly.b32 %d, %x, %m, 0x1f, 0xffffffff;", "d:return:f x:f m:r"
 )  # the x of the thread whose number differs in the bits of m
+exchange_int32 = op(
+    "exchange_int32", "shfl.sync.bfly.b32 %d, %x, %m, 0x1f, 0xffffffff;", "d:return:r x:r m:r"
+)
 pack = {
     dtype: op(
         f"pack_{dtype}",
@@ -324,6 +327,14 @@ store_float32_4_if = op(
     "c:r g:l v:in:f4",
     memory=True,
 )
+
+store_16_if = op(
+    "store_16_if",
+    "{ .reg .pred p; setp.ne.b32 p, %c, 0; @p st.global.v4.b32 [%g], %v; }",
+    "c:r g:l v:in:r4",
+    memory=True,
+)
+load_float32_4 = op("load_float32_4", "ld.global.v4.f32 %d, [%g];", "d:out:f4 g:l", memory=True)
 
 # Copies to shared memory that go on while the threads compute (sm_80): of n bytes, 0 or 16, the
 # rest of the 16 become 0.

@@ -205,18 +205,3 @@ add_float32_2 = op(  # x, y to two neighbouring float32, without returning
     "g:l x:f y:f",
     memory=True,
 )
-
-# ---- of any architecture, but used by these kernels alone
-exchange_int32 = op(
-    "exchange_int32", "shfl.sync.bfly.b32 %d, %x, %m, 0x1f, 0xffffffff;", "d:return:r x:r m:r"
-)
-quotient = op(  # x / y rounded down, both from 0; Numba's // would divide 64-bit numbers
-    "quotient", "div.u32 %d, %x, %y;", "d:return:r x:r y:r", volatile=False
-)
-store_16_if = op(
-    "store_16_if",
-    "{ .reg .pred p; setp.ne.b32 p, %c, 0; @p st.global.v4.b32 [%g], %v; }",
-    "c:r g:l v:in:r4",
-    memory=True,
-)
-load_float32_4 = op("load_float32_4", "ld.global.v4.f32 %d, [%g];", "d:out:f4 g:l", memory=True)

@@ -77,12 +77,14 @@ def scores(row_tiles: int, tiles: int) -> SimpleNamespace:
     def mask(s, first, end, column):
         for m in range(row_tiles):
             for h in range(2):
+                # 32 bits: Numba's sums of int32 have 64.
+                low = i32(first[m * 2 + h] - column)
+                high = i32(end[m * 2 + h] - column)
                 for j in range(tiles):
                     for e in range(2):
                         at = (m * tiles + j) * 4 + h * 2 + e
-                        key = column + i32(j * 8 + e)
-                        seen = both(key >= first[m * 2 + h], key < end[m * 2 + h])
-                        s[at] = select(seen, s[at], f32(LOWEST))
+                        own = i32(j * 8 + e)
+                        s[at] = select(both(own >= low, own < high), s[at], f32(LOWEST))
 
     @device_function
     def softcap(s, factor):

@@ -31,10 +31,9 @@ import numpy as np
 from numba import cuda
 
 from fastattn.cuda import ptx
-from fastattn.cuda.kernels import Kernel
+from fastattn.cuda.kernels import MOST_OFFSET, UNLIMITED, Kernel
 from fastattn.cuda.kernels.rows import (
     LOWEST,
-    UNLIMITED,
     device_function,
     f32,
     i32,
@@ -58,12 +57,14 @@ from fastattn.cuda.ptx import (
     both,
     elect,
     ex2,
+    load_float32_4,
     load_shared_float32_2,
     maximum,
     minimum,
     quotient,
     select,
     shared_address,
+    store_16_if,
     store_int32,
     store_shared_int32,
     uniform,
@@ -75,14 +76,12 @@ from fastattn.cuda.ptx_sm90 import (
     fence_mbarrier_init,
     fence_proxy_async,
     give_registers,
-    load_float32_4,
     mbarrier_arrive,
     mbarrier_expect,
     mbarrier_init,
     mbarrier_wait,
     named_or,
     named_sync,
-    store_16_if,
     take_registers,
     tma_load_4d,
     tma_prefetch,
@@ -258,7 +257,7 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
         item = quotient(pair_number, kv_heads)
         kv_head = pair_number - item * kv_heads
         length = own_number(lengths, item, length, i32(0), kv_len)
-        offset = own_number(offsets, item, offset, i32(-UNLIMITED), i32(UNLIMITED))
+        offset = own_number(offsets, item, offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
 
         # ---- which tiles of queries see any of them, in each head of the group
         first_key = k_tile * i32(KEYS)

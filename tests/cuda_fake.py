@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import itertools
 import threading
+from collections import deque
 from enum import IntEnum
 
 from fastattn.cuda import _driver
@@ -160,7 +161,7 @@ def fake_driver(monkeypatch):
     monkeypatch.setattr(_driver, "driver", lambda: fake)
     for name in ("_devices", "_functions", "_kernels"):
         monkeypatch.setattr(_driver, name, {})
-    monkeypatch.setattr(_driver, "_kept", [])
+    monkeypatch.setattr(_driver, "_kept", deque())
     _driver.tensor_map.cache_clear()
     yield fake
     _driver.tensor_map.cache_clear()

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
+from child import start
 from cuda_fake import fake_driver
 
 from fastattn.cuda import _arrays, _driver
@@ -894,3 +895,21 @@ def test_an_empty_out(gpu):
     query = query_on()
     out = interface(gpu, (0, 3), data=(0, False), strides=(0, 4))
     assert _arrays.destination(out, query, (0, 3), "float32", [query], STREAM).shape == (0, 3)
+
+
+def end_with_memory():
+    """End a process that has memory of ours, and a capsule of it."""
+    from cuda_fake import Gpu
+
+    fake = Gpu()
+    _driver.driver = lambda: fake
+    kept = [OwnArray((3,), "float32", STREAM, 0)]
+    kept.append(kept[0].__dlpack__(stream=5))
+    sys.kept = kept  # until modules are gone
+    return len(fake.memory)
+
+
+def test_a_process_may_end_with_memory_of_ours():
+    process = start(end_with_memory)
+    assert process.communicate(timeout=60) == ("1\n", "")
+    assert process.returncode == 0

@@ -491,11 +491,13 @@ def test_objects_are_kept_until_the_gpu_has_read_them(gpu):
     gpu.fails["cuEventQuery"] = "CUDA_ERROR_NOT_READY"
     _driver.keep(5, device, [kept("first")])
     _driver.keep(5, device, [kept("second")])
+    _driver.keep(5, device, [])
     assert set(alive) == {"first", "second"}
+    assert len(gpu.of("cuEventQuery")) == 2  # a call asks of the oldest alone
     gpu.fails.clear()
     _driver.keep(5, device, [kept("third")])
     assert set(alive) == {"third"}
-    assert len(gpu.of("cuEventDestroy")) == 2
+    assert len(gpu.of("cuEventDestroy")) == 3
     gpu.answers["cuStreamIsCapturing"] = 1
     _driver.keep(5, device, [kept("captured")])
     assert set(alive) == set()

@@ -16,6 +16,7 @@ import math
 import sys
 import threading
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -459,6 +460,14 @@ def _of_dlpack(name: str, x: Any, library: str, stream: int) -> DeviceArray:
     )
 
 
+def _give_back(pointer: int, on: _driver.Device, stream: int, readers: set[int]) -> None:
+    """Free memory after what is on its stream, and on those that it was given to."""
+    with contextlib.suppress(RuntimeError, MemoryError):  # CUDA failed before, and said so
+        for reader in readers:
+            _driver.wait(stream, reader, on)
+        _driver.free(pointer, stream, on)
+
+
 class OwnArray:
     """A contiguous array in device memory of ours, for libraries that offer none for results."""
 
@@ -467,17 +476,10 @@ class OwnArray:
         self._on, self._stream, self._readers = _driver.device(device), stream, set[int]()
         size = math.prod(shape) * item_bytes(dtype)
         self.pointer = _driver.allocate(size, stream, self._on)
-
-    def __del__(self) -> None:
-        """Give the memory back after what is on its stream, and on those that it was given to."""
-        pointer = getattr(self, "pointer", None)
-        if pointer is None:  # there was none
-            return
-        # At the end of a process, say.
-        with contextlib.suppress(ImportError, RuntimeError, MemoryError):
-            for stream in self._readers:
-                _driver.wait(self._stream, stream, self._on)
-            _driver.free(pointer, self._stream, self._on)
+        given_back = weakref.finalize(
+            self, _give_back, self.pointer, self._on, stream, self._readers
+        )
+        given_back.atexit = False  # the end of the process gives back all
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

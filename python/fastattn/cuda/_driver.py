@@ -15,6 +15,7 @@ import importlib
 import os
 import struct
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from fastattn.cuda._build import INSTALL, TENSOR_MAP, TENSOR_MAP_BYTES
@@ -379,7 +380,8 @@ def wait(stream: int, other: int, on: Device) -> None:
             call("cuEventDestroy", event)  # in fact once it has happened
 
 
-_kept: list[tuple[Any, Any]] = []  # (event, objects) until it has happened
+# (event, objects) until it has happened, oldest first.
+_kept: deque[tuple[Any, Any]] = deque()
 
 
 def keep(stream: int, on: Device, objects: Any) -> None:
@@ -399,14 +401,14 @@ def keep(stream: int, on: Device, objects: Any) -> None:
 
 
 def _let_go(module: Any) -> None:
-    waiting = []
-    for event, objects in _kept:
+    """Let go of the oldest; those behind one that is not read yet have time."""
+    while _kept:
+        event, _ = _kept[0]
         status, *_ = module.cuEventQuery(event)
         if status == module.CUresult.CUDA_ERROR_NOT_READY:
-            waiting.append((event, objects))
-        else:
-            module.cuEventDestroy(event)
-    _kept[:] = waiting
+            return
+        module.cuEventDestroy(event)
+        _kept.popleft()
 
 
 def device_of(address: int) -> int | None:

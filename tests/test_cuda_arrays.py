@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from child import start
-from cuda_fake import fake_driver
+from cuda_fake import Gpu, fake_driver
 
 from fastattn.cuda import _arrays, _driver
 from fastattn.cuda._arrays import DeviceArray, OwnArray
@@ -898,14 +898,10 @@ def test_an_empty_out(gpu):
 
 
 def end_with_memory():
-    """End a process that has memory of ours, and a capsule of it."""
-    from cuda_fake import Gpu
-
-    fake = Gpu()
-    _driver.driver = lambda: fake
-    kept = [OwnArray((3,), "float32", STREAM, 0)]
-    kept.append(kept[0].__dlpack__(stream=5))
-    sys.kept = kept  # until modules are gone
+    """End a process that keeps memory of ours until the GPU, which it is not asked, has read it."""
+    fake = sys.modules["cuda.bindings.driver"] = Gpu()
+    own = OwnArray((3,), "float32", STREAM, 0)
+    _driver.keep(STREAM, _driver.device(0), [own])
     return len(fake.memory)
 
 

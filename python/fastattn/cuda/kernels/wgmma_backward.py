@@ -31,7 +31,7 @@ import numpy as np
 from numba import cuda
 
 from fastattn.cuda import ptx
-from fastattn.cuda.kernels import MOST_OFFSET, UNLIMITED, Kernel
+from fastattn.cuda.kernels import MOST_OFFSET, Kernel
 from fastattn.cuda.kernels.rows import (
     LOWEST,
     device_function,
@@ -141,7 +141,7 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
     lengths, offsets
         Addresses, int64 (batch,), or 0: then the numbers length and offset count.
     q_len, kv_len, batch, kv_heads, group
-        Sizes, from 1; lengths at most `rows.MOST_LENGTH`. group is query heads per key head.
+        Sizes, from 1; lengths at most MOST_LENGTH. group is query heads per key head.
     section
         How many heads of all batch elements are worked on at a time: `heads_together`.
     left, right, length, offset
@@ -181,10 +181,12 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
     # P of capped scores takes the registers that dP would wait in.
     dp_later = softcapped and head_dim == 128
 
-    def along(panel):
+    def along(panel: int) -> list[int]:
+        """Return the steps over columns, in panels of 64."""
         return [k % 4 * 32 + k // 4 * panel for k in range(head_dim // 16)]
 
-    def down(rows):
+    def down(rows: int) -> list[int]:
+        """Return the steps down the rows of a panel."""
         return [k * 2048 for k in range(rows // 16)]
 
     times_queries = wgmma_shared(
@@ -358,7 +360,7 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
             first_query = own_key - offset - right - own_column
             for h in range(2):
                 own_end = minimum(own_key + i32(h * 8 + 1) - offset + left, q_len)
-                own_end = select(own_key + i32(h * 8) < length, own_end, i32(-UNLIMITED))
+                own_end = select(own_key + i32(h * 8) < length, own_end, i32(0))
                 end_query[h] = own_end - own_column
             # Tiles of queries that see all of this warpgroup's keys need no mask.
             own_first = first_key + warpgroup * i32(64)

@@ -14,7 +14,12 @@ dK and dV stay in registers to the end and are added up in a fixed order, over t
 the group too. dQ is the sum over blocks: its dS goes through shared memory, to be read the other
 way round, and the product is added to a float32 array in device memory in whatever order blocks
 come. Where the bits of dq must repeat, `with_dq=False` leaves it to another kernel; `round_dq`
-makes dq of that array.
+makes dq of that array. Products run while the threads do something else: dP beside the exponentials
+of S, dV beside dS, dK beside the sums for dQ and the wait for the next tile.
+
+P and dS of a hidden pair are 0 whatever its key and value hold. But the last products multiply that
+0 by a key, a query or a grad_out, so that what is not finite there makes rows not finite that do
+not see it: these are flagged, for `simt_backward` to compute again.
 
 Read `mma.py` first. Called by `_backward.py`; what it reads of rows, lse2 and delta, comes from
 `simt_backward.prepare`. `ptx_sm90.py` says how matrices lie in shared memory.

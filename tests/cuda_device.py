@@ -26,7 +26,7 @@ from fastattn.cuda._arrays import DeviceArray, item_bytes
 
 def junk(shape: Any, dtype: Any) -> np.ndarray:
     """Return memory that nobody has written."""
-    return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -77, dtype)
+    return np.full(shape, np.array(np.nan if np.dtype(dtype).kind == "f" else -77).astype(dtype))
 
 
 class FakeArray:

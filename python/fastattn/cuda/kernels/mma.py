@@ -47,6 +47,7 @@ from fastattn.cuda.ptx import (
     load_matrices_transposed,
     minimum,
     product,
+    quotient,
     rcp,
     select,
     shared_address,
@@ -174,17 +175,19 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         scale, cap_factor,
     ):  # fmt: skip
         # ---- which rows, and which keys they see
-        q_tiles = (q_len + i32(q_tile - 1)) // i32(q_tile)
+        q_tiles = quotient(i32(q_len + i32(q_tile - 1)), q_tile)
         block = i32(cuda.blockIdx.x)
-        pair_number = block // q_tiles
-        q_block = q_tiles - i32(1) - block % q_tiles  # under a causal mask, the longest first
-        head = pair_number % heads
-        batch = pair_number // heads
-        first_row = q_block * i32(q_tile)
+        pair_number = quotient(block, q_tiles)
+        # Under a causal mask, the longest first.
+        q_block = i32(q_tiles - i32(1) - (block - pair_number * q_tiles))
+        batch = quotient(pair_number, heads)
+        head = i32(pair_number - batch * heads)
+        kv_head = quotient(head, group)
+        first_row = i32(q_block * i32(q_tile))
         last_row = minimum(first_row + i32(q_tile), q_len) - i32(1)
         length = own_number(lengths, batch, length, i32(0), kv_len)
         offset = own_number(offsets, batch, offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
-        start = first_key(first_row, offset, left) // i32(k_tile) * i32(k_tile)
+        start = first_key(first_row, offset, left) & i32(-k_tile)
         end = end_key(last_row, offset, right, length)
         all_from = first_key(last_row, offset, left)  # keys that every row sees
         all_to = end_key(first_row, offset, right, length)
@@ -200,8 +203,8 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         copy_to = shared + copy_row * i32(row_bytes) + (exchanged << i32(4))
         column = i64(chunk) * i64(16)
         q_from = query + (i64(batch) * q_batch + i64(head) * q_head) * i64(2) + column
-        k_from = key + (i64(batch) * k_batch + i64(head // group) * k_head) * i64(2) + column
-        v_from = value + (i64(batch) * v_batch + i64(head // group) * v_head) * i64(2) + column
+        k_from = key + (i64(batch) * k_batch + i64(kv_head) * k_head) * i64(2) + column
+        v_from = value + (i64(batch) * v_batch + i64(kv_head) * v_head) * i64(2) + column
         copy_queries(copy_to, q_from, q_row, first_row + copy_row, q_len)
         copy_keys(copy_to + i32(k_at), k_from, k_row, start + copy_row, end)
         commit_copies()

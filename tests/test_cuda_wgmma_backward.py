@@ -18,9 +18,10 @@ pytest.importorskip("numba_cuda")
 import cuda_emulator
 import cuda_emulator_sm90
 import cuda_sass
+from cuda_device import fake_device
 from cuda_emulator_sm90 import TensorMap, Timing
 
-from fastattn import attention, reference
+from fastattn import attention, cuda, reference
 from fastattn.cuda import _build
 from fastattn.cuda.kernels import UNLIMITED, simt_backward, wgmma_backward
 
@@ -289,6 +290,28 @@ def test_flags_say_where_a_row_is_not_finite():
     assert bad[0, 1, :141].all()
     assert not bad[0, 0].any()
     assert not bad[0, 1, 256:].any()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_lengths": np.array([0, 30])}, {"is_causal": True, "softcap": 3.0}], ids=str
+)
+def test_the_whole_call(options, deterministic):
+    problem = Problem("float16", 64, 50, 50, heads=2, batch=2, **options)
+    hidden = np.arange(50) >= options.get("kv_lengths", np.array([50, 50]))[:, None, None]
+    junk = [np.where(hidden[..., None], NAN, x).astype(x.dtype) for x in problem.operands[1:]]
+    with fake_device((9, 0)) as device:
+        given = problem.grad_out, problem.operands[0], *junk, problem.out, problem.lse
+        gradients = cuda.attention_backward(
+            *map(device.array, given),
+            grad_lse=device.array(problem.formula.grad_lse[..., 0].astype(np.float32)),
+            deterministic=deterministic,
+            **options,
+        )
+        assert_within_gate(problem, list(map(device.values, gradients)))
+    kernel = "fastattn_wgmma_backward_float16_64" + "_softcap" * ("softcap" in options)
+    assert kernel + "_without_dq" * deterministic in device.launched
+    assert ("fastattn_round_dq_float16_64" in device.launched) == (not deterministic)
 
 
 @every_kernel

@@ -218,6 +218,6 @@ def test_readme_names_every_environment_variable():
     readme = in_checkout("README.md")
     sources = [path for part in ("cpp", "src", "python") for path in (ROOT / part).glob("**/*")]
     text = "".join(path.read_text() for path in sources if path.suffix in (".py", ".cpp", ".h"))
-    variables = set(re.findall(r"\bFASTATTN_[A-Z_]*(?:ISA|THREADS|ROOT)\b", text))
-    assert len(variables) == 3
+    variables = set(re.findall(r"\bFASTATTN_[A-Z_]*(?:ISA|THREADS|ROOT|CUDA_KERNEL|DIR)\b", text))
+    assert len(variables) == 5
     assert not [name for name in variables - {"FASTATTN_CGROUP_ROOT"} if name not in readme]

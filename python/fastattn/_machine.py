@@ -15,7 +15,14 @@ from fastattn import _core
 from fastattn._arguments import whole_number
 from fastattn._report import Report
 
-VARIABLES = ("FASTATTN_ISA", "FASTATTN_NUM_THREADS", "FASTATTN_CGROUP_ROOT", "OMP_NUM_THREADS")
+VARIABLES = (
+    "FASTATTN_ISA",
+    "FASTATTN_NUM_THREADS",
+    "FASTATTN_CGROUP_ROOT",
+    "OMP_NUM_THREADS",
+    "FASTATTN_CUDA_KERNEL",
+    "FASTATTN_CACHE_DIR",
+)
 MOST_THREADS = _core.MOST_THREADS
 
 

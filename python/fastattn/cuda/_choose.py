@@ -3,15 +3,19 @@
 
 Called by `_attention.py` and `_backward.py`, for the call itself and for `explain`. What runs
 depends on the dtypes, the head_dims, q_len, the heads per KV head, which arguments are given and
-the GPU's architecture: never on kv_len, on values of arguments, on what else is in the batch.
+the GPU's architecture: never on kv_len, on values of arguments, on what else is in the batch. The
+environment variable FASTATTN_CUDA_KERNEL, which is read at the first call, makes it another one.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import NamedTuple
 
 from fastattn.cuda.kernels import MOST_LENGTH
 
+VARIABLE = "FASTATTN_CUDA_KERNEL"
 FORMS = ("wgmma", "mma", "decode", "simt")
 HALVES = ("float16", "bfloat16")
 # Repeated here so that choosing imports no Numba; tests compare them with the kernels'.
@@ -68,8 +72,47 @@ def only_simt(question: Question) -> str:
     return ""
 
 
+@functools.cache
+def forced() -> str:
+    """Return the kernel that the environment asks for; empty if it leaves the choice."""
+    name = os.environ.get(VARIABLE, "")
+    if name and name not in FORMS:
+        raise ValueError(f"{VARIABLE}={name!r} is not one of: {', '.join(FORMS)}")
+    return name
+
+
 def forward(question: Question) -> Choice:
     """Choose the kernel of a call's result."""
+    best = _best_forward(question)
+    forms = [best.form, "simt"]
+    if best.form == "decode":
+        forms.append("mma")
+    if best.form in ("wgmma", "decode") and _has_wgmma(question):
+        forms += ["wgmma", "mma"]
+    return _unless_forced(best, forms)
+
+
+def backward(question: Question, deterministic: bool) -> Choice:
+    """Choose the kernel of a call's gradients."""
+    best = _best_backward(question, deterministic)
+    forms = [best.form, "simt"] + (["mma"] if best.form == "wgmma" else [])
+    return _unless_forced(best, forms)
+
+
+def _unless_forced(best: Choice, forms: list[str]) -> Choice:
+    """Return the best choice, or the one that is asked for if it is among the possible forms."""
+    name = forced()
+    if not name:
+        return best
+    if name not in forms:
+        choices = ", ".join(form for form in FORMS if form in forms)
+        raise ValueError(
+            f"{VARIABLE}={name!r} cannot compute this call, these can: {choices} ({best.reason})"
+        )
+    return Choice(name, f"{VARIABLE} asks for it")
+
+
+def _best_forward(question: Question) -> Choice:
     q = question
     reason = only_simt(q)
     if reason:
@@ -83,15 +126,18 @@ def forward(question: Question) -> Choice:
             f"{q.q_len} queries of {q.group} heads per KV head are few: the keys are cut over the "
             "chip",
         )
-    if q.capability == HOPPER and q.head_dim in WGMMA_HEAD_DIMS:
+    if _has_wgmma(q):
         return Choice("wgmma", "Hopper's tensor cores take this call")
     if q.capability == HOPPER:
         return Choice("mma", f"head_dim is {q.head_dim}: wgmma takes 64 and 128")
     return Choice("mma", "tensor cores take this call")
 
 
-def backward(question: Question, deterministic: bool) -> Choice:
-    """Choose the kernel of a call's gradients."""
+def _has_wgmma(question: Question) -> bool:
+    return question.capability == HOPPER and question.head_dim in WGMMA_HEAD_DIMS
+
+
+def _best_backward(question: Question, deterministic: bool) -> Choice:
     q = question
     reason = only_simt(q)
     if reason:

@@ -4,7 +4,9 @@
 The command `fastattn bench`, called by `__main__.py`. cases.py says what is measured, calls.py how
 fastattn is asked, libraries.py how each other library is, worker.py does it in a process per
 library, measure.py takes turns, accuracy.py compares with float64, report.py and chart.py show the
-results. benchmarks/README.md explains the method and how to read the tables.
+results. What the CPU and a GPU differ in is in processor.py and gpu.py, and what libraries are
+asked on a GPU in gpu_libraries.py; this process itself never touches CUDA. benchmarks/README.md
+explains the method and how to read the tables.
 """
 
 import argparse
@@ -19,16 +21,19 @@ from typing import IO
 
 import fastattn
 from fastattn.bench import cases, chart, measure, report
-from fastattn.bench.libraries import PREPARE, missing
+from fastattn.bench.libraries import LIBRARIES, missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
-    add("--suite", choices=cases.SUITES, default="familiar", help="which cases (familiar)")
+    suites = [name for suites in cases.SUITES_OF.values() for name in suites]
+    add("--device", choices=cases.SUITES_OF, default="cpu", help="where to measure (cpu)")
+    add("--suite", choices=suites, help="which cases (familiar; with --device cuda: gpu)")
     add("--case", action="append", metavar="NAME", help="this case alone; may be repeated")
     add("--libraries", metavar="A,B", help="compare with these alone (all that are installed)")
-    add("--threads", type=int, default=fastattn.get_num_threads(), help="(%(default)s)")
+    threads = fastattn.get_num_threads()
+    add("--threads", type=int, help=f"({threads}; with --device cuda: 1)")
     add("--quick", action="store_true", help="fewer cases and turns, under a minute")
     add("--json", type=Path, metavar="FILE", help="keep every sample there")
     add("--plot", type=Path, metavar="FILE.png", help="draw the results there")
@@ -40,7 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     interrupted = False
-    run: measure.Result = {"suite": options.suite, "quick": options.quick, "results": []}
+    device = options.device
+    suite = options.suite or next(iter(cases.SUITES_OF[device]))
+    run: measure.Result = {
+        "suite": suite,
+        "device": device,
+        "quick": options.quick,
+        "results": [],
+    }
+    if options.threads is None:
+        options.threads = 1 if device == "cuda" else fastattn.get_num_threads()
     try:
         if options.plot is not None:
             try:
@@ -50,7 +64,7 @@ def main(options: argparse.Namespace) -> int:
         if options.source is not None:
             run = json.loads(options.source.read_text())
         else:
-            chosen, libraries = _chosen_cases(options), _chosen_libraries(options)
+            chosen, libraries = _chosen_cases(options, suite), _chosen_libraries(options)
             interrupted = _measure(run, chosen, libraries, options)
     except (OSError, ValueError, measure.Failure) as error:
         return _complain(str(error))
@@ -78,11 +92,15 @@ def _measure(
     """Fill the run; return whether it was interrupted, with what was done by then in it."""
     begin = time.perf_counter()
     stream = sys.stderr if options.markdown else sys.stdout
-    run |= measure.description(libraries, options.threads)
+    device, threads = options.device, options.threads
+    run |= measure.description(libraries, threads, device)
     run["command"] = shlex.join(("fastattn", *sys.argv[1:]))
-    pace = measure.QUICK_PACE if options.quick else measure.PACE
+    if options.libraries is None and device == "cuda":
+        run["left_out"] = {x: why for x in LIBRARIES[device] if (why := missing(x))}
+    pace = measure.pace(options.quick, device)
     try:
-        with closing(measure.Bench(libraries, options.threads, pace, _progress)) as bench:
+        with closing(measure.Bench(libraries, threads, pace, _progress, device)) as bench:
+            run["machine"] |= bench.describe()
             run["limits"] = bench.limits()
             _progress("")
             _say(report.heading(run), stream)
@@ -98,16 +116,22 @@ def _measure(
     return False
 
 
-def _chosen_cases(options: argparse.Namespace) -> list[cases.Case]:
-    suite = cases.SUITES[options.suite]
-    every = {case.name: case for cases_ in cases.SUITES.values() for case in cases_}
+def _chosen_cases(options: argparse.Namespace, suite_name: str) -> list[cases.Case]:
+    suites = cases.SUITES_OF[options.device]
+    if suite_name not in suites:
+        raise ValueError(
+            f"--suite must be one of {', '.join(suites)} with --device {options.device}, got "
+            f"{suite_name}"
+        )
+    suite = suites[suite_name]
+    every = {case.name: case for cases_ in suites.values() for case in cases_}
     for name in options.case or ():
         if name not in every:
             raise ValueError(f"--case must be one of {', '.join(every)}, got {name}")
     if options.case:
         suite = [every[name] for name in options.case]
-    elif options.quick and options.suite == "familiar":
-        suite = [case for case in suite if case.name in cases.QUICK]
+    elif options.quick and suite_name == next(iter(suites)):
+        suite = [case for case in suite if case.name in cases.QUICK + cases.GPU_QUICK]
     if not importlib.util.find_spec("ml_dtypes"):
         for case in suite:
             if case.dtype == "bfloat16":
@@ -119,15 +143,16 @@ def _chosen_libraries(options: argparse.Namespace) -> list[str]:
     """fastattn, and those asked for or installed, in the order in which they are shown."""
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    known = LIBRARIES[options.device]
     if options.libraries is None:
-        return [name for name in PREPARE if not missing(name)]
+        return [name for name in known if not missing(name)]
     asked = {"fastattn", *options.libraries.split(",")}
-    if unknown := sorted(asked - PREPARE.keys()):
-        raise ValueError(f"--libraries must be of {', '.join(PREPARE)}, got {', '.join(unknown)}")
+    if unknown := sorted(asked - known.keys()):
+        raise ValueError(f"--libraries must be of {', '.join(known)}, got {', '.join(unknown)}")
     for name in asked:
         if absent := missing(name):
             raise ValueError(f"--libraries: {name} needs {' and '.join(absent)}: pip install it")
-    return [name for name in PREPARE if name in asked]
+    return [name for name in known if name in asked]
 
 
 def _progress(text: str) -> None:

@@ -23,6 +23,9 @@ class Floor:
     percent: float | None = None  # of the machine's limit, for the work left
     speedups: dict[str, float] = field(default_factory=dict)  # see promise()
     extra_mebibytes: float | None = None  # memory beside the output
+    tflops: float | None = None  # 10**12 operations of the work a second
+    launch_microseconds: float | None = None  # at most, beyond the fastest of torch's backends
+    gpu: str = ""  # which the promise is of; empty: of every machine
 
 
 def promise(
@@ -30,6 +33,22 @@ def promise(
 ) -> Floor:
     """Write a floor; speed-ups are over a library, the `best` peer or the case's `baseline`."""
     return Floor(percent, speedups, extra_mebibytes)
+
+
+def promise_of_h200(
+    tflops: float | None = None,
+    percent: float | None = None,
+    launch_microseconds: float | None = None,
+    speedups: dict[str, float] | None = None,
+) -> Floor:
+    """Write a floor that is for an H200 alone."""
+    return Floor(
+        percent,
+        speedups or {},
+        tflops=tflops,
+        launch_microseconds=launch_microseconds,
+        gpu="H200",
+    )
 
 
 @dataclass(frozen=True)
@@ -51,10 +70,11 @@ class Case:
     ragged_queries: bool = False  # the lengths are those of the queries too
     shared: int = 0  # so many first keys and values are the same in the whole batch
     float_mask: bool = False  # added mask (1, q_heads, q_len, kv_len)
-    call: str = "attention"  # how fastattn is asked: a name in calls.py
+    call: str = "attention"  # how fastattn is asked: a name in calls.py, or in GPU_CALLS
     cache_dtype: str = ""  # of the keys and values in a cache; empty: dtype
     bound_by: tuple[str, ...] = ("arithmetic",)  # and/or "read": caches are cold then
-    isa: str | None = None  # the FASTATTN_ISA that this case is about
+    device: str = "cpu"  # or "cuda"
+    isa: str | None = None  # the FASTATTN_ISA, or FASTATTN_CUDA_KERNEL, that this case is about
     libraries: tuple[str, ...] = ()  # empty: every library; else these alone
     baseline: "Case | None" = None  # another call of fastattn, timed in turn with this one
     floor: Floor = field(default_factory=Floor)
@@ -360,6 +380,86 @@ TRAINING = [
     )
 ]
 
+# On a GPU. "launch" is timed by the host's clock: what a call costs before the GPU works.
+GPU_CALLS = ("attention", "backward", "launch")
+GPU_TOKENS, GPU_COLUMNS = 16384, 2048  # batch * q_len; q_heads * head_dim
+
+
+def _on_gpu(name: str, tokens: int, head_dim: int = 128, **rest: Any) -> Case:
+    """Take bfloat16, and so many sequences and heads that all cases of a length cost the same."""
+    return _square(
+        name,
+        tokens,
+        GPU_COLUMNS // head_dim,
+        head_dim,
+        batch=GPU_TOKENS // tokens,
+        dtype="bfloat16",
+        device="cuda",
+        **rest,
+    )
+
+
+_GPU_FLOORS = {
+    "fwd-8k": promise_of_h200(520, speedups={"torch-flash": 1.0}),
+    "fwd-8k-causal": promise_of_h200(450),
+    "bwd-8k": promise_of_h200(300),
+    "decode-16k-x16": promise_of_h200(percent=75),
+}
+GPU = [
+    *(
+        _on_gpu(
+            name := f"fwd-{short}{dim}{suffix}",
+            tokens,
+            head_dim,
+            is_causal=bool(suffix),
+            floor=_GPU_FLOORS.get(name, Floor()),
+        )
+        for short, tokens, dim, head_dim in (
+            ("512", 512, "", 128),
+            ("2k", 2048, "", 128),
+            ("8k", 8192, "", 128),
+            ("16k", 16384, "", 128),
+            ("8k", 8192, "-d64", 64),
+        )
+        for suffix in ("", "-causal")
+    ),
+    _on_gpu("fwd-8k-mma", 8192, isa="mma", libraries=ALONE, floor=promise_of_h200(330)),
+    *(
+        _on_gpu(
+            name := f"bwd-8k{suffix}",
+            8192,
+            is_causal=bool(suffix),
+            call="backward",
+            floor=_GPU_FLOORS.get(name, Floor()),
+        )
+        for suffix in ("", "-causal")
+    ),
+    *(
+        _decode(
+            name := f"decode-16k-x{batch}",
+            16384,
+            8,
+            batch=batch,
+            dtype="bfloat16",
+            device="cuda",
+            floor=_GPU_FLOORS.get(name, Floor()),
+        )
+        for batch in (16, 1)
+    ),
+    Case(
+        "launch",
+        64,
+        64,
+        1,
+        64,
+        dtype="bfloat16",
+        device="cuda",
+        call="launch",
+        bound_by=(),
+        floor=promise_of_h200(launch_microseconds=10),
+    ),
+]
+
 SUITES = {
     "familiar": FAMILIAR,
     "floors": FLOORS,
@@ -368,7 +468,10 @@ SUITES = {
     "training": TRAINING,
     "growth": GROWTH,
 }
+GPU_SUITES = {"gpu": GPU}
+SUITES_OF = {"cpu": SUITES, "cuda": GPU_SUITES}  # the first suite of a device is its usual one
 QUICK = ("bert-128", "gpt2-1k", "decode-4k")
+GPU_QUICK = ("fwd-8k", "fwd-8k-causal", "decode-16k-x16", "launch")
 
 
 def shrunk(case: Case) -> Case:
@@ -473,11 +576,14 @@ def work(case: Case) -> dict[str, int]:
     Give what nobody can leave out, by the limit that it meets: FLOPs or bytes.
 
     Where there are two, each is done in its own time: the limit is the sum of the times. float16
-    is computed in float32.
+    is computed in float32. The limits of a GPU are those of a copy and of a matrix product.
     """
+    memory, arithmetic = "read", "float32" if case.dtype == "float16" else case.dtype
+    if case.device == "cuda":
+        memory, arithmetic = "copy", "matmul"
     amounts = {}
     if "read" in case.bound_by:
-        amounts["read"] = bytes_moved(case)
+        amounts[memory] = bytes_moved(case)
     if "arithmetic" in case.bound_by:
-        amounts["float32" if case.dtype == "float16" else case.dtype] = flops(case)
+        amounts[arithmetic] = flops(case)
     return amounts

@@ -7,8 +7,9 @@ Called by the command (`__init__.py`) for --plot. Needs matplotlib, which the ex
 from pathlib import Path
 from typing import Any
 
+from fastattn.bench.libraries import NEEDS
 from fastattn.bench.measure import BASELINE, Result
-from fastattn.bench.report import duration, percent, shown_libraries
+from fastattn.bench.report import duration, percent, place, shown_libraries
 
 COLORS = {
     "fastattn": "#d1495b",
@@ -18,6 +19,14 @@ COLORS = {
     "openvino": "#8fa9bf",
     "jax": "#b9c9d6",
     "numpy": "#dcdcdc",
+    "torch-flash": "#2e4057",
+    "torch-cudnn": "#5b7b9a",
+    "torch-efficient": "#8fa9bf",
+    "triton": "#b9c9d6",
+}
+LIMITS = {
+    "cpu": "multiply-adds in registers, for decoding the time to read memory, or the sum of both",
+    "cuda": "a large matrix product in bfloat16, for decoding the bandwidth of a large copy",
 }
 BAR_INCHES, GAP = 0.19, 1.0  # height of a bar; space between cases, in bars
 WIDTH_INCHES = 9.0
@@ -54,14 +63,13 @@ def save(run: Result, file: Path) -> None:
     axes.set_axisbelow(True)
     for library in libraries:
         axes.barh(0, 0, color=COLORS.get(library, GRAY), label=_named(run, library))
-    machine = run["machine"]
-    left = 0.02
-    figure.text(left, 1 - 0.3 / height, "Exact attention on the CPU", fontsize=14, weight="bold")
+    left, device = 0.02, run.get("device", "cpu")
+    title = f"Exact attention on {'a GPU' if device == 'cuda' else 'the CPU'}"
+    figure.text(left, 1 - 0.3 / height, title, fontsize=14, weight="bold")
     figure.text(
         left,
         1 - 0.55 / height,
-        f"{machine['cpu']}, {machine['threads']} threads; limit: multiply-adds in registers, "
-        "for decoding the time to read memory, or the sum of both",
+        f"{place(run)}; limit: {LIMITS[device]}",
         fontsize=8,
         color=GRAY,
     )
@@ -106,5 +114,6 @@ def _named(run: Result, library: str) -> str:
     """Write the library with its version."""
     if library == BASELINE:
         return "fastattn, another call"
-    version = run["versions"].get(library, run["machine"]["version"])
+    module = NEEDS.get(library, (library,))[0]
+    version = run["versions"].get(module, run["machine"]["version"])
     return f"{library} {version}"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How each library is asked for a case, at its best.
 
-Called by worker.py, in a process that holds one library alone; calls.py has fastattn's own calls.
+Called by worker.py, in a process that holds one library alone; calls.py has fastattn's own calls,
+gpu_libraries.py those of all libraries on a GPU.
 Every library gets the layout that is natural to it (the conversion is not counted), its fastest
 operator that expresses the case, and what need not be repeated (building, compiling, binding a
 dense mask) is done before the clock starts. A library that cannot express a case says so with
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastattn.bench import gpu_libraries
 from fastattn.bench.calls import CALLS, Prepared
 from fastattn.bench.cases import Array, Case, Inputs, numpy_dtype, seen_by_position
 
@@ -419,7 +421,14 @@ PREPARE: dict[str, Callable[[Case, Inputs, int], Prepared]] = {
     "jax": _jax,
     "numpy": _numpy,
 }
-NEEDS = {"onnxruntime": ("onnxruntime", "onnx")}
+LIBRARIES = {"cpu": PREPARE, "cuda": gpu_libraries.PREPARE}  # by device
+NEEDS = {
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "torch-flash": ("torch",),
+    "torch-cudnn": ("torch",),
+    "torch-efficient": ("torch",),
+    "triton": ("torch", "triton"),
+}
 
 
 def missing(library: str) -> list[str]:

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +26,8 @@ from fastattn.bench.worker import start
 
 PROBE_SECONDS = 0.06
 BUSY = 0.05  # CPUs missing on average in a round that is called disturbed
-LIMITS = ("float32", "float64", "bfloat16", "read")
+LIMITS = {"cpu": ("float32", "float64", "bfloat16", "read"), "cuda": ("matmul", "copy")}
+GPU_PACKAGES = ("numba-cuda", "cuda-bindings", "nvidia-nvvm")  # whose versions a report names too
 BASELINE = "baseline"  # the name under which fastattn's other call of a case is kept
 CPU_TIME = slice(11, 13)  # user and system, in /proc/PID/stat behind the name
 
@@ -54,6 +55,7 @@ QUICK_PACE = Pace(
     share_seconds=1.0,
     patience_seconds=20.0,
 )
+GPU_PATIENCE_SECONDS = 300.0  # kernels may have to be compiled, inputs are large
 
 
 class Failure(Exception):
@@ -63,8 +65,10 @@ class Failure(Exception):
 class Member:
     """A library's worker, started when it is first asked, and again after it died."""
 
-    def __init__(self, library: str, threads: int, isa: str | None = None) -> None:
-        self._who = (library, threads, isa)
+    def __init__(
+        self, library: str, threads: int, isa: str | None = None, device: str = "cpu"
+    ) -> None:
+        self._who = (library, threads, isa, device)
         self._process: Any = None
         self._connection: Any = None
         self._errors: IO[bytes]
@@ -114,10 +118,16 @@ class Bench:
     """The workers of a run, until it is closed."""
 
     def __init__(
-        self, libraries: Iterable[str], threads: int, pace: Pace, progress: Callable[[str], None]
+        self,
+        libraries: Iterable[str],
+        threads: int,
+        pace: Pace,
+        progress: Callable[[str], None],
+        device: str = "cpu",
     ) -> None:
         self._libraries = list(libraries)
         self._threads = threads
+        self._device = device
         self._pace = pace
         self._progress = progress
         self._members: dict[tuple[str, str | None], Member] = {}
@@ -127,10 +137,14 @@ class Bench:
         for member in self._members.values():
             member.close()
 
+    def describe(self) -> Result:
+        """Say what the device is, beyond what `description` knows; raise Failure without one."""
+        return dict(self._ask("fastattn", None, "describe"))
+
     def limits(self) -> dict[str, float]:
         """Measure the machine's limits."""
         found = {}
-        for limit in LIMITS:
+        for limit in LIMITS[self._device]:
             self._progress(f"limit of the machine: {limit}")
             with contextlib.suppress(Failure):  # the outcomes say why
                 samples = [self._probe(None, limit) for _ in range(self._pace.rounds)]
@@ -224,7 +238,7 @@ class Bench:
     def _ask(self, library: str, isa: str | None, request: str, *arguments: Any) -> Any:
         if (library, isa) not in self._members:
             module = "fastattn" if library == BASELINE else library
-            self._members[library, isa] = Member(module, self._threads, isa)
+            self._members[library, isa] = Member(module, self._threads, isa, self._device)
         return self._members[library, isa].ask(self._pace.patience_seconds, request, *arguments)
 
     def _probe(self, isa: str | None, limit: str) -> float:
@@ -263,6 +277,7 @@ def _summary(case: Case, rounds: list[Result], outcomes: dict[str, Result]) -> R
     return {
         "name": case.name,
         "isa": case.isa,
+        "device": case.device,
         "title": case.title,
         "work": amounts,
         "pairs": case.batch * case.q_heads * case.q_len * case.kv_len,
@@ -273,9 +288,16 @@ def _summary(case: Case, rounds: list[Result], outcomes: dict[str, Result]) -> R
     }
 
 
-def description(libraries: Iterable[str], threads: int) -> Result:
+def pace(quick: bool, device: str) -> Pace:
+    """Return how long a run may take."""
+    chosen = QUICK_PACE if quick else PACE
+    return replace(chosen, patience_seconds=GPU_PATIENCE_SECONDS) if device == "cuda" else chosen
+
+
+def description(libraries: Iterable[str], threads: int, device: str = "cpu") -> Result:
     """Say what is compared, and on what."""
     names = [name for library in libraries for name in NEEDS.get(library, (library,))]
+    names += GPU_PACKAGES if device == "cuda" else ()
     machine = dict(fastattn.info()) | {"threads": threads}
     return {"machine": machine, "versions": {name: _version(name) for name in names}}
 

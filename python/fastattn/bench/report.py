@@ -10,12 +10,15 @@ from fastattn.bench.measure import BASELINE, BUSY, Result
 
 TOLERANCE_POINTS = 2.0  # a floor missed by less counts as met
 PLAIN = ("fastattn", BASELINE, "numpy")  # what is no peer
-UNITS = {
-    "float32": "GFLOP/s fp32 FMA",
-    "float64": "GFLOP/s fp64 FMA",
-    "bfloat16": "GFLOP/s bf16 dot",
-    "read": "GB/s memory read",
+UNITS = {  # of each limit: what a second's work is divided by, and what remains
+    "float32": (1e9, "GFLOP/s", "fp32 FMA"),
+    "float64": (1e9, "GFLOP/s", "fp64 FMA"),
+    "bfloat16": (1e9, "GFLOP/s", "bf16 dot"),
+    "read": (1e9, "GB/s", "memory read"),
+    "matmul": (1e12, "TFLOP/s", "bf16 matrix product"),
+    "copy": (1e9, "GB/s", "memory copy"),
 }
+MEGAHERTZ = {"clock_mhz": "", "memory_clock_mhz": " memory"}
 NOISY = 1.1  # ratio of the limit's extremes from which a run is called noisy
 Rows = list[list[str]]
 
@@ -44,7 +47,18 @@ def percent(outcome: Result) -> str:
 
 def limits(rates: dict[str, float]) -> str:
     """Write the machine's limits in one line."""
-    return ", ".join(f"{rate / 1e9:.4g} {UNITS[limit]}" for limit, rate in rates.items())
+    return ", ".join(_in_units(limit, rate) for limit, rate in rates.items())
+
+
+def _in_units(limit: str, *rates: float) -> str:
+    size, unit, what = UNITS[limit]
+    return f"{' to '.join(f'{rate / size:.4g}' for rate in rates)} {unit} {what}"
+
+
+def place(run: Result) -> str:
+    """Name what was measured on, in short."""
+    machine = run["machine"]
+    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
 
 
 def heading(run: Result) -> str:
@@ -52,12 +66,36 @@ def heading(run: Result) -> str:
     machine, versions = run["machine"], run["versions"]
     return "\n".join(
         (
+            *_gpu(machine),
             f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
             f"{machine['platform']}, Python {machine['python']}",
             ", ".join(f"{name} {version}" for name, version in versions.items()),
+            *(
+                f"left out: {library}, which needs {' and '.join(modules)}"
+                for library, modules in run.get("left_out", {}).items()
+            ),
             f"limits: {limits(run['limits'])}",
         )
     )
+
+
+def _gpu(machine: Result) -> list[str]:
+    """Describe the GPU in a line, if the run was on one."""
+    if "gpu" not in machine:
+        return []
+    known = [
+        machine["gpu"],
+        f"compute capability {machine['compute_capability']}",
+        f"{machine['multiprocessors']} multiprocessors",
+        memory(machine["gpu_memory_bytes"]),
+    ]
+    clocks = [f"{machine[x]} MHz{of}" for x, of in MEGAHERTZ.items() if x in machine]
+    if clocks:
+        known.append(f"at most {', '.join(clocks)}")
+    if "power_limit_w" in machine:
+        known.append(f"{machine['power_limit_w']} W")
+    known += [f"driver {machine['driver']}"] if "driver" in machine else []
+    return [", ".join((*known, f"CUDA {machine['cuda']}"))]
 
 
 def block(result: Result) -> str:
@@ -65,8 +103,31 @@ def block(result: Result) -> str:
     title = result["title"].replace("\n", ", ")
     header = ["", "time", "of limit", "fastattn is", "max error", "extra memory", ""]
     rows = [header, *(_line(*item) for item in result["libraries"].items())]
+    if _on_gpu(result):
+        shown = (_rate(result, outcome) for outcome in result["libraries"].values())
+        for row, cell in zip(rows, ("rate", *shown), strict=True):
+            row.insert(2, cell)
     name = "" if title == result["name"] else f"{result['name']}: "
-    return "\n".join((name + title, *(_aligned(rows, left=(0, 6)))))
+    return "\n".join((name + title, *(_aligned(rows, left=(0, len(rows[0]) - 1)))))
+
+
+def _on_gpu(result: Result) -> bool:
+    return bool(result.get("device") == "cuda")
+
+
+def _rate(result: Result, outcome: Result) -> str:
+    """Write the work of a second, where it is of one kind."""
+    if "seconds" not in outcome or len(result["work"]) != 1:
+        return "-"
+    [(limit, amount)] = result["work"].items()
+    size, unit, _ = UNITS[limit]
+    return f"{_digits(amount / outcome['seconds'] / size)} {unit}"
+
+
+def _cell(result: Result, outcome: Result) -> str:
+    """Write what a library reaches: of the limit, or, where limits are less familiar, the rate."""
+    share = _rate(result, outcome) if _on_gpu(result) else percent(outcome)
+    return f"{share} ({duration(outcome['seconds'])})"
 
 
 def _line(library: str, outcome: Result) -> list[str]:
@@ -99,7 +160,7 @@ def table(run: Result, markdown: bool) -> str:
                 reason = f"{library}: {outcome['failure']}"
                 row.append(f"- [{reasons.setdefault(reason, len(reasons) + 1)}]")
             else:
-                row.append(f"{percent(outcome)} ({duration(outcome['seconds'])})")
+                row.append(_cell(result, outcome))
         ours = outcomes.get("fastattn", {})
         peer = best_peer(outcomes)
         row.append(f"{_speedup(outcomes[peer]['speedup'])} {peer}" if peer else "-")
@@ -136,7 +197,15 @@ def floors(run: Result) -> tuple[str, bool]:
 
     The text is empty where nothing is promised.
     """
-    rows = [["case", "of limit", "floor", "speed-up", "floor", "extra memory", "floor", "verdict"]]
+    on_gpu = any(map(_on_gpu, run["results"]))
+    rows = [
+        [
+            *("case", "of limit", "floor"),
+            *(("rate", "floor", "launch", "floor") if on_gpu else ()),
+            *("speed-up", "floor", "extra memory", "floor", "verdict"),
+        ]
+    ]
+    kept = True
     for result in run["results"]:
         floor, outcomes = result["floor"], result["libraries"]
         if not any(floor.values()):
@@ -156,22 +225,56 @@ def floors(run: Result) -> tuple[str, bool]:
                 100.0,
             ),
         ]
-        rows.append(
-            [
-                result["name"],
-                percent(ours),
-                f"{floor['percent']} %" if floor["percent"] else "",
-                ", ".join(f"{_speedup(y) if y else '-'} {x}" for x, y in speedups.items()) or "-",
-                ", ".join(f"{least:.3g}x" for _, least in named),
-                memory(extra),
-                f"{floor['extra_mebibytes']:g} MiB" if floor["extra_mebibytes"] else "",
-                verdict([(least, got, points) for least, got, points in short if least]),
-            ]
-        )
+        row = [
+            result["name"],
+            percent(ours),
+            f"{floor['percent']} %" if floor["percent"] else "",
+            ", ".join(f"{_speedup(y) if y else '-'} {x}" for x, y in speedups.items()) or "-",
+            ", ".join(f"{least:.3g}x" for _, least in named),
+            memory(extra),
+            f"{floor['extra_mebibytes']:g} MiB" if floor["extra_mebibytes"] else "",
+        ]
+        if on_gpu:
+            cells, more = _gpu_floors(result)
+            row[3:3] = cells
+            short += more
+        row.append(verdict([(least, got, points) for least, got, points in short if least]))
+        if floor.get("gpu", "") not in run["machine"].get("gpu", ""):
+            row[-1] = f"for {floor['gpu']}: {row[-1]}"
+        elif row[-1] not in ("met", "within 2 points"):
+            kept = False
+        rows.append(row)
     if not rows[1:]:
         return "", True
-    kept = all(row[-1] in ("met", "within 2 points") for row in rows[1:])
-    return "\n".join((*_aligned(rows, left=(0, 7)), *_noise(run))), kept
+    return "\n".join((*_aligned(rows, left=(0, len(rows[0]) - 1)), *_noise(run))), kept
+
+
+def _gpu_floors(result: Result) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Show what only GPUs are held to, with its floors; return these as `verdict` takes them.
+
+    Two percent of such a floor are its two points.
+    """
+    floor, outcomes = result["floor"], result["libraries"]
+    ours = outcomes.get("fastattn", {})
+    tflops = launch = None
+    if "seconds" in ours and "matmul" in result["work"]:
+        tflops = result["work"]["matmul"] / ours["seconds"] / 1e12
+    theirs = [
+        x["seconds"] for name, x in outcomes.items() if name.startswith("torch") and "seconds" in x
+    ]
+    if "seconds" in ours and theirs:
+        launch = (ours["seconds"] - min(theirs)) * 1e6
+    least, most = floor["tflops"], floor["launch_microseconds"]
+    cells = [
+        _rate(result, ours),
+        f"{least:g} TFLOP/s" if least else "",
+        f"{launch:+.1f} us" if most and launch is not None else "",
+        f"{most:g} us" if most else "",
+    ]
+    return cells, [
+        (least, tflops, 100 / (least or 1)),
+        (most and -most, None if launch is None else -launch, 100 / (most or 1)),
+    ]
 
 
 def verdict(promises: list[tuple[float, float | None, float]]) -> str:
@@ -207,8 +310,7 @@ def _noise(run: Result) -> list[str]:
             for limit, rate in result["limits"].items():
                 rates.setdefault(limit, []).append(rate)
     return notes + [
-        f"The machine was not quiet: its limit varied from {min(r) / 1e9:.4g} to "
-        f"{max(r) / 1e9:.4g} {UNITS[limit]}."
+        f"The machine was not quiet: its limit varied from {_in_units(limit, min(r), max(r))}."
         for limit, r in rates.items()
         if max(r) > NOISY * min(r)
     ]

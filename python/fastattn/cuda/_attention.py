@@ -175,23 +175,32 @@ def explain(query: Any, key: Any, value: Any, **given: Any) -> Report:
     -------
     dict
         Its str() is the report. `kernel` is the name of a module of fastattn.cuda.kernels, `reason`
-        why it is this one.
+        why it is this one, `gradients` the kernel that `attention_backward` would take.
     """
     stream = current_stream(query)
     q, k, v = arrays(query, key, value, stream)
     asked = options(q, k, v, stream, **given)
     device = _driver.device(q.device)
-    choice = _choose.forward(question(q, k, v, asked, device))
+    asks = question(q, k, v, asked, device)
+    choice = _choose.forward(asks)
     return Report(
         "attention on a GPU",
         {
             "kernel": choice.form,
             "reason": choice.reason,
+            "gradients": _gradients(asks),
             "device": device.name,
             "compute_capability": "{}.{}".format(*device.capability),
             "dtype": q.dtype,
         },
     )
+
+
+def _gradients(asks: _choose.Question) -> str:
+    try:
+        return _choose.backward(asks, deterministic=False).form
+    except ValueError as error:  # a kernel is forced that has none
+        return f"none: {error}"
 
 
 def is_available() -> bool:

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU as what is measured: its clock, its caches, its memory, its limits.
+
+Called by worker.py, for which gpu.py answers the same questions about a GPU.
+"""
+
+import ctypes
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastattn.bench.cases import Array, Case
+
+SETTLE_SECONDS, QUIET_SECONDS = 1.0, 0.02  # at most; how long a quiet process is watched
+FLUSH_BYTES = 512 << 20  # more than any cache
+MEMORY_SHARE = 0.8  # of what the machine has free, for one library
+
+
+class Processor:
+    """The CPU, and the memory of this process."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._cold: Array | None = None  # memory that takes the place of all others in the caches
+        self._resident: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Say what `fastattn.info` does not."""
+        return {}
+
+    def release(self) -> None:
+        """Free what only the case before needed."""
+        self._cold = None
+
+    def limit_memory(self) -> None:
+        """Let a call that asks for too much fail in this process, not bring down the machine."""
+        free = int(_kibibytes("MemAvailable", "/proc/meminfo") * MEMORY_SHARE)
+        limit = (_kibibytes("VmSize") + free) * 1024
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard == resource.RLIM_INFINITY or limit <= hard:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+    def reset_peak(self) -> None:
+        """Make the kernel forget the peak of this process; remember the bytes resident now."""
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # what is free must not hide what is taken next
+            Path("/proc/self/clear_refs").write_text("5")
+        except (AttributeError, OSError):
+            self._resident = None
+            return
+        self._resident = _kibibytes("VmRSS") * 1024
+
+    def extra_bytes(self, output_bytes: int) -> int | None:
+        """Return the peak since then, less the result; None where the system does not tell."""
+        if self._resident is None:
+            return None
+        return max(_kibibytes("VmHWM") * 1024 - self._resident - output_bytes, 0)
+
+    def timed(self, _case: Case, call: Callable[[], Any], loops: int, cold: bool = False) -> float:
+        """Return the seconds of a call, the mean of `loops`; cold: inputs are in no cache."""
+        if cold:
+            if self._cold is None:
+                self._cold = np.ones(FLUSH_BYTES // 8)
+            self._cold.sum()  # read, for what is written would go back while the call runs
+        begin = time.perf_counter()
+        for _ in range(loops):
+            call()
+        return (time.perf_counter() - begin) / loops
+
+    def probe(self, limit: str, seconds: float) -> float:
+        """Measure a limit: "read" in bytes/s, of a dtype's arithmetic in FLOP/s."""
+        import fastattn
+        from fastattn import _core
+
+        fastattn.set_num_threads(self._threads)
+        if limit == "read":
+            return _core.probe_read(FLUSH_BYTES >> 20, 3)
+        # The best of three: a limit is what the machine can do, and threads may start out badly.
+        return max(_core.probe_fma(limit, seconds / 3) for _ in range(3))
+
+    def settle(self) -> None:
+        """Return when the threads have stopped spinning: a library's may do so for a while."""
+        end = time.perf_counter() + SETTLE_SECONDS
+        while time.perf_counter() < end:
+            begin = time.process_time()
+            time.sleep(QUIET_SECONDS)
+            if time.process_time() - begin < 0.1 * QUIET_SECONDS:
+                break
+
+
+def _kibibytes(field: str, file: str = "/proc/self/status") -> int:
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise LookupError(f"{file} has no {field}")

@@ -126,8 +126,12 @@ def _rate(result: Result, outcome: Result) -> str:
 
 def _cell(result: Result, outcome: Result) -> str:
     """Write what a library reaches: of the limit, or, where limits are less familiar, the rate."""
-    share = _rate(result, outcome) if _on_gpu(result) else percent(outcome)
-    return f"{share} ({duration(outcome['seconds'])})"
+    share, seconds = percent(outcome), duration(outcome["seconds"])
+    if _on_gpu(result):
+        share = _rate(result, outcome)
+        if share == "-":
+            return seconds
+    return f"{share} ({seconds})"
 
 
 def _line(library: str, outcome: Result) -> list[str]:

@@ -5,6 +5,7 @@ What is made up is in fake_torch.py; how long its attentions take is known here,
 command must then say. The command's other parts are in test_bench.py.
 """
 
+import importlib
 import json
 import os
 import re
@@ -14,13 +15,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import child
 import fake_torch
+import numpy as np
 import pytest
 from test_bench import PATIENCE, by_name
 
-import fastattn.cuda
 from fastattn import __main__
-from fastattn.bench import cases, gpu, libraries, measure, report, worker
+from fastattn.bench import cases, gpu, gpu_libraries, libraries, measure, report, worker
+from fastattn.bench.accuracy import expected, max_error, sampled
 from fastattn.bench.cases import Case, Floor, promise_of_h200
 
 GPU_SECONDS = {
@@ -122,10 +125,10 @@ def test_decoding_is_held_to_a_copy():
 def test_time_is_that_of_the_gpu(case, library, world, bench):
     form = {"fastattn": "wgmma", "triton": "flex"}.get(library, library[6:])
     backward = " backward" if case.call == "backward" else ""
-    expected = HOST_SECONDS[form] if case.call == "launch" else GPU_SECONDS[form + backward]
+    seconds = HOST_SECONDS[form] if case.call == "launch" else GPU_SECONDS[form + backward]
     [result] = bench(case, names=list(dict.fromkeys(("fastattn", library))))
     outcome = result["libraries"][library]
-    assert outcome["seconds"] == pytest.approx(expected, rel=1e-3)
+    assert outcome["seconds"] == pytest.approx(seconds, rel=1e-3)
     assert outcome["max_error"] < 4e-2
     assert outcome["extra_bytes"] == fake_torch.EXTRA_BYTES
     limits = {"matmul": fake_torch.MATMUL_RATE, "copy": fake_torch.COPY_RATE}
@@ -134,7 +137,7 @@ def test_time_is_that_of_the_gpu(case, library, world, bench):
         assert outcome["percent"] is None
     else:
         [(limit, amount)] = result["work"].items()
-        percent = 100 * amount / limits[limit] / expected
+        percent = 100 * amount / limits[limit] / seconds
         assert outcome["percent"] == pytest.approx(percent, rel=1e-3)
 
 
@@ -177,6 +180,30 @@ def test_how_libraries_are_asked(bench):
     assert hows["decode", "triton"] == "torch.compile(flex_attention)(enable_gqa)"
     flex = "torch.compile(flex_attention)(block_mask)"
     assert hows["backward-causal", "triton"] == f"autograd.grad of {flex}"
+
+
+def errors_of_torch():
+    """Return errors of the real PyTorch, its CPU for a GPU, and which backends are then allowed."""
+    torch = importlib.import_module("torch")
+    tensor = gpu_libraries.tensor
+    gpu_libraries.tensor = lambda torch, x: tensor(torch, x, "cpu")
+    errors = []
+    for case in SMALL:
+        inputs = cases.make_inputs(case)
+        prepared = libraries.LIBRARIES["cuda"]["torch-flash"](case, inputs, 1)
+        prepared.call()
+        rows = prepared.to_numpy(prepared.call())[np.ix_(*sampled(case))]
+        errors.append(max_error(rows, expected(case)))
+    allowed = [torch._C._get_flash_sdp_enabled(), torch._C._get_math_sdp_enabled()]
+    return errors, allowed
+
+
+def test_torch_is_asked_what_it_can_answer():
+    pytest.importorskip("torch")
+    errors, allowed = child.run(errors_of_torch, timeout=2 * PATIENCE)
+    assert len(errors) == len(SMALL)
+    assert max(errors) < 4e-2
+    assert allowed == [True, False]  # the backend stays forced
 
 
 def test_compiling_is_done_before_the_clock_starts(world):
@@ -244,7 +271,7 @@ def test_what_is_missing_is_said(changes, text, world, monkeypatch, capsys):
     assert capsys.readouterr() == ("", f"fastattn bench: {text}\n")
 
 
-@pytest.mark.skipif(fastattn.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU")
 def test_a_worker_without_a_gpu():
     """In a process of its own, with whatever PyTorch there is."""
     member = measure.Member("fastattn", 1, "mma", "cuda")

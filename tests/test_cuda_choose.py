@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernel computes a call on a GPU when the environment asks for one.
 
-Calls fastattn.cuda._choose; no GPU is asked, and Numba is not imported.
+Calls fastattn.cuda._choose, which asks no GPU; whole calls are in the emulator.
 """
 
 import re
 
 import pytest
+from conftest import make_problem
 
 from fastattn.cuda import _choose
 from fastattn.cuda._choose import FORMS, Choice, Question
@@ -100,3 +101,41 @@ def test_the_variable_is_read_once(ask, monkeypatch):
     assert _choose.forward(PLAIN).form == "mma"
     monkeypatch.setenv(_choose.VARIABLE, "simt")
     assert _choose.forward(PLAIN).form == "mma"
+
+
+@pytest.mark.parametrize("form", ["wgmma", "mma", "simt"])
+def test_a_call_obeys(form, ask):
+    """In the emulator of a Hopper GPU, where a call without the variable takes wgmma."""
+    for needed in ("numba.cuda", "greenlet"):
+        pytest.importorskip(needed, reason="needs the extra `cuda`")
+    from cuda_cases import assert_right
+    from cuda_device import fake_device
+
+    from fastattn import cuda
+
+    arrays = make_problem(33, 40, 64, heads=1, batch=(1,), dtype="float16")
+    ask(form)
+    with fake_device((9, 0)) as device:
+        operands = [device.array(x) for x in arrays]
+        plan = cuda.explain(*operands)
+        assert (plan["kernel"], plan["gradients"]) == (form, form)
+        assert plan["reason"] == "FASTATTN_CUDA_KERNEL asks for it"
+        out, lse = cuda.attention(*operands, return_lse=True)
+        assert [name for name in device.launched if form in name] == device.launched
+        assert_right(device.values(out), device.values(lse), *arrays)
+
+
+def test_explain_says_that_decode_has_no_gradients(ask):
+    pytest.importorskip("greenlet", reason="needs the extra `cuda`")
+    from cuda_device import fake_device
+
+    from fastattn import cuda
+
+    arrays = make_problem(1, 40, 64, heads=1, batch=(1,), dtype="float16")
+    ask("decode")
+    with fake_device((9, 0)) as device:
+        plan = cuda.explain(*[device.array(x) for x in arrays])
+    assert plan["kernel"] == "decode"
+    assert plan["gradients"].startswith(
+        "none: FASTATTN_CUDA_KERNEL='decode' cannot compute this call, these can: wgmma, mma, simt"
+    )

@@ -18,11 +18,11 @@ from fastattn.bench.calls import Prepared
 from fastattn.bench.cases import Array, Case, Inputs
 
 
-def tensor(torch: Any, x: Array) -> Any:
+def tensor(torch: Any, x: Array, device: str = "cuda") -> Any:
     """Copy an array to the GPU."""
     if x.dtype.name == "bfloat16":  # torch does not know NumPy's
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to("cuda")
-    return torch.from_numpy(x).to("cuda")
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(x).to(device)
 
 
 def to_numpy(x: Any) -> Array:

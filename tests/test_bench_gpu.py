@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from test_bench import PATIENCE, by_name
 
+import fastattn
 from fastattn import __main__
 from fastattn.bench import cases, gpu, gpu_libraries, libraries, measure, report, worker
 from fastattn.bench.accuracy import expected, max_error, sampled
@@ -345,6 +346,26 @@ def test_what_nvidia_smi_tells(script, found, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert gpu.asked_of_nvidia_smi("1-2") == found
     assert gpu.asked_of_nvidia_smi("") == {}
+
+
+def test_heading_names_the_gpu():
+    machine = dict(fastattn.info()) | {
+        "gpu": "NVIDIA H200",
+        "compute_capability": "9.0",
+        "multiprocessors": 132,
+        "gpu_memory_bytes": 141 << 30,
+        "cuda": "13.0",
+        "driver": "560.35.03",
+        "clock_mhz": "1980",
+        "memory_clock_mhz": "3201",
+        "power_limit_w": "700.00",
+    }
+    text = report.heading({"machine": machine, "versions": {}, "limits": {"matmul": 7.1e14}})
+    assert text.splitlines()[0] == (
+        "NVIDIA H200, compute capability 9.0, 132 multiprocessors, 141.0 GiB, "
+        "at most 1980 MHz, 3201 MHz memory, 700.00 W, driver 560.35.03, CUDA 13.0"
+    )
+    assert text.endswith("limits: 710 TFLOP/s bf16 matrix product")
 
 
 # ---- From end to end

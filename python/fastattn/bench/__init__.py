@@ -100,7 +100,8 @@ def _measure(
     pace = measure.pace(options.quick, device)
     try:
         with closing(measure.Bench(libraries, threads, pace, _progress, device)) as bench:
-            run["machine"] |= bench.describe()
+            if device == "cuda":
+                run["machine"] |= bench.describe()
             run["limits"] = bench.limits()
             _progress("")
             _say(report.heading(run), stream)

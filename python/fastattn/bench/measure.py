@@ -138,7 +138,7 @@ class Bench:
             member.close()
 
     def describe(self) -> Result:
-        """Say what the device is, beyond what `description` knows; raise Failure without one."""
+        """Say what the GPU is; raise Failure without one."""
         return dict(self._ask("fastattn", None, "describe"))
 
     def limits(self) -> dict[str, float]:

@@ -28,10 +28,6 @@ class Processor:
         self._cold: Array | None = None  # memory that takes the place of all others in the caches
         self._resident: int | None = None
 
-    def describe(self) -> dict[str, Any]:
-        """Say what `fastattn.info` does not."""
-        return {}
-
     def release(self) -> None:
         """Free what only the case before needed."""
         self._cold = None

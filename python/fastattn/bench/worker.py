@@ -48,7 +48,8 @@ class Worker:
         return MACHINES[self._device](self._threads)
 
     def describe(self) -> dict[str, Any]:
-        """Say what is measured on."""
+        """Say what the GPU is."""
+        assert isinstance(self._machine, Gpu)
         return self._machine.describe()
 
     def prepare(self, case: Case) -> tuple[dict[str, Any], Array]:

@@ -15,10 +15,14 @@ import numpy as np
 UNLIMITED = 2**62
 
 
-def start():
-    """Make this process one that simulates; before numba is imported."""
+def start(rows=None):
+    """Make this process one that simulates, before it imports numba; rows: of tiles, if fewer."""
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
     warnings.simplefilter("ignore")  # inf - inf and the like, which NumPy's scalars warn of
+    if rows is not None:
+        from fastattn.cuda.kernels import simt
+
+        simt.ROWS.update(dict.fromkeys(simt.ROWS, rows))
 
 
 @contextlib.contextmanager

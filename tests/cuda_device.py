@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import greenlet
 import numpy as np
@@ -63,7 +63,7 @@ class FakeDevice:
         self.kept: list[Any] = []
         self.launched: list[str] = []
 
-    def __enter__(self) -> FakeDevice:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

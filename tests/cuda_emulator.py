@@ -23,6 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numba.cuda import types
+from threadpoolctl import threadpool_limits
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 PATIENCE = 20  # seconds at a barrier, then it is a deadlock
@@ -425,6 +426,7 @@ def rebound(function: Callable[..., Any], group: Any) -> Callable[..., Any]:
     return translated(function)
 
 
+@threadpool_limits.wrap(limits=1)  # small products: more threads would only wait for each other
 def run(
     kernel: Any,
     blocks: int,

@@ -24,6 +24,7 @@ from typing import Any
 import cuda_emulator
 import ml_dtypes
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 LANES = 128
 PTX_DTYPES = {"f16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -466,6 +467,7 @@ class Warpgroup(cuda_emulator.Group):
             self.products.pop(0)()
 
 
+@threadpool_limits.wrap(limits=1)
 def run(kernel, blocks, arguments, memory, timing=None):
     """Run a Kernel's blocks, one after the other. A tensor map's argument is a TensorMap."""
     timing = timing or Timing()

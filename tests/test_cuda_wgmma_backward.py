@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward kernel for Hopper, in the emulator: gradients, what is hidden, flags, and faults."""
 
-import contextlib
 import itertools
 import types
 from pathlib import Path
@@ -28,17 +27,6 @@ from fastattn.cuda.kernels import UNLIMITED, simt_backward, wgmma_backward
 NAN, INF = np.nan, np.inf
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LOG2E = float(np.log2(np.e))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Let BLAS use one thread, where that can be said: the emulator's products are small."""
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        threadpool_limits = contextlib.nullcontext
-    with threadpool_limits(1):
-        yield
 
 
 def strided(array):

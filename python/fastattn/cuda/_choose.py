@@ -3,7 +3,8 @@
 
 Called by `_attention.py` and `_backward.py`, for the call itself and for `explain`. What runs
 depends on the dtypes, the head_dims, q_len, the heads per KV head, which arguments are given and
-the GPU's architecture: never on kv_len, on values of arguments, on what else is in the batch. The
+the GPU's architecture: not on kv_len (unless it is 0, or beyond 2**28), nor on what else is in the
+batch; and of values, on whether scale is positive and positions fit 32 bits. The
 environment variable FASTATTN_CUDA_KERNEL, which is read at the first call, makes it another one.
 """
 
@@ -67,6 +68,8 @@ def only_simt(question: Question) -> str:
         return f"scale is {q.scale}: the others need a positive one"
     if max(q.q_len, q.kv_len) > MOST_LENGTH:
         return f"lengths are beyond 2**28: {q.q_len}, {q.kv_len}"
+    if q.kv_len == 0:
+        return "there are no keys"
     if q.far:
         return "query_offset or a side of the window is beyond 2**28"
     return ""

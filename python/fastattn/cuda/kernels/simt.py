@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention in plain Numba: the kernel to read first, and the one that knows every argument.
 
-`forward` makes a kernel for what a call has; `_attention.py` launches it for whatever the
+`forward` makes a kernel for what a call has; `_forward.py` launches it for whatever the
 tensor-core kernels have no room for (float32 and float64, mask, bias, dropout, ...), and once more
 behind them for rows that came out not finite (see `flags`). It runs unchanged under Numba's
 simulator, where tests/test_cuda_simt.py compares it with `fastattn.reference`.

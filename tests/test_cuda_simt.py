@@ -297,6 +297,13 @@ def test_bias_is_summed_over_what_it_repeats(pool_of_small_tiles, shape):
     assert_all_gradients_within_gate(pool_of_small_tiles, [(operands, options)])
 
 
+def test_windows_leave_out_tiles(pool_of_small_tiles):
+    operands = make_problem(50, 70, 3, heads=1, batch=(1,))
+    problems = [(operands, {"window": side, "query_offset": 10}) for side in ((5, 3), (None, 0))]
+    assert_all_within_gate(pool_of_small_tiles, problems)
+    assert_all_gradients_within_gate(pool_of_small_tiles, problems)
+
+
 # --- Bits ----------------------------------------------------------------------------------------
 
 

@@ -179,6 +179,7 @@ class Call:
             self.dropped,
             *self.seed,
             self.kept_scale,
+            0,
         )
 
 

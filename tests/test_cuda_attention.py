@@ -166,6 +166,14 @@ def test_batch_axes_broadcast(shapes, capability):
     assert_right(out, lse, query, key, value, is_causal=True, query_offset=3)
 
 
+@pytest.mark.parametrize("shapes", SHAPES[::2], ids=str)
+def test_dropout_counts_through_the_whole_batch(shapes):
+    query, key = (RNG.standard_normal(shape).astype(np.float32) for shape in shapes)
+    options = {"dropout_p": 0.4, "seed": 3}
+    out, lse, _ = attend(AMPERE, query, key, key, **options)
+    assert_within_gate((out, lse), query, key, key, **options)
+
+
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])
 def test_any_strides_give_the_same_bits(capability):
     query, key, value = problem(batch=(2,))

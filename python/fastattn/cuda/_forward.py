@@ -115,6 +115,7 @@ def simt_options(problem: Problem) -> tuple[Any, ...]:
         asked.seed % 2**32,
         asked.seed >> 32,
         1 / (1 - asked.dropout_p) if asked.dropout_p < 1 else 1.0,
+        p.first_batch,
     )
 
 

@@ -184,6 +184,7 @@ class Given(NamedTuple):
             dropped                 int64: round(dropout_p * 2**32)
             seed_low, seed_high     int64: the halves of the seed, each below 2**32
             kept_scale              as scale: 1 / (1 - dropout_p), or 1 if nothing is kept
+            first_batch             int64: what is added to batch for dropout
         """
         number = accumulator(self.query)
         return (
@@ -197,6 +198,7 @@ class Given(NamedTuple):
             number if self.softcap else types.none,
             *(types.int64,) * 3,
             number,
+            types.int64,
         )
 
     def name(self, stem: str, *sizes: int, **more: str | bool | None) -> str:
@@ -442,6 +444,7 @@ def _forward(
         seed_low,
         seed_high,
         kept_scale,
+        first_batch,
     ):
         queries = cuda.shared.array((rows, PITCH), float_dtype)
         keys = cuda.shared.array((KEYS, PITCH), float_dtype)  # then values
@@ -571,7 +574,7 @@ def _forward(
                         (start + key0) // EACH,
                         first + row0 + i + offset,
                         head,
-                        batch,
+                        batch + first_batch,
                         seed_low,
                         seed_high,
                     )

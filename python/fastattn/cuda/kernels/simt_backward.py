@@ -240,7 +240,7 @@ def sinks_gradient(query_dtype: str, sinks: str) -> Kernel:
 
 
 def _types_read(given: Given) -> tuple[Any, ...]:
-    """Return Numba's types of query, key, value, grad_out, delta, lse2, mask, ..., kept_scale."""
+    """Return Numba's types of query, key, value, grad_out, delta, lse2, mask, ..., first_batch."""
     numbers = types.Array(accumulator(given.query), 3, "A")
     query, key = array(given.query, 4), array(given.key, 4)
     return (query, key, key, query, numbers, numbers, *given.types)
@@ -288,6 +288,7 @@ def _tile_gradients(given: Given, to_bias: bool) -> Any:
         seed_low,
         seed_high,
         kept_scale,
+        first_batch,
     ):
         """Fill states, probs (as value's gradient needs them) and dscores.
 
@@ -301,7 +302,7 @@ def _tile_gradients(given: Given, to_bias: bool) -> Any:
             row = first + row0 + i
             low, high = keys_of_row(row, offset, left, right, length)
             words = random_words(
-                (start + key0) // EACH, row + offset, head, batch, seed_low, seed_high
+                (start + key0) // EACH, row + offset, head, batch + first_batch, seed_low, seed_high
             )
             for j in range(EACH):
                 key = start + key0 + j
@@ -433,6 +434,7 @@ def _query_gradient(given: Given, columns: int, has_flags: bool) -> Kernel:
         seed_low,
         seed_high,
         kept_scale,
+        first_batch,
     ):
         queries = cuda.shared.array((rows, PITCH), float_dtype)
         keys = cuda.shared.array((KEYS, PITCH), float_dtype)
@@ -498,6 +500,7 @@ def _query_gradient(given: Given, columns: int, has_flags: bool) -> Kernel:
                 seed_low,
                 seed_high,
                 kept_scale,
+                first_batch,
             ):
                 for n in range(scores_each):
                     tile_dscores[row0 + n // EACH, key0 + n % EACH] = dscores[n]
@@ -646,6 +649,7 @@ def _key_value_gradients(given: Given, columns: int, value_columns: int, has_fla
         seed_low,
         seed_high,
         kept_scale,
+        first_batch,
     ):
         queries = cuda.shared.array((rows, PITCH), float_dtype)
         keys = cuda.shared.array((KEYS, PITCH), float_dtype)
@@ -720,6 +724,7 @@ def _key_value_gradients(given: Given, columns: int, value_columns: int, has_fla
                     seed_low,
                     seed_high,
                     kept_scale,
+                    first_batch,
                 ):
                     for n in range(scores_each):
                         i, j = row0 + n // EACH, pair_key0 + n % EACH
@@ -857,6 +862,7 @@ def bias_gradient(given: Given) -> Kernel:
         seed_low,
         seed_high,
         kept_scale,
+        first_batch,
     ):
         queries = cuda.shared.array((rows, PITCH), float_dtype)
         keys = cuda.shared.array((KEYS, PITCH), float_dtype)
@@ -928,6 +934,7 @@ def bias_gradient(given: Given) -> Kernel:
                             seed_low,
                             seed_high,
                             kept_scale,
+                            first_batch,
                         ):
                             for n in range(scores_each):
                                 if states[n] != UNSEEN:

@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from conftest import make_problem
 
 from fastattn import reference
@@ -52,6 +53,17 @@ def error(x: Any, truth: Any) -> float:
     """Return the largest error; what is not finite is one."""
     off = np.abs(np.asarray(x).astype(np.float64) - truth)
     return float(np.where(np.isnan(off), np.inf, off).max(initial=0))
+
+
+def spilled(ptx: str, architecture: str) -> int:
+    """Return how many bytes of its registers a thread stores, or loads, in code for a GPU."""
+    from fastattn.cuda import _build
+
+    cubin, log = _build.assemble(ptx, architecture)
+    if cubin is None:
+        pytest.skip(log)
+    report = _build.report(log)
+    return max(report["spill_stores"], report["spill_loads"])
 
 
 def with_fault(module: Any, old: str, new: str) -> Any:

@@ -54,7 +54,7 @@ class FakeArray:
 class FakeDevice:
     """What `_driver.Device` is to the calls."""
 
-    def __init__(self, capability: tuple[int, int]) -> None:
+    def __init__(self, capability: tuple[int, int], warps_apart: bool) -> None:
         self.capability, self.ordinal, self.name = capability, 0, "an emulator"
         self.multiprocessors = 3
         self.shared_bytes = 227 * 1024
@@ -62,6 +62,7 @@ class FakeDevice:
         self.addresses: dict[int, int] = {}
         self.kept: list[Any] = []
         self.launched: list[str] = []
+        self.warps_apart = warps_apart
 
     def __enter__(self) -> Self:
         return self
@@ -125,7 +126,9 @@ class FakeDevice:
             if kernel.tensor_maps:
                 run_hopper(kernel, blocks, tuple(numbers), self.memory)
             else:
-                run(kernel, blocks, tuple(numbers), self.memory, lanes=32)
+                # decode's warps differ in what `uniform` says is the same.
+                lanes = 32 if self.warps_apart or "decode" in kernel.name else None
+                run(kernel, blocks, tuple(numbers), self.memory, lanes=lanes)
 
     def tensor_map(self, address: int, shape: Any, strides: Any, box: Any, dtype: str) -> TensorMap:
         """Return what the emulator takes for a tensor map."""
@@ -205,9 +208,13 @@ class SingleThreads:
 
 
 @contextlib.contextmanager
-def fake_device(capability: tuple[int, int]) -> Iterator[FakeDevice]:
-    """Put a device that is none in the place of the driver."""
-    device = FakeDevice(capability)
+def fake_device(capability: tuple[int, int], warps_apart: bool = False) -> Iterator[FakeDevice]:
+    """Put a device that is none in the place of the driver.
+
+    warps_apart: the warps of mma kernels run for themselves, which is slower, and shows where one
+    does not wait for the others.
+    """
+    device = FakeDevice(capability, warps_apart)
     with pytest.MonkeyPatch.context() as patch:
         for module in (_launch, _forward, _backward):
             patch.setattr(module, "launch", device.launch)

@@ -16,6 +16,7 @@ pytest.importorskip("numba.cuda")
 
 import cuda_emulator
 import cuda_sass
+from cuda_cases import spilled
 
 from fastattn import attention, reference
 from fastattn.cuda import _build
@@ -391,22 +392,19 @@ COUNTS = {
     ("dq", 64): {"HMMA": 96, "LDSM": 8 + 48, "LDGSTS": 8 + 2 * 4},
     ("dq", 128): {"HMMA": 192, "LDSM": 16 + 96, "LDGSTS": 16 + 2 * 8},
 }
-COMPILED = [
-    *(("float16", False, capability) for capability in ((8, 0), (8, 9), (9, 0))),
-    ("bfloat16", True, (8, 0)),
-]
 
 
-@pytest.mark.parametrize(("dtype", "softcapped", "capability"), COMPILED, ids=str)
+@pytest.mark.parametrize(("dtype", "softcapped"), [("float16", False), ("bfloat16", True)])
 @every_dim
 @pytest.mark.parametrize("name", ["dkdv", "dq"])
-def test_machine_code(name, head_dim, dtype, softcapped, capability, tmp_path):
+def test_machine_code(name, head_dim, dtype, softcapped, tmp_path):
     kernel = getattr(mma_backward, name)(dtype, head_dim, softcapped)
     assert kernel.shared_bytes <= 64 * 1024  # fits any GPU since sm_80
-    binary = _build.build(kernel, capability)
+    binary = _build.build(kernel, (8, 0))
     assert ".local" not in binary.ptx
-    assert binary.registers <= 255
     assert max(binary.spill_stores, binary.spill_loads, binary.stack_bytes) <= 32
+    for architecture in ("sm_89", "sm_90a"):
+        assert spilled(binary.ptx, architecture) <= 32
     counts = cuda_sass.counts(cuda_sass.disassemble(binary.cubin, tmp_path))
     expected = COUNTS[name, head_dim]
     assert {instruction: counts[instruction] for instruction in expected} == expected

@@ -536,7 +536,7 @@ def built(kernel, record_property):
             abi_info={"abi_name": kernel.name},
             launch_bounds=(kernel.threads, kernel.blocks_per_sm),
         )
-    for architecture in ("sm_75", "sm_80", "sm_90"):
+    for architecture in ("sm_75", "sm_90"):
         cubin, log = _build.assemble(ptx, architecture)
         assert cubin
         report = _build.report(log)

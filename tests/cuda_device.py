@@ -130,7 +130,9 @@ class FakeDevice:
                 lanes = 32 if self.warps_apart or "decode" in kernel.name else None
                 run(kernel, blocks, tuple(numbers), self.memory, lanes=lanes)
 
-    def tensor_map(self, address: int, shape: Any, strides: Any, box: Any, dtype: str) -> TensorMap:
+    def tensor_map(
+        self, address: int, shape: Any, strides: Any, box: Any, dtype: str, on: Any
+    ) -> TensorMap:
         """Return what the emulator takes for a tensor map."""
         array = DeviceArray(address, shape[::-1], (*strides[::-1], 1), dtype, 0, None, "other")
         return TensorMap(self.view(array, False), box[1])

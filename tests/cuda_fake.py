@@ -40,7 +40,10 @@ ATTRIBUTES = {
     "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 232448,
     "L2_CACHE_SIZE": 50 * 2**20,
 }
-NEED_CONTEXT = ("cuLaunchKernel", "cuMemAllocAsync", "cuMemFreeAsync", "cuEvent", "cuStreamWait")
+NEED_CONTEXT = (
+    *("cuLaunchKernel", "cuMemAllocAsync", "cuMemFreeAsync", "cuMemset", "cuTensorMap"),
+    *("cuEvent", "cuStreamWait"),
+)
 
 
 class Names:
@@ -126,7 +129,7 @@ class Gpu:
             case "cuDeviceGet":
                 return arguments[0]
             case "cuDeviceGetName":
-                return b"Fake GPU\0\0"
+                return b"Fake GPU\0" + b" " * (arguments[0] - 9)
             case "cuDeviceGetAttribute":
                 return ATTRIBUTES[arguments[0].removeprefix("CU_DEVICE_ATTRIBUTE_")]
             case "cuDevicePrimaryCtxRetain":

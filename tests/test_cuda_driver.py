@@ -376,7 +376,8 @@ def test_a_context_that_cannot_be_pushed_is_not_popped(gpu):
 
 
 def test_a_tensor_map_says_where_tiles_lie(gpu):
-    known = _driver.tensor_map(4096, (128, 100, 6), (128, 12800), (64, 64, 1), "bfloat16")
+    device = _driver.device(1)
+    known = _driver.tensor_map(4096, (128, 100, 6), (128, 12800), (64, 64, 1), "bfloat16", device)
     assert len(known) == 128
     assert gpu.of("cuTensorMapEncodeTiled") == [
         (
@@ -393,9 +394,11 @@ def test_a_tensor_map_says_where_tiles_lie(gpu):
             "CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE",
         )
     ]
-    assert known == _driver.tensor_map(4096, (128, 100, 6), (128, 12800), (64, 64, 1), "bfloat16")
+    again = _driver.tensor_map(4096, (128, 100, 6), (128, 12800), (64, 64, 1), "bfloat16", device)
+    assert known == again
     assert len(gpu.of("cuTensorMapEncodeTiled")) == 1
-    assert known != _driver.tensor_map(4096, (128, 100, 6), (128, 12800), (64, 64, 1), "float16")
+    other = _driver.tensor_map(4096, (128, 100, 6), (128, 12800), (64, 64, 1), "float16", device)
+    assert known != other
 
 
 @pytest.mark.parametrize(
@@ -413,7 +416,7 @@ def test_a_tensor_map_says_where_tiles_lie(gpu):
 )
 def test_tensor_maps_that_tma_cannot_follow(gpu, given, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        _driver.tensor_map(*given)
+        _driver.tensor_map(*given, "float16", _driver.device(0))
     assert gpu.of("cuTensorMapEncodeTiled") == []
 
 
@@ -501,3 +504,15 @@ def test_objects_are_kept_until_the_gpu_has_read_them(gpu):
     gpu.answers["cuStreamIsCapturing"] = 1
     _driver.keep(5, device, [kept("captured")])
     assert set(alive) == set()
+
+
+def test_a_capture_survives_that_events_are_asked(gpu):
+    device = _driver.device(0)
+    _driver.keep(5, device, [object()])
+    gpu.calls.clear()
+    _driver.keep(5, device, [object()])
+    names = gpu.names()
+    mode = "cuThreadExchangeStreamCaptureMode"
+    first, last = names.index(mode), len(names) - 1 - names[::-1].index(mode)
+    assert first < names.index("cuEventQuery") < last
+    assert gpu.of(mode) == [("CU_STREAM_CAPTURE_MODE_RELAXED",), ("mode before",)]

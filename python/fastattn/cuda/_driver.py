@@ -9,6 +9,7 @@ and made current for the time of a call.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from fastattn.cuda._build import INSTALL, TENSOR_MAP, TENSOR_MAP_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fastattn.cuda._build import Binary
 
 LEAST_CUDA = 12000  # the driver's: libraries of kernels and tensor maps are of CUDA 12.0
@@ -160,7 +163,8 @@ class Device:
             raise ValueError(f"there is no GPU {ordinal}, only {count()} in all")
         self.ordinal = ordinal
         self.handle = call("cuDeviceGet", ordinal)
-        self.name: str = call("cuDeviceGetName", 256, self.handle).rstrip(b"\0").decode()
+        # The bindings return all of the buffer, whatever lies behind the end of the name.
+        self.name: str = call("cuDeviceGetName", 256, self.handle).partition(b"\0")[0].decode()
         major = self._attribute("COMPUTE_CAPABILITY_MAJOR")
         self.capability = (major, self._attribute("COMPUTE_CAPABILITY_MINOR"))
         self.multiprocessors = self._attribute("MULTIPROCESSOR_COUNT")
@@ -199,6 +203,19 @@ def device(ordinal: int) -> Device:
     return known
 
 
+@contextlib.contextmanager
+def _apart_from_captures() -> Iterator[None]:
+    """Allow what is no part of a graph while one is captured, by this thread or another."""
+    mode = call(
+        "cuThreadExchangeStreamCaptureMode",
+        driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED,
+    )
+    try:
+        yield
+    finally:
+        call("cuThreadExchangeStreamCaptureMode", mode)
+
+
 class Function:
     """A kernel on a device, ready to be launched."""
 
@@ -211,25 +228,17 @@ class Function:
                 f"{on.shared_bytes}"
             )
         module = driver()
-        with on:
-            # Loading is no part of a graph that this thread may be capturing.
-            mode = call(
-                "cuThreadExchangeStreamCaptureMode",
-                module.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED,
-            )
-            try:
-                kernel = _kernel(binary)
-                if shared > PLAIN_SHARED_BYTES:
-                    call(
-                        "cuKernelSetAttribute",
-                        module.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                        binary.shared_bytes,
-                        kernel,
-                        on.handle,
-                    )
-                self.handle = call("cuKernelGetFunction", kernel)
-            finally:
-                call("cuThreadExchangeStreamCaptureMode", mode)
+        with on, _apart_from_captures():
+            kernel = _kernel(binary)
+            if shared > PLAIN_SHARED_BYTES:
+                call(
+                    "cuKernelSetAttribute",
+                    module.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    binary.shared_bytes,
+                    kernel,
+                    on.handle,
+                )
+            self.handle = call("cuKernelGetFunction", kernel)
         self._prepare(binary.parameters)
 
     def _prepare(self, parameters: tuple[str, ...]) -> None:
@@ -306,7 +315,8 @@ def tensor_map(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     box: tuple[int, ...],
-    dtype: str = "float16",
+    dtype: str,
+    on: Device,
 ) -> bytes:
     """Return a map by which TMA copies tiles of a float16 or bfloat16 array to shared memory.
 
@@ -322,6 +332,8 @@ def tensor_map(
         Elements from one to the next along each axis but the first, multiples of 8.
     dtype
         "float16" or "bfloat16".
+    on
+        Whose context is current meanwhile: another thread may have none.
     """
     rank, item = len(shape), 2
     if not (rank == len(box) == len(strides) + 1 and 1 <= rank <= 5):
@@ -332,20 +344,21 @@ def tensor_map(
         raise ValueError(f"a tile has at most 128 bytes in a row and 256 rows: {box=}")
     module = driver()
     wide, narrow = module.cuuint64_t, module.cuuint32_t
-    encoded = call(
-        "cuTensorMapEncodeTiled",
-        getattr(module.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{dtype.upper()}"),
-        rank,
-        address,
-        [wide(x) for x in shape],
-        [wide(stride * item) for stride in strides],
-        [narrow(x) for x in box],
-        [narrow(1)] * rank,
-        module.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        module.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        module.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        module.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
+    with on:
+        encoded = call(
+            "cuTensorMapEncodeTiled",
+            getattr(module.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{dtype.upper()}"),
+            rank,
+            address,
+            [wide(x) for x in shape],
+            [wide(stride * item) for stride in strides],
+            [narrow(x) for x in box],
+            [narrow(1)] * rank,
+            module.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            module.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            module.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            module.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
     return ctypes.string_at(encoded.getPtr(), TENSOR_MAP_BYTES)
 
 
@@ -390,7 +403,7 @@ def keep(stream: int, on: Device, objects: Any) -> None:
     What a graph reads, its owner must keep: nothing is done while one is captured.
     """
     module = driver()
-    with on, _lock:
+    with on, _lock, _apart_from_captures():  # which do not allow to ask an event
         _let_go(module)
         idle = module.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
         if call("cuStreamIsCapturing", stream) != idle:

@@ -245,5 +245,10 @@ def factors(problem: Problem) -> tuple[float, float]:
 def tensor_map(array: DeviceArray, rows: int) -> bytes:
     """Return a map of an array of (batch, heads, rows, head_dim), in tiles of 64 columns."""
     return _driver.tensor_map(
-        array.pointer, array.shape[::-1], array.strides[2::-1], (64, rows, 1, 1), array.dtype
+        array.pointer,
+        array.shape[::-1],
+        array.strides[2::-1],
+        (64, rows, 1, 1),
+        array.dtype,
+        _driver.device(array.device),
     )

@@ -168,7 +168,9 @@ def op(
             returned = kinds[0] if len(kinds) == 1 else ir.LiteralStructType(kinds)
         called = ir.FunctionType(returned, [v.type for v in inputs + tied])
         assembly = ir.InlineAsm(called, template, ",".join(constraints), side_effect=volatile)
-        result = builder.call(assembly, inputs + tied)
+        # What all threads of a warp do together must not move into, or out of, a branch.
+        attributes = ("convergent",) if volatile or ".sync" in text else ()
+        result = builder.call(assembly, inputs + tied, attrs=attributes)
         parts = [result] if len(kinds) == 1 else []
         if len(kinds) > 1:
             parts = [builder.extract_value(result, i) for i in range(len(kinds))]

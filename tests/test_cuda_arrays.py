@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of arrays on a GPU? Each library's are understood, with a fake driver over host memory."""
 
+import contextlib
 import ctypes
 import sys
 import weakref
@@ -495,6 +496,36 @@ def test_the_stream_of_torch(gpu, torch, monkeypatch):
     assert _arrays.current_stream(tensor(torch, device="cuda:1")) == 4711
 
 
+@pytest.mark.parametrize(
+    ("stream", "inside"),
+    [(None, []), (4711, []), (12, [("stream", 12)]), (0, [("default",)]), (1, [("default",)])],
+)
+def test_torch_takes_memory_for_the_stream_of_the_call(gpu, torch, monkeypatch, stream, inside):
+    entered = []
+    device = torch.device("cuda:1")
+
+    @contextlib.contextmanager
+    def enter(given):
+        entered.append(given)
+        yield
+        entered.append("left")
+
+    def external(number, on):
+        assert on == device
+        return ("stream", number)
+
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", external)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda on: ("default",))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", {device: SimpleNamespace(cuda_stream=4711)}.__getitem__
+    )
+    with _arrays.working_on(tensor(torch, device="cuda:1"), stream) as found:
+        assert found == (4711 if stream is None else stream)
+        assert entered == inside
+    assert entered == [*inside, "left"] if inside else entered == []
+
+
 # CuPy, Numba.
 
 
@@ -547,6 +578,30 @@ def test_arrays_of_cupy_are_answered_in_kind(gpu, cupy, dtype):
     assert result.pointer == result.owner.data.ptr
     assert _arrays.answer(query, result) is result.owner
     assert gpu.of("cuPointerGetAttribute") == gpu.of("cuEventRecord") == []
+
+
+@pytest.mark.parametrize(
+    ("stream", "inside"), [(None, []), (1001, []), (12, ["stream 12"]), (0, ["null"])]
+)
+def test_cupy_takes_memory_for_the_stream_of_the_call(gpu, cupy, stream, inside):
+    entered = []
+
+    class Stream(contextlib.nullcontext):
+        def __enter__(self):
+            entered.append(self.enter_result)
+
+    cupy.cuda.Stream = SimpleNamespace(null=Stream("null"))
+    cupy.cuda.ExternalStream = lambda number: Stream(f"stream {number}")
+    with _arrays.working_on(cupy.ndarray((2,), "float32", 1), stream) as found:
+        assert found == (1001 if stream is None else stream)
+        assert entered == inside
+
+
+def test_a_stream_of_a_library_without_any(gpu):
+    with _arrays.working_on(interface(gpu), 12) as found:
+        assert found == 12
+    with _arrays.working_on(interface(gpu), None) as found:
+        assert found == 0
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from fastattn._arrays import DLPACK_CUDA, DLPACK_CUDA_MANAGED, INTERFACE, is_cud
 from fastattn.cuda import _driver
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -71,6 +71,32 @@ def current_stream(query: Any) -> int:
     if library == "cupy":
         return int(sys.modules["cupy"].cuda.get_current_stream(query.device.id).ptr)
     return _driver.DEFAULT_STREAM
+
+
+@contextlib.contextmanager
+def working_on(query: Any, stream: int | None) -> Iterator[int]:
+    """Give the stream of a call; its library takes memory for that stream meanwhile.
+
+    Memory that was taken for another stream would be given to others of that stream as soon as it
+    is let go of, before the kernels have read it.
+    """
+    current = current_stream(query)
+    if stream is None or stream == current:
+        yield current
+        return
+    library = library_of(query)
+    inside: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    is_default = stream in (_driver.DEFAULT_STREAM, _driver.LEGACY_STREAM)
+    if library == "torch":
+        cuda, device = sys.modules["torch"].cuda, query.device
+        inside = cuda.stream(
+            cuda.default_stream(device) if is_default else cuda.ExternalStream(stream, device)
+        )
+    elif library == "cupy":
+        cuda = sys.modules["cupy"].cuda
+        inside = cuda.Stream.null if is_default else cuda.ExternalStream(stream)
+    with inside:
+        yield stream
 
 
 def device_array(

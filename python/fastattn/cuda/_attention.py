@@ -94,44 +94,45 @@ def attention(
     >>> query = key = value = torch.randn(2, 8, 1024, 128, device="cuda", dtype=torch.bfloat16)
     >>> out = fastattn.cuda.attention(query, key, value, is_causal=True)
     """
-    stream = current_stream(query) if stream is None else whole_number("stream", stream)
-    q, k, v = arrays(query, key, value, stream)
-    asked = options(
-        q,
-        k,
-        v,
-        stream,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        is_causal=is_causal,
-        query_offset=query_offset,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        kv_lengths=kv_lengths,
-        dropout_p=dropout_p,
-        seed=seed,
-    )
-    return_lse = boolean("return_lse", return_lse)
-    known = asked.known
-    place = Place(_driver.device(q.device), stream, q)
-    inputs = [x for x in (q, k, v, *asked) if isinstance(x, DeviceArray)]
-    if out is None:
-        result = _arrays.empty(q, known.out_shape, q.dtype, stream)
-    else:
-        result = destination(out, q, known.out_shape, q.dtype, inputs, stream)
-    lse_dtype = "float64" if q.dtype == "float64" else "float32"
-    lse = _arrays.empty(q, known.lse_shape, lse_dtype, stream)
-    if 0 not in known.lse_shape:
-        form = _choose.forward(question(q, k, v, asked, place.device)).form
-        ready = on_device(asked, place)
-        for problem in problems(q, k, v, result, lse, ready):
-            attend(problem, form, place)
-    _arrays.keep(stream, inputs)
-    final = answer(q, result, out is not None)
-    return (final, answer(q, lse)) if return_lse else final
+    given = None if stream is None else whole_number("stream", stream)
+    with _arrays.working_on(query, given) as stream:
+        q, k, v = arrays(query, key, value, stream)
+        asked = options(
+            q,
+            k,
+            v,
+            stream,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            is_causal=is_causal,
+            query_offset=query_offset,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            kv_lengths=kv_lengths,
+            dropout_p=dropout_p,
+            seed=seed,
+        )
+        return_lse = boolean("return_lse", return_lse)
+        known = asked.known
+        place = Place(_driver.device(q.device), stream, q)
+        inputs = [x for x in (q, k, v, *asked) if isinstance(x, DeviceArray)]
+        if out is None:
+            result = _arrays.empty(q, known.out_shape, q.dtype, stream)
+        else:
+            result = destination(out, q, known.out_shape, q.dtype, inputs, stream)
+        lse_dtype = "float64" if q.dtype == "float64" else "float32"
+        lse = _arrays.empty(q, known.lse_shape, lse_dtype, stream)
+        if 0 not in known.lse_shape:
+            form = _choose.forward(question(q, k, v, asked, place.device)).form
+            ready = on_device(asked, place)
+            for problem in problems(q, k, v, result, lse, ready):
+                attend(problem, form, place)
+        _arrays.keep(stream, inputs)
+        final = answer(q, result, out is not None)
+        return (final, answer(q, lse)) if return_lse else final
 
 
 def arrays(query: Any, key: Any, value: Any, stream: int) -> tuple[DeviceArray, ...]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from fastattn._arguments import boolean, whole_number
 from fastattn.cuda import _arrays, _choose, _driver
-from fastattn.cuda._arrays import DeviceArray, answer, current_stream, device_array
+from fastattn.cuda._arrays import DeviceArray, answer, device_array
 from fastattn.cuda._attention import arrays, question
 from fastattn.cuda._forward import (
     addresses,
@@ -93,46 +93,47 @@ kv_lengths, dropout_p, seed
     Memory beside inputs and results: two float32 for each query and head, and q_len x head_dim
     float32 for each head where dq is not added up in a fixed order.
     """
-    stream = current_stream(query) if stream is None else whole_number("stream", stream)
-    q, k, v = arrays(query, key, value, stream)
-    asked = options(
-        q,
-        k,
-        v,
-        stream,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        is_causal=is_causal,
-        query_offset=query_offset,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        kv_lengths=kv_lengths,
-        dropout_p=dropout_p,
-        seed=seed,
-    )
-    known, wide = asked.known, wide_dtype(q.dtype)
-    if grad_lse is not None:
-        grad_lse = _like("grad_lse", grad_lse, known.lse_shape, wide, q, stream)
-    call = Call(
-        Place(_driver.device(q.device), stream, q),
-        asked,
-        q,
-        k,
-        v,
-        _like("out", out, known.out_shape, q.dtype, q, stream),
-        _like("lse", lse, known.lse_shape, wide, q, stream),
-        _like("grad_out", grad_out, known.out_shape, q.dtype, q, stream),
-        grad_lse,
-        _wanted("return_dbias", return_dbias, "bias", bias),
-        _wanted("return_dsinks", return_dsinks, "sinks", sinks),
-        boolean("deterministic", deterministic),
-    )
-    grads = gradients(call)
-    _arrays.keep(stream, [x for x in (*call, *asked) if isinstance(x, DeviceArray)])
-    return tuple(answer(q, grad) for grad in grads)
+    given = None if stream is None else whole_number("stream", stream)
+    with _arrays.working_on(query, given) as stream:
+        q, k, v = arrays(query, key, value, stream)
+        asked = options(
+            q,
+            k,
+            v,
+            stream,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            is_causal=is_causal,
+            query_offset=query_offset,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            kv_lengths=kv_lengths,
+            dropout_p=dropout_p,
+            seed=seed,
+        )
+        known, wide = asked.known, wide_dtype(q.dtype)
+        if grad_lse is not None:
+            grad_lse = _like("grad_lse", grad_lse, known.lse_shape, wide, q, stream)
+        call = Call(
+            Place(_driver.device(q.device), stream, q),
+            asked,
+            q,
+            k,
+            v,
+            _like("out", out, known.out_shape, q.dtype, q, stream),
+            _like("lse", lse, known.lse_shape, wide, q, stream),
+            _like("grad_out", grad_out, known.out_shape, q.dtype, q, stream),
+            grad_lse,
+            _wanted("return_dbias", return_dbias, "bias", bias),
+            _wanted("return_dsinks", return_dsinks, "sinks", sinks),
+            boolean("deterministic", deterministic),
+        )
+        grads = gradients(call)
+        _arrays.keep(stream, [x for x in (*call, *asked) if isinstance(x, DeviceArray)])
+        return tuple(answer(q, grad) for grad in grads)
 
 
 def _like(

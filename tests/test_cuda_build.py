@@ -4,6 +4,7 @@
 import dataclasses
 import inspect
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -410,6 +411,42 @@ def test_warnings_of_the_assembler_are_in_the_log(ptxas):
 
 
 # Tensor maps.
+
+
+def test_dynamic_shared_memory_is_aligned_for_swizzles(ptxas):
+    binary = _build.build(small(), (8, 0))
+    assert re.findall(r"\.extern \.shared \.align (\d+)", binary.ptx) == ["128"]
+
+
+def test_what_a_warp_does_together_is_convergent(ptxas, monkeypatch):
+    from llvmlite import ir
+    from numba import cuda
+    from numba.cuda import types
+
+    from fastattn.cuda.ptx import ex2, exchange
+    from fastattn.cuda.ptx import multiply as multiply_of
+
+    multiply = multiply_of["float16"]
+
+    def together(scale):
+        acc = cuda.local.array(4, dtype=np.float32)
+        left = cuda.local.array(4, dtype=np.int32)
+        for i in range(4):
+            acc[i], left[i] = ex2(scale), i
+        multiply(acc, 0, left, 0, left[0], left[1])
+        exchange(acc[0], 1)
+
+    found = {}
+    call = ir.IRBuilder.call
+
+    def watched(self, function, arguments, *rest, **given):
+        if isinstance(function, ir.InlineAsm):
+            found[function.asm.split(".")[0]] = "convergent" in given.get("attrs", ())
+        return call(self, function, arguments, *rest, **given)
+
+    monkeypatch.setattr(ir.IRBuilder, "call", watched)
+    _build.build(small(function=together, signature=(types.float32,)), (8, 0))
+    assert found == {"ex2": False, "mma": True, "shfl": True}
 
 
 def test_a_tensor_map_is_passed_by_value(ptxas, tmp_path):

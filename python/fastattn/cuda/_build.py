@@ -36,6 +36,7 @@ TENSOR_MAP = "tensor_map"
 PTX_TYPES = {"int32": "u32", "uint32": "u32", "int64": "u64", "float32": "f32", "float64": "f64"}
 PTX_TYPES[TENSOR_MAP] = "u8"
 TENSOR_MAP_BYTES = 128
+SHARED_ALIGNMENT = 128  # of dynamic shared memory
 # What a ptxas says that is older than the compiler or the architecture.
 OLD_ASSEMBLER = ("Unsupported .version", "is not defined for option 'gpu-name'")
 
@@ -82,7 +83,7 @@ def build(kernel: Kernel, capability: Capability) -> Binary:
                 fastmath=False,  # which takes it that nothing is NaN
                 launch_bounds=(kernel.threads, kernel.blocks_per_sm),
             )
-        ptx = with_tensor_maps(ptx, kernel.name, kernel.tensor_maps)
+        ptx = with_tensor_maps(with_aligned_shared(ptx), kernel.name, kernel.tensor_maps)
         check_parameters(ptx, kernel.name, parameters)
         cubin, log = assemble(ptx, architecture)
     # The code for one generation does not run on the next: there, the driver compiles the PTX.
@@ -183,6 +184,11 @@ def with_tensor_maps(ptx: str, name: str, numbers: tuple[int, ...]) -> str:
         if declared != 1 or re.search(rf"\[{re.escape(parameter)}\b", ptx):
             raise RuntimeError(f"{name}: parameter {number} is read in an unknown way in the PTX")
     return ptx
+
+
+def with_aligned_shared(ptx: str) -> str:
+    """Align dynamic shared memory as swizzles of addresses expect it: Numba asks for 4 bytes."""
+    return re.sub(r"(?m)^(\.extern \.shared \.align) \d+", rf"\1 {SHARED_ALIGNMENT}", ptx)
 
 
 def assemble(ptx: str, architecture: str) -> tuple[bytes | None, str]:

@@ -371,7 +371,7 @@ FAULTS = {
         "along(q_panel), along(k_panel)",
     ),
     "the other warpgroup's keys": ("shared + warpgroup * i32(64 * 128)", "shared"),
-    "the other warpgroup's columns": ("shared + warpgroup * i32(columns_at)", "shared"),
+    "the other warpgroup's columns": ("shared + warpgroup * i32(own_keys_at)", "shared"),
     "mask off by one": ("own_key + i32(h * 8 + 1) - offset", "own_key + i32(h * 8) - offset"),
     "mask off by one, to the right": (
         "own_key - offset - right - own_column",
@@ -459,12 +459,12 @@ def test_machine_code(dtype, head_dim, softcapped, with_dq, tmp_path):
     assert "serialized" not in binary.log
     assert binary.shared_bytes <= 227 * 1024
     found = cuda_sass.counts(cuda_sass.disassemble(binary.cubin, tmp_path))
-    # S and dP: head_dim / 16 each; dV and dK: 64 queries / 16 each; dQ: 128 keys / 16.
-    assert found["HGMMA"] == 2 * head_dim // 16 + 2 * 4 + 8 * with_dq
+    # S and dP: head_dim / 16 each; dV and dK: 64 queries / 16 each; dQ: 128 or 64 keys / 16.
+    assert found["HGMMA"] == 2 * head_dim // 16 + 2 * 4 + head_dim // 16 * with_dq
     # K, V, Q and dO by panels of 64 columns, lse2 and delta.
     assert found["UTMALDG.4D"] == 4 * head_dim // 64
     assert found["UBLKCP"] == 2
-    assert found["REDG"] == (head_dim // 8 if with_dq else 0)
+    assert found["REDG"] == (64 // 4 if with_dq else 0)
     assert found["USETMAXREG"] == 2
 
 

@@ -173,15 +173,20 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
     tile_free = tile_here + 8 * STAGES
     shared_bytes = tile_free + 8 * STAGES + 1024  # to begin on a multiple of 1024
 
-    dq_columns = head_dim // COMPUTING  # of a warpgroup
-    columns_at = k_panel if dq_columns == PANEL else dq_columns * 2  # the second one's, in keys
+    # A product for dQ has a panel of columns, since half of a swizzled panel is no operand: of two
+    # panels, each warpgroup takes one and all keys; of one, each takes its own 64 keys.
+    own_panel = panels == COMPUTING
+    dq_keys = KEYS if own_panel else KEYS // COMPUTING
+    own_keys_at = k_panel if own_panel else dq_keys * 128  # the second warpgroup's, in keys
+    own_ds_at = 0 if own_panel else dq_keys * 128
+    own_dq_at = PANEL if own_panel else 0  # columns
     s_count, o_count, dq_count, pair_count = (
         QUERIES // 2,
         head_dim // 2,
-        dq_columns // 2,
+        PANEL // 2,
         QUERIES // 4,
     )
-    s_tiles, o_tiles, dq_tiles = QUERIES // 8, head_dim // 8, dq_columns // 8
+    s_tiles, o_tiles, dq_tiles = QUERIES // 8, head_dim // 8, PANEL // 8
     kind = f"{dtype}_{head_dim}"
     # P of capped scores takes the registers that dP would wait in.
     dp_later = softcapped and head_dim == 128
@@ -201,7 +206,7 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
         f"add_product_{kind}", head_dim, dtype, down(QUERIES), b_trans=True
     )
     times_keys = wgmma_shared(
-        f"times_keys_{kind}", dq_columns, dtype, down(KEYS), down(KEYS), a_trans=True, b_trans=True
+        f"times_keys_{kind}", PANEL, dtype, down(dq_keys), down(dq_keys), a_trans=True, b_trans=True
     )
     s_array, o_array, pairs = f"f{s_count}", f"f{o_count}", f"r{pair_count}"
     wait_dk_scores = wgmma_wait(
@@ -352,14 +357,15 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
             v_matrix = i64(along_rows) | i64((own_keys + i32(v_at)) >> i32(4))
             q_matrix = i64(along_rows) | i64((shared + i32(q_at)) >> i32(4))
             q_down = i64(down_queries) | i64((shared + i32(q_at)) >> i32(4))
-            k_down = i64(down_keys) | i64((shared + warpgroup * i32(columns_at)) >> i32(4))
-            ds_down = i64(down_ds) | i64((shared + i32(ds_at)) >> i32(4))
+            k_down = i64(down_keys) | i64((shared + warpgroup * i32(own_keys_at)) >> i32(4))
+            own_ds = shared + i32(ds_at) + warpgroup * i32(own_ds_at)
+            ds_down = i64(down_ds) | i64(own_ds >> i32(4))
             to_do = i64((do_at - q_at) >> 4)  # from queries to grad_out
             in_block = warpgroup * i32(64) + own_row
             own_key = first_key + in_block
             ds_write = shared + i32(ds_at) + in_block * i32(128) + own_column * i32(2)
             ds_write += (in_block & i32(7)) << i32(4)  # swizzled: chunk j is at ds_write ^ 16 j
-            dq_from = dq + i64(warpgroup * i32(dq_columns) + own_column) * i64(4)
+            dq_from = dq + i64(warpgroup * i32(own_dq_at) + own_column) * i64(4)
 
             # Which queries see this thread's keys; `row` is to count its first column as column 0.
             first_query = own_key - offset - right - own_column

@@ -166,12 +166,23 @@ def test_batch_axes_broadcast(shapes, capability):
     assert_right(out, lse, query, key, value, is_causal=True, query_offset=3)
 
 
-@pytest.mark.parametrize("shapes", SHAPES[::2], ids=str)
-def test_dropout_counts_through_the_whole_batch(shapes):
-    query, key = (RNG.standard_normal(shape).astype(np.float32) for shape in shapes)
-    options = {"dropout_p": 0.4, "seed": 3}
-    out, lse, _ = attend(AMPERE, query, key, key, **options)
+def test_dropout_draws_by_the_number_in_the_whole_batch():
+    query, key = (RNG.standard_normal(s) for s in ((2, 1, 1, 3, 8), (3, 1, 40, 8)))
+    options = {"dropout_p": 0.4, "seed": 2**64 - 1}
+    out, lse, launched = attend(TURING, query, key, key, **options)
+    assert len(launched) == 2  # the batch axes do not join
     assert_within_gate((out, lse), query, key, key, **options)
+
+
+def test_small_arrays_are_read_at_every_call():
+    class Lengths:  # can be hashed, as tensors can
+        def __array__(self, dtype=None, copy=None):
+            return np.array(self.values)
+
+    arrays, lengths = problem(3, batch=(2,)), Lengths()
+    for lengths.values in ([40, 7], [2, 0]):
+        out, lse, _ = attend(TURING, *arrays, kv_lengths=lengths)
+        assert_within_gate((out, lse), *arrays, kv_lengths=lengths.values)
 
 
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])
@@ -389,6 +400,38 @@ def test_gradients(form, shared, deterministic):
         assert got.shape == like.shape
         assert got.dtype == like.dtype
         assert np.abs(got.astype(float) - right).max() <= 4e-3 * np.abs(right).max()
+
+
+@pytest.mark.parametrize("shapes", [((3, 64), (2, 1, 5, 64)), ((2, 3, 1, 3, 64), (5, 64))])
+def test_gradients_of_an_array_without_an_axis_for_heads(shapes):
+    query, key = (RNG.standard_normal(shape).astype(np.float32) for shape in shapes)
+    with fake_device(AMPERE) as device:
+        arrays = [device.array(x) for x in (query, key, key)]
+        out, lse = cuda.attention(*arrays, return_lse=True)
+        grads = [device.values(x) for x in cuda.attention_backward(out, *arrays, out, lse)]
+    wide = [x.astype(np.float64) for x in (query, key, key)]
+    results = reference.attention(*wide, return_lse=True)
+    expected = reference.attention_backward(results[0], *wide, *results)
+    for got, right in zip(grads, expected, strict=True):
+        assert got.shape == right.shape
+        assert np.abs(got - right).max() <= 1e-5 * np.abs(right).max()
+
+
+@pytest.mark.parametrize("kv_len", [0, 5])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_dsinks_have_the_dtype_of_sinks(kv_len, dtype):
+    sinks = np.array([0.5, -0.5], dtype)
+    query, key, value = problem(3, kv_len)
+    with fake_device(AMPERE) as device:
+        arrays = [device.array(x) for x in (query, key, value)]
+        found = []
+        for given in (sinks, device.array(sinks)):
+            out, lse = cuda.attention(*arrays, return_lse=True, sinks=given)
+            grads = cuda.attention_backward(out, *arrays, out, lse, sinks=given, return_dsinks=True)
+            found.append(device.values(grads[3]))
+    assert found[0].dtype == dtype
+    assert found[0].any() == (kv_len > 0)
+    np.testing.assert_array_equal(*found)
 
 
 def test_gradients_without_pairs_are_zero():

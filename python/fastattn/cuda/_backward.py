@@ -11,7 +11,10 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from fastattn._arguments import boolean, whole_number
+import numpy as np
+
+from fastattn._arguments import boolean, name_of, whole_number
+from fastattn._arrays import as_numpy
 from fastattn.cuda import _arrays, _choose, _driver
 from fastattn.cuda._arrays import DeviceArray, answer, device_array
 from fastattn.cuda._attention import arrays, question
@@ -70,7 +73,7 @@ kv_lengths, dropout_p, seed
     grad_lse : array of the shape and dtype of lse, optional
         The gradient with respect to lse; 0 unless given.
     return_dbias, return_dsinks : bool
-        Return the gradient of bias, or sinks, which must be given, on the GPU.
+        Return the gradient of bias, or sinks, which must be given.
     deterministic : bool
         Add up dq in a fixed order. Without it, dq of a Hopper GPU's kernel may differ in the last
         bits from run to run; all else is bitwise repeatable in any case.
@@ -128,7 +131,9 @@ kv_lengths, dropout_p, seed
             _like("grad_out", grad_out, known.out_shape, q.dtype, q, stream),
             grad_lse,
             _wanted("return_dbias", return_dbias, "bias", bias),
-            _wanted("return_dsinks", return_dsinks, "sinks", sinks),
+            _sinks_dtype(asked, sinks)
+            if _wanted("return_dsinks", return_dsinks, "sinks", sinks)
+            else "",
             boolean("deterministic", deterministic),
         )
         grads = gradients(call)
@@ -156,6 +161,13 @@ def _wanted(name: str, wanted: Any, of: str, array: Any) -> bool:
     return True
 
 
+def _sinks_dtype(asked: Options, sinks: Any) -> str:
+    """Return the dtype that sinks were given in; on the host they have become float64 since."""
+    if isinstance(asked.sinks, DeviceArray):
+        return asked.sinks.dtype
+    return name_of(np.asarray(as_numpy("sinks", sinks)).dtype)
+
+
 class Call(NamedTuple):
     """The arguments, with the axes that they came with."""
 
@@ -169,7 +181,7 @@ class Call(NamedTuple):
     grad_out: DeviceArray
     grad_lse: DeviceArray | None
     return_dbias: bool
-    return_dsinks: bool
+    dsinks_dtype: str  # empty: dsinks is not wanted
     deterministic: bool
 
 
@@ -193,8 +205,15 @@ def gradients(call: Call) -> list[DeviceArray]:
     ndim = len(known.batch_shape)
     inputs = (call.query, call.key, call.value)
     # Where batch axes broadcast, gradients are first made in full.
-    wholes = [scratch(place, (*known.batch_shape, *x.shape[-3:]), x.dtype) for x in inputs]
     shapes = [x.shape for x in inputs]
+    wholes = [
+        scratch(
+            place,
+            (*known.batch_shape, *with_heads(x).shape[-3:]) if known.batch_shape else x.shape,
+            x.dtype,
+        )
+        for x in inputs
+    ]
     if call.return_dbias:
         assert asked.bias is not None
         shapes.append(asked.bias.shape)
@@ -203,10 +222,8 @@ def gradients(call: Call) -> list[DeviceArray]:
         batch = own[:ndim] if is_shared else known.batch_shape
         wholes.append(scratch(place, (*batch, *own[ndim:]), asked.bias.dtype))
     dsinks = []
-    if call.return_dsinks:
-        assert asked.sinks is not None
-        dtype = asked.sinks.dtype
-        dsinks.append(scratch(place, asked.sinks.shape, getattr(dtype, "name", dtype)))
+    if call.dsinks_dtype:
+        dsinks.append(scratch(place, (known.q_heads,), call.dsinks_dtype))
     if known.has_pairs:
         _fill(call, wholes, dsinks)
     else:
@@ -244,7 +261,7 @@ def _fill(call: Call, wholes: list[DeviceArray], dsinks: list[DeviceArray]) -> N
         compute(p, place, call.deterministic)
         if more.dbias is not None:
             simt_dbias(p, place)
-    if dsinks and more.sink_terms is not None and asked.sinks is not None:
+    if more.sink_terms is not None:
         add_sinks(place, dsinks[0], more.sink_terms)
 
 

@@ -100,10 +100,12 @@ def options(
             on_gpu[name] = device_array(name, x, stream, query, dtypes)
     arrays = {"query": query, "key": key, "value": value, **on_gpu}
     facts = tuple((name, x.shape, x.dtype) for name, x in arrays.items())
-    from_host = (None if name in on_gpu else x for name, x in small.items())
+    from_host = [None if name in on_gpu else x for name, x in small.items()]
     call = (facts, scale, is_causal, window, softcap, *from_host)
+    # An array of the host's may hold other numbers at the next call.
+    are_constant = all(x is None or isinstance(x, int | float) for x in from_host)
     try:
-        known, checked = _remembered(*call)
+        known, checked = (_remembered if are_constant else _checked)(*call)
     except TypeError:  # something cannot be hashed, or is wrong, which is then said again
         known, checked = _checked(*call)
     dropout_p, seed = dropout(dropout_p, seed)

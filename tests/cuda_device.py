@@ -9,6 +9,7 @@ their own; a launch runs the kernel's function there, of tensor-core kernels as 
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, Self
@@ -122,7 +123,7 @@ class FakeDevice:
             for block in range(blocks):
                 threads.run(block, tuple(given))
         else:
-            numbers = (np.float32(x) if isinstance(x, float) else x for x in arguments)
+            numbers = (single(x) if isinstance(x, float) else x for x in arguments)
             if kernel.tensor_maps:
                 run_hopper(kernel, blocks, tuple(numbers), self.memory)
             else:
@@ -136,6 +137,11 @@ class FakeDevice:
         """Return what the emulator takes for a tensor map."""
         array = DeviceArray(address, shape[::-1], (*strides[::-1], 1), dtype, 0, None, "other")
         return TensorMap(self.view(array, False), box[1])
+
+
+def single(x: float) -> np.float32:
+    """Return what a launch passes as float32: it refuses what is too large."""
+    return np.float32(struct.unpack("f", struct.pack("f", x))[0])
 
 
 def parameters(kind: Any) -> int:

@@ -112,6 +112,18 @@ def test_a_float32_query_over_half_precision():
     assert_within_gate((out, lse), query, *(x.astype(np.float32) for x in (key, value)))
 
 
+EXTREMES = [{"scale": 1e-300}, {"scale": 1e300, "softcap": 5.0}]
+EXTREMES += [{"softcap": x} for x in (1e-300, 1e-3, 1e4, 1e300)]
+
+
+@pytest.mark.parametrize("options", EXTREMES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers_that_float32_has_not(form, options):
+    arrays = problem(3 if form == "decode" else 17, 9, heads=1)
+    out, lse, _ = attend(FORMS[form][0], *arrays, **options)
+    assert_right(out, lse, *arrays, **options)
+
+
 @pytest.mark.parametrize("form", ["mma", "wgmma", "simt"])
 def test_numbers_of_the_device_mean_what_those_of_the_host_do(form):
     capability, q_len = FORMS[form]

@@ -22,7 +22,7 @@ from fastattn.cuda._launch import (
     scratch,
     upload,
 )
-from fastattn.cuda._problem import Options, Problem
+from fastattn.cuda._problem import Options, Problem, within_float32
 from fastattn.cuda.kernels import UNLIMITED
 
 LOG2E = math.log2(math.e)
@@ -238,8 +238,8 @@ def factors(problem: Problem) -> tuple[float, float]:
     """Return what scores are multiplied by, and what before they are capped."""
     scale, softcap = problem.options.scale, problem.options.softcap
     if not softcap:
-        return scale * LOG2E, 0.0
-    return softcap * LOG2E, 2 * LOG2E * scale / softcap
+        return within_float32(scale * LOG2E), 0.0
+    return softcap * LOG2E, within_float32(2 * LOG2E * scale / softcap)
 
 
 def tensor_map(array: DeviceArray, rows: int) -> bytes:

@@ -29,6 +29,7 @@ from fastattn.cuda._arrays import DeviceArray, device_array, item_bytes
 
 INTEGERS = ("int64", "int32", "int16", "int8", "uint32", "uint16", "uint8")
 Shape = tuple[int, ...]
+LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 SMALL = ("query_offset", "kv_lengths", "alibi_slopes", "sinks")  # that the host may have
 
 
@@ -110,6 +111,9 @@ def options(
         known, checked = _checked(*call)
     dropout_p, seed = dropout(dropout_p, seed)
     _, _, slopes, logits, offset, lengths, scale, softcap, left, right, *_ = checked
+    if query.dtype != "float64":
+        scale = within_float32(scale)
+        softcap = max(softcap, LEAST) if softcap else softcap
     return Options(
         known,
         on_gpu.get("mask"),
@@ -132,6 +136,11 @@ def options(
 def _unlike(numbers: Any) -> Any:
     """Return numbers that are not all the same."""
     return None if numbers is None or (numbers == numbers.flat[0]).all() else numbers
+
+
+def within_float32(x: float) -> float:
+    """Return the number nearest to x that float32 has in full precision, or 0."""
+    return max(-MOST, min(x, MOST)) if abs(x) >= LEAST else 0.0
 
 
 def stand_in(shape: Shape, dtype: str) -> Any:

@@ -135,6 +135,8 @@ class FakeDevice:
         self, address: int, shape: Any, strides: Any, box: Any, dtype: str, on: Any
     ) -> TensorMap:
         """Return what the emulator takes for a tensor map."""
+        assert address % 16 == 0
+        assert all(stride >= 0 and stride % 8 == 0 for stride in strides)
         array = DeviceArray(address, shape[::-1], (*strides[::-1], 1), dtype, 0, None, "other")
         return TensorMap(self.view(array, False), box[1])
 

@@ -212,6 +212,17 @@ def test_any_strides_give_the_same_bits(capability):
         np.testing.assert_array_equal(lse, expected[1])
 
 
+def test_strides_of_an_axis_of_one_do_not_count():
+    query, _, _ = problem()
+    odd = RNG.standard_normal((1, 1, 67)).astype(np.float16)
+    key = np.ascontiguousarray(odd[..., :64])
+    arrays = query, odd[..., :64], key
+    out, lse, launched = attend(HOPPER, *arrays)
+    assert len(launched) == 1
+    assert "wgmma" in launched[0]
+    assert_right(out, lse, query, key, key)
+
+
 @pytest.mark.parametrize("form", ["mma", "wgmma", "decode"])
 def test_a_hidden_nan_leaves_rows_as_they_are(form):
     capability, q_len = FORMS[form]

@@ -244,10 +244,11 @@ def factors(problem: Problem) -> tuple[float, float]:
 
 def tensor_map(array: DeviceArray, rows: int) -> bytes:
     """Return a map of an array of (batch, heads, rows, head_dim), in tiles of 64 columns."""
+    steps = zip(array.shape[2::-1], array.strides[2::-1], strict=True)
     return _driver.tensor_map(
         array.pointer,
         array.shape[::-1],
-        array.strides[2::-1],
+        tuple(0 if size == 1 else stride for size, stride in steps),  # others may be anything
         (64, rows, 1, 1),
         array.dtype,
         _driver.device(array.device),

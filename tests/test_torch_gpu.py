@@ -1,131 +1,138 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fastattn.torch with tensors on a GPU, where there is none: what is passed on, and shapes."""
+"""What lies between `fastattn.torch` and `fastattn.cuda`, with tensors that say they are on a GPU.
+
+`fastattn.cuda` is what the CPU computes, and must be asked for exactly the same call.
+"""
 
 import numpy as np
 import pytest
 
+torch = pytest.importorskip("torch")
+
 import fastattn
-import fastattn.cuda
+import fastattn.torch as drop_in
+from fastattn import cuda
+from fastattn.torch import _operator
 
-torch = pytest.importorskip("torch", exc_type=ImportError)
 
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+def numbers(x):
+    return x.numpy() if isinstance(x, torch.Tensor) else x
 
-import fastattn.torch  # noqa: E402
-from fastattn.torch import _gpu, _kernel  # noqa: E402
+
+def tensors(results):
+    if isinstance(results, tuple):
+        return tuple(map(torch.from_numpy, results))
+    return torch.from_numpy(results)
 
 
 @pytest.fixture
-def called(monkeypatch):
-    """Let fastattn.cuda's functions note what they are called with, and answer by the CPU's."""
+def asked(monkeypatch):
+    """Let tensors be on a GPU, and return the names and options of the calls made there."""
     calls = []
 
-    def attention(query, key, value, **options):
-        calls.append(options)
-        return fastattn.attention(query, key, value, **options)
+    def attention(query, key, value, *, out=None, **options):
+        calls.append(("attention", options))
+        arrays = map(numbers, (query, key, value))
+        results = fastattn.attention(*arrays, **{n: numbers(x) for n, x in options.items()})
+        results = tensors(results)
+        if out is None:
+            return results
+        first = results[0] if isinstance(results, tuple) else results
+        out.copy_(first)
+        return (out, *results[1:]) if isinstance(results, tuple) else out
 
     def attention_backward(*arrays, deterministic, **options):
-        calls.append({"deterministic": deterministic, **options})
-        return fastattn.attention_backward(*arrays, **options)
+        calls.append(("attention_backward", options | {"deterministic": deterministic}))
+        options = {name: numbers(x) for name, x in options.items()}
+        return tensors(fastattn.attention_backward(*map(numbers, arrays), **options))
 
-    monkeypatch.setattr(fastattn.cuda, "attention", attention)
-    monkeypatch.setattr(fastattn.cuda, "attention_backward", attention_backward)
-    return calls
+    monkeypatch.setattr(cuda, "attention", attention)
+    monkeypatch.setattr(cuda, "attention_backward", attention_backward)
+    monkeypatch.setattr(drop_in._tensors, "check", lambda name, x: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", False, raising=False)
 
+    def on_gpu():
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        return calls
 
-def tensors(*shapes, **options):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, **options) for shape in shapes]
-
-
-def options_of(**given):
-    """Return a call's options as `_kernel.py` has them."""
-    names = ("mask", "bias", "sinks", "alibi_slopes", "query_offset", "kv_lengths", "seed")
-    tensors = [given.pop(name, None) for name in names]
-    starts = given.pop("starts", (None, None))
-    rest = {"scale": None, "is_causal": False, "has_window": False, "left": None, "right": None}
-    rest |= {"softcap": None, "dropout_p": 0.0} | given
-    return (*tensors, *starts, *rest.values())
+    return on_gpu
 
 
-def test_every_option_is_passed_on(called):
-    query, key, value, bias = tensors((2, 4, 8), (2, 6, 8), (2, 6, 8), (4, 6))
-    sinks = torch.tensor([0.5, 1.0], dtype=torch.bfloat16)
-    options = options_of(
-        mask=torch.ones(4, 6, dtype=torch.bool),
-        bias=bias.requires_grad_(),
-        sinks=sinks,
-        query_offset=2,
-        kv_lengths=torch.tensor(5),
-        seed=torch.tensor(-1),
-        scale=0.3,
-        is_causal=True,
-        has_window=True,
-        left=3,
-        softcap=4.0,
-        dropout_p=0.25,
+def leaves(*shapes):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def gradients(inputs, **options):
+    """Return out, lse and the gradients by the inputs: query, key, value, bias, sinks."""
+    query, key, value, bias, sinks = inputs
+    out, lse = drop_in.attention(
+        query, key, value, bias=bias, sinks=sinks, return_lse=True, **options
     )
-    out, lse = _gpu.forward(query, key, value, options, True)
-    assert out.shape == query.shape
-    assert lse.shape == (2, 4)
-    (given,) = called
-    assert given["scale"] == 0.3
-    assert given["window"] == (3, None)
-    assert given["seed"] == 2**64 - 1
-    assert not given["bias"].requires_grad
-    assert given["sinks"].dtype == np.float64  # on the CPU: as an array of the host
-    assert given["kv_lengths"] == 5
-    assert given["return_lse"] is True
+    weight = torch.arange(out.numel(), dtype=out.dtype).reshape(out.shape) / out.numel()
+    loss = (out * weight).sum() + lse.sum()
+    return [out, lse, *torch.autograd.grad(loss, inputs)]
 
 
-def test_gradients_are_those_of_the_cpu(called):
-    query, key, value, grad_out, bias = tensors(*[(2, 4, 8)] * 4, (4, 4))
-    options = options_of(bias=bias, sinks=torch.tensor([0.5, 1.0]), is_causal=True)
-    out, lse = _kernel.forward(query, key, value, options, True)
-    arguments = (grad_out, query, key, value, out, lse, torch.ones_like(lse), options, True, True)
-    for got, expected in zip(_gpu.backward(*arguments), _kernel.backward(*arguments), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    assert called[0]["deterministic"] is False
-    torch.use_deterministic_algorithms(True)
+SHAPES = ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8), (5, 7), (4,))
+OPTIONS = {"is_causal": True, "query_offset": 2, "softcap": 4.0, "kv_lengths": [7, 3]}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_results_and_gradients_are_those_of_the_call(asked, deterministic):
+    inputs = leaves(*SHAPES)
+    expected = gradients(inputs, **OPTIONS)
+    calls = asked()
+    torch.use_deterministic_algorithms(deterministic)
     try:
-        dq, *_, dbias, dsinks = _gpu.backward(*arguments[:-2], False, False)
+        found = gradients(inputs, **OPTIONS)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert called[1]["deterministic"] is True
-    assert dq.shape == query.shape
-    assert dbias is dsinks is None
+    for got, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, right)
+    assert [name for name, _ in calls] == ["attention", "attention_backward"]
+    assert calls[1][1]["deterministic"] is deterministic
+    assert calls[1][1]["return_dbias"] is calls[1][1]["return_dsinks"] is True
 
 
-def test_packed_sequences_have_no_kernel():
-    query, key, value = tensors(*[(5, 2, 8)] * 3)
+def test_tensors_of_options_are_passed_on_where_they_lie(asked):
+    query, key, value, *_ = leaves(*SHAPES)
+    lengths, offset = torch.tensor([7, 3]), torch.tensor([1, 2])
+    calls = asked()
+    drop_in.attention(query, key, value, is_causal=True, query_offset=offset, kv_lengths=lengths)
+    given = calls[0][1]
+    assert given["kv_lengths"].data_ptr() == lengths.data_ptr()
+    assert given["query_offset"].data_ptr() == offset.data_ptr()
+
+
+@pytest.mark.parametrize("value_head_dim", [8, 6])
+def test_the_result_is_laid_out_as_the_operator_says(asked, value_head_dim):
+    query, key, value = (
+        torch.randn(2, rows, 4, dim).transpose(1, 2)
+        for rows, dim in ((5, 8), (7, 8), (7, value_head_dim))
+    )
+    expected = drop_in.attention(query, key, value)
+    shown, _ = _operator._forward_fake(query, key, value, *(None,) * 16)
+    calls = asked()
+    found = drop_in.attention(query, key, value)
+    assert len(calls) == 1
+    assert found.stride() == shown.stride()
+    torch.testing.assert_close(found, expected)
+
+
+def test_torchs_own_signature(asked):
+    query, key, value = (x.detach() for x in leaves(*((2, 3, 5, 8),) * 3))
+    mask = torch.from_numpy(np.tril(np.ones((5, 5), bool)))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    calls = asked()
+    found = drop_in.scaled_dot_product_attention(query, key, value, mask)
+    torch.testing.assert_close(found, expected)
+    assert [name for name, _ in calls] == ["attention"]
+
+
+def test_packed_sequences_have_no_kernel(asked):
+    query = torch.zeros(5, 2, 8)
+    starts = torch.tensor([0, 5])
+    asked()
     with pytest.raises(NotImplementedError, match="varlen_attention has no kernel for GPUs: pad"):
-        _gpu.forward(query, key, value, options_of(starts=([0, 5], [0, 5])), False)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_operators_know_the_shapes_on_a_gpu(dtype):
-    with FakeTensorMode():
-        query = torch.empty(2, 4, 5, 8, device="cuda", dtype=dtype)
-        key = torch.empty(2, 2, 7, 8, device="cuda", dtype=dtype)
-        out, lse = fastattn.torch.attention(query, key, key, return_lse=True)
-        assert out.shape == query.shape
-        assert out.dtype == dtype
-        assert out.device.type == lse.device.type == "cuda"
-        assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        options = options_of()
-        grads = torch.ops.fastattn.attention_backward(
-            out, query, key, key, out, lse, None, *options, False, False
-        )
-        assert [grad.shape for grad in grads[:3]] == [query.shape, key.shape, key.shape]
-        assert all(grad.device.type == "cuda" for grad in grads[:3])
-        as_torch = fastattn.torch.scaled_dot_product_attention(
-            query, key, key, is_causal=True, enable_gqa=True
-        )
-        assert as_torch.shape == query.shape
-
-
-def test_patch_leaves_a_gpu_to_torch():
-    with FakeTensorMode(), fastattn.torch.patch() as patched:
-        x = torch.empty(1, 2, 5, 8, device="cuda")
-        torch.nn.functional.scaled_dot_product_attention(x, x, x)
-        assert patched.report()["answered"] == 0
+        drop_in.varlen_attention(query, query, query, starts, starts)

@@ -335,6 +335,12 @@ ERRORS = {
         ValueError,
         "sinks must be finite or -inf, got nan",
     ),
+    "head_dim": (
+        {"value": np.broadcast_to(np.float16(0), (1, 40, 2**16 + 1))},
+        {},
+        ValueError,
+        "value must have a head_dim of at most 2**16 on a GPU, got value.shape=(1, 40, 65537)",
+    ),
     "seed": ({}, {"dropout_p": 0.1}, ValueError, "seed must be given with dropout_p > 0"),
     "is_causal": ({}, {"is_causal": 1}, TypeError, "is_causal must be a bool, not int"),
     "stream": ({}, {"stream": 1.5}, TypeError, "stream must be an int, not float"),

@@ -9,10 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fastattn
-import fastattn.torch as drop_in
-from fastattn import cuda
-from fastattn.torch import _operator
+import fastattn  # noqa: E402
+import fastattn.torch as drop_in  # noqa: E402
+from fastattn import cuda  # noqa: E402
+from fastattn.torch import _operator  # noqa: E402
 
 
 def numbers(x):

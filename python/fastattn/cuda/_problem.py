@@ -29,6 +29,7 @@ from fastattn.cuda._arrays import DeviceArray, device_array, item_bytes
 
 INTEGERS = ("int64", "int32", "int16", "int8", "uint32", "uint16", "uint8")
 Shape = tuple[int, ...]
+MOST_HEAD_DIM = 2**16  # sums of a thread fit the 512 KiB of local memory that it may have
 LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 SMALL = ("query_offset", "kv_lengths", "alibi_slopes", "sinks")  # that the host may have
 
@@ -109,6 +110,12 @@ def options(
         known, checked = (_remembered if are_constant else _checked)(*call)
     except TypeError:  # something cannot be hashed, or is wrong, which is then said again
         known, checked = _checked(*call)
+    for name, array in (("query", query), ("value", value)):
+        if array.shape[-1] > MOST_HEAD_DIM:
+            raise ValueError(
+                f"{name} must have a head_dim of at most 2**16 on a GPU, got "
+                f"{name}.shape={array.shape}: fastattn.attention computes it on the CPU"
+            )
     dropout_p, seed = dropout(dropout_p, seed)
     _, _, slopes, logits, offset, lengths, scale, softcap, left, right, *_ = checked
     if query.dtype != "float64":

@@ -6,6 +6,7 @@ checks, views, small arguments of the host and of the device, copies, the repair
 """
 
 import itertools
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -358,6 +359,24 @@ def test_errors(name):
                 cuda.attention(**placed, **options)
             assert str(caught.value).startswith(text)
         assert device.launched == []
+
+
+def test_without_numba(monkeypatch):
+    with fake_device(AMPERE) as device:
+        arrays = [device.array(x) for x in problem()]
+        monkeypatch.setitem(sys.modules, "numba.cuda", None)
+        with pytest.raises(ImportError, match=r"needs numba-cuda .*pip install \"fastattn\[cuda\]"):
+            cuda.attention(*arrays)
+        assert cuda.explain(*arrays)["kernel"] == "mma"
+
+
+@pytest.mark.parametrize("call", [fastattn.attention, fastattn.scaled_dot_product_attention])
+def test_arrays_of_both_sides_are_refused(call):
+    query, key, value = problem(20, 20, heads=1)
+    with fake_device(AMPERE) as device:
+        key = device.array(key)
+        with pytest.raises(TypeError, match="key must be on the CPU, got FakeArray on a GPU"):
+            call(query, key, value)
 
 
 def test_a_mask_of_the_host_is_refused():

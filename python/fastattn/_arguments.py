@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arrays import BFLOAT16_BITS, as_numpy, widened
+from fastattn._arrays import BFLOAT16_BITS, INTERFACE, as_numpy, widened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -222,6 +222,8 @@ def as_array(name: str, x: Any, kinds: str) -> Array:
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must be an array of {kinds}: {error}") from error
     if array is None or (array is not x and array.dtype.kind not in "biufcV"):
+        if hasattr(x, INTERFACE):
+            raise TypeError(f"{name} must be on the CPU, got {type(x).__name__} on a GPU")
         raise TypeError(f"{name} must be an array of {kinds}, not {type(x).__name__}")
     return array
 

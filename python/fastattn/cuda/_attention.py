@@ -14,7 +14,7 @@ from fastattn._report import Report
 from fastattn.cuda import _arrays, _choose, _driver
 from fastattn.cuda._arrays import DeviceArray, answer, current_stream, destination, device_array
 from fastattn.cuda._forward import attend, on_device
-from fastattn.cuda._launch import Place
+from fastattn.cuda._launch import place_of
 from fastattn.cuda._problem import Options, options, problems
 
 FAR = 2**28  # positions and sides beyond are only for kernels that count in 64 bits
@@ -76,7 +76,7 @@ def attention(
     TypeError, ValueError
         An argument breaks a rule; the message says which argument, the rule, and what was given.
     ImportError
-        numba-cuda or cuda-bindings is missing, and a kernel has to be built.
+        numba-cuda or cuda-bindings is missing.
     RuntimeError
         There is no GPU, or no driver that can run the kernel; the message says what to do.
     MemoryError
@@ -117,7 +117,7 @@ def attention(
         )
         return_lse = boolean("return_lse", return_lse)
         known = asked.known
-        place = Place(_driver.device(q.device), stream, q)
+        place = place_of(q, stream)
         inputs = [x for x in (q, k, v, *asked) if isinstance(x, DeviceArray)]
         if out is None:
             result = _arrays.empty(q, known.out_shape, q.dtype, stream)

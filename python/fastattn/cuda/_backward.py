@@ -15,7 +15,7 @@ import numpy as np
 
 from fastattn._arguments import boolean, name_of, whole_number
 from fastattn._arrays import as_numpy
-from fastattn.cuda import _arrays, _choose, _driver
+from fastattn.cuda import _arrays, _choose
 from fastattn.cuda._arrays import DeviceArray, answer, device_array
 from fastattn.cuda._attention import arrays, question
 from fastattn.cuda._forward import (
@@ -28,7 +28,7 @@ from fastattn.cuda._forward import (
     strides,
     tensor_map,
 )
-from fastattn.cuda._launch import Place, add, aligned, as_int64, clear, launch, scratch
+from fastattn.cuda._launch import Place, add, aligned, as_int64, clear, launch, place_of, scratch
 from fastattn.cuda._problem import Options, Problem, options, problems, with_heads, with_row_heads
 
 Shape = tuple[int, ...]
@@ -121,7 +121,7 @@ kv_lengths, dropout_p, seed
         if grad_lse is not None:
             grad_lse = _like("grad_lse", grad_lse, known.lse_shape, wide, q, stream)
         call = Call(
-            Place(_driver.device(q.device), stream, q),
+            place_of(q, stream),
             asked,
             q,
             k,

@@ -101,6 +101,16 @@ def build(kernel: Kernel, capability: Capability) -> Binary:
     )
 
 
+def check_numba() -> None:
+    """Make sure that the modules of kernels can be imported."""
+    try:
+        from numba.cuda import types  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"fastattn.cuda needs numba-cuda for its kernels ({error}): {INSTALL}"
+        ) from error
+
+
 def check_capability(kernel: Kernel, capability: Capability) -> None:
     """Refuse GPUs that the kernel has no instructions for."""
     given = "got one of {}.{}".format(*capability)

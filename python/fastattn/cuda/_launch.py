@@ -15,6 +15,7 @@ import numpy as np
 
 from fastattn.cuda import _arrays, _cache, _driver
 from fastattn.cuda._arrays import DeviceArray, item_bytes
+from fastattn.cuda._build import check_numba
 
 if TYPE_CHECKING:
     from fastattn.cuda.kernels import Kernel
@@ -30,6 +31,13 @@ class Place(NamedTuple):
     device: Any  # of _driver
     stream: int
     query: DeviceArray  # whose library memory is from
+
+
+def place_of(query: DeviceArray, stream: int) -> Place:
+    """Return where a call on such a query runs, if kernels can run there."""
+    device = _driver.device(query.device)
+    check_numba()
+    return Place(device, stream, query)
 
 
 def launch(kernel: Kernel, place: Place, blocks: int, *arguments: Any) -> None:

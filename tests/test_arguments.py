@@ -52,6 +52,12 @@ def sdpa(*operands, **options):
     return fastattn.scaled_dot_product_attention(*operands, **options)
 
 
+class OnGPU:
+    """An array of a library for GPUs."""
+
+    __cuda_array_interface__ = None
+
+
 def zeros(*shape, dtype=np.float32):
     return np.zeros(shape, dtype)
 
@@ -275,6 +281,7 @@ OTHER_CASES = [
     (lambda: varlen(kv_lengths=6), ValueError, "kv_lengths must be within 0..kv_len = 0..5 for sequence 1, got 6"),
     (lambda: varlen(kv_lengths=8), ValueError, "kv_lengths must be within 0..kv_len = 0..7, got 8"),
     (lambda: varlen(mask=zeros(12)), ValueError, "mask must broadcast to (batch, q_heads, q_len, kv_len) = (4, 9, 7), got mask.shape=(12,)"),
+    (lambda: varlen(key=OnGPU()), TypeError, "key must be on the CPU, got OnGPU on a GPU"),
     (lambda: varlen(bias=zeros(9, 7, dtype=int)), TypeError, "bias must be an array of float16, bfloat16, float32 or float64, not int64"),
     (lambda: varlen(alibi_slopes=zeros(4), query_offset=0, sinks=zeros(2)), ValueError, "sinks must have shape (4,), got sinks.shape=(2,)"),
     (lambda: varlen(return_lse=1), TypeError, "return_lse must be a bool, not int"),

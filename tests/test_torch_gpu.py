@@ -9,10 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
 import fastattn  # noqa: E402
 import fastattn.torch as drop_in  # noqa: E402
 from fastattn import cuda  # noqa: E402
-from fastattn.torch import _operator  # noqa: E402
+from fastattn.torch import _kernel, _operator  # noqa: E402
 
 
 def numbers(x):
@@ -136,3 +138,28 @@ def test_packed_sequences_have_no_kernel(asked):
     asked()
     with pytest.raises(NotImplementedError, match="varlen_attention has no kernel for GPUs: pad"):
         drop_in.varlen_attention(query, query, query, starts, starts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_operators_know_the_shapes_on_a_gpu(dtype):
+    with FakeTensorMode():
+        query = torch.empty(2, 4, 5, 8, device="cuda", dtype=dtype)
+        key = torch.empty(2, 2, 7, 8, device="cuda", dtype=dtype)
+        out, lse = drop_in.attention(query, key, key, return_lse=True)
+        assert out.shape == query.shape
+        assert out.dtype == dtype
+        assert out.device.type == lse.device.type == "cuda"
+        assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        options = _kernel.plain_options(None, False)
+        grads = torch.ops.fastattn.attention_backward(
+            out, query, key, key, out, lse, None, *options, False, False
+        )
+        assert [grad.shape for grad in grads[:3]] == [query.shape, key.shape, key.shape]
+        assert all(grad.device.type == "cuda" for grad in grads[:3])
+
+
+def test_patch_leaves_a_gpu_to_torch():
+    with FakeTensorMode(), drop_in.patch() as patched:
+        x = torch.empty(1, 2, 5, 8, device="cuda")
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        assert patched.report()["answered"] == 0

@@ -9,6 +9,8 @@ their own; a launch runs the kernel's function there, of tensor-core kernels as 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import struct
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -20,9 +22,9 @@ import pytest
 from cuda_emulator import DTYPES, Memory, rebound, run
 from cuda_emulator_sm90 import TensorMap
 from cuda_emulator_sm90 import run as run_hopper
+from numba.cuda import types
 
-from fastattn.cuda import _arrays, _backward, _driver, _forward, _launch
-from fastattn.cuda._arrays import DeviceArray, item_bytes
+from fastattn.cuda import _arrays, _attention, _driver, _launch, _recipe
 
 
 def junk(shape: Any, dtype: Any) -> np.ndarray:
@@ -89,47 +91,24 @@ class FakeDevice:
             data, at = self.memory.locate([address, address + size - 1])
             data[at[0] : at[1] + 1] = 0
 
-    def view(self, array: DeviceArray, as_bits: bool) -> np.ndarray:
-        """Return the memory that an array is."""
-        kind = DTYPES.get(array.dtype) or np.dtype(array.dtype)
-        item = item_bytes(array.dtype)
-        if as_bits and array.dtype in DTYPES:
-            kind = np.dtype(np.uint16)
-        strides = tuple(stride * item for stride in array.strides)
-        if 0 in array.shape:
-            return np.empty(array.shape, kind)
-        data, at = self.memory.locate([array.pointer])
-        return np.ndarray(array.shape, kind, data.data, int(at[0]), strides)
+    def view(self, pointer: int, shape: Any, strides: Any, dtype: Any) -> np.ndarray:
+        """Return an array in the device's memory; strides in bytes."""
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        data, at = self.memory.locate([pointer])
+        return np.ndarray(shape, dtype, data.data, int(at[0]), strides)
 
     def values(self, result: Any) -> np.ndarray:
         """Return a result's values."""
         if isinstance(result, FakeArray):
             return result.values
         dtype, shape = result.dtype_name, result.shape
-        strides = _arrays.contiguous_strides(shape)
-        array = DeviceArray(result.pointer, shape, strides, dtype, 0, result, "other")
-        return self.view(array, False).copy()
+        kind = DTYPES.get(dtype) or np.dtype(dtype)
+        strides = [n * kind.itemsize for n in _arrays.contiguous_strides(shape)]
+        return self.view(result.pointer, shape, strides, kind).copy()
 
-    def launch(self, kernel: Any, place: Any, blocks: int, *arguments: Any) -> None:
-        """Run a kernel."""
-        self.launched.append(kernel.name)
-        flat = tuple(_launch._flat(arguments))
-        assert len(flat) == sum(map(parameters, kernel.signature)), kernel.name
-        if blocks == 0:
-            return
-        if any(isinstance(x, DeviceArray) for x in arguments):
-            given = [self.view(x, True) if isinstance(x, DeviceArray) else x for x in arguments]
-            threads = SingleThreads(kernel, blocks)
-            for block in range(blocks):
-                threads.run(block, tuple(given))
-        else:
-            numbers = (single(x) if isinstance(x, float) else x for x in arguments)
-            if kernel.tensor_maps:
-                run_hopper(kernel, blocks, tuple(numbers), self.memory)
-            else:
-                # decode's warps differ in what `uniform` says is the same.
-                lanes = 32 if self.warps_apart or "decode" in kernel.name else None
-                run(kernel, blocks, tuple(numbers), self.memory, lanes=lanes)
+    def ready(self, kernel: Any, on: Any) -> FakeFunction:
+        return FakeFunction(kernel, self)
 
     def tensor_map(
         self, address: int, shape: Any, strides: Any, box: Any, dtype: str, on: Any
@@ -137,8 +116,8 @@ class FakeDevice:
         """Return what the emulator takes for a tensor map."""
         assert address % 16 == 0
         assert all(stride >= 0 and stride % 8 == 0 for stride in strides)
-        array = DeviceArray(address, shape[::-1], (*strides[::-1], 1), dtype, 0, None, "other")
-        return TensorMap(self.view(array, False), box[1])
+        in_bytes = tuple(2 * stride for stride in (*strides[::-1], 1))
+        return TensorMap(self.view(address, shape[::-1], in_bytes, DTYPES[dtype]), box[1])
 
 
 def single(x: float) -> np.float32:
@@ -146,13 +125,51 @@ def single(x: float) -> np.float32:
     return np.float32(struct.unpack("f", struct.pack("f", x))[0])
 
 
-def parameters(kind: Any) -> int:
-    """Return how many parameters Numba makes of an argument of a type."""
-    from numba.cuda import types
+class FakeFunction:
+    """A kernel that is loaded."""
 
-    if isinstance(kind, types.Array):
-        return 5 + 2 * kind.ndim
-    return kind.count if isinstance(kind, types.UniTuple) else 1
+    def __init__(self, kernel: Any, device: FakeDevice) -> None:
+        self.kernel, self.device = kernel, device
+
+    def launch(self, grid: tuple[int, ...], stream: int, flat: tuple[Any, ...]) -> None:
+        """Run the kernel."""
+        kernel, device, (blocks,) = self.kernel, self.device, grid
+        device.launched.append(kernel.name)
+        arguments = self.arguments(flat)
+        if blocks == 0:
+            return
+        if any(isinstance(kind, types.Array) for kind in kernel.signature):
+            threads = SingleThreads(kernel, blocks)
+            for block in range(blocks):
+                threads.run(block, arguments)
+            return
+        numbers = tuple(single(x) if isinstance(x, float) else x for x in arguments)
+        if kernel.tensor_maps:
+            run_hopper(kernel, blocks, numbers, device.memory)
+        else:
+            # decode's warps differ in what `uniform` says is the same.
+            lanes = 32 if device.warps_apart or "decode" in kernel.name else None
+            run(kernel, blocks, numbers, device.memory, lanes=lanes)
+
+    def arguments(self, flat: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return what Numba makes of parameters."""
+        parameters, arguments = iter(flat), []
+        for kind in self.kernel.signature:
+            if isinstance(kind, types.Array):
+                _, _, size, item, pointer = itertools.islice(parameters, 5)
+                shape = tuple(itertools.islice(parameters, kind.ndim))
+                strides = tuple(itertools.islice(parameters, kind.ndim))
+                assert size == math.prod(shape)
+                dtype = np.dtype(bool if kind.dtype == types.boolean else kind.dtype.name)
+                assert item == dtype.itemsize
+                arguments.append(self.device.view(pointer, shape, strides, dtype))
+            elif isinstance(kind, types.UniTuple):
+                arguments.append(tuple(itertools.islice(parameters, kind.count)))
+            else:
+                x = next(parameters)
+                arguments.append(None if kind == types.none else x)
+        assert not list(parameters), self.kernel.name
+        return tuple(arguments)
 
 
 class SingleThreads:
@@ -226,8 +243,9 @@ def fake_device(capability: tuple[int, int], warps_apart: bool = False) -> Itera
     """
     device = FakeDevice(capability, warps_apart)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (_launch, _forward, _backward):
-            patch.setattr(module, "launch", device.launch)
+        patch.setattr(_launch, "ready", device.ready)
+        patch.setattr(_recipe, "tapes", {})
+        patch.setattr(_attention, "tapes", _recipe.tapes)
         patch.setattr(_driver, "device", lambda ordinal: device)
         patch.setattr(_driver, "allocate", device.allocate)
         patch.setattr(_driver, "free", lambda *_: None)

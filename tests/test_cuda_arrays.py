@@ -482,6 +482,21 @@ def test_results_of_torch_come_from_torch(gpu, torch, monkeypatch):
     assert gpu.calls == []
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 5)])
+def test_a_result_of_torch_is_laid_out_like_query(gpu, torch, monkeypatch, shape):
+    laid_out = {"strides": (4, 8, 1), "device": "cuda:1"}
+    query = _arrays.device_array("query", tensor(torch, (2, 3, 4), **laid_out), STREAM)
+    like = tensor(torch, (2, 3, 4), **laid_out, address=65536)
+    plain = tensor(torch, shape, device="cuda:1", address=4096)
+    monkeypatch.setattr(torch, "empty_like", {query.owner: like}.__getitem__)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: plain)
+    result = _arrays.empty(query, shape, "float32", STREAM, is_result=True)
+    made = like if shape == query.shape else plain
+    assert result.owner is made
+    assert result.pointer == made.data_ptr()
+    assert result.strides == made.stride()
+
+
 def test_an_out_of_torch_is_known_to_be_written(gpu, torch):
     query = _arrays.device_array("query", tensor(torch), STREAM)
     out = tensor(torch, address=65536)

@@ -5,8 +5,10 @@ What each kernel does in detail its own tests show; here is what lies between th
 checks, views, small arguments of the host and of the device, copies, the repair of rows, results.
 """
 
+import gc
 import itertools
 import sys
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +22,7 @@ from cuda_device import fake_device
 
 import fastattn
 from fastattn import cuda, reference
+from fastattn.cuda import _recipe
 
 TURING, AMPERE, HOPPER = (7, 5), (8, 0), (9, 0)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -281,6 +284,71 @@ def test_out_is_written_and_returned(columns):
         assert out is given
         assert_right(room[..., :64], device.values(lse), query, key, value)
     assert np.isnan(room[..., 64:].astype(float)).all()
+
+
+AGAIN = [
+    ({}, {}),
+    ({"is_causal": True, "query_offset": 5}, {}),
+    ({"window": (9, None), "query_offset": 20}, {}),
+    ({"kv_lengths": 30}, {}),
+    ({"softcap": 3.0, "scale": 0.2}, {}),
+    ({}, {"batch": (2, 1)}),
+]
+
+
+@pytest.mark.parametrize(("options", "sizes"), AGAIN, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_call_again_with_other_arrays(form, options, sizes):
+    capability, q_len = FORMS[form]
+    first = problem(q_len, **({"batch": (2,)} | sizes), seed=1)
+    query, key, value = problem(q_len, **({"batch": (2,)} | sizes), seed=2)
+    if sizes:  # batch axes that do not join: two launches
+        key, value = (np.concatenate([x[:1]] * 3, axis=1) for x in (key, value))
+        first = [first[0], key + 1, value + 1]
+    alone = attend(capability, query, key, value, **options)
+    with fake_device(capability) as device:
+        cuda.attention(*map(device.array, first), **options, return_lse=True)
+        once = list(device.launched)
+        arrays = [device.array(x) for x in (query, key, value)]
+        out, lse = cuda.attention(*arrays, **options, return_lse=True)
+        assert device.launched == once * 2
+        assert len(_recipe.tapes) == 1
+        np.testing.assert_array_equal(device.values(out), alone[0])
+        np.testing.assert_array_equal(device.values(lse), alone[1])
+        assert not isinstance(cuda.attention(*arrays, **options), tuple)
+
+
+def test_a_call_with_another_layout_is_no_repetition():
+    arrays = problem(3, batch=(2,))
+    rows_first = [np.ascontiguousarray(x.transpose(0, 2, 1, 3)) for x in arrays]
+    views = [x.transpose(0, 2, 1, 3) for x in rows_first]
+    with fake_device(AMPERE) as device:
+        for given in (arrays, views):
+            cuda.attention(*map(device.array, given))
+            cuda.attention(*map(device.array, given), is_causal=True, query_offset=1)
+        assert len(_recipe.tapes) == 4
+        with pytest.raises(TypeError, match="query_offset must be an array of integers"):
+            cuda.attention(*map(device.array, arrays), is_causal=True, query_offset=True)
+        with pytest.raises(TypeError, match="is_causal must be a bool, not int"):
+            cuda.attention(*map(device.array, arrays), is_causal=1, query_offset=1)
+
+
+def test_what_is_remembered_keeps_no_array():
+    with fake_device(AMPERE) as device:
+        arrays = [device.array(x) for x in problem(3)]
+        kept = [weakref.ref(x) for x in arrays]
+        out = weakref.ref(cuda.attention(*arrays))
+        del arrays
+        gc.collect()
+        assert [x() for x in (*kept, out)] == [None] * 4
+
+
+def test_few_layouts_are_remembered(monkeypatch):
+    monkeypatch.setattr(_recipe, "MOST", 3)
+    with fake_device(TURING) as device:
+        for kv_len in range(1, 9):
+            cuda.attention(*map(device.array, problem(1, kv_len, 8, heads=1)))
+            assert 0 < len(_recipe.tapes) <= 3
 
 
 def test_explain():

@@ -182,15 +182,24 @@ def destination(
     return array
 
 
-def empty(query: DeviceArray, shape: tuple[int, ...], dtype: str, stream: int) -> DeviceArray:
+def empty(
+    query: DeviceArray,
+    shape: tuple[int, ...],
+    dtype: str,
+    stream: int,
+    is_result: bool = False,
+) -> DeviceArray:
     """Return memory for a result, or for intermediate ones, of the library that query is of.
 
     It is there for what follows on the stream; with PyTorch and CuPy, in their pools, which graphs
-    know.
+    know. PyTorch's result is laid out like query, as its own function's is.
     """
     x: Any
     if query.library == "torch":
         torch = sys.modules["torch"]
+        if is_result and shape == query.shape and query.strides[-1:] == (1,):
+            x = torch.empty_like(query.owner)
+            return query._replace(pointer=x.data_ptr(), strides=tuple(x.stride()), owner=x)
         x = torch.empty(shape, dtype=getattr(torch, dtype), device=query.owner.device)
         pointer = x.data_ptr()
     elif query.library == "cupy":

@@ -23,6 +23,7 @@ from fastattn.cuda._launch import (
     upload,
 )
 from fastattn.cuda._problem import Options, Problem, within_float32
+from fastattn.cuda._recipe import MapOf
 from fastattn.cuda.kernels import UNLIMITED
 
 LOG2E = math.log2(math.e)
@@ -242,10 +243,10 @@ def factors(problem: Problem) -> tuple[float, float]:
     return softcap * LOG2E, within_float32(2 * LOG2E * scale / softcap)
 
 
-def tensor_map(array: DeviceArray, rows: int) -> bytes:
+def tensor_map(array: DeviceArray, rows: int) -> MapOf:
     """Return a map of an array of (batch, heads, rows, head_dim), in tiles of 64 columns."""
     steps = zip(array.shape[2::-1], array.strides[2::-1], strict=True)
-    return _driver.tensor_map(
+    return MapOf(
         array.pointer,
         array.shape[::-1],
         tuple(0 if size == 1 else stride for size, stride in steps),  # others may be anything

@@ -2,7 +2,7 @@
 """One launch of one kernel, and the small launches that bring arguments where kernels read them.
 
 Called by `_forward.py` and `_backward.py`. Calls `_cache.py` for machine code and `_driver.py` to
-run it; tests put an emulator in the place of `launch`.
+run it; tests put an emulator in the place of `ready`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from fastattn.cuda import _arrays, _cache, _driver
 from fastattn.cuda._arrays import DeviceArray, item_bytes
 from fastattn.cuda._build import check_numba
+from fastattn.cuda._recipe import Address, MapOf, Tape
 
 if TYPE_CHECKING:
     from fastattn.cuda.kernels import Kernel
@@ -31,19 +32,35 @@ class Place(NamedTuple):
     device: Any  # of _driver
     stream: int
     query: DeviceArray  # whose library memory is from
+    tape: Tape | None = None  # where it is noted what the call does
 
 
-def place_of(query: DeviceArray, stream: int) -> Place:
+def place_of(query: DeviceArray, stream: int, tape: Tape | None = None) -> Place:
     """Return where a call on such a query runs, if kernels can run there."""
     device = _driver.device(query.device)
     check_numba()
-    return Place(device, stream, query)
+    return Place(device, stream, query, tape)
+
+
+def ready(kernel: Kernel, device: Any) -> Any:
+    """Return a kernel that is compiled and loaded."""
+    return _driver.load(_cache.load(kernel, device.capability), device)
 
 
 def launch(kernel: Kernel, place: Place, blocks: int, *arguments: Any) -> None:
-    """Start a kernel; an argument is a number, an array, a tuple of numbers, bytes or None."""
-    function = _driver.load(_cache.load(kernel, place.device.capability), place.device)
-    function.launch((blocks,), place.stream, tuple(_flat(arguments)))
+    """Start a kernel; an argument is a number, an array, a tuple of numbers, a MapOf or None."""
+    function = ready(kernel, place.device)
+    flat = tuple(_flat(arguments))
+    if place.tape is not None:
+        place.tape.launch(function, blocks, flat)
+    function.launch((blocks,), place.stream, tuple(map(_given, flat)))
+
+
+def _given(x: Any) -> Any:
+    """Return what a launch passes."""
+    if isinstance(x, Address):
+        return int(x)
+    return _driver.tensor_map(*x) if isinstance(x, MapOf) else x
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
@@ -56,15 +73,18 @@ def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
             # Of its array's structure, kernels read the address, the shape and the strides.
             yield from (0, 0, math.prod(x.shape), item, x.pointer, *x.shape)
             yield from (stride * item for stride in x.strides)
-        elif isinstance(x, tuple):
+        elif isinstance(x, tuple) and not isinstance(x, MapOf):
             yield from x
         else:
             yield x
 
 
-def scratch(place: Place, shape: tuple[int, ...], dtype: str) -> DeviceArray:
-    """Return memory for intermediate results."""
-    return _arrays.empty(place.query, shape, dtype, place.stream)
+def scratch(
+    place: Place, shape: tuple[int, ...], dtype: str, is_result: bool = False
+) -> DeviceArray:
+    """Return memory: for the result, or for what is intermediate."""
+    array = _arrays.empty(place.query, shape, dtype, place.stream, is_result)
+    return array if place.tape is None else place.tape.room(array, is_result)
 
 
 def upload(place: Place, numbers: np.ndarray[Any, Any]) -> DeviceArray:

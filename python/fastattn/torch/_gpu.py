@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastattn._arguments import sizes
 from fastattn.torch import _kernel, _tensors
 
 if TYPE_CHECKING:
@@ -21,12 +20,7 @@ def forward(
     """Return out, and lse if asked for."""
     from fastattn import cuda
 
-    named = _keywords(options)
-    # The result is laid out as the operator says (`_operator.py`).
-    if query.stride(-1) == 1 and not query.is_contiguous():
-        shape = sizes(query.shape, key.shape, value.shape).out_shape
-        named["out"] = _kernel.result_like(query, shape)
-    results = cuda.attention(query, key, value, **named, return_lse=return_lse)
+    results = cuda.attention(query, key, value, **_keywords(options), return_lse=return_lse)
     return results if return_lse else (results, None)
 
 

@@ -3,25 +3,22 @@
 
 import dataclasses
 import math
-import types
-from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 pytest.importorskip("numba.cuda", reason="needs the extra `cuda`")
 
+import cuda_cases
 import cuda_emulator as emulator
 import cuda_sass
-from conftest import assert_same_bits, make_problem
+from conftest import assert_same_bits
+from cuda_cases import DTYPES, problem, with_fault
 
-from fastattn import reference
 from fastattn.cuda._build import build
 from fastattn.cuda.kernels import UNLIMITED, decode
 
 NAN = float("nan")
-DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 BORDER = decode.SPLIT
 
 
@@ -126,35 +123,9 @@ def attend(
     return result
 
 
-def problem(q_len, kv_len, head_dim=64, dtype="float16", *, group=1, kv_heads=1, batch=1, seed=0):
-    """Return random query, key and value; values of a mean that errors show in."""
-    sizes = {"heads": group * kv_heads, "kv_heads": kv_heads, "batch": (batch,)}
-    return make_problem(q_len, kv_len, head_dim, dtype=DTYPES[dtype], mean=0.5, seed=seed, **sizes)
-
-
 def assert_right(result, query, key, value, **options):
-    """Assert FlashAttention's rule: at most twice the error of the plain formula, and a rounding.
-
-    The plain formula in the same precision: float32, but probabilities and result are rounded.
-    """
-    wide = [x.astype(np.float64) for x in (query, key, value)]
-    narrow = [x.astype(np.float32) for x in (query, key, value)]
-    expected, lse = reference.attention(*wide, return_lse=True, **options)
-    float32 = {"compute_dtype": np.float32, **options}
-    plain_lse = reference.attention(*narrow, return_lse=True, **float32)[1]
-    probs = reference.attention_weights(*narrow[:2], **float32).astype(query.dtype)
-    values = narrow[2].repeat(query.shape[1] // key.shape[1], axis=1)
-    plain = (probs.astype(np.float32) @ values).astype(query.dtype)
-
-    def error(x, truth):
-        return np.abs(x.astype(np.float64) - truth).max(initial=0)
-
-    rounding = float(ml_dtypes.finfo(query.dtype).eps) / 2 * np.abs(expected).max()
-    assert error(result.out, expected) <= 2 * error(plain, expected) + rounding
-    seen = np.isfinite(lse)
-    np.testing.assert_array_equal(result.lse[~seen], lse[~seen])
-    ulp = np.finfo(np.float32).eps * max(1, np.abs(lse[seen]).max(initial=0))
-    assert error(result.lse[seen], lse[seen]) <= 2 * error(plain_lse[seen], lse[seen]) + 4 * ulp
+    """Assert that a result is right, and that no row of it is flagged."""
+    cuda_cases.assert_right(result.out, result.lse, query, key, value, **options)
     assert (result.flags == 0).all()
 
 
@@ -399,10 +370,7 @@ def test_without_a_fault():
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_found(name):
     old, new = FAULTS[name]
-    source = Path(decode.__file__).read_text(encoding="utf-8")
-    assert old in source
-    module = types.ModuleType("decode_with_a_fault")
-    exec(compile(source.replace(old, new), decode.__file__, "exec"), module.__dict__)
+    module = with_fault(decode, old, new)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         check(module)
 

@@ -3,8 +3,6 @@
 
 import contextlib
 import math
-import types
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +14,7 @@ pytest.importorskip("numba.cuda")
 
 import cuda_emulator
 import cuda_sass
-from cuda_cases import spilled
+from cuda_cases import spilled, with_fault
 
 from fastattn import attention, reference
 from fastattn.cuda import _build
@@ -372,10 +370,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault):
     was, becomes, lanes = FAULTS[fault]
-    source = Path(mma_backward.__file__).read_text()
-    assert was in source
-    faulty = types.ModuleType("faulty")
-    exec(compile(source.replace(was, becomes), fault, "exec"), vars(faulty))
+    faulty = with_fault(mma_backward, was, becomes)
     operands = make_problem(130, 150, 64, heads=2, kv_heads=1, dtype=np.float16)
     with pytest.raises(AssertionError) if fault != "none" else contextlib.nullcontext():
         for options in (

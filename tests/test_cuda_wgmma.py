@@ -8,9 +8,7 @@ the tests are known to see such things as a missing wait.
 import functools
 import math
 import re
-import types
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +19,7 @@ pytest.importorskip("numba_cuda")
 import cuda_emulator
 import cuda_sass
 from conftest import assert_same_bits, make_problem
+from cuda_cases import with_fault
 from cuda_emulator_sm90 import Deadlock, Fault, TensorMap, Timing, run
 
 from fastattn import reference
@@ -492,15 +491,6 @@ FAULTS = {
 SCHEDULES = (Timing(), HURRIED, *(Timing(slow=i) for i in range(3)), RANDOM)
 
 
-def planted(text, replacement):
-    """Return the kernel's module with its source changed."""
-    source = Path(wgmma.__file__).read_text()
-    assert text in source
-    module = types.ModuleType("planted")
-    exec(compile(source.replace(text, replacement), "planted", "exec"), module.__dict__)
-    return module
-
-
 @functools.cache
 def edges():
     """Return a call that has what a fault may spoil.
@@ -526,6 +516,6 @@ def test_nothing_is_found_where_nothing_is_planted(each):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_found(name):
-    module = planted(*FAULTS[name])
+    module = with_fault(wgmma, *FAULTS[name])
     each = not_finite(True) if name.startswith("flags") else edges()
     assert any(is_found(module, each, timing) for timing in SCHEDULES)

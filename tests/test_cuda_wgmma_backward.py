@@ -2,8 +2,6 @@
 """The backward kernel for Hopper, in the emulator: gradients, what is hidden, flags, and faults."""
 
 import itertools
-import types
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +15,7 @@ pytest.importorskip("numba_cuda")
 import cuda_emulator
 import cuda_emulator_sm90
 import cuda_sass
+from cuda_cases import with_fault
 from cuda_device import fake_device
 from cuda_emulator_sm90 import TensorMap, Timing
 
@@ -332,15 +331,6 @@ def test_heads_together():
     assert wgmma_backward.heads_together(8, 8, 8, 2**20, 128) == 1
 
 
-def with_fault(right, wrong):
-    """Return the kernel's module with one line of its source changed."""
-    source = Path(wgmma_backward.__file__).read_text()
-    assert source.count(right) == 1
-    module = types.ModuleType("with_fault")
-    exec(compile(source.replace(right, wrong), "with_fault", "exec"), vars(module))
-    return module
-
-
 RELEASE = """                if elect(both(own_thread == i32(0), turn > i32(0))):
                     mbarrier_arrive(shared + i32(tile_free) + (stage ^ i32(1)) * i32(8))
 """
@@ -437,7 +427,7 @@ def test_no_fault_planted():
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault):
-    module = with_fault(*FAULTS[fault])
+    module = with_fault(wgmma_backward, *FAULTS[fault])
     with pytest.raises(FOUND):
         check_at_any_time(module)
 

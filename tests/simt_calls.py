@@ -200,7 +200,8 @@ def attention(operands, options, out=None, lse=None, flags=None, rows_per_flag=1
     kernel = simt.forward(
         call.given, value_head_dim, sinks=name_of(call.sinks), flags=flags is not None
     )
-    blocks = simt.forward_blocks(call.given.query, call.batch, call.heads, call.q_len)
+    sizes = (call.batch, call.heads, call.q_len)
+    blocks = simt.forward_blocks(call.given.query, *sizes, value_head_dim)
     written = (out, lse, flags, rows_per_flag)
     launch(kernel, blocks, *written, call.sinks, *operands, *call.arguments, threads=threads)
     return out, lse
@@ -232,7 +233,8 @@ def attention_backward(
     dq, dk, dv = given or (np.full(x.shape, 7, x.dtype) for x in operands)
     row_flags, key_flags = flags or (None, None)
     kernel = simt_backward.query_gradient(call.given, dq.shape[-1], flags=flags is not None)
-    blocks = simt.forward_blocks(dtype, call.batch, call.heads, call.q_len)
+    sizes = (call.batch, call.heads, call.q_len)
+    blocks = simt.forward_blocks(dtype, *sizes, dq.shape[-1])
     launch(kernel, blocks, dq, row_flags, rows_per_flag, *read)
     kernel = simt_backward.key_value_gradients(
         call.given, dk.shape[-1], dv.shape[-1], flags=flags is not None

@@ -316,7 +316,7 @@ def simt_dq(
     p = problem
     batch, heads, q_len, head_dim = p.query.shape
     kernel = kernels.query_gradient(given(p), head_dim, flags=flags is not None)
-    blocks = forward.forward_blocks(p.query.dtype, batch, heads, q_len)
+    blocks = forward.forward_blocks(p.query.dtype, batch, heads, q_len, head_dim)
     dq = Gradients(*p.more).dq
     launch(kernel, place, blocks, dq, flags, rows_per_flag, *simt_inputs(p))
 

@@ -74,7 +74,7 @@ def simt(
     sinks = p.sinks and p.sinks.dtype
     kernel = kernels.forward(given(p), p.value.shape[-1], sinks=sinks, flags=flags is not None)
     batch, heads, q_len, _ = p.query.shape
-    blocks = kernels.forward_blocks(p.query.dtype, batch, heads, q_len)
+    blocks = kernels.forward_blocks(p.query.dtype, batch, heads, q_len, p.value.shape[-1])
     written = (p.out, p.lse, flags, rows_per_flag, p.sinks)
     launch(kernel, place, blocks, *written, p.query, p.key, p.value, *simt_options(p))
 

@@ -47,7 +47,8 @@ FARTHEST = 2**61  # positions lie within -FARTHEST..FARTHEST
 LOW_WORD = np.uint64(2**32 - 1)
 WORD_BITS = np.uint64(32)
 
-# float64 takes twice the room in shared memory and registers.
+# Of up to MANY columns. float64 takes twice the room in shared memory and registers.
+MANY = 64
 ROWS = {"float16": 64, "bfloat16": 64, "float32": 64, "float64": 32}
 
 # The simulator has no `forceinline`, and device functions in it must not use `cuda`.
@@ -139,6 +140,11 @@ def accumulator(dtype: str) -> Any:
 def bucket(head_dim: int) -> int:
     """Return the least power of 2, and multiple of SLICE, that has room for the head_dim."""
     return max(SLICE, 1 << (head_dim - 1).bit_length())
+
+
+def rows_of(query_dtype: str, columns: int) -> int:
+    """Return the rows of a tile: with more columns fewer, so that sums stay in registers."""
+    return max(DOWN, ROWS[query_dtype] * MANY // max(columns, MANY))
 
 
 def array(dtype: str | None, axes: int) -> Any:
@@ -388,9 +394,11 @@ def forward(
     return _forward(given, bucket(value_head_dim), sinks, lse, flags)
 
 
-def forward_blocks(query_dtype: str, batch: int, heads: int, q_len: int) -> int:
+def forward_blocks(
+    query_dtype: str, batch: int, heads: int, q_len: int, value_head_dim: int
+) -> int:
     """Return how many blocks the forward kernel is launched with."""
-    return batch * heads * -(-q_len // ROWS[query_dtype])
+    return batch * heads * -(-q_len // rows_of(query_dtype, bucket(value_head_dim)))
 
 
 @functools.cache
@@ -401,7 +409,7 @@ def _forward(
     number = accumulator(query_dtype)
     float_dtype = np.dtype(number.name)
     zero, one, nan, minus_inf, hidden = map(number, (0, 1, math.nan, -math.inf, HIDDEN))
-    rows = ROWS[query_dtype]
+    rows = rows_of(query_dtype, columns)
     rows_each = rows // DOWN
     scores_each = rows_each * EACH
     chunks = columns // SLICE

@@ -55,6 +55,7 @@ from fastattn.cuda.kernels.simt import (
     multiply,
     one_within,
     random_words,
+    rows_of,
     scoring,
     symbol,
 )
@@ -400,7 +401,7 @@ def _query_gradient(given: Given, columns: int, has_flags: bool) -> Kernel:
     number = accumulator(given.query)
     float_dtype = np.dtype(number.name)
     zero = number(0)
-    rows = ROWS[given.query]
+    rows = rows_of(given.query, columns)
     rows_each = rows // DOWN
     scores_each = rows_each * EACH
     chunks = columns // SLICE
@@ -600,7 +601,7 @@ def _key_value_gradients(given: Given, columns: int, value_columns: int, has_fla
     number = accumulator(given.query)
     float_dtype = np.dtype(number.name)
     zero = number(0)
-    rows = ROWS[given.query]
+    rows = rows_of(given.query, max(columns, value_columns))
     rows_each = rows // DOWN
     scores_each = rows_each * EACH
     keys_each = KEYS // DOWN

@@ -31,14 +31,14 @@ class Operand:
     """One operand of a statement."""
 
     name: str
-    kind: str  # scalar, return, in, out, inout; the last three are elements of a local array
+    kind: str  # scalar, return, in, out, update; the last three are elements of a local array
     letter: str
     count: int
 
     @property
     def is_array(self) -> bool:
         """Whether the function takes (array, offset) for it."""
-        return self.kind in ("in", "out", "inout")
+        return self.kind in ("in", "out", "update")
 
     @property
     def is_read(self) -> bool:
@@ -48,7 +48,7 @@ class Operand:
     @property
     def is_written(self) -> bool:
         """Whether the statement gives it a value."""
-        return self.kind in ("return", "out", "inout")
+        return self.kind in ("return", "out", "update")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Statement:
 
 
 def operand(text: str) -> Operand:
-    """Parse NAME:LETTER, NAME:return:LETTER or NAME:(in|out|inout):LETTER COUNT."""
+    """Parse NAME:LETTER, NAME:return:LETTER or NAME:(in|out|update):LETTER COUNT."""
     name, *kind, last = text.split(":")
     return Operand(name, kind[0] if kind else "scalar", last[0], int(last[1:] or 1))
 
@@ -120,8 +120,8 @@ def op(
     outputs = [x.letter for x in written for _ in range(x.count)]
     constraints = ["=" + letter for letter in outputs]
     constraints += [x.letter for x in parsed if x.is_read for _ in range(x.count)]
-    # An inout's value comes in the register that it leaves in.
-    constraints += [str(i) for x in parsed if x.kind == "inout" for i in places[x.name]]
+    # An update's value comes in the register that it leaves in.
+    constraints += [str(i) for x in parsed if x.kind == "update" for i in places[x.name]]
     constraints += ["~{memory}"] if memory else []
 
     def typed(*given: Any) -> tuple[Any, Any]:
@@ -401,7 +401,7 @@ multiply = {
     dtype: op(
         f"multiply_{dtype}",
         f"mma.sync.aligned.m16n8k16.row.col.f32.{letter}.{letter}.f32 %d, %a, {{%b0,%b1}}, %d;",
-        "d:inout:f4 a:in:r4 b0:r b1:r",
+        "d:update:f4 a:in:r4 b0:r b1:r",
         volatile=False,
         family="multiply",
         dtype=dtype,

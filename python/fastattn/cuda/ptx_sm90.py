@@ -79,7 +79,7 @@ def wgmma_shared(
     accumulate : bool
         Add to d; else overwrite it.
     """
-    kind, mode = PTX_DTYPES[dtype], "inout" if accumulate else "out"
+    kind, mode = PTX_DTYPES[dtype], "update" if accumulate else "out"
     lines = [".reg .pred first, next; .reg .b64 da, db;"]
     lines += [f"setp.ne.b32 first, {int(accumulate)}, 0; setp.ne.b32 next, 1, 0;"]
     lines += ["wgmma.fence.sync.aligned;"]
@@ -108,7 +108,7 @@ def wgmma_registers(
     a is a local array of int32, four pairs per 16 of k: the layout in which a product's
     accumulators lie, rounded and packed in pairs. The other parameters are those of `wgmma_shared`.
     """
-    kind, mode = PTX_DTYPES[dtype], "inout" if accumulate else "out"
+    kind, mode = PTX_DTYPES[dtype], "update" if accumulate else "out"
     lines = [".reg .pred first, next; .reg .b64 db;"]
     lines += [f"setp.ne.b32 first, {int(accumulate)}, 0; setp.ne.b32 next, 1, 0;"]
     lines += ["wgmma.fence.sync.aligned;"]
@@ -129,7 +129,7 @@ def wgmma_wait(name: str, pending: int, *arrays: str) -> Any:
     `arrays` says what must not be touched before, accumulators ("f64": 64 float32) and operands in
     registers ("r32": 32 packed pairs).
     """
-    operands = " ".join(f"d{i}:inout:{array}" for i, array in enumerate(arrays))
+    operands = " ".join(f"d{i}:update:{array}" for i, array in enumerate(arrays))
     text = f"wgmma.wait_group.sync.aligned {pending};"
     return op(name, text, operands, memory=True, family="wgmma_wait", pending=pending)
 

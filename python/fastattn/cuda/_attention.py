@@ -94,7 +94,7 @@ def attention(
 
     Examples
     --------
-    >>> import torch, fastattn
+    >>> import torch, fastattn.cuda
     >>> query = key = value = torch.randn(2, 8, 1024, 128, device="cuda", dtype=torch.bfloat16)
     >>> out = fastattn.cuda.attention(query, key, value, is_causal=True)
     """

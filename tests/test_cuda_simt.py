@@ -21,6 +21,7 @@ from conftest import (
     assert_within_gate,
     make_problem,
 )
+from cuda_cases import spilled
 from numpy.testing import assert_array_equal
 from test_backward import Formula, grads_of
 
@@ -592,4 +593,7 @@ def test_smaller_kernels_compile(record_property):
 def test_large_head_dims_compile(record_property):
     from fastattn.cuda.kernels import simt
 
+    ptx = built(simt.forward(simt.Given("float32", "float32"), 128), record_property)
+    assert ".local" not in ptx
+    assert spilled(ptx, "sm_80") == 0
     built(simt.forward(simt.Given("float32", "float32"), 300), record_property)

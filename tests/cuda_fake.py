@@ -38,7 +38,6 @@ ATTRIBUTES = {
     "COMPUTE_CAPABILITY_MINOR": 0,
     "MULTIPROCESSOR_COUNT": 132,
     "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 232448,
-    "L2_CACHE_SIZE": 50 * 2**20,
 }
 NEED_CONTEXT = (
     *("cuLaunchKernel", "cuMemAllocAsync", "cuMemFreeAsync", "cuMemset", "cuTensorMap"),

@@ -329,6 +329,11 @@ def test_a_call_with_another_layout_is_no_repetition():
         assert len(_recipe.tapes) == 4
         with pytest.raises(TypeError, match="query_offset must be an array of integers"):
             cuda.attention(*map(device.array, arrays), is_causal=True, query_offset=True)
+        cuda.attention(*map(device.array, arrays), window=(1, 1), query_offset=0, sinks=[0.0, 0.0])
+        cuda.attention(*map(device.array, arrays), window=(1, 1), query_offset=0)
+        for more in ({}, {"sinks": [0.0, 0.0]}, {"seed": 1}):
+            with pytest.raises(TypeError, match="window must be a pair"):
+                cuda.attention(*map(device.array, arrays), window=(1, True), query_offset=0, **more)
         with pytest.raises(TypeError, match="is_causal must be a bool, not int"):
             cuda.attention(*map(device.array, arrays), is_causal=1, query_offset=1)
 

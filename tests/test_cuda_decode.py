@@ -376,9 +376,6 @@ def test_planted_faults_are_found(name):
 
 
 def test_which_calls_fit():
-    assert decode.fits(1, 64)
-    assert decode.fits(16, 4)
-    assert not decode.fits(17, 4)
     assert [decode.row_tiles_for(q, 4, 64) for q in (1, 4, 5, 8, 9, 16)] == [1, 1, 2, 2, 4, 4]
     assert [decode.row_tiles_for(16, 4, d) for d in (64, 96, 128, 256)] == [4, 2, 2, 1]
     assert [decode.splits_of(n) for n in (0, 1, 256, 257, 512)] == [1, 1, 1, 2, 2]

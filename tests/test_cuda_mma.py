@@ -12,7 +12,7 @@ from cuda_device import fake_device
 
 from fastattn import cuda, reference
 from fastattn.cuda import _build, _choose, _forward, kernels
-from fastattn.cuda.kernels import mma
+from fastattn.cuda.kernels import decode, mma, mma_backward, wgmma
 
 AMPERE = (8, 0)
 MOST_SPILLED = 32  # bytes
@@ -183,7 +183,9 @@ def test_bits_do_not_depend_on_the_batch():
 
 
 def test_the_choice_knows_the_head_dims():
-    assert tuple(mma.TILES) == _choose.MMA_HEAD_DIMS
+    assert tuple(mma.TILES) == tuple(decode.ROW_TILES) == _choose.MMA_HEAD_DIMS
+    assert tuple(wgmma.TILES) == _choose.WGMMA_HEAD_DIMS
+    assert tuple(mma_backward.QUERIES) == _choose.MMA_GRADIENT_HEAD_DIMS
 
 
 @pytest.mark.parametrize(

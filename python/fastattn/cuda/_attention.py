@@ -15,7 +15,7 @@ from fastattn.cuda import _arrays, _choose, _driver
 from fastattn.cuda._arrays import DeviceArray, answer, current_stream, destination, device_array
 from fastattn.cuda._forward import attend, on_device
 from fastattn.cuda._launch import ROW_BYTES, place_of, scratch
-from fastattn.cuda._problem import Options, options, problems
+from fastattn.cuda._problem import Options, options, problems, wide_dtype
 from fastattn.cuda._recipe import Tape, remember, tapes
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def attention(
             result = scratch(place, known.out_shape, q.dtype, is_result=True)
         else:
             result = destination(out, q, known.out_shape, q.dtype, inputs, stream)
-        lse = scratch(place, known.lse_shape, "float64" if q.dtype == "float64" else "float32")
+        lse = scratch(place, known.lse_shape, wide_dtype(q.dtype))
         if 0 not in known.lse_shape:
             form = _choose.forward(question(q, k, v, asked, place.device)).form
             ready = on_device(asked, place)

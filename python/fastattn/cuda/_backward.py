@@ -23,13 +23,22 @@ from fastattn.cuda._forward import (
     counts,
     factors,
     given,
+    new_flags,
     on_device,
     simt_options,
     strides,
     tensor_map,
 )
 from fastattn.cuda._launch import Place, add, aligned, as_int64, clear, launch, place_of, scratch
-from fastattn.cuda._problem import Options, Problem, options, problems, with_heads, with_row_heads
+from fastattn.cuda._problem import (
+    Options,
+    Problem,
+    options,
+    problems,
+    wide_dtype,
+    with_heads,
+    with_row_heads,
+)
 
 Shape = tuple[int, ...]
 
@@ -272,11 +281,6 @@ def padded_rows(q_len: int) -> int:
     return padded(q_len)
 
 
-def wide_dtype(dtype: str) -> str:
-    """Return the dtype that a query's dtype is computed in."""
-    return "float64" if dtype == "float64" else "float32"
-
-
 # --- What all forms begin with -------------------------------------------------------------------
 
 
@@ -466,13 +470,6 @@ def simt_dbias(problem: Problem, place: Place) -> None:
     batch, heads, q_len, kv_len = dbias.shape
     blocks = kernels.bias_blocks(p.query.dtype, (batch, heads, q_len, kv_len))
     launch(kernels.bias_gradient(given(p)), place, blocks, dbias, *simt_inputs(p))
-
-
-def new_flags(problem: Problem, place: Place, heads: int, tiles: int) -> DeviceArray | None:
-    """Return a flag for each tile of rows, if a pair that is hidden can spoil one."""
-    if not problem.options.may_hide:
-        return None
-    return scratch(place, (problem.batch, heads, tiles), "int32")
 
 
 # --- Sums ----------------------------------------------------------------------------------------

@@ -169,7 +169,6 @@ class Device:
         self.capability = (major, self._attribute("COMPUTE_CAPABILITY_MINOR"))
         self.multiprocessors = self._attribute("MULTIPROCESSOR_COUNT")
         self.shared_bytes = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
-        self.l2_bytes = self._attribute("L2_CACHE_SIZE")
         # Retained for the life of the process: other libraries hold it too.
         self.context = call("cuDevicePrimaryCtxRetain", self.handle)
 

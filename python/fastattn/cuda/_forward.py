@@ -128,7 +128,7 @@ def mma(problem: Problem, place: Place) -> None:
     batch, heads, q_len, head_dim = p.query.shape
     rows = kernels.TILES[head_dim].queries
     tiles = -(-q_len // rows)
-    flags = new_flags(p, place, tiles)
+    flags = new_flags(p, place, heads, tiles)
     launch(
         kernels.forward(p.query.dtype, head_dim, p.options.softcap > 0),
         place,
@@ -149,7 +149,7 @@ def wgmma(problem: Problem, place: Place) -> None:
     p = problem
     batch, heads, q_len, head_dim = p.query.shape
     tile = kernels.TILES[head_dim]
-    flags = new_flags(p, place, -(-q_len // tile.queries))
+    flags = new_flags(p, place, heads, -(-q_len // tile.queries))
     plan = kernels.plan(
         batch, heads, p.group, q_len, p.key.shape[2], head_dim, place.device.multiprocessors
     )
@@ -182,7 +182,7 @@ def decode(problem: Problem, place: Place) -> None:
     tiles = kernels.row_tiles_for(q_len, p.group, head_dim)
     outs, stats = kernels.workspace(batch, heads, q_len, kv_len, head_dim)
     partial_out, partial_lse = (scratch(place, (n,), "float32") for n in (outs, stats))
-    flags = new_flags(p, place, -(-q_len // kernels.FLAG_ROWS))
+    flags = new_flags(p, place, heads, -(-q_len // kernels.FLAG_ROWS))
     launch(
         kernels.split(p.query.dtype, head_dim, tiles, p.options.softcap > 0),
         place,
@@ -209,11 +209,11 @@ def decode(problem: Problem, place: Place) -> None:
 # --- Arguments of the tensor-core kernels --------------------------------------------------------
 
 
-def new_flags(problem: Problem, place: Place, tiles: int) -> DeviceArray | None:
-    """Return a flag for each tile of rows, if a key that a row does not see can spoil it."""
+def new_flags(problem: Problem, place: Place, heads: int, tiles: int) -> DeviceArray | None:
+    """Return a flag for each tile of rows, if what is hidden from a row can spoil it."""
     if not problem.options.may_hide:
         return None
-    return scratch(place, (*problem.query.shape[:2], tiles), "int32")
+    return scratch(place, (problem.batch, heads, tiles), "int32")
 
 
 def addresses(*arrays: DeviceArray | None) -> tuple[int, ...]:

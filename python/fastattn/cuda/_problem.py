@@ -104,8 +104,10 @@ def options(
     facts = tuple((name, x.shape, x.dtype) for name, x in arrays.items())
     from_host = [None if name in on_gpu else x for name, x in small.items()]
     call = (facts, scale, is_causal, window, softcap, *from_host)
-    # An array of the host's may hold other numbers at the next call.
-    are_constant = all(x is None or isinstance(x, int | float) for x in from_host)
+    # An array of the host's may hold other numbers at the next call; in a pair, True is like 1.
+    are_constant = all(x is None or isinstance(x, int | float) for x in from_host) and (
+        not isinstance(window, tuple) or all(x is None or type(x) is int for x in window)
+    )
     try:
         known, checked = (_remembered if are_constant else _checked)(*call)
     except TypeError:  # something cannot be hashed, or is wrong, which is then said again
@@ -143,6 +145,11 @@ def options(
 def _unlike(numbers: Any) -> Any:
     """Return numbers that are not all the same."""
     return None if numbers is None or (numbers == numbers.flat[0]).all() else numbers
+
+
+def wide_dtype(dtype: str) -> str:
+    """Return the dtype that a query's dtype is computed in: that of lse."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 def within_float32(x: float) -> float:

@@ -83,18 +83,12 @@ SPLIT = 256  # keys of a block
 KEYS = 16  # of a tile: the depth of one product
 WARPS = 4
 THREADS = 32 * WARPS
-MOST_ROWS = 64  # queries times heads per KV head
 FLAG_ROWS = 16  # queries that share a flag
 # The most row tiles of a block, of 16 rows: their sums are 128 registers of a thread. As many tiles
 # of keys and of values are in a warp's ring, since the ring's memory is where sums are merged.
 ROW_TILES = {64: 4, 96: 2, 128: 2, 256: 1}
 SPLIT_SIGNATURE = (*(i64,) * 8, *(i32,) * 8, *(i64,) * 9, f32, f32)
 COMBINE_SIGNATURE = (*(i64,) * 5, *(i32,) * 3, *(i64,) * 3)
-
-
-def fits(q_len: int, group: int) -> bool:
-    """Return whether the queries are few enough, with that many query heads per KV head."""
-    return q_len * group <= MOST_ROWS
 
 
 def row_tiles_for(q_len: int, group: int, head_dim: int) -> int:

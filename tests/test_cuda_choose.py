@@ -106,8 +106,7 @@ def test_the_variable_is_read_once(ask, monkeypatch):
 @pytest.mark.parametrize("form", ["wgmma", "mma", "simt"])
 def test_a_call_obeys(form, ask):
     """In the emulator of a Hopper GPU, where a call without the variable takes wgmma."""
-    for needed in ("numba.cuda", "greenlet"):
-        pytest.importorskip(needed, reason="needs the extra `cuda`")
+    pytest.importorskip("numba_cuda", reason="needs the extra `cuda`")
     from cuda_cases import assert_right
     from cuda_device import fake_device
 
@@ -126,7 +125,7 @@ def test_a_call_obeys(form, ask):
 
 
 def test_explain_says_that_decode_has_no_gradients(ask):
-    pytest.importorskip("greenlet", reason="needs the extra `cuda`")
+    pytest.importorskip("numba_cuda", reason="needs the extra `cuda`")
     from cuda_device import fake_device
 
     from fastattn import cuda

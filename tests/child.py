@@ -2,7 +2,8 @@
 """Runs a test function in a Python process of its own, and returns what it returned.
 
 For what cannot be shown inside pytest's process: crashes, hangs, environment variables that are
-read once, import order, memory peaks. Called by test_build.py, test_memory.py and test_threads.py.
+read once, import order, memory peaks. Called by test_build.py, test_jax_sharding.py,
+test_memory.py, test_threads.py and others.
 """
 
 import json

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do the functions of flash-attn mean what flash-attn's do? Beside the plain formula in float64."""
 
-import importlib.util
 import inspect
 import itertools
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,6 @@ from fastattn.flash_attn import (  # noqa: E402
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
-    install,
 )
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -90,6 +86,8 @@ CASES = {
     "window and causal": {"window_size": (4, 4), "causal": True},
     "softcap": {"softcap": 1.5},
     "softcap off": {"softcap": -1.0},
+    "None is off": {"softcap": None, "window_size": None},
+    "None is unlimited": {"window_size": (None, 1)},
     "slopes": {"alibi_slopes": SLOPES},
     "slopes of each": {"alibi_slopes": torch.stack([SLOPES, 2 * SLOPES]), "causal": True},
     "deterministic": {"deterministic": True},
@@ -98,7 +96,12 @@ WORDS = {"softmax_scale": "scale", "window_size": "window", "alibi_slopes": "slo
 
 
 def in_words(options):
-    return {WORDS.get(k, k): x for k, x in options.items() if k != "deterministic"}
+    words = {
+        WORDS.get(k, k): x for k, x in options.items() if k != "deterministic" and x is not None
+    }
+    if "window" in words:
+        words["window"] = tuple(-1 if side is None else side for side in words["window"])
+    return words
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -425,6 +428,60 @@ def test_left_padding(rows):
     close(out, torch.stack(expected[0]))
 
 
+ROTARY = {
+    "together": ({}, False),
+    "causal": ({"causal": True}, True),
+    "window": ({"window_size": (8, -1)}, True),
+    "a window as long as the cache": ({"window_size": (CACHE_LEN, -1)}, False),
+}
+
+
+@pytest.mark.parametrize("case", ROTARY)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("paged", [False, True])
+def test_rotary_embedding_in_a_cache(case, interleaved, paged):
+    options, in_turn = ROTARY[case]
+    q, k_cache, v_cache, k, v = cache_problem(5)
+    angles = tensors((CACHE_LEN, 4), seed=7, dtype=torch.float32)[0]
+
+    def at(x, steps):  # a pair (a, b) as the complex number a + ib
+        kept = x[..., 8:]
+        pairs = x[..., :8].unflatten(-1, (4, 2) if interleaved else (2, 4))
+        pairs = torch.complex(*pairs.unbind(-1 if interleaved else -2))
+        turn = torch.polar(torch.ones_like(angles), angles)[LENGTHS[:, None].long() + steps]
+        pairs = torch.view_as_real(pairs * turn[:, :, None])
+        pairs = pairs if interleaved else pairs.transpose(-1, -2)
+        return torch.cat((pairs.flatten(-2), kept), dim=-1)
+
+    steps = torch.arange(5)
+    expected = expected_of(
+        at(q, steps if in_turn else 0 * steps),
+        (k_cache, v_cache),
+        (at(k, steps), v),
+        range(BATCH),
+        LENGTHS,
+        **in_words(options),
+    )
+    caches, table = (k_cache, v_cache), None
+    if paged:
+        caches = [x.reshape(6, 128, KV_HEADS, DIM) for x in caches]
+        table = torch.arange(6, dtype=torch.int32).reshape(3, 2)
+    out = flash_attn_with_kvcache(
+        q,
+        *caches,
+        k,
+        v,
+        angles.cos(),
+        angles.sin(),
+        cache_seqlens=LENGTHS,
+        rotary_interleaved=interleaved,
+        block_table=table,
+        **options,
+    )
+    nearly(out, expected[0])
+    nearly(k_cache, expected[2][0].double())
+
+
 def test_a_cache_has_no_gradient():
     q, k_cache, v_cache, k, v = cache_problem(2)
     out = flash_attn_with_kvcache(q.requires_grad_(), k_cache, v_cache, k, v, cache_seqlens=3)
@@ -432,7 +489,28 @@ def test_a_cache_has_no_gradient():
 
 
 BAD = {
-    "rotary": ({"rotary_cos": torch.ones(1)}, NotImplementedError, "rotary_cos and rotary_sin are"),
+    "rotary alone": (
+        {"rotary_cos": torch.ones(256, 4)},
+        ValueError,
+        "rotary_cos and rotary_sin must be given together, and with k and v",
+    ),
+    "rotary without keys": (
+        {"k": None, "v": None, "rotary_cos": torch.ones(256, 4), "rotary_sin": torch.ones(256, 4)},
+        ValueError,
+        "rotary_cos and rotary_sin must be given together, and with k and v",
+    ),
+    "short rotary": (
+        {"rotary_cos": torch.ones(255, 4), "rotary_sin": torch.ones(255, 4)},
+        ValueError,
+        "rotary_cos and rotary_sin must have a row for each of the 256 keys that there is room "
+        "for, and at most head_dim / 2 columns, got rotary_cos.shape=(255, 4), ",
+    ),
+    "wide rotary": (
+        {"rotary_cos": torch.ones(256, 9), "rotary_sin": torch.ones(256, 9)},
+        ValueError,
+        "rotary_cos and rotary_sin must have a row for each of the 256 keys that there is room "
+        "for, and at most head_dim / 2 columns, got rotary_cos.shape=(256, 9), ",
+    ),
     "alone": ({"v": None}, ValueError, "k and v must be given together"),
     "lengths": ({"cache_seqlens": None}, ValueError, "cache_seqlens must be given with k"),
     "full": (
@@ -552,40 +630,7 @@ def test_errors():
             flash_attn_varlen_func(x, k, v, bad, KV_STARTS[:3], 11, 9)
 
 
-# In the place of flash_attn.
-
-
-@pytest.fixture
-def _no_flash_attn():
-    if importlib.util.find_spec("flash_attn") is not None:
-        pytest.skip("flash_attn is installed")
-
-
-@pytest.mark.usefixtures("_no_flash_attn")
-def test_install_and_undo():
-    with install() as installed:
-        import flash_attn
-        from flash_attn.bert_padding import pad_input, unpad_input  # noqa: F401
-        from flash_attn.flash_attn_interface import flash_attn_varlen_func as imported
-
-        assert importlib.util.find_spec("flash_attn") is not None
-        assert flash_attn.flash_attn_func is flash_attn_func
-        assert flash_attn.flash_attn_interface.flash_attn_func is flash_attn_func
-        assert imported is flash_attn_varlen_func
-        with pytest.raises(RuntimeError, match=r"it is already, by install$"):
-            install()
-    assert not [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]
-    assert importlib.util.find_spec("flash_attn") is None
-    installed.close()  # a second time changes nothing
-
-
-def test_a_real_flash_attn_is_left_alone(monkeypatch):
-    real = types.ModuleType("flash_attn")
-    real.__file__ = "somewhere/flash_attn/__init__.py"
-    monkeypatch.setitem(sys.modules, "flash_attn", real)
-    with pytest.raises(RuntimeError, match=r"from somewhere/flash_attn/__init__.py$"):
-        install()
-    assert sys.modules["flash_attn"] is real
+# Padding.
 
 
 def test_padding():

@@ -2,8 +2,10 @@
 """Does fastattn.jax mean what jax.nn means? In jit, vmap and grad, and with the kernel's bits."""
 
 import concurrent.futures
+import copy
 import functools
 import os
+import pickle
 
 import ml_dtypes
 import numpy as np
@@ -387,6 +389,43 @@ def test_an_equal_call_is_not_compiled_again():
     for _ in range(3):
         dot_product_attention(*problem(), is_causal=True, scale=0.5)
     assert attend._cache_size() == 1
+
+
+def test_without_compilation():
+    arrays = problem()
+    expected = jax.grad(lambda x: (dot_product_attention(*x) ** 2).sum())(arrays)
+    with jax.disable_jit():
+        actual = jax.grad(lambda x: (dot_product_attention(*x) ** 2).sum())(arrays)
+    close(actual, expected)
+    shapes = jax.eval_shape(
+        functools.partial(dot_product_attention, return_residual=True), *problem(np.float16)
+    )
+    assert [(x.shape, x.dtype) for x in shapes] == [
+        (arrays[0].shape, np.float16),
+        (arrays[0].shape[:-1], np.float16),
+    ]
+
+
+def test_what_has_no_derivative_says_so():
+    def loss(x):
+        return dot_product_attention(x, x, x).sum()
+
+    x = problem()[0]
+    for transform in (jax.hessian, lambda f: jax.grad(lambda x: jax.grad(f)(x).sum())):
+        with pytest.raises(
+            NotImplementedError, match=r"^fastattn\.jax has first derivatives in rev"
+        ):
+            transform(loss)(x)
+    with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\)"):
+        jax.jvp(loss, (x,), (x,))
+
+
+def test_a_call_is_copied_by_name():
+    call = functools.partial(dot_product_attention, is_causal=True, local_window_size=(3, 0))
+    expected = call(*problem())
+    for other in (copy.copy(call), copy.deepcopy(call), pickle.loads(pickle.dumps(call))):
+        assert other.func is dot_product_attention
+        assert_same_bits(np.asarray(other(*problem())), np.asarray(expected))
 
 
 # Threads.

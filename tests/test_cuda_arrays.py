@@ -13,6 +13,7 @@ import pytest
 from child import start
 from cuda_fake import Gpu, fake_driver
 
+from fastattn import _dlpack
 from fastattn.cuda import _arrays, _driver
 from fastattn.cuda._arrays import DeviceArray, OwnArray
 
@@ -289,13 +290,13 @@ def managed(gpu, *, name=b"dltensor", version=None, strides=(3, 1), **fields):
     shape = (ctypes.c_int64 * 2)(2, 3)
     given = (ctypes.c_int64 * 2)(*strides) if strides else None
     known = {"code": 2, "bits": 32, "lanes": 1, "byte_offset": 0} | fields
-    tensor = _arrays._DLTensor(data=gpu.array(64), device_type=2, ndim=2, shape=shape, **known)
+    tensor = _dlpack.Tensor(data=gpu.array(64), device_type=2, ndim=2, shape=shape, **known)
     if given:
         tensor.strides = given
     if version is None:
-        whole = _arrays._DLManagedTensor(tensor=tensor)
+        whole = _dlpack.Managed(tensor=tensor)
     else:
-        whole = _arrays._DLManagedTensorVersioned(tensor=tensor, major=version)
+        whole = _dlpack.ManagedVersioned(tensor=tensor, major=version)
     capsule = _arrays._new_capsule(ctypes.addressof(whole), name, None)
     kept = (shape, given, whole, name)
     methods = {"__dlpack_device__": lambda _: (2, 0), "__dlpack__": lambda _, **__: capsule}
@@ -847,9 +848,7 @@ def test_our_capsules_are_understood_by_others(gpu, torch):
     numbers = np.arange(6, dtype=np.float32)
     ctypes.memmove(own.pointer, numbers.ctypes.data, numbers.nbytes)
     capsule = own.__dlpack__(stream=-1)
-    whole = _arrays._DLManagedTensor.from_address(
-        _arrays._capsule_pointer(capsule, _arrays.DLTENSOR)
-    )
+    whole = _dlpack.Managed.from_address(_dlpack.pointer_in(capsule, _dlpack.DLTENSOR))
     whole.tensor.device_type = 1
     read = torch.utils.dlpack.from_dlpack(capsule)
     assert read.tolist() == numbers.reshape(2, 3).tolist()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arrays import BFLOAT16_BITS, INTERFACE, as_numpy, widened
+from fastattn._arrays import BFLOAT16_BITS, as_numpy, is_numbers, widened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -213,17 +213,16 @@ def name_of(dtype: np.dtype[Any]) -> str:
 
 def as_array(name: str, x: Any, kinds: str) -> Array:
     """Return the array that x is or stands for."""
-    if not isinstance(x, ndarray):
-        x = as_numpy(name, x)
-    array: Array | None = None
-    if not isinstance(x, ndarray) or not isinstance(x, np.ma.MaskedArray | np.matrix):
-        try:
-            array = np.asarray(x)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{name} must be an array of {kinds}: {error}") from error
-    if array is None or (array is not x and array.dtype.kind not in "biufcV"):
-        if hasattr(x, INTERFACE):
-            raise TypeError(f"{name} must be on the CPU, got {type(x).__name__} on a GPU")
+    if type(x) is ndarray:
+        return x
+    numbers = as_numpy(name, x)
+    try:
+        array: Array = np.asarray(numbers)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"{name} must be an array of {kinds}: {error}") from error
+    if array.dtype.kind not in "biufcV":
         raise TypeError(f"{name} must be an array of {kinds}, not {type(x).__name__}")
     return array
 
@@ -554,7 +553,7 @@ def result_array(
     out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: tuple[Any, ...]
 ) -> Array:
     """Return out, if the result can be written there while the inputs are read."""
-    if not isinstance(out, ndarray) or isinstance(out, np.ma.MaskedArray | np.matrix):
+    if type(out) is not ndarray and not (isinstance(out, ndarray) and is_numbers(out)):
         raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
     if out.dtype != dtype:
         raise TypeError(f"out must have the dtype of the result, {dtype}, not {out.dtype}")

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose array is this? Tensors of PyTorch and arrays of JAX, to NumPy and back.
+"""Whose array is this? Tensors of PyTorch, arrays of JAX and of others, to NumPy and back.
 
 `as_numpy` is asked by `_arguments.py` about everything that is no NumPy array, `answer` by the
 calls for what they return: the result is of the kind of query, whatever the other arguments are.
 Nothing is copied that NumPy can read in place. Neither framework is imported here: an array of one
-cannot be met before somebody imported it.
+cannot be met before somebody imported it. Other libraries are asked for DLPack (`_dlpack.py`).
+
+An object is read only if it is its numbers and nothing beside. NumPy's protocols tell: what
+overrides how NumPy's functions treat it has a mask, a unit, labels or work still to do, which would
+be lost. Such an object is refused, and so is a table.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastattn import _dlpack
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -23,9 +29,11 @@ if TYPE_CHECKING:
 # NumPy has no bfloat16 of its own: without ml_dtypes, its bits are passed on.
 BFLOAT16_BITS = np.dtype("V2")
 INTERFACE = "__cuda_array_interface__"
-DLPACK_CUDA, DLPACK_CUDA_MANAGED = 2, 13  # DLPack's names of memory that a GPU reads
+DLPACK_CUDA, DLPACK_CUDA_MANAGED = _dlpack.CUDA, _dlpack.CUDA_MANAGED  # what a GPU reads
 GPU_PLATFORMS = ("gpu", "cuda")  # of JAX
 JAX_ALIGNMENT = 64  # bytes: what lies so is not copied on its way to JAX
+NUMBERS = (bool, int, float, np.generic)
+OVERRIDES = ("__array_ufunc__", "__array_function__")
 
 
 def framework(x: Any) -> Any:
@@ -44,8 +52,7 @@ def is_cuda_array(x: Any) -> bool:
     if module is None:
         if hasattr(x, INTERFACE):
             return True
-        where = getattr(x, "__dlpack_device__", None)
-        return where is not None and where()[0] in (DLPACK_CUDA, DLPACK_CUDA_MANAGED)
+        return _dlpack.device_of(x) in (DLPACK_CUDA, DLPACK_CUDA_MANAGED)
     if module.__name__ == "torch":
         return bool(x.is_cuda)
     traced = isinstance(x, module.core.Tracer)
@@ -53,18 +60,40 @@ def is_cuda_array(x: Any) -> bool:
 
 
 def as_numpy(name: str, x: Any) -> Any:
-    """Return a view of a tensor or a JAX array; anything else as it is."""
-    module = framework(x)
-    if module is None:
+    """Return a view of an array that is no NumPy array, in lists too; anything else as it is."""
+    if type(x) is np.ndarray or isinstance(x, NUMBERS):
         return x
-    return (_of_torch if module.__name__ == "torch" else _of_jax)(module, name, x)
+    if isinstance(x, list | tuple):
+        return [as_numpy(name, item) for item in x]
+    module = framework(x)
+    if module is not None:
+        return (_of_torch if module.__name__ == "torch" else _of_jax)(module, name, x)
+    if is_cuda_array(x):
+        raise TypeError(f"{name} must be on the CPU, got {type(x).__name__} on a GPU")
+    if not is_numbers(x):
+        raise TypeError(
+            f"{name} must be an array of numbers and nothing beside, not {type(x).__name__}, whose "
+            f"mask, unit, labels or rules would be lost: numpy.asarray({name}) is the numbers alone"
+        )
+    return _of_dlpack(name, x) if _exports(x) else x
+
+
+def is_numbers(x: Any) -> bool:
+    """Tell whether an array that is neither of PyTorch nor of JAX is its numbers alone."""
+    kind = type(x)
+    if issubclass(kind, np.ma.MaskedArray | np.matrix) or hasattr(kind, "__dataframe__"):
+        return False
+    own = ((getattr(kind, name, None), getattr(np.ndarray, name)) for name in OVERRIDES)
+    return all(found is None or found is usual for found, usual in own)
 
 
 def destination(query: Any, out: Any) -> Any:
     """Return a view of the out that was given beside query; as it is if query is of NumPy."""
+    if isinstance(query, np.ndarray):
+        return out
     module = framework(query)
     if module is None:
-        return out
+        return _of_dlpack("out", out, to_write=True) if _exports(out) else out
     if module.__name__ == "jax":
         raise TypeError("out must not be given if query is a JAX array: these are never written")
     if framework(out) is not module:
@@ -87,15 +116,19 @@ def room(query: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 def answer(query: Any, out: Any, *results: Array | None) -> Any:
     """Return results as what query is; the first as the out that was given, unless None."""
-    module = framework(query)
-    if module is None:
+    if isinstance(query, np.ndarray):
         return results
-    convert = _to_torch if module.__name__ == "torch" else _to_jax
-    if out is None:
-        return tuple(x if x is None else convert(module, x, query) for x in results)
-    if not out.is_inference():
+    module = framework(query)
+    convert: Any = _to_namespace
+    if module is None:
+        module = _namespace(query)
+    else:
+        convert = _to_torch if module.__name__ == "torch" else _to_jax
+    given = () if out is None else (out,)
+    if given and convert is _to_torch and not out.is_inference():
         module.autograd.graph.increment_version(out)  # it was written without torch's knowledge
-    return out, *(x if x is None else convert(module, x, query) for x in results[1:])
+    rest = results[len(given) :]
+    return *given, *(x if x is None else convert(module, x, query) for x in rest)
 
 
 def _of_torch(torch: Any, name: str, x: Any) -> Array:
@@ -130,10 +163,30 @@ def check_tensor(torch: Any, name: str, x: Any, on_gpu: bool = False) -> None:
         )
 
 
+def overridden(torch: Any, kind: type[Any]) -> str:
+    """Name the method by which a class of tensors says that they are not their memory; "": none."""
+    plain = torch.Tensor
+    if kind.__torch_dispatch__ is not plain.__torch_dispatch__:
+        return "__torch_dispatch__"
+    function = kind.__torch_function__
+    if function is torch._C._disabled_torch_function_impl:
+        return ""
+    try:
+        same = function.__func__ is plain.__torch_function__.__func__
+    except AttributeError:  # no method of the class
+        same = False
+    return "" if same else "__torch_function__"
+
+
 def array_of_tensor(torch: Any, name: str, x: Any) -> Array:
     """Return the array that such a tensor's memory is; of bfloat16, its bits."""
     try:
+        method = type(x) is not torch.Tensor and overridden(torch, type(x))
+        if method:
+            raise TypeError(f"the class overrides {method}, and need not be what its memory holds")
         x = x.detach().resolve_neg()
+        if not x.data_ptr() and x.numel():  # NumPy would take memory of its own
+            raise TypeError("it has no memory")
         if x.dtype == torch.bfloat16:
             bits: Array = x.view(torch.int16).numpy().view(BFLOAT16_BITS)
             return bits
@@ -215,3 +268,56 @@ def _to_jax(jax: Any, x: Array, query: Any) -> Any:
         with jax.enable_x64(True):  # the query may outlive the scope in which it was made
             return jax.device_put(x, query.sharding)
     return jax.device_put(x, query.sharding)
+
+
+def _exports(x: Any) -> bool:
+    """Tell whether x is an array that DLPack says more of than NumPy knows."""
+    return hasattr(type(x), "__dlpack__") and not isinstance(x, np.ndarray)
+
+
+def _of_dlpack(name: str, x: Any, to_write: bool = False) -> Array:
+    """Return a view of an array of a library that NumPy does not know."""
+    kind = type(x).__name__
+    if _dlpack.device_of(x) not in (None, *_dlpack.HOST):
+        where = f"device {_dlpack.device_of(x)} of DLPack"
+        raise TypeError(f"{name} must be on the CPU, got {kind} on {where}")
+    try:
+        array = _dlpack.array_of(x, to_write)
+    except MemoryError:
+        raise
+    except Exception as error:
+        other = None if to_write else _array_without_dlpack(x)
+        if other is None:
+            use = "write" if to_write else "read"
+            raise TypeError(
+                f"{name} must be an array that NumPy can {use}, got {kind}: {error}"
+            ) from error
+        return other
+    return array.view(_bfloat16(array.dtype)) if array.dtype == BFLOAT16_BITS else array
+
+
+def _array_without_dlpack(x: Any) -> Array | None:
+    """Return the array that x also is by another protocol of NumPy's."""
+    try:
+        array = np.asarray(x)
+    except Exception:
+        return None
+    return None if array.dtype == object else array
+
+
+def _namespace(x: Any) -> Any:
+    """Return the module of functions on such arrays, if it can be given one, else None."""
+    find = getattr(type(x), "__array_namespace__", None)
+    module = None if find is None else find(x)
+    return module if hasattr(module, "from_dlpack") else None
+
+
+def _to_namespace(namespace: Any, x: Array, query: Any) -> Any:
+    """Return an array of the namespace, on the device of query; without one, x."""
+    if namespace is None:
+        return x
+    array = namespace.from_dlpack(_dlpack.exporter(x))
+    device = getattr(query, "device", None)
+    if device is None or device == getattr(array, "device", device):
+        return array
+    return array.to_device(device)

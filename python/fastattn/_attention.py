@@ -173,11 +173,18 @@ def attention(
 
     Notes
     -----
-    Any of the arrays may also be a tensor of PyTorch on the CPU or a JAX array on one CPU device;
-    the result is of the kind of query, whatever the others are. They are read where they lie, and
-    out may be a tensor where query is one. bfloat16 needs ml_dtypes. There is no gradient here:
-    fastattn.torch and fastattn.jax have it. A call with arrays on a GPU is one of
-    `fastattn.cuda.attention`.
+    Any of the arrays may also be a tensor of PyTorch on the CPU, a JAX array on one CPU device, or
+    an array of another library that has ``__dlpack__`` and lies in the CPU's memory; the result is
+    of the kind of query, whatever the others are. They are read where they lie. The kind of a
+    library that nobody here knows is what its ``__array_namespace__().from_dlpack`` makes of the
+    result, in place; where there is none, the result is a NumPy array. out may be a tensor where
+    query is one, and beside a query of another library any array whose DLPack says that it may be
+    written. bfloat16 needs ml_dtypes. There is no gradient here: fastattn.torch and fastattn.jax
+    have it. A call with arrays on a GPU is one of `fastattn.cuda.attention`.
+
+    What is more than its numbers is refused with a TypeError: masked arrays, matrices, tables, and
+    whatever overrides NumPy's functions (``__array_ufunc__``, ``__array_function__``), which has a
+    unit, labels or work still to do. ``numpy.asarray`` gives the numbers alone.
 
     Bitwise the same for any number of threads, any strides, and whatever else is in the batch. A
     NaN or Inf in a key or value that a query does not see leaves its result as it is, and so does
@@ -601,6 +608,7 @@ def dropout_mask(
     array([[ True, False],
            [False,  True]])
     """
+    given: Any = query
     query, key = floats("query", query), floats("key", key)
     known = sizes(query.shape, key.shape, key.shape)
     dropout_p, seed = dropout(dropout_p, seed)
@@ -609,7 +617,7 @@ def dropout_mask(
     batch_index = whole_number("batch_index", batch_index)
     if not 0 <= batch_index < 2**32:
         raise ValueError(f"batch_index must be within 0..2**32 - 1, got batch_index={batch_index}")
-    return reference.dropout_mask(
+    kept = reference.dropout_mask(
         query,
         key,
         dropout_p=dropout_p,
@@ -617,6 +625,7 @@ def dropout_mask(
         query_offset=query_offset,
         batch_index=batch_index,
     )
+    return answer(given, None, kept)[0]  # type: ignore[no-any-return]
 
 
 def explain(

@@ -10,15 +10,20 @@ A sequence has pages for the positions from its begin to its length, whole pages
 columns begin // page_size up to length / page_size, rounded up. All other entries of the table, and
 all other rows of a page, mean nothing. So an append writes first and becomes visible last, by the
 new length: if it raises in between, no sequence has changed.
+
+A file, a pickle and a copy are made of the same arrays (`_stored`), which hold nothing else, and a
+cache is made of such arrays by the same checks (`_restored`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -42,7 +47,7 @@ from fastattn._arguments import (
 from fastattn._arrays import answer, destination, room
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import BinaryIO
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -60,12 +65,74 @@ ASKS = {  # dtypes of its queries
     name: names if "float32" in names else (*names, "float32") for name, names in TAKES.items()
 }
 POOL = ("key", "value", "key_scale", "value_scale")  # the arrays, in this order
+STORED = ("dtype", "limit", "sequences", "next", "tables", "lengths", "begins")  # beside these
 NONE = -1  # no page; in a file: no limit
 LARGEST = 127  # int8 that a token's largest number becomes
 SMALLEST_SCALE = np.finfo(np.float32).tiny  # below it, a quotient may exceed LARGEST
 
 
-class PagedKVCache:
+class _Stored:
+    """How a cache becomes a file, a pickle or a copy: by arrays that hold what it keeps."""
+
+    _kind: ClassVar[str]
+
+    if TYPE_CHECKING:
+
+        def _stored(self) -> dict[str, Any]: ...
+
+        @classmethod
+        def _restored(cls, arrays: Mapping[str, Any]) -> Self: ...
+
+    def _save(self, file: File) -> None:
+        """Write the arrays to a file."""
+        arrays = self._stored()
+        if isinstance(file, str | os.PathLike):
+            with Path(file).open("wb") as opened:
+                np.savez(opened, **arrays)
+        else:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def _load(cls, file: File) -> Self:
+        """Return the cache in a file."""
+        with (
+            _rule(f"file must hold a {cls._kind} that save wrote"),
+            np.load(file, allow_pickle=False) as arrays,
+        ):
+            return cls._restored(arrays)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle keeps: the arrays, and what else the cache has got as attributes."""
+        return self._stored() | {"others": self._others()}
+
+    def __setstate__(self, state: Any) -> None:
+        """Become the cache that pickle kept. Its arrays may lie in memory that others have too."""
+        with _rule(f"state must be what pickle made of a {self._kind}"):
+            if not isinstance(state, dict):
+                raise TypeError(f"it is of type {type(state).__name__}")
+            own = {k: x.copy() if isinstance(x, np.ndarray) else x for k, x in state.items()}
+            others = dict(own.pop("others", {}))
+            restored = self._restored(own)
+        vars(self).update(others | vars(restored))
+
+    def __copy__(self) -> Self:
+        """Return a cache of its own memory."""
+        other = self._restored(self._stored())
+        vars(other).update(self._others())
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a cache of its own memory; what else it has got is copied in depth."""
+        other = memo[id(self)] = self._restored(self._stored())
+        vars(other).update(copy.deepcopy(self._others(), memo))
+        return other
+
+    def _others(self) -> dict[str, Any]:
+        """Return attributes that are not the cache's own: those of a subclass, or given later."""
+        return {name: x for name, x in vars(self).items() if name not in OWN[self._kind]}
+
+
+class PagedKVCache(_Stored):
     """Keys and values of sequences that come and go, share beginnings, and grow token by token.
 
     They lie in a pool of pages of page_size tokens [1]_. Sequences share pages by reference; a
@@ -104,6 +171,10 @@ class PagedKVCache:
     Positions count from a sequence's first token, also after `evict`. Whether sequences share
     pages changes no bit of a result. A cache must not be changed by two threads at once.
 
+    A copy (of `copy`, `pickle`, `torch.save`, or sent to another process) is a cache of its own: it
+    shares no memory, not even that of `from_pages`, and gives the same bits. Its sequences share
+    pages as before. A pickle holds the pages that are used, and is checked as a file is.
+
     References
     ----------
     .. [1] W. Kwon et al., "Efficient Memory Management for Large Language Model Serving with
@@ -124,6 +195,8 @@ class PagedKVCache:
     >>> cache.attend(np.ones((3, 6, 1, 4), np.float32), sequences=answers).shape
     (3, 6, 1, 4)
     """
+
+    _kind = "PagedKVCache"
 
     def __init__(
         self,
@@ -553,7 +626,7 @@ class PagedKVCache:
         file : path, or file open for writing in binary
             Becomes an .npz file, without pickled objects.
         """
-        self._save(file, "PagedKVCache", len(self._counts) if self._fixed else NONE)
+        self._save(file)
 
     @classmethod
     def load(cls, file: File) -> Self:
@@ -568,12 +641,9 @@ class PagedKVCache:
         ValueError
             The file is damaged, or is none that `save` wrote.
         ImportError
-            The cache holds bfloat16, and nobody has imported ml_dtypes.
+            The cache holds bfloat16, and ml_dtypes is not installed.
         """
-        cache, limit = cls._load(file, "PagedKVCache")
-        if limit != NONE:
-            cache._fix(limit)
-        return cache
+        return cls._load(file)
 
     # Rows of the table, and what is asked of them.
 
@@ -734,18 +804,35 @@ class PagedKVCache:
         self._lengths[:n], self._begins[:n] = self._lengths[indices], self._begins[indices]
         self._release(before)
 
-    # Files.
+    # Files, pickles and copies.
 
-    def _save(self, file: File, kind: str, limit: int) -> None:
-        """Write the cache; its limit is of pages, or what the kind of cache limits."""
+    def _stored(self) -> dict[str, Any]:
+        """Return what the cache is, in new arrays."""
+        return self._arrays(self._kind, len(self._counts) if self._fixed else NONE)
+
+    @classmethod
+    def _restored(cls, arrays: Mapping[str, Any]) -> Self:
+        """Return the cache that such arrays are, which it takes over."""
+        cache, limit = cls._of_arrays(arrays, cls._kind)
+        if limit != NONE:
+            cache._fix(limit)
+        return cache
+
+    def _arrays(self, kind: str, limit: int) -> dict[str, Any]:
+        """Return what a kind of cache is; its limit is of pages, or what the kind limits."""
         n, page_size = len(self._ids), self.page_size
-        begins, lengths = self._begins[:n], self._lengths[:n]
+        begins, lengths = self._begins[:n].copy(), self._lengths[:n].copy()
         columns = int(self._pages(lengths).max(initial=0))
         used = self._used(begins, lengths, columns)
-        slots, table = np.unique(self._table[:n, :columns][used], return_inverse=True)
+        slots, at, table = np.unique(
+            self._table[:n, :columns][used], return_index=True, return_inverse=True
+        )
+        # In the order in which sequences read them: equal caches are equal files and pickles.
+        order = np.argsort(at)
+        slots, table = slots[order], np.argsort(order)[table]
         tables = np.full((n, columns), NONE, np.int64)
         tables[used] = table
-        # What lies in the other rows of a page is not the file's business: zeros.
+        # What lies in the other rows of a page is nobody's business: zeros.
         start = np.arange(columns) * page_size
         first, last = np.full(len(slots), page_size), np.zeros(len(slots), np.int64)
         np.minimum.at(first, table, np.maximum(begins[:, None] - start, 0)[used])
@@ -766,59 +853,53 @@ class PagedKVCache:
             pages = np.ascontiguousarray(x[slots])
             pages.swapaxes(1, 2)[empty] = 0
             arrays[name] = pages.view(np.uint16) if x.dtype.name == "bfloat16" else pages
-        if isinstance(file, str | os.PathLike):
-            with Path(file).open("wb") as opened:
-                np.savez(opened, **arrays)
-        else:
-            np.savez(file, **arrays)
+        return arrays
 
     @classmethod
-    def _load(cls, file: File, kind: str) -> tuple[Self, int]:
-        """Return the cache in a file, of no more pages than it uses, and the limit."""
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                if str(arrays["format"])[:99] != _format(kind):
-                    raise ValueError(f"its format is {str(arrays['format'])[:99]!r}")
-                name = str(arrays["dtype"])
-                pool = [arrays[x] for x in (POOL if name == "int8" else POOL[:2])]
-                if name == "bfloat16":
-                    if any(x.dtype != np.uint16 for x in pool):
-                        raise ValueError("bfloat16 must be stored as uint16")
-                    pool = [x.view(_bfloat16()) for x in pool]
-                if pool[0].dtype.name != name:
-                    raise ValueError(f"it has {pool[0].dtype.name} for {name[:99]}")
-                for x in pool[2:]:
-                    if not (np.isfinite(x) & (x >= 0)).all():
-                        raise ValueError("scales must be finite and >= 0")
-                cache = cls.__new__(cls)
-                cache._start(_pool_arrays(*pool), fixed=False)
-                cache._take_tables(arrays["tables"], arrays["lengths"], arrays["begins"])
-                ids, n = arrays["sequences"].tolist(), len(cache._ids)
-                cache._next, limit = (whole_number(x, arrays[x].item()) for x in ("next", "limit"))
-                for i, sequence in enumerate(ids):
-                    if not 0 <= whole_number(f"sequences[{i}]", sequence) < cache._next:
-                        raise ValueError(f"sequences must be within 0..next - 1, got {sequence}")
-                if len(ids) != n or len(set(ids)) != n:
-                    raise ValueError(f"sequences must be {n} distinct integers")
-                cache._name(ids)
-                return cache, limit
-        except (ImportError, MemoryError, OSError):
-            raise
-        except Exception as error:
-            raise ValueError(f"file must hold a {kind} that save wrote: {error}") from error
+    def _of_arrays(cls, arrays: Mapping[str, Any], kind: str) -> tuple[Self, int]:
+        """Return the cache that such arrays are, of no more pages than it uses, and the limit."""
+        form = str(arrays["format"])[:99] if "format" in arrays else ""
+        if form != _format(kind):
+            raise ValueError(f"its format is {form!r}, and this version reads {_format(kind)!r}")
+        name = str(arrays["dtype"])[:99] if "dtype" in arrays else ""
+        names = POOL if name == "int8" else POOL[:2]
+        for missing in (x for x in (*STORED, *names) if x not in arrays):
+            raise ValueError(f"it lacks {missing}")
+        pool = [arrays[x] for x in names]
+        if name == "bfloat16":
+            if any(x.dtype != np.uint16 for x in pool):
+                raise ValueError("bfloat16 must be stored as uint16")
+            pool = [x.view(_bfloat16()) for x in pool]
+        if pool[0].dtype.name != name:
+            raise ValueError(f"it has {pool[0].dtype.name} for {name}")
+        for x in pool[2:]:
+            if not (np.isfinite(x) & (x >= 0)).all():
+                raise ValueError("scales must be finite and >= 0")
+        cache = cls.__new__(cls)
+        cache._start(_pool_arrays(*pool), fixed=False)
+        cache._take_tables(arrays["tables"], arrays["lengths"], arrays["begins"])
+        ids, n = arrays["sequences"].tolist(), len(cache._ids)
+        cache._next, limit = (whole_number(x, arrays[x].item()) for x in ("next", "limit"))
+        for i, sequence in enumerate(ids):
+            if not 0 <= whole_number(f"sequences[{i}]", sequence) < cache._next:
+                raise ValueError(f"sequences must be within 0..next - 1, got {sequence}")
+        if len(ids) != n or len(set(ids)) != n:
+            raise ValueError(f"sequences must be {n} distinct integers")
+        cache._name(ids)
+        return cache, limit
 
     def _fix(self, pages: int) -> None:
         """Let the pool have so many pages and never others."""
         if pages < len(self._counts):
             raise ValueError(
-                f"file must hold no more pages than its limit allows, got {len(self._counts)} "
+                f"it must have no more pages than its limit allows, got {len(self._counts)} "
                 f"where it allows {pages}"
             )
         self._grow(pages)
         self._fixed = True
 
 
-class KVCache:
+class KVCache(_Stored):
     """Keys and values of a batch of sequences that grow together, token by token.
 
     For a model that writes: each layer appends the keys and values of the new tokens, then attends
@@ -850,6 +931,11 @@ class KVCache:
     MemoryError
         There is no room for the cache.
 
+    Notes
+    -----
+    A copy, a pickle, and what is sent to another process are caches of their own, as those of
+    `PagedKVCache`.
+
     Examples
     --------
     >>> import numpy as np, fastattn
@@ -864,6 +950,8 @@ class KVCache:
     >>> np.allclose(np.concatenate([prompt, token], axis=2), whole, atol=1e-6)
     True
     """
+
+    _kind = "KVCache"
 
     def __init__(
         self,
@@ -1018,7 +1106,7 @@ class KVCache:
         file : path, or file open for writing in binary
             Becomes an .npz file, without pickled objects.
         """
-        self._cache._save(file, "KVCache", NONE if self.capacity is None else self.capacity)
+        self._save(file)
 
     @classmethod
     def load(cls, file: File) -> Self:
@@ -1033,14 +1121,23 @@ class KVCache:
         ValueError
             The file is damaged, or is none that `save` wrote.
         ImportError
-            The cache holds bfloat16, and nobody has imported ml_dtypes.
+            The cache holds bfloat16, and ml_dtypes is not installed.
         """
-        pool, limit = PagedKVCache._load(file, "KVCache")
+        return cls._load(file)
+
+    def _stored(self) -> dict[str, Any]:
+        """Return what the cache is, in new arrays."""
+        return self._cache._arrays(self._kind, NONE if self.capacity is None else self.capacity)
+
+    @classmethod
+    def _restored(cls, arrays: Mapping[str, Any]) -> Self:
+        """Return the cache that such arrays are, which it takes over."""
+        pool, limit = PagedKVCache._of_arrays(arrays, cls._kind)
         batch, kept = len(pool.sequences), (pool.lengths - pool.begins).max(initial=0)
         if batch < 1 or (limit != NONE and limit < max(kept, 1)):
             raise ValueError(
-                "file must hold a KVCache that save wrote: of a batch >= 1, and no more tokens "
-                f"than capacity, got batch={batch}, {kept} tokens, capacity={limit}"
+                "it must be of a batch >= 1, and no more tokens than capacity, "
+                f"got batch={batch}, {kept} tokens, capacity={limit}"
             )
         if limit != NONE:
             pool._fix(_pages_for(batch, limit, pool.page_size))
@@ -1175,9 +1272,26 @@ def _format(kind: str) -> str:
     return f"fastattn.{kind} 1"
 
 
-def _bfloat16() -> np.dtype[Any]:
-    """Return the dtype, which NumPy knows once somebody has imported ml_dtypes."""
+@contextlib.contextmanager
+def _rule(rule: str) -> Iterator[None]:
+    """Say of what goes wrong which rule it breaks."""
     try:
-        return np.dtype("bfloat16")
-    except TypeError:
-        raise ImportError("file holds bfloat16, which needs ml_dtypes to be imported") from None
+        yield
+    except (ImportError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{rule}: {error}") from error
+
+
+def _bfloat16() -> np.dtype[Any]:
+    """Return the dtype, which NumPy has not got itself."""
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ImportError("the cache holds bfloat16, which needs ml_dtypes") from None
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
+
+
+# Which attributes a cache has by itself.
+OWN = {x._kind: frozenset(vars(x)) for x in (PagedKVCache(1, 1), KVCache(1, 1, 1))}

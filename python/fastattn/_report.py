@@ -15,6 +15,10 @@ class Report(dict[str, Any]):
         super().__init__(items)
         self.title = title
 
+    def copy(self) -> Report:
+        """Return a report of the same items."""
+        return Report(self.title, self)
+
     def __str__(self) -> str:
         """Return the report."""
         shown = {name.removesuffix("_bytes"): _shown(name, value) for name, value in self.items()}

@@ -3,6 +3,7 @@
 
 Everything else in the package is tested against it, and it is the place to look up what an argument
 means. It builds arrays of q_len x kv_len and checks little; for work, use `fastattn.attention`.
+Arrays may be of any kind that this takes; the results are of NumPy, but for an out that is given.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fastattn._arrays import as_numpy, destination
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -58,7 +61,8 @@ def attention(
     lse : ndarray of shape (batch, q_heads, q_len), only if return_lse
         float64 for a float64 query, else float32.
     """
-    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    given = query
+    query, key, value = _array("query", query), _array("key", key), _array("value", value)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
     probs, seen, lse = _softmax(
         query,
@@ -89,7 +93,7 @@ def attention(
         result = result.astype(query.dtype)
         lse = lse.astype(np.float64 if query.dtype == np.float64 else np.float32)
     if out is not None:
-        out[...] = result
+        destination(given, out)[...] = result
         result = out
     return (result, lse) if return_lse else result
 
@@ -116,7 +120,7 @@ def varlen_attention(
     out : ndarray of shape (total_q, q_heads, value_head_dim)
     lse : ndarray of shape (q_heads, total_q), only if return_lse
     """
-    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    query, key, value = _array("query", query), _array("key", key), _array("value", value)
     total, heads = query.shape[:2]
     wide = np.float64 if query.dtype == np.float64 else np.float32
     out = np.zeros((total, heads, value.shape[2]), query.dtype)
@@ -197,8 +201,8 @@ def attention_backward(
     ----------
     .. [1] T. Dao et al., "FlashAttention", 2022, appendix B.2, https://arxiv.org/abs/2205.14135
     """
-    grad_out = np.asarray(grad_out)
-    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    grad_out = _array("grad_out", grad_out)
+    query, key, value = _array("query", query), _array("key", key), _array("value", value)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
     options: dict[str, Any] = {
         "mask": mask,
@@ -220,13 +224,13 @@ def attention_backward(
     else:
         grads = [np.zeros(x.shape, dtype) for x in (query, key, value)]
         total, heads = query.shape[:2]
-        longest = int(np.diff(np.asarray(cu_seqlens_kv)).max(initial=0))
+        longest = int(np.diff(_array("cu_seqlens_kv", cu_seqlens_kv)).max(initial=0))
         pairs, dsinks = np.zeros((heads, total, longest), dtype), np.zeros(heads, dtype)
         for rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_kv, total, heads, options):
             do, q, k, v = (
                 x.swapaxes(0, 1) for x in (grad_out[rows], query[rows], key[keys], value[keys])
             )
-            dlse = None if grad_lse is None else np.asarray(grad_lse)[:, rows]
+            dlse = None if grad_lse is None else _array("grad_lse", grad_lse)[:, rows]
             dq, dk, dv, pairs_here, dsinks_here = _gradients(do, q, k, v, dlse, dtype, own)
             for grad, where, part in zip(grads, (rows, keys, keys), (dq, dk, dv), strict=True):
                 grad[where] += part.swapaxes(0, 1)
@@ -235,10 +239,10 @@ def attention_backward(
     with np.errstate(all="ignore"):
         results = [g.astype(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)]
         if return_dbias:
-            bias = np.asarray(bias)
+            bias = _array("bias", bias)
             results.append(_summed_to(pairs, bias.shape).astype(bias.dtype))
         if return_dsinks:
-            results.append(dsinks.astype(np.asarray(sinks).dtype))
+            results.append(dsinks.astype(_array("sinks", sinks).dtype))
     return tuple(results)
 
 
@@ -257,10 +261,15 @@ def attention_weights(
     ndarray of shape (batch, q_heads, q_len, kv_len) and the query's dtype
         A row sums to 1; to less with sinks; to 0 if it sees no key.
     """
-    query, key = np.asarray(query), np.asarray(key)
+    query, key = _array("query", query), _array("key", key)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
     probs = _softmax(query, key, dtype, **options)[0]
     return (probs[0] if max(query.ndim, key.ndim) == 2 else probs).astype(query.dtype)
+
+
+def _array(name: str, x: Any) -> NDArray[Any]:
+    """Return the array that an argument is, or stands for."""
+    return np.asarray(as_numpy(name, x))
 
 
 def _gradients(
@@ -291,13 +300,14 @@ def _gradients(
     with np.errstate(all="ignore"):
         p_sink = np.zeros((), dtype)
         if sinks is not None:
-            p_sink = 1 / (1 + np.exp(lse - np.asarray(sinks).astype(dtype)[:, None]))[..., None]
+            sink = _array("sinks", sinks).astype(dtype)[:, None]
+            p_sink = 1 / (1 + np.exp(lse - sink))[..., None]
         probs = np.where(seen, softmax * (1 - p_sink), 0)
         dprobs = np.where(seen & kept, factor * (grads @ values.swapaxes(-1, -2)), 0)
         row_dots = (probs * dprobs).sum(axis=-1, keepdims=True)
         dscores = probs * (dprobs - row_dots)
         if grad_lse is not None:
-            dscores = dscores + np.asarray(grad_lse).astype(dtype)[..., None] * softmax
+            dscores = dscores + _array("grad_lse", grad_lse).astype(dtype)[..., None] * softmax
         dpairs = dscores = np.where(seen, dscores, 0)
         if softcap is not None:
             scores = _products(query, key, dtype, options["scale"])
@@ -341,11 +351,12 @@ def dropout_mask(
     -------
     ndarray of bool, shape (batch, q_heads, q_len, kv_len)
     """
-    queries, keys = _with_heads(np.asarray(query)), _with_heads(np.asarray(key))
+    query, key = _array("query", query), _array("key", key)
+    queries, keys = _with_heads(query), _with_heads(key)
     batch_shape = np.broadcast_shapes(queries.shape[:-3], keys.shape[:-3])
     shape = (*batch_shape, *queries.shape[-3:-1], keys.shape[-2])
     kept = _kept(shape, dropout_p, seed, query_offset, batch_index)
-    return kept[0] if max(np.ndim(query), np.ndim(key)) == 2 else kept
+    return kept[0] if max(query.ndim, key.ndim) == 2 else kept
 
 
 def philox4x32(counter: Sequence[ArrayLike], key: Sequence[int]) -> tuple[NDArray[np.uint64], ...]:
@@ -399,7 +410,7 @@ def _kept(
             raise ValueError(f"seed must be given with dropout_p > 0, got dropout_p={dropout_p}")
         return np.ones(shape, bool)
     *batch_shape, q_heads, q_len, kv_len = shape
-    offsets = np.asarray(0 if query_offset is None else query_offset).astype(np.int64)
+    offsets = _array("query_offset", 0 if query_offset is None else query_offset).astype(np.int64)
     fours = -(-kv_len // 4)
     batch = batch_index + np.arange(math.prod(batch_shape)).reshape(batch_shape)
     counter = (
@@ -437,26 +448,27 @@ def _softmax(
             "query_offset must be given with is_causal, window or alibi_slopes if q_len differs "
             f"from kv_len, got q_len={q_len}, kv_len={kv_len}"
         )
-    offsets = np.asarray(0 if query_offset is None else query_offset)[..., None, None, None]
+    offsets = _array("query_offset", 0 if query_offset is None else query_offset)
     positions = np.arange(kv_len)
-    distance = positions - (np.arange(q_len)[:, None] + offsets)  # > 0: the key is in the future
+    own = np.arange(q_len)[:, None] + offsets[..., None, None, None]
+    distance = positions - own  # > 0: the key is in the future
 
     with np.errstate(all="ignore"):
         scores = _products(query, key, dtype, scale)
         if softcap is not None:
             scores = float(softcap) * np.tanh(scores / float(softcap))
         seen = np.ones_like(scores, dtype=bool)
-        for array in (bias, mask):
+        for name, array in (("bias", bias), ("mask", mask)):
             if array is None:
                 continue
-            array = np.asarray(array)
+            array = _array(name, array)
             if array.dtype == bool:
                 seen = seen & array
             else:
                 seen = seen & (array.astype(np.float64) != -np.inf)
                 scores = scores + array.astype(dtype)
         if alibi_slopes is not None:
-            slopes = np.asarray(alibi_slopes).astype(dtype)[..., None, None]
+            slopes = _array("alibi_slopes", alibi_slopes).astype(dtype)[..., None, None]
             scores = scores - slopes * np.abs(distance).astype(dtype)
         left, right = (side if side is None else int(side) for side in window or (None, None))
         if is_causal:
@@ -466,7 +478,7 @@ def _softmax(
         if right is not None:
             seen = seen & (distance <= right)
         if kv_lengths is not None:
-            seen = seen & (positions < np.asarray(kv_lengths)[..., None, None, None])
+            seen = seen & (positions < _array("kv_lengths", kv_lengths)[..., None, None, None])
 
         scores = np.where(seen, scores, -np.inf)
         row_max = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
@@ -476,7 +488,8 @@ def _softmax(
         lse = np.log(row_sum) + row_max
         denominator = row_sum
         if sinks is not None:
-            denominator = row_sum + np.exp(np.asarray(sinks).astype(dtype)[:, None, None] - row_max)
+            sink = _array("sinks", sinks).astype(dtype)[:, None, None]
+            denominator = row_sum + np.exp(sink - row_max)
         probs = exps / np.where(row_sum == 0, 1, denominator)
     return probs, np.broadcast_to(seen, probs.shape), lse[..., 0]
 
@@ -518,7 +531,8 @@ def _sequences(
     options: dict[str, Any],
 ) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
     """Yield the rows of each sequence's queries and keys in packed arrays, and its own options."""
-    q_starts, kv_starts = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_kv)
+    q_starts = _array("cu_seqlens_q", cu_seqlens_q)
+    kv_starts = _array("cu_seqlens_kv", cu_seqlens_kv)
     longest = int(np.diff(kv_starts).max(initial=0))
     for b in range(len(q_starts) - 1):
         rows = slice(q_starts[b], q_starts[b + 1])
@@ -526,13 +540,13 @@ def _sequences(
         own = dict(options)
         for name in ("mask", "bias"):
             if own.get(name) is not None:
-                whole = np.broadcast_to(own[name], (heads, total, longest))
+                whole = np.broadcast_to(_array(name, own[name]), (heads, total, longest))
                 own[name] = whole[:, rows, : keys.stop - keys.start]
         for name in ("query_offset", "kv_lengths"):
             if own.get(name) is not None:
-                own[name] = np.broadcast_to(own[name], len(q_starts) - 1)[b]
+                own[name] = np.broadcast_to(_array(name, own[name]), len(q_starts) - 1)[b]
         if own.get("alibi_slopes") is not None:
-            slopes = np.asarray(own["alibi_slopes"])
+            slopes = _array("alibi_slopes", own["alibi_slopes"])
             own["alibi_slopes"] = slopes[b] if slopes.ndim == 2 else slopes
         own["batch_index"] = b
         yield rows, keys, own

@@ -23,6 +23,18 @@ import numpy as np
 
 from fastattn._arguments import FLOAT_NAMES, may_share_memory, overlaps_itself
 from fastattn._arrays import DLPACK_CUDA, DLPACK_CUDA_MANAGED, INTERFACE, is_cuda_array
+from fastattn._dlpack import (
+    DLTENSOR,
+    DLTENSOR_VERSIONED,
+    KINDS,
+    READ_ONLY,
+    VERSION,
+    Managed,
+    ManagedVersioned,
+    Tensor,
+    is_capsule,
+    pointer_in,
+)
 from fastattn.cuda import _driver
 
 if TYPE_CHECKING:
@@ -31,8 +43,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ITEM_BYTES = {"bfloat16": 2}  # of what NumPy has no name for
-DLPACK_VERSION = (1, 0)
-DLPACK_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 
 
 class DeviceArray(NamedTuple):
@@ -398,55 +408,12 @@ def _of_jax(name: str, x: Any, stream: int) -> DeviceArray:
     return _of_dlpack(name, x, "jax", stream)._replace(writeable=False)
 
 
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
 _Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class _DLManagedTensor(ctypes.Structure):
-    _fields_ = (
-        ("tensor", _DLTensor),
-        ("manager", ctypes.c_void_p),
-        ("deleter", _Deleter),
-    )
-
-
-class _DLManagedTensorVersioned(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("manager", ctypes.c_void_p),
-        ("deleter", _Deleter),
-        ("flags", ctypes.c_uint64),  # bit 0: read only
-        ("tensor", _DLTensor),
-    )
-
-
-DLTENSOR, DLTENSOR_VERSIONED = b"dltensor", b"dltensor_versioned"  # a capsule's name
 _Destructor = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
-_capsule_is = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_IsValid", ctypes.pythonapi)
-)
-_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
 _new_capsule = ctypes.PYFUNCTYPE(
     ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
 )(("PyCapsule_New", ctypes.pythonapi))
-# The same two for a capsule that is being destroyed, and must not be referred to again.
+# The same questions to a capsule that is being destroyed, and must not be referred to again.
 _dying_capsule_is = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(
     ("PyCapsule_IsValid", ctypes.pythonapi)
 )
@@ -460,25 +427,23 @@ def _of_dlpack(name: str, x: Any, library: str, stream: int) -> DeviceArray:
         raise TypeError(f"{name} must be on the GPU, got {type(x).__name__} on another device")
     wanted = stream or _driver.LEGACY_STREAM  # DLPack's 0 is ambiguous
     try:
-        capsule = x.__dlpack__(stream=wanted, max_version=DLPACK_VERSION)
+        capsule = x.__dlpack__(stream=wanted, max_version=VERSION)
     except TypeError:  # of before versions
         capsule = x.__dlpack__(stream=wanted)
     writeable = True
-    if _capsule_is(capsule, DLTENSOR):
-        tensor = _DLManagedTensor.from_address(_capsule_pointer(capsule, DLTENSOR)).tensor
-    elif _capsule_is(capsule, DLTENSOR_VERSIONED):
-        managed = _DLManagedTensorVersioned.from_address(
-            _capsule_pointer(capsule, DLTENSOR_VERSIONED)
-        )
-        if managed.major != DLPACK_VERSION[0]:
+    if is_capsule(capsule, DLTENSOR):
+        tensor = Managed.from_address(pointer_in(capsule, DLTENSOR)).tensor
+    elif is_capsule(capsule, DLTENSOR_VERSIONED):
+        managed = ManagedVersioned.from_address(pointer_in(capsule, DLTENSOR_VERSIONED))
+        if managed.major != VERSION[0]:
             raise TypeError(f"{name} has version {managed.major} of DLPack, 1 is understood")
-        writeable = not managed.flags & 1
+        writeable = not managed.flags & READ_ONLY
         tensor = managed.tensor
     else:
         raise TypeError(f"{name}.__dlpack__() must return a capsule named dltensor")
     shape = tuple(tensor.shape[: tensor.ndim])
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else contiguous_strides(shape)
-    kind = DLPACK_CODES.get(tensor.code, f"DLPack code {tensor.code}, ")
+    kind = KINDS.get(tensor.code, f"DLPack code {tensor.code}, ")
     dtype = kind if kind == "bool" else f"{kind}{tensor.bits}"
     if tensor.lanes != 1:
         dtype += f" in {tensor.lanes} lanes"
@@ -553,9 +518,9 @@ class OwnArray:
         sizes = (ctypes.c_int64 * ndim)(*self.shape)
         strides = (ctypes.c_int64 * ndim)(*contiguous_strides(self.shape))
         kind = self.dtype_name.rstrip("0123456789")
-        code = next(code for code, known in DLPACK_CODES.items() if known == kind)
-        managed = _DLManagedTensor(
-            _DLTensor(
+        code = next(code for code, known in KINDS.items() if known == kind)
+        managed = Managed(
+            Tensor(
                 self.pointer,
                 DLPACK_CUDA,
                 self.device,
@@ -568,7 +533,7 @@ class OwnArray:
                 0,
             ),
             None,
-            _deleter,
+            ctypes.cast(_deleter, ctypes.c_void_p),
         )
         address = ctypes.addressof(managed)
         with _exports_lock:
@@ -577,7 +542,7 @@ class OwnArray:
 
 
 # What is out in capsules, until its deleter is called.
-_exports: dict[int, tuple[_DLManagedTensor, OwnArray]] = {}
+_exports: dict[int, tuple[Managed, OwnArray]] = {}
 _exports_lock = threading.RLock()
 
 

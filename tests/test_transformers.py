@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """fastattn.transformers: tiny models of random weights beside transformers' own attention."""
 
+import copy
+import importlib.util
+import io
 import itertools
+import operator
+import pickle
+import warnings
+from pathlib import Path
 
+import child
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", exc_type=ImportError)
@@ -134,11 +143,32 @@ ENCODERS = {
         },
     ),
 }
-MIXED = {  # our attention in the decoder alone, whose causal layers say that they are not
+MIXED = {  # our attention in some of the layers alone
     "bigbird_pegasus": (
         "BigBirdPegasusForConditionalGeneration",
         "BigBirdPegasusConfig",
         SEQ2SEQ | {"attention_type": "original_full", "max_position_embeddings": 64},
+    ),
+    "git": (
+        "GitForCausalLM",
+        "GitConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": 16,
+                "patch_size": 4,
+            },
+            **SPECIAL,
+        },
     ),
 }
 ALL = DECODERS | ENCODER_DECODERS | ENCODERS | MIXED
@@ -627,14 +657,209 @@ def test_models_with_attention_of_their_own(name):
     transformers.AutoModel.from_config(config, attn_implementation="eager")
 
 
-@pytest.mark.parametrize("pair", MIXED, indirect=True)
-def test_models_with_attention_of_both_kinds(pair):
-    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(2, 10), "use_cache": False}
+@pytest.mark.parametrize("name", MIXED)
+def test_models_with_attention_of_both_kinds(name):
+    own = {"git": "GitSelfAttention", "bigbird_pegasus": "BigBirdPegasusSelfAttention"}[name]
+    refused = f"does not support attn_implementation='fastattn': it .* in its own way in {own}, "
+    with pytest.raises(ValueError, match=refused):
+        model_of(name, "fastattn")
+    model = model_of(name, "eager")
+    inputs = {"input_ids": tokens()} | ({"use_cache": False} if name == "git" else {})
+    expected = model(**inputs)[0]
+    with pytest.raises(ValueError, match=refused):
+        model.set_attn_implementation("fastattn")
+    assert {m.config._attn_implementation for m in parts_of(model)} == {"eager"}
+    assert torch.equal(model(**inputs)[0], expected)
+
+
+def parts_of(model):
+    return [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+
+
+def test_a_part_that_asks_for_attention_may_have_it():
+    model = model_of("git", "eager")
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    vision = model.git.image_encoder
+    expected = vision(pixels)[0]
+    vision.set_attn_implementation("fastattn")
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(vision(pixels)[0], expected, **TOLERANCE)
+
+
+def test_a_part_that_transformers_passes_over():
+    """It warns and goes on; the part would keep its own attention, and nobody would know."""
+    mpnet = transformers.MPNetConfig(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=VOCABULARY
+    )
+    decoder = transformers.BertConfig(
+        **ENCODERS["bert"][2], is_decoder=True, add_cross_attention=True
+    )
+    model = transformers.EncoderDecoderModel(
+        encoder=transformers.MPNetModel(mpnet), decoder=transformers.BertLMHeadModel(decoder)
+    )
+    before = [m.config._attn_implementation for m in parts_of(model)]
+    with pytest.raises(ValueError, match="MPNetModel does not support"):
+        model.set_attn_implementation("fastattn")
+    assert [m.config._attn_implementation for m in parts_of(model)] == before
+    model.set_attn_implementation({"decoder": "fastattn"})
+    assert model.decoder.config._attn_implementation == "fastattn"
+    assert model.encoder.config._attn_implementation != "fastattn"
+
+
+def test_sweep():
+    """The script that sweeps all models tells those that run from those that are refused."""
+    path = Path(__file__).parent / "sweeps" / "transformers_models.py"
+    spec = importlib.util.spec_from_file_location("transformers_models", path)
+    sweep = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sweep)
+    found = {
+        kind: sweep.in_a_child(kind, name)["status"]
+        for kind, name in (("bert", "BertModel"), ("git", "GitModel"), ("mamba", "MambaModel"))
+    }
+    assert found == {"bert": "equal", "git": "refused", "mamba": "equal, without attention"}
+    assert len(sweep.classes()) > 800
+
+
+# What stands for a mask, in the hands of others.
+
+
+def pattern(q_len=6, kv_len=6):
+    """Return what layers get of a causal model whose second sequence is padded."""
+    made = AttentionMaskInterface()["fastattn"](
+        batch_size=2,
+        q_length=q_len,
+        kv_length=kv_len,
+        attention_mask=padding("right", (kv_len, 3), kv_len).bool(),
+        allow_is_causal_skip=False,
+    )
+    assert type(made) is not torch.Tensor
+    return made
+
+
+def attended(mask):
+    x = torch.randn(2, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    return AttentionInterface()["fastattn"](torch.nn.Module(), x, x, x, mask)[0]
+
+
+def saved_and_loaded(mask):
+    file = io.BytesIO()
+    torch.save(mask, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "deepcopy in a dict": lambda mask: copy.deepcopy({"attention_mask": mask})["attention_mask"],
+    "pickle": lambda mask: pickle.loads(pickle.dumps(mask)),
+    "torch.save": saved_and_loaded,
+    "clone": torch.clone,
+    "detach": torch.Tensor.detach,
+    "to": lambda mask: mask.to("cpu"),
+    "numpy": lambda mask: torch.from_numpy(mask.numpy()),
+    "asarray": lambda mask: torch.from_numpy(np.asarray(mask)),
+    "tolist": lambda mask: torch.tensor(mask.tolist()),
+    "from_dlpack": torch.from_dlpack,
+    "share_memory_": torch.Tensor.share_memory_,
+    "unbind": lambda mask: torch.stack(list(mask)),
+    "untyped_storage": lambda mask: torch.tensor(mask.untyped_storage().tolist()).view(mask.shape),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_pattern_that_is_copied_or_converted(name):
+    """Calibrators store what a layer was called with, and replay it."""
+    expected, whole = attended(pattern()), pattern() & True
+    mask = pattern()
+    copied = COPIES[name](mask)
+    assert torch.equal(copied.bool() & True, whole)
+    torch.testing.assert_close(attended(copied.bool()), expected, **TOLERANCE)
+    torch.testing.assert_close(attended(mask), expected, **TOLERANCE)
+
+
+def test_a_copy_of_a_pattern_is_none_of_the_original():
+    for written in (False, True):
+        mask = pattern()
+        if written:
+            mask[:, :, 3] = False
+        copied = copy.deepcopy(mask)
+        copied[:, :, 0] = False
+        assert (attended(copied)[:, 0] == 0).all()
+        assert (attended(mask)[:, 0] != 0).all()
+        assert (attended(mask)[:, 3] == 0).all() == (attended(copied)[:, 3] == 0).all() == written
+
+
+def test_a_pattern_prints_as_the_mask():
+    assert repr(pattern()) == repr(pattern() & True)
+
+
+def sum_of(mask):
+    return int(mask.sum())
+
+
+def test_a_pattern_in_another_process():
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        assert pool.apply(sum_of, (pattern(),)) == int(pattern().sum())
+
+
+def test_every_method_of_a_tensor():
+    """A pattern does what the mask does: the same result, or an error of the same kind."""
+    assert child.run(methods_that_differ) == []
+
+
+def methods_that_differ():
+    differ = {"data_ptr", "const_data_ptr", "_version", "_cdata", "__hash__", "__class__"}
+    differ |= {"__doc__", "__module__", "_neg_view", "__getstate__", "_python_dispatch", "set_"}
+    random = {"bernoulli_", "random_", "chalf"}
+    warnings.simplefilter("ignore")
+
+    def outcome(x, name):
+        try:
+            found = getattr(x, name)
+            found = found() if callable(found) else found
+        except Exception as error:
+            return type(error).__name__
+        return found
+
+    def alike(ours, theirs):
+        if isinstance(theirs, (bool, int, str, list, torch.Size, torch.dtype)):
+            return ours == theirs
+        if not isinstance(theirs, torch.Tensor) or theirs.layout != torch.strided:
+            return type(ours) is type(theirs)
+        return ours.shape == theirs.shape and bool(
+            (ours & True if ours.dtype == torch.bool else ours.nan_to_num())
+            .eq(theirs & True if theirs.dtype == torch.bool else theirs.nan_to_num())
+            .all()
+        )
+
+    return [
+        name
+        for name in sorted(set(dir(torch.Tensor)) - differ - random)
+        if not alike(*(outcome(x, name) for x in (pattern(), pattern() & True)))
+    ]
+
+
+def test_a_pattern_whose_memory_is_asked_for_is_an_error():
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(pattern())
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda scores, mask: scores + mask,
+        lambda scores, mask: mask + scores,
+        lambda scores, mask: scores.add_(mask),
+        lambda scores, mask: torch.add(scores, mask),
+        lambda scores, mask: torch.ops.aten.add(scores, mask),
+        operator.iadd,
+    ],
+)
+def test_a_pattern_is_not_added_to_scores(add):
     with pytest.raises(NotImplementedError, match="a layer adds its bool mask to scores"):
-        pair[1](**inputs)
-    with torch.no_grad():
-        theirs = pair[0].model.encoder(inputs.pop("input_ids"))
-    assert_alike(pair, encoder_outputs=theirs, **inputs)
+        add(torch.zeros(2, 4, 6, 6), pattern())
 
 
 def test_a_model_that_extends_one():
@@ -662,13 +887,69 @@ def test_sinks_that_are_not_passed():
         AttentionInterface()["fastattn"](module, x, x, x, None)
 
 
-def test_packed_sequences_without_positions():
-    x = torch.zeros(1, 2, 4, 8)
-    attend = AttentionInterface()["fastattn"]
-    starts = torch.tensor([0, 1, 4])
+STARTS = torch.tensor([0, 10, 24], dtype=torch.int32)
+PACKED = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS, "max_length_q": 14, "max_length_k": 14}
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_packed_sequences_without_positions(name):
+    """They would see each other."""
+    model = model_of(name, "fastattn")
+    ids = tokens(1)
+    for mask in (None, torch.ones(1, 24, dtype=torch.long)):
+        with pytest.raises(NotImplementedError, match="got cu_seq_lens_q of 2 sequences without"):
+            model(input_ids=ids, attention_mask=mask, **PACKED)
+    one = PACKED | {"cu_seq_lens_q": STARTS[::2], "cu_seq_lens_k": STARTS[::2]}
+    assert torch.equal(model(input_ids=ids, **one)[0], model(input_ids=ids)[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("added", [False, True])
+def test_packed_sequences_with_a_mask(name, added):
+    model = model_of(name, "fastattn")
+    ids, parts = tokens(1), (slice(0, 10), slice(10, 24))
+    mask = torch.zeros(1, 1, 24, 24, dtype=torch.bool)
+    for part in parts:
+        mask[..., part, part] = True
+    if name == "llama":
+        mask = mask.tril()
+    leaking = mask.clone()
+    leaking[..., 12, 3] = True
+    if added:
+        mask, leaking = (
+            torch.zeros(x.shape).masked_fill(~x, torch.finfo(torch.float32).min)
+            for x in (mask, leaking)
+        )
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    inputs = {"input_ids": ids, "position_ids": positions, **PACKED}
+    out = model(attention_mask=mask, **inputs)[0]
+    for part in parts:
+        alone = model(input_ids=ids[:, part])[0]
+        torch.testing.assert_close(out[:, part], alone, **TOLERANCE)
     with pytest.raises(NotImplementedError, match="got cu_seq_lens_q of 2 sequences without"):
-        attend(torch.nn.Module(), x, x, x, None, cu_seq_lens_q=starts)
-    attend(torch.nn.Module(), x, x, x, None, cu_seq_lens_q=starts[::2])
+        model(attention_mask=leaking, **inputs)
+
+
+def test_packed_sequences_with_positions_and_lengths():
+    models = [model_of("llama", implementation) for implementation in ("eager", "fastattn")]
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    assert_alike(models, input_ids=tokens(1), position_ids=positions, use_cache=False, **PACKED)
+
+
+@pytest.mark.parametrize(
+    ("batch", "q_len", "kv_len"), [(2, 6, 9), (2, 4, 4), (2, 3, 6), (3, 6, 6), (2, 6, 1)]
+)
+def test_a_mask_made_for_other_lengths(batch, q_len, kv_len):
+    """A cache that returns more keys than the mask has columns, say."""
+    query = torch.randn(batch, 4, q_len, 8)
+    key = torch.randn(batch, 2, kv_len, 8)
+    lengths = r"attention_mask.shape=\(2, 1, 6, 6\), query.shape=\(.*\), key.shape=\(.*\)"
+    attend = AttentionInterface()["fastattn"]
+    with pytest.raises(ValueError, match=f"must have the lengths of query and key, got {lengths}"):
+        attend(torch.nn.Module(), query, key, key, pattern())
+    if kv_len != 1:
+        with pytest.raises(ValueError, match="mask"):
+            attend(torch.nn.Module(), query, key, key, pattern() & True)
 
 
 def test_mask_without_axes():

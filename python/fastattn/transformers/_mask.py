@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a query sees: `mask` is what transformers asks once per forward pass and kind of layer.
+
+Where arguments of the kernel say it, no mask of q_len x kv_len is made: `Pattern` stands for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import masking_utils
+from transformers.utils.import_utils import is_tracing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# What models ask of a mask without its numbers; `to` returns it where it is already.
+DESCRIPTIONS = {
+    *(getattr(Tensor, x).__get__ for x in ("shape", "dtype", "device", "ndim", "requires_grad")),
+    *(getattr(Tensor, x) for x in ("dim", "size", "numel", "is_floating_point", "to")),
+}
+
+
+class Pattern(Tensor):
+    """A bool mask of shape (batch, 1, q_len, kv_len), in the words of the kernel.
+
+    Whatever needs the numbers, of torch or of others, finds the mask itself, made then: a model may
+    slice it or combine it with another, a calibrator save it or send it to a process. From then on
+    the mask counts, since it may have been written to. Only scores, as layers of other kinds have
+    them beside ours, it must not be added to.
+    """
+
+    _seen: dict[str, Any]
+    _whole: Tensor | None
+
+    @staticmethod
+    def __new__(cls: type[Self], shape: tuple[int, ...], seen: dict[str, Any]) -> Self:
+        """Take the shape, and the keywords of `fastattn.attention` that say what is seen."""
+        self: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device="cpu")
+        torch._C._set_throw_on_mutable_data_ptr(self)  # an error for extensions, not a crash
+        self._seen = seen
+        self._whole = None
+        return self
+
+    def seen(self) -> dict[str, Any]:
+        """Return keywords of `fastattn.attention` that say what is seen."""
+        return dict(self._seen) if self._whole is None else {"mask": self._whole}
+
+    def whole(self) -> Tensor:
+        """Return the mask itself."""
+        if self._whole is None:
+            self._whole = _whole(tuple(self.shape), **self._seen)
+        return self._whole
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Return another pattern, or a copy of the mask if there is one."""
+        if self._whole is not None:
+            return copy.deepcopy(self._whole, memo)
+        return Pattern(tuple(self.shape), copy.deepcopy(self._seen, memo))
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a function or a method of torch on the masks themselves."""
+        if function in DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        return _on_masks(function, function.__name__, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        operator: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operator on the masks themselves: of a caller for whom there are no subclasses."""
+        return _on_masks(operator, operator.overloadpacket.__name__, args, kwargs)
+
+
+def _on_masks(
+    function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None
+) -> Any:
+    """Call a function with masks in the place of patterns, unless it adds one to scores."""
+    if name.strip("_") in ("add", "radd", "iadd") and any(
+        isinstance(x, Tensor) and x.is_floating_point() for x in args
+    ):
+        raise NotImplementedError(
+            "a layer adds its bool mask to scores: it computes attention in its own way, "
+            "without transformers' AttentionInterface, which attn_implementation='fastattn' "
+            "needs"
+        )
+    args, kwargs = tree_map_only(Pattern, Pattern.whole, (args, kwargs or {}))
+    return function(*args, **kwargs)
+
+
+def _whole(
+    shape: tuple[int, ...],
+    *,
+    is_causal: bool = False,
+    query_offset: int = 0,
+    window: tuple[int | None, int | None] = (None, None),
+    kv_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return the mask of that shape that keywords of `fastattn.attention` mean."""
+    key = torch.arange(shape[-1], device="cpu")
+    distance = key - torch.arange(query_offset, query_offset + shape[-2], device="cpu")[:, None]
+    left, right = window
+    whole = torch.ones(shape, dtype=torch.bool, device="cpu")
+    if is_causal:
+        whole &= distance <= 0
+    if left is not None:
+        whole &= distance >= -left
+    if right is not None:
+        whole &= distance <= right
+    if kv_lengths is not None:
+        whole &= key < kv_lengths[:, None, None, None]
+    if mask is not None:
+        whole &= mask
+    return whole
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **others: Any,
+) -> Tensor | None:
+    """Say what each query sees, in the cheapest way that is right.
+
+    A `Pattern` where the kernel's arguments say it; None for a single query that sees all keys;
+    else the mask that transformers makes for torch's function. None for more queries would leave
+    to each layer whether it is causal, and some are wrong about themselves.
+
+    Parameters
+    ----------
+    batch_size, q_length, kv_length : int
+        The sizes of the mask.
+    q_offset, kv_offset : int, or Tensor of one
+        Positions of the first query and of the first key in the sequence.
+    mask_function : callable
+        Of (batch, head, query position, key position): whether the pair is seen.
+    attention_mask : Tensor of bool, shape (batch, positions), optional
+        False: padding. Positions behind its end are padding too.
+    allow_is_causal_skip, allow_is_bidirectional_skip : bool
+        Whether None may be returned, if mask_function is causal or if it is not.
+    device, **others
+        As for transformers' function.
+
+    Returns
+    -------
+    Tensor of bool, shape (batch, 1, q_len, kv_len), or None
+    """
+
+    def make() -> Tensor:
+        made: Tensor = masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            device=device,
+            **others,
+        )
+        return made
+
+    plain = attention_mask is None or (attention_mask.dim(), attention_mask.dtype) == (
+        2,
+        torch.bool,
+    )
+    if not plain or is_tracing(attention_mask) or torch.device(device).type != "cpu":
+        return make()
+    first, first_key = int(q_offset), int(kv_offset)
+    known = _known(mask_function, max(first + q_length, first_key + kv_length))
+    if known is None:
+        return make()
+    causal_layer, left, right = known
+    offset = first - first_key  # of the first query, among the keys
+    end = offset + q_length  # of the queries, likewise
+    causal = causal_layer and offset < kv_length - 1
+    if left is not None and left >= end - 1:
+        left = None
+    if right is not None and right >= kv_length - 1 - offset:
+        right = None
+
+    seen: dict[str, Any] = {}
+    if causal or left is not None or right is not None:
+        seen["query_offset"] = offset
+    if causal:
+        seen["is_causal"] = True
+    if left is not None or right is not None:
+        seen["window"] = (left, right)
+    needed = min(max(end, 0), kv_length) if causal else kv_length
+    seen |= _keys_seen(attention_mask, first_key, kv_length, needed)
+
+    if q_length == 1:  # the mask is no larger than the words, and may go to a compiled model
+        may_skip = allow_is_causal_skip if causal_layer else allow_is_bidirectional_skip
+        return None if may_skip and not seen else make()
+    return Pattern((batch_size, 1, q_length, kv_length), seen)
+
+
+def _keys_seen(
+    attention_mask: Tensor | None, kv_offset: int, kv_length: int, needed: int
+) -> dict[str, Any]:
+    """Return the keyword that says which keys are padding; none if only such from `needed` on."""
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is None:
+        return {}
+    keys = padding[:, kv_offset : kv_offset + kv_length]
+    if bool(keys[:, :needed].all()):
+        return {}
+    if bool((keys[:, 1:] <= keys[:, :-1]).all()):  # padding is at the end
+        return {"kv_lengths": keys.sum(-1)}
+    return {"mask": keys[:, None, None, :]}
+
+
+def _codes(*functions: Callable[..., Any]) -> tuple[Any, ...]:
+    return tuple(f.__code__ for f in functions)
+
+
+# What the functions consist of that transformers composes a mask function of.
+AND, WINDOW, WINDOW_BOTH_WAYS, CHUNKS = _codes(
+    masking_utils.and_masks(),
+    masking_utils.sliding_window_overlay(1),
+    masking_utils.sliding_window_bidirectional_overlay(1),
+    masking_utils.chunked_overlay(1, torch.zeros(1)),
+)
+
+
+def _known(
+    mask_function: Callable[..., Any], end: int
+) -> tuple[bool, int | None, int | None] | None:
+    """Return is_causal and both sides of the window, if they are all that a function says.
+
+    Parameters
+    ----------
+    mask_function : callable
+        One of transformers' own, or their conjunction; None is returned for any other.
+    end : int
+        No position reaches it.
+    """
+    if mask_function is masking_utils.causal_mask_function:
+        return True, None, None
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return False, None, None
+    code = getattr(mask_function, "__code__", None)
+    if code not in (AND, WINDOW, WINDOW_BOTH_WAYS, CHUNKS):
+        return None
+    given = inspect.getclosurevars(mask_function).nonlocals
+    if code is WINDOW:
+        return False, given["sliding_window"] - 1, None
+    if code is WINDOW_BOTH_WAYS:
+        return False, given["sliding_window"], given["sliding_window"]
+    if code is CHUNKS:
+        whole = end <= given["chunk_size"] and not given["left_padding"].any()
+        return (False, None, None) if whole else None
+    parts = [_known(f, end) for f in given["mask_functions"]]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    causal, left, right = zip(*found, strict=True)
+    return any(causal), _least(left), _least(right)
+
+
+def _least(sides: tuple[int | None, ...]) -> int | None:
+    return min((side for side in sides if side is not None), default=None)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models may have our attention: `register`, and what it lets transformers refuse.
+
+A layer that computes attention in its own way would go on doing so, and add our bool mask to its
+scores as a number: 1 where it should be 0, 0 where it should be -inf. Nothing would fail. So a
+model is refused when it is made, and by `set_attn_implementation`, if its source shows such layers.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from fastattn.transformers._attention import attention
+from fastattn.transformers._mask import mask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NAME = "fastattn"
+
+
+def register() -> None:
+    """Make ``attn_implementation="fastattn"`` known to transformers, in this process.
+
+    Models that are loaded with it, or told by ``model.set_attn_implementation("fastattn")``,
+    compute attention here, on the CPU. More than once does nothing.
+
+    What is not supported is an error, never another computation: a model that does not use
+    transformers' AttentionInterface, or not in all of its layers, when it is made or told; when it
+    runs, another device, sparse attention by indices, sinks per token, packed sequences that
+    neither a mask nor position_ids tell apart, a mask made for other lengths, continuous batching.
+
+    See Also
+    --------
+    fastattn.torch.patch : for models that call torch's function themselves.
+
+    References
+    ----------
+    https://huggingface.co/docs/transformers/attention_interface
+
+    Examples
+    --------
+    >>> import fastattn.transformers, transformers
+    >>> fastattn.transformers.register()
+    >>> config = transformers.GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=10)
+    >>> model = transformers.AutoModel.from_config(config, attn_implementation="fastattn")
+    """
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+    _refuse_models()
+
+
+@functools.cache
+def _refuse_models() -> None:
+    """Let transformers refuse models that compute attention in their own way, as for sdpa."""
+    accepted = PreTrainedModel.get_correct_attn_implementation
+    set_implementation = PreTrainedModel.set_attn_implementation
+
+    @functools.wraps(accepted)
+    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
+        if requested_attention == NAME:
+            _refuse(type(self))
+        return accepted(self, requested_attention, *args, **kwargs)
+
+    @functools.wraps(set_implementation)
+    def set_checked(self: Any, attn_implementation: str | dict[str, Any], **kwargs: Any) -> None:
+        parts = [m for m in self.modules() if isinstance(m, PreTrainedModel)]
+        before = {id(m.config): (m.config, m.config._attn_implementation_internal) for m in parts}
+        try:
+            set_implementation(self, attn_implementation, **kwargs)
+            for part in parts:  # some are passed over, with a warning
+                if NAME in (attn_implementation, part.config._attn_implementation):
+                    _refuse(type(part))
+        except ValueError:
+            for config, implementation in before.values():
+                config._attn_implementation_internal = implementation
+            raise
+
+    PreTrainedModel.get_correct_attn_implementation = checked
+    PreTrainedModel.set_attn_implementation = set_checked
+
+
+def _refuse(model: Any) -> None:
+    """Refuse a class of models in which some layer does not ask for attention."""
+    layer = _own_attention(model)
+    if _asks_for_attention(model) and layer is None:
+        return
+    where = "" if layer is None else f" in {layer}"
+    raise ValueError(
+        f"{model.__name__} does not support attn_implementation='{NAME}': it computes attention in "
+        f"its own way{where}, without transformers' AttentionInterface"
+    )
+
+
+def _asks_for_attention(model: Any) -> bool:
+    """Tell whether a class of models, or one that it extends, uses the AttentionInterface."""
+    return any(
+        issubclass(c, PreTrainedModel)
+        and c is not PreTrainedModel
+        and c._can_set_attn_implementation()
+        for c in model.__mro__
+    )
+
+
+@functools.cache
+def _own_attention(model: type) -> str | None:
+    """Return the name of a layer's class that adds a mask to scores by itself, if there is one.
+
+    Among all classes of modules that the source of the model names, and that theirs does.
+    """
+    met, waiting = set(), [model]
+    while waiting:
+        kind = waiting.pop()
+        if kind in met or kind is PreTrainedModel or kind.__module__.startswith("torch."):
+            continue
+        met.add(kind)
+        waiting += [base for base in kind.__bases__ if issubclass(base, nn.Module)]
+        source = _classes_of(kind.__module__).get(kind.__name__)
+        if source is not None:
+            if _adds_mask(source):
+                return kind.__name__
+            waiting += _modules_named(source, vars(sys.modules[kind.__module__]))
+    return None
+
+
+@functools.cache
+def _classes_of(module: str) -> dict[str, ast.ClassDef]:
+    """Return the source of each class of a Python module; none if it cannot be read."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return {}
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _modules_named(source: ast.ClassDef, names: dict[str, Any]) -> Iterator[type[nn.Module]]:
+    """Yield the classes of modules that a class names, in tables of them too."""
+    for method in source.body:
+        if isinstance(method, ast.FunctionDef) and method.name == "_init_weights":
+            continue  # it names the layers of all models in the file
+        for node in ast.walk(method):
+            found = names.get(node.id) if isinstance(node, ast.Name) else None
+            for x in found.values() if isinstance(found, dict) else (found,):
+                if isinstance(x, type) and issubclass(x, nn.Module):
+                    yield x
+
+
+def _adds_mask(source: ast.ClassDef) -> bool:
+    """Tell whether a class adds a mask that it is given to what it takes the softmax of."""
+    if any(isinstance(n, ast.Attribute) and n.attr == "get_interface" for n in ast.walk(source)):
+        return False  # it asks for attention, or is asked for `eager`
+    for method in ast.walk(source):
+        if not isinstance(method, ast.FunctionDef):
+            continue
+        arguments = (*method.args.args, *method.args.kwonlyargs)
+        masks = {x.arg for x in arguments if "mask" in x.arg}
+        softmax, added = False, False
+        for node in ast.walk(method):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                softmax |= name == "softmax"
+            elif isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.Add):
+                terms = (
+                    (node.value,) if isinstance(node, ast.AugAssign) else (node.left, node.right)
+                )
+                added |= any(isinstance(x, ast.Name) and x.id in masks for x in terms)
+        if softmax and added:
+            return True
+    return False

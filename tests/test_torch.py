@@ -287,6 +287,16 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(lambda *x: both(*x, *leaves[3:])[0], views)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_bias_of_one_number(dtype):
+    query, key, value = rand(4, 5, 8), rand(4, 7, 8), rand(4, 7, 8)
+    bias = torch.zeros((), dtype=dtype, requires_grad=True)
+    ft.attention(query, key, value, bias=bias).square().sum().backward()
+    assert bias.grad.dtype == dtype
+    assert bias.grad.shape == ()
+    assert abs(bias.grad) < 1e-5  # the probabilities stay as they are
+
+
 def test_a_mask_that_requires_grad_is_a_bias():
     query, key, value = operands()
     mask, bias = rand(5, 7, grad=True), rand(4, 1, 7, grad=True)

@@ -565,7 +565,7 @@ def result_array(
         raise ValueError("out must be writeable, got a read-only array")
     if not out.flags.aligned:
         raise ValueError("out must be aligned, got a misaligned array")
-    if shape[-1] > 1 and out.strides[-1] != out.itemsize:
+    if out.size and shape[-1] > 1 and out.strides[-1] != out.itemsize:
         raise ValueError(
             f"out must be contiguous along its last axis, got out.strides={out.strides}"
         )

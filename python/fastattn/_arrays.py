@@ -214,7 +214,8 @@ def rounded_to(dtype: np.dtype[Any], x: Array) -> Array:
     bits = single.view(np.uint32)
     nearest = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)  # of a NaN, it might be Inf
     kept = np.where(np.isnan(single), bits | 0x400000, nearest)
-    return (kept >> 16).astype(np.uint16).view(BFLOAT16_BITS)
+    upper: Array = (kept >> 16).astype(np.uint16)
+    return np.asarray(upper).view(BFLOAT16_BITS)
 
 
 def widened(x: Array) -> Array:

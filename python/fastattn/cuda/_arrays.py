@@ -180,7 +180,7 @@ def destination(
         )
     if not array.writeable:
         raise ValueError("out must be writeable, got a read-only array")
-    if shape[-1] > 1 and array.strides[-1] != 1:
+    if math.prod(shape) and shape[-1] > 1 and array.strides[-1] != 1:
         raise ValueError(
             f"out must be contiguous along its last axis, got strides of {array.strides} elements"
         )

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastattn.KVCache`; see caches.py."""
+
+from fuzz import caches
+
+
+def draw(rng):
+    """Draw the life of a cache."""
+    return caches.draw_cache(rng)
+
+
+def check(spec):
+    """Raise if it went otherwise than it should."""
+    caches.check(spec, paged=False)

@@ -75,6 +75,7 @@ inline std::optional<DLTensor> tensor_of(pybind11::handle object) {
         PyErr_Clear();
         return {};
     }
+    if (tensor.data == nullptr) return {};  // freed, or zeros that were never written down
     return tensor;
 }
 

@@ -14,16 +14,24 @@ import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
 from torch._C import (
     _are_functorch_transforms_active,
+    _get_flash_sdp_enabled,
     _get_tracing_state,
+    _is_torch_function_mode_enabled,
     _len_torch_dispatch_stack,
 )
+from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._nn import scaled_dot_product_attention as torchs_own
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn._arguments import MASK_NAMES, pair_array, sizes
+from fastattn._arrays import overridden
 from fastattn.torch import _kernel, _operator, _tensors
 from fastattn.torch._tensors import PLAIN
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import ArrayLike
 
     from fastattn.torch._kernel import Options
@@ -52,8 +60,8 @@ def scaled_dot_product_attention(
     value : Tensor of shape (..., heads, kv_len, value_head_dim)
         All axes but the last two broadcast, unless enable_gqa.
     attn_mask : Tensor, broadcastable to (..., q_heads, q_len, kv_len), optional
-        bool: True = attend. A float dtype: added to the scores; it may require grad. Not together
-        with is_causal.
+        bool: True = attend. A float dtype: added to the scores; it may require grad. A
+        torch.nn.attention.bias.CausalBias for q_len and kv_len. Not together with is_causal.
     dropout_p : float
         Drop probabilities with this probability; the seed is drawn from torch's default generator.
     is_causal : bool
@@ -66,7 +74,8 @@ def scaled_dot_product_attention(
     Returns
     -------
     Tensor of shape (..., q_heads, q_len, value_head_dim)
-        Laid out in memory like query. A query that sees no key gives 0.
+        Laid out in memory like query. A query that sees no key gives 0. Where torch's switches turn
+        its flash attention off, as sdpa_kernel(SDPBackend.MATH) does, torch's own function answers.
 
     Raises
     ------
@@ -81,7 +90,22 @@ def scaled_dot_product_attention(
         out = quickly(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if out is not None:
             return out
-    return _called_as_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        seen = overridable(query, key, value, attn_mask)
+        if has_torch_function(seen):
+            call = (query, key, value, attn_mask, dropout_p, is_causal)
+            named = {"scale": scale, "enable_gqa": enable_gqa}
+            return handle_torch_function(scaled_dot_product_attention, seen, *call, **named)
+    if not _get_flash_sdp_enabled():
+        if _tensors.is_causal_bias(attn_mask):
+            attn_mask, is_causal = _tensors.causal_mask(attn_mask, is_causal, query.device)
+        call = (query, key, value, attn_mask, dropout_p, is_causal)
+        return torchs_own(*call, scale=scale, enable_gqa=enable_gqa)
+    return called_as_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def overridable(*tensors: Any) -> tuple[Any, ...]:
+    """Return those whose class may have its say: not a CausalBias, which ours does itself."""
+    return tuple(x for x in tensors if not _tensors.is_causal_bias(x))
 
 
 def quickly(
@@ -106,6 +130,8 @@ def quickly(
         or type(value) not in PLAIN
         or query.is_cuda
         or not unobserved()
+        or _is_torch_function_mode_enabled()
+        or not _get_flash_sdp_enabled()
         or is_autocast_enabled("cpu")
     ):
         return None
@@ -118,7 +144,7 @@ def quickly(
     return _PlainAttention.apply(query, key, value, scale, is_causal)
 
 
-def _called_as_torch(
+def called_as_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -133,11 +159,17 @@ def _called_as_torch(
         raise ValueError("attn_mask must not be given together with is_causal=True")
     for name, x in (("query", query), ("key", key), ("value", value)):
         _tensors.check(name, x)
+    query_offset = 0 if is_causal else None
+    if attn_mask is not None and _tensors.is_causal_bias(attn_mask):
+        query_offset = _fitting_offset(attn_mask, query, key)
+        attn_mask, is_causal = None, True
     if not enable_gqa:
         query, key, value = _equal_heads(query, key, value)
-    if attn_mask is not None and not (torch.compiler.is_compiling() or query.is_cuda):
-        known = sizes(query.shape, key.shape, value.shape)
-        pair_array("attn_mask", _tensors.array_of("attn_mask", attn_mask), MASK_NAMES, known)
+    if attn_mask is not None and not torch.compiler.is_compiling():
+        _tensors.check("attn_mask", attn_mask)
+        if not (query.is_cuda or overridden(torch, type(attn_mask))):
+            known = sizes(query.shape, key.shape, value.shape)
+            pair_array("attn_mask", _tensors.array_of("attn_mask", attn_mask), MASK_NAMES, known)
     out: Tensor = attention(
         query,
         key,
@@ -145,19 +177,31 @@ def _called_as_torch(
         mask=attn_mask,
         scale=scale,
         is_causal=is_causal,
-        query_offset=0 if is_causal else None,
+        query_offset=query_offset,
         dropout_p=dropout_p,
         seed=drawn_seed(dropout_p),
     )
     return out
 
 
+def _fitting_offset(bias: Any, query: Tensor, key: Tensor) -> int:
+    """Return where the first query stands by a CausalBias that was made for these lengths."""
+    lengths = query.shape[-2:-1] + key.shape[-2:-1]
+    if lengths != (bias.seq_len_q, bias.seq_len_kv):
+        raise ValueError(
+            f"attn_mask must be a CausalBias for the lengths of query and key, {tuple(lengths)}, "
+            f"got one for {(bias.seq_len_q, bias.seq_len_kv)}"
+        )
+    return _tensors.causal_offset(bias)
+
+
 def drawn_seed(dropout_p: float) -> Any:
     """Return a seed from torch's default generator; None, and draw none, without dropout."""
     if not dropout_p > 0:
         return None
-    seed = torch.randint(MOST_SEEDS, ())
-    return seed if torch.compiler.is_compiling() else int(seed)
+    seed = torch.randint(MOST_SEEDS, (), device="cpu")
+    traced = torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0
+    return seed if traced else int(seed)
 
 
 def _equal_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -233,10 +277,11 @@ def attention(
     fastattn.attention : what the arguments mean.
     """
     return _called(
+        attention,
         query,
         key,
         value,
-        (None, None),
+        (),
         mask,
         bias,
         scale,
@@ -314,6 +359,7 @@ def varlen_attention(
         if x is None:
             raise TypeError(f"{name} must be a tensor or array of integers, not None")
     return _called(
+        varlen_attention,
         query,
         key,
         value,
@@ -336,10 +382,11 @@ def varlen_attention(
 
 
 def _called(
+    function: Callable[..., Any],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    starts: tuple[Any, Any],
+    starts: tuple[Any, ...],
     mask: Tensor | None,
     bias: Tensor | None,
     scale: float | None,
@@ -355,12 +402,44 @@ def _called(
     return_lse: bool,
     out: Tensor | None,
 ) -> Any:
-    """Compute a call of `attention`, or of `varlen_attention` if there are starts."""
+    """Compute a call of `attention`, or of `varlen_attention` with starts: of `function`."""
+    small = (query_offset, alibi_slopes, sinks, kv_lengths)
+    seen = (query, key, value, *starts, mask, bias, *small, out)
+    ordinary = _tensors.ORDINARY.issuperset(map(type, seen))
+    if not torch.compiler.is_compiling() and (
+        _is_torch_function_mode_enabled() if ordinary else has_torch_function(seen)
+    ):
+        return handle_torch_function(
+            function,
+            seen,
+            query,
+            key,
+            value,
+            *starts,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            is_causal=is_causal,
+            query_offset=query_offset,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            kv_lengths=kv_lengths,
+            dropout_p=dropout_p,
+            seed=seed,
+            return_lse=return_lse,
+            out=out,
+        )
     for name, x in (("query", query), ("key", key), ("value", value)):
         _tensors.check(name, x)
     for name, pairs in (("mask", mask), ("bias", bias)):
         if pairs is not None:
             _tensors.check(name, pairs)
+    if not ordinary:
+        for name, numbers in zip(_kernel.SMALL_NAMES, small, strict=True):
+            if isinstance(numbers, Tensor):
+                _tensors.check_class(name, numbers)
     if is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query, key, value)
     if mask is not None and mask.requires_grad:
@@ -376,7 +455,7 @@ def _called(
         query_offset,
         kv_lengths,
         seed,
-        *starts,
+        *(starts or (None, None)),
         scale,
         is_causal,
         window is not None,
@@ -385,7 +464,7 @@ def _called(
         softcap,
         dropout_p,
     )
-    result, lse = _attend(query, key, value, options, return_lse)
+    result, lse = _attend(query, key, value, options, return_lse, ordinary)
     if out is not None:
         if _wants_grad(query, key, value, bias, sinks):
             raise ValueError("out must not be given where an argument requires grad")
@@ -400,17 +479,27 @@ def _called(
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, options: Options, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: Options,
+    return_lse: bool,
+    ordinary: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    """Compute the call; ordinary: no argument is of another library."""
     if torch.compiler.is_compiling():
         return _operator.attend(query, key, value, options)
-    if not (unobserved() and type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN):
+    if not (unobserved() and (ordinary or _are_plain(query, key, value, *options))):
         _refuse_transforms(query, key, value)
         return _operator.attend(query, key, value, options)
     bias, sinks = options[1:3]
     if _wants_grad(query, key, value, bias, sinks):
         return _Attention.apply(query, key, value, bias, sinks, options, return_lse)  # type: ignore[no-any-return]
     return _kernel.forward(query, key, value, options, return_lse)
+
+
+def _are_plain(*arguments: Any) -> bool:
+    return all(type(x) in PLAIN for x in arguments if isinstance(x, Tensor))
 
 
 def unobserved() -> bool:
@@ -430,9 +519,13 @@ def _refuse_transforms(*tensors: Tensor) -> None:
             "fastattn.torch does not work under torch.func's transforms (grad, vmap, jvp ..): "
             "torch.nn.functional.scaled_dot_product_attention does"
         )
+    _refuse_tangents(*tensors)
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
     if forward_ad._current_level >= 0:
         for x in tensors:
-            if forward_ad.unpack_dual(x).tangent is not None:
+            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
                 raise NotImplementedError("fastattn.torch has no forward-mode derivatives")
 
 
@@ -476,8 +569,8 @@ class _Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         wanted = ctx.needs_input_grad[3:5]
         options = _kernel.joined(tensors, ctx.others)
-        compute = _Gradients.apply if torch.is_grad_enabled() else _kernel.backward
-        grads = compute(grad_out, query, key, value, out, lse, grad_lse, options, *wanted)
+        saved = (query, key, value, out, lse)
+        grads = _gradients(grad_out, *saved, grad_lse, options, *wanted)
         return *grads, None, None
 
 
@@ -497,9 +590,8 @@ class _PlainAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         options = _kernel.plain_options(ctx.scale, ctx.is_causal)
-        compute = _Gradients.apply if torch.is_grad_enabled() else _kernel.backward
         saved = (query, key, value, out, lse)
-        dq, dk, dv, *_ = compute(grad_out, *saved, None, options, False, False)
+        dq, dk, dv, *_ = _gradients(grad_out, *saved, None, options, False, False)
         return dq, dk, dv, None, None
 
 
@@ -512,4 +604,29 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        raise NotImplementedError("fastattn.torch has no second derivatives")
+        raise NotImplementedError(_operator.NO_SECOND)
+
+
+def _gradients(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    options: Options,
+    *wanted: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients: by the operator if torch watches, or gives many grad_out as one."""
+    call = (grad_out, query, key, value, out, lse, grad_lse, options, *wanted)
+    if unobserved() and _is_one(grad_out) and _is_one(grad_lse):
+        compute = _Gradients.apply if is_grad_enabled() else _kernel.backward
+        return compute(*call)
+    _refuse_tangents(grad_out, grad_lse)
+    return _operator.gradients(*call)
+
+
+def _is_one(grad: Tensor | None) -> bool:
+    """Tell whether a gradient is a tensor and not many, of is_grads_batched or of a class."""
+    return grad is None or (type(grad) in PLAIN and not is_legacy_batchedtensor(grad))

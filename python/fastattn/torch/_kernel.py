@@ -27,6 +27,7 @@ Options = tuple[Any, ...]
 MAY_BE_TENSORS = 9
 STARTS = slice(7, 9)
 STARTS_NAMES = ("cu_seqlens_q", "cu_seqlens_kv")
+SMALL_NAMES = ("query_offset", "alibi_slopes", "sinks", "kv_lengths")
 calls: Any = fastattn  # with arguments in a dict
 SEEDS = 2**64
 

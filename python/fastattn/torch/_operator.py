@@ -27,25 +27,57 @@ NUMBERS = (
 )
 OPERANDS = "Tensor query, Tensor key, Tensor value"
 SIGNED = 2**63
+NO_SECOND = (
+    "fastattn.torch has no second derivatives: torch's own function has them, which answers under "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), where fastattn.torch.patch and "
+    "fastattn.torch.scaled_dot_product_attention leave the call to it"
+)
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, options: Options
 ) -> tuple[Tensor, Tensor | None]:
     """Return out and lse, by the operator."""
-    mask, bias, sinks, slopes, offset, lengths, seed, *starts = options[: _kernel.MAY_BE_TENSORS]
-    numbers = options[_kernel.MAY_BE_TENSORS :]
-    if isinstance(seed, int) and seed >= SIGNED:
-        seed -= 2 * SIGNED
-    small = (sinks, slopes, offset, lengths, seed, *starts)
-    out, lse = torch.ops.fastattn.attention(
-        query, key, value, mask, bias, *map(_as_tensor, small), *numbers
-    )
+    out, lse = torch.ops.fastattn.attention(query, key, value, *_arguments(options))
     return out, lse
 
 
+def gradients(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    options: Options,
+    *wanted: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return what `_kernel.backward` does, by the operator."""
+    saved = (grad_out, query, key, value, out, lse, grad_lse)
+    *grads, dbias, dsinks = torch.ops.fastattn.attention_backward(
+        *saved, *_arguments(options), *wanted
+    )
+    return *grads, dbias if wanted[0] else None, dsinks if wanted[1] else None
+
+
+def _arguments(options: Options) -> Options:
+    """Return the options as the operators take them."""
+    mask, bias, sinks, slopes, offset, lengths, seed, *starts = options[: _kernel.MAY_BE_TENSORS]
+    if isinstance(seed, int) and seed >= SIGNED:
+        seed -= 2 * SIGNED
+    small = (sinks, slopes, offset, lengths, seed, *starts)
+    return (mask, bias, *map(_as_tensor, small), *options[_kernel.MAY_BE_TENSORS :])
+
+
 def _as_tensor(x: Any) -> Tensor | None:
-    return x if x is None or isinstance(x, Tensor) else torch.as_tensor(x)
+    """Return numbers as a tensor on the CPU, whatever torch's default device and dtype are."""
+    if x is None or isinstance(x, Tensor):
+        return x
+    numbers = torch.as_tensor(x, device="cpu")
+    if numbers.is_floating_point() and not hasattr(x, "dtype"):
+        return torch.as_tensor(x, dtype=torch.float64, device="cpu")
+    return numbers
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -148,6 +180,30 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return dq, dk, dv, None, dbias if needs[4] else None, dsinks if needs[5] else None, *rest
 
 
+def _no_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    raise NotImplementedError(NO_SECOND)
+
+
+# Many grad_out at once.
+
+
+def _backward_vmap(
+    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Compute one gradient after the other."""
+    each = [
+        torch.ops.fastattn.attention_backward(
+            *(
+                x if dim is None else x.select(dim, i)
+                for x, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    grads = tuple(map(torch.stack, zip(*each, strict=True)))
+    return grads, (0,) * len(grads)
+
+
 attention_operator = torch.library.custom_op(
     "fastattn::attention",
     _forward,
@@ -168,3 +224,5 @@ backward_operator = torch.library.custom_op(
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 backward_operator.register_fake(_backward_fake)
+backward_operator.register_autograd(_no_autograd)
+backward_operator.register_vmap(_backward_vmap)

@@ -706,8 +706,8 @@ def test_a_part_that_transformers_passes_over():
     assert model.encoder.config._attn_implementation != "fastattn"
 
 
-def test_sweep():
-    """The script that sweeps all models tells those that run from those that are refused."""
+def test_sweep(monkeypatch):
+    """The script that sweeps all models tells those that run, are refused, or are wrong."""
     path = Path(__file__).parent / "sweeps" / "transformers_models.py"
     spec = importlib.util.spec_from_file_location("transformers_models", path)
     sweep = importlib.util.module_from_spec(spec)
@@ -718,6 +718,13 @@ def test_sweep():
     }
     assert found == {"bert": "equal", "git": "refused", "mamba": "equal, without attention"}
     assert len(sweep.classes()) > 800
+    theirs = fastattn.transformers._attention.attention
+    monkeypatch.setattr(
+        fastattn.transformers._attention,
+        "attention",
+        lambda *arguments, **named: (theirs(*arguments, **named)[0] * 0.99, None),
+    )
+    assert sweep.in_a_child("bert", "BertModel")["status"] == "differs"
 
 
 # What stands for a mask, in the hands of others.

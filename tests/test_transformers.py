@@ -659,7 +659,7 @@ def test_models_with_attention_of_their_own(name):
 
 @pytest.mark.parametrize("name", MIXED)
 def test_models_with_attention_of_both_kinds(name):
-    own = {"git": "GitSelfAttention", "bigbird_pegasus": "BigBirdPegasusSelfAttention"}[name]
+    own = {"git": "GitAttention", "bigbird_pegasus": "BigBirdPegasusSelfAttention"}[name]
     refused = f"does not support attn_implementation='fastattn': it .* in its own way in {own}, "
     with pytest.raises(ValueError, match=refused):
         model_of(name, "fastattn")
@@ -687,7 +687,7 @@ def test_a_part_that_asks_for_attention_may_have_it():
 
 
 def test_a_part_that_transformers_passes_over():
-    """It warns and goes on; the part would keep its own attention, and nobody would know."""
+    """A part with a config and attention of its own keeps both, as when the model is made."""
     mpnet = transformers.MPNetConfig(
         hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=VOCABULARY
     )
@@ -696,14 +696,23 @@ def test_a_part_that_transformers_passes_over():
     )
     model = transformers.EncoderDecoderModel(
         encoder=transformers.MPNetModel(mpnet), decoder=transformers.BertLMHeadModel(decoder)
-    )
-    before = [m.config._attn_implementation for m in parts_of(model)]
+    ).eval()
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(2, 9, seed=1)}
+    expected = model(**inputs).logits
+    for told in ("fastattn", {"decoder": "fastattn"}):
+        model.set_attn_implementation("eager")
+        model.set_attn_implementation(told)
+        assert model.decoder.config._attn_implementation == "fastattn"
+        assert model.encoder.config._attn_implementation != "fastattn"
+        torch.testing.assert_close(model(**inputs).logits, expected, **TOLERANCE)
     with pytest.raises(ValueError, match="MPNetModel does not support"):
-        model.set_attn_implementation("fastattn")
-    assert [m.config._attn_implementation for m in parts_of(model)] == before
-    model.set_attn_implementation({"decoder": "fastattn"})
-    assert model.decoder.config._attn_implementation == "fastattn"
-    assert model.encoder.config._attn_implementation != "fastattn"
+        model.encoder.set_attn_implementation("fastattn")
+
+
+def test_a_model_with_a_table_of_implementations():
+    config = transformers.SamConfig()
+    with pytest.raises(ValueError, match="in its own way in SamVisionLayer, without"):
+        transformers.SamModel._from_config(config, attn_implementation="fastattn")
 
 
 def test_sweep(monkeypatch):

@@ -62,6 +62,8 @@ def attention(
     weights : Tensor of shape (batch, q_heads, q_len, kv_len), or None
         Without dropout, and without a gradient.
     """
+    if type(attention_mask) is Pattern and attention_mask.is_made:
+        attention_mask = attention_mask.whole()
     _refuse(module, attention_mask, s_aux, others)
     seen: dict[str, Any]
     if type(attention_mask) is Pattern:
@@ -90,6 +92,8 @@ def _refuse(
     others: dict[str, Any],
 ) -> None:
     """Refuse what would change the result, and is not done here."""
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, not {type(attention_mask).__name__}")
     for name, what in (
         ("indices", "sparse attention by indices of keys"),
         ("block_indices", "sparse attention by indices of blocks"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
@@ -32,7 +33,7 @@ class Pattern(Tensor):
     Whatever needs the numbers, of torch or of others, finds the mask itself, made then: a model may
     slice it or combine it with another, a calibrator save it or send it to a process. From then on
     the mask counts, since it may have been written to. Only scores, as layers of other kinds have
-    them beside ours, it must not be added to.
+    them beside ours, it must not be added to, and neither must what is made of it.
     """
 
     _seen: dict[str, Any]
@@ -47,20 +48,33 @@ class Pattern(Tensor):
         self._whole = None
         return self
 
+    @classmethod
+    def of(cls, mask: Tensor) -> Self:
+        """Return the pattern of a mask that there is."""
+        self = cls(tuple(mask.shape), {})
+        self._whole = mask
+        return self
+
+    @property
+    def is_made(self) -> bool:
+        """Whether there is the mask itself, which counts then."""
+        return self._whole is not None
+
     def seen(self) -> dict[str, Any]:
-        """Return keywords of `fastattn.attention` that say what is seen."""
-        return dict(self._seen) if self._whole is None else {"mask": self._whole}
+        """Return keywords of `fastattn.attention` that say what is seen, before it is made."""
+        return dict(self._seen)
 
     def whole(self) -> Tensor:
-        """Return the mask itself."""
+        """Return the mask itself, with numbers even where a mode of torch makes fakes of tensors."""
         if self._whole is None:
-            self._whole = _whole(tuple(self.shape), **self._seen)
+            with torch.inference_mode(False), _disable_current_modes():
+                self._whole = _whole(tuple(self.shape), **self._seen)
         return self._whole
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """Return another pattern, or a copy of the mask if there is one."""
+        """Return another pattern, with a copy of the mask if there is one."""
         if self._whole is not None:
-            return copy.deepcopy(self._whole, memo)
+            return Pattern.of(copy.deepcopy(self._whole, memo))
         return Pattern(tuple(self.shape), copy.deepcopy(self._seen, memo))
 
     @classmethod
@@ -71,11 +85,17 @@ class Pattern(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run a function or a method of torch on the masks themselves."""
+        """Run a function or a method of torch on the masks themselves; a mask stays a pattern."""
         if function in DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
-        return _on_masks(function, function.__name__, args, kwargs)
+        found = _on_masks(function, getattr(function, "__name__", ""), args, kwargs)
+        if type(found) is not Tensor or function is Tensor.as_subclass:
+            return found
+        is_mask = (
+            found.dtype == torch.bool and found.dim() == 4 and not torch.compiler.is_compiling()
+        )
+        return Pattern.of(found) if is_mask else found
 
     @classmethod
     def __torch_dispatch__(
@@ -94,7 +114,7 @@ def _on_masks(
 ) -> Any:
     """Call a function with masks in the place of patterns, unless it adds one to scores."""
     if name.strip("_") in ("add", "radd", "iadd") and any(
-        isinstance(x, Tensor) and x.is_floating_point() for x in args
+        isinstance(x, Tensor) and x.is_floating_point() for x in (*args, *(kwargs or {}).values())
     ):
         raise NotImplementedError(
             "a layer adds its bool mask to scores: it computes attention in its own way, "
@@ -147,9 +167,9 @@ def mask(
 ) -> Tensor | None:
     """Say what each query sees, in the cheapest way that is right.
 
-    A `Pattern` where the kernel's arguments say it; None for a single query that sees all keys;
-    else the mask that transformers makes for torch's function. None for more queries would leave
-    to each layer whether it is causal, and some are wrong about themselves.
+    A `Pattern` in the kernel's arguments where they say it; None for a single query that sees all
+    keys; else the mask that transformers makes for torch's function. None for more queries would
+    leave to each layer whether it is causal, and some are wrong about themselves.
 
     Parameters
     ----------
@@ -196,7 +216,7 @@ def mask(
     first, first_key = int(q_offset), int(kv_offset)
     known = _known(mask_function, max(first + q_length, first_key + kv_length))
     if known is None:
-        return make()
+        return Pattern.of(make())
     causal_layer, left, right = known
     offset = first - first_key  # of the first query, among the keys
     end = offset + q_length  # of the queries, likewise

@@ -75,8 +75,10 @@ def _refuse_models() -> None:
         before = {id(m.config): (m.config, m.config._attn_implementation_internal) for m in parts}
         try:
             set_implementation(self, attn_implementation, **kwargs)
-            for part in parts:  # some are passed over, with a warning
-                if NAME in (attn_implementation, part.config._attn_implementation):
+            if attn_implementation == NAME:  # transformers would warn, and go on without
+                _refuse(type(self))
+            for part in parts:
+                if part.config._attn_implementation == NAME:
                     _refuse(type(part))
         except ValueError:
             for config, implementation in before.values():
@@ -111,9 +113,10 @@ def _asks_for_attention(model: Any) -> bool:
 
 @functools.cache
 def _own_attention(model: type) -> str | None:
-    """Return the name of a layer's class that adds a mask to scores by itself, if there is one.
+    """Return the name of a class in a model that does not ask for attention, if there is one.
 
-    Among all classes of modules that the source of the model names, and that theirs does.
+    It adds a mask to scores by itself, or chooses its layers from a table of implementations that
+    does not have ours. Of all classes of modules that the source of the model names, and theirs.
     """
     met, waiting = set(), [model]
     while waiting:
@@ -124,9 +127,10 @@ def _own_attention(model: type) -> str | None:
         waiting += [base for base in kind.__bases__ if issubclass(base, nn.Module)]
         source = _classes_of(kind.__module__).get(kind.__name__)
         if source is not None:
-            if _adds_mask(source):
+            names = vars(sys.modules[kind.__module__])
+            if _adds_mask(source) or _chooses_from_table(source, names):
                 return kind.__name__
-            waiting += _modules_named(source, vars(sys.modules[kind.__module__]))
+            waiting += _modules_named(source, names)
     return None
 
 
@@ -150,6 +154,19 @@ def _modules_named(source: ast.ClassDef, names: dict[str, Any]) -> Iterator[type
             for x in found.values() if isinstance(found, dict) else (found,):
                 if isinstance(x, type) and issubclass(x, nn.Module):
                     yield x
+
+
+def _chooses_from_table(source: ast.ClassDef, names: dict[str, Any]) -> bool:
+    """Tell whether a class looks its implementation up in a dict that does not have ours."""
+    return any(
+        isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Name)
+        and isinstance(node.slice, ast.Attribute)
+        and node.slice.attr == "_attn_implementation"
+        and isinstance(names.get(node.value.id), dict)
+        and NAME not in names[node.value.id]
+        for node in ast.walk(source)
+    )
 
 
 def _adds_mask(source: ast.ClassDef) -> bool:

@@ -605,6 +605,8 @@ EXPORTERS = [
     (Altered(X, lanes=2), READ + "Altered: NumPy has no dtype for float32 in 2 lanes"),
     (Altered(X, code=10, bits=8), READ + "Altered: NumPy has no dtype for DLPack code 10, 8"),
     (Altered(X, bits=4), READ + "Altered: NumPy has no dtype for float4"),
+    (Altered(X, shape=None), READ + "Altered: it has no shape of 4 axes"),
+    (Altered(X, ndim=-1), READ + "Altered: it has no shape of -1 axes"),
     (Exported(X.astype(np.int32)), None),
     (Exported(X[..., :3]), "key has head_dim 3 but query has head_dim 4 (key.shape=(1, 2, 3, 3), "
                            "query.shape=(1, 2, 3, 4))"),

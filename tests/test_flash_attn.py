@@ -551,6 +551,11 @@ BAD = {
         TypeError,
         "window_size must be a pair (left, right), not 3",
     ),
+    "window of fractions": (
+        {"window_size": (1.5, 0)},
+        TypeError,
+        "window_size must be a pair of integers, not (1.5, 0)",
+    ),
     "device": (
         {"q": torch.ones(3, 2, HEADS, DIM, device="meta")},
         TypeError,

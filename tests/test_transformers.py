@@ -17,6 +17,7 @@ import pytest
 torch = pytest.importorskip("torch", exc_type=ImportError)
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils  # noqa: E402
 
 import fastattn  # noqa: E402
@@ -786,10 +787,10 @@ COPIES = {
 @pytest.mark.parametrize("name", COPIES)
 def test_a_pattern_that_is_copied_or_converted(name):
     """Calibrators store what a layer was called with, and replay it."""
-    expected, whole = attended(pattern()), pattern() & True
+    expected, whole = attended(pattern()), pattern().whole()
     mask = pattern()
     copied = COPIES[name](mask)
-    assert torch.equal(copied.bool() & True, whole)
+    assert torch.equal(copied.bool(), whole)
     torch.testing.assert_close(attended(copied.bool()), expected, **TOLERANCE)
     torch.testing.assert_close(attended(mask), expected, **TOLERANCE)
 
@@ -807,7 +808,7 @@ def test_a_copy_of_a_pattern_is_none_of_the_original():
 
 
 def test_a_pattern_prints_as_the_mask():
-    assert repr(pattern()) == repr(pattern() & True)
+    assert repr(pattern()) == repr(pattern().whole())
 
 
 def sum_of(mask):
@@ -853,7 +854,7 @@ def methods_that_differ():
     return [
         name
         for name in sorted(set(dir(torch.Tensor)) - differ - random)
-        if not alike(*(outcome(x, name) for x in (pattern(), pattern() & True)))
+        if not alike(*(outcome(x, name) for x in (pattern(), pattern().whole())))
     ]
 
 
@@ -876,6 +877,58 @@ def test_a_pattern_whose_memory_is_asked_for_is_an_error():
 def test_a_pattern_is_not_added_to_scores(add):
     with pytest.raises(NotImplementedError, match="a layer adds its bool mask to scores"):
         add(torch.zeros(2, 4, 6, 6), pattern())
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda mask: mask[..., :6],
+        lambda mask: mask & torch.ones(2, 1, 6, 6, dtype=torch.bool),
+        lambda mask: mask.expand(2, 2, 6, 6),
+        copy.deepcopy,
+        lambda mask: torch.nn.Parameter(mask, requires_grad=False),
+    ],
+)
+def test_what_is_made_of_a_pattern_is_not_added_to_scores(made):
+    mask = made(pattern())
+    with pytest.raises(NotImplementedError, match="a layer adds its bool mask to scores"):
+        torch.zeros(2, 2, 6, 6) + mask
+    torch.testing.assert_close(attended(mask), attended(pattern()), **TOLERANCE)
+
+
+def test_what_is_made_of_a_pattern_elsewhere_is_there():
+    assert pattern().to("meta").device.type == "meta"
+    assert pattern().to_sparse().layout == torch.sparse_coo
+
+
+def test_a_layer_told_by_its_config_alone():
+    """Nobody is asked then; its mask is none that the kernel has words for."""
+    model = model_of("git", "eager")
+    model.config._attn_implementation = "fastattn"
+    with pytest.raises(NotImplementedError, match="a layer adds its bool mask to scores"):
+        model(input_ids=tokens())
+
+
+def test_the_mask_has_numbers_whoever_asks_first():
+    """The pattern outlives those who trace with it."""
+    expected = attended(pattern())
+    mask = pattern()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mask.sum()
+    torch.testing.assert_close(attended(mask), expected, **TOLERANCE)
+    mask = pattern()
+    with torch.inference_mode():
+        mask.sum()
+    mask[:, :, 0] = False
+    assert (attended(mask)[:, 0] == 0).all()
+    mask, others = pattern(), torch.ones(3, 2, 1, 6, 6, dtype=torch.bool)
+    assert torch.equal(torch.vmap(lambda other: other & mask)(others)[2], mask)
+    torch.testing.assert_close(attended(mask), expected, **TOLERANCE)
+
+
+def test_a_mask_that_is_no_tensor():
+    with pytest.raises(TypeError, match="attention_mask must be a tensor, not ndarray"):
+        attended(np.ones((2, 1, 6, 6), dtype=bool))
 
 
 def test_a_model_that_extends_one():
@@ -915,6 +968,8 @@ def test_packed_sequences_without_positions(name):
     for mask in (None, torch.ones(1, 24, dtype=torch.long)):
         with pytest.raises(NotImplementedError, match="got cu_seq_lens_q of 2 sequences without"):
             model(input_ids=ids, attention_mask=mask, **PACKED)
+    with pytest.raises(NotImplementedError, match="got cu_seq_lens_k of 2 sequences without"):
+        model(input_ids=ids, **PACKED | {"cu_seq_lens_q": None})
     one = PACKED | {"cu_seq_lens_q": STARTS[::2], "cu_seq_lens_k": STARTS[::2]}
     assert torch.equal(model(input_ids=ids, **one)[0], model(input_ids=ids)[0])
 
@@ -965,7 +1020,7 @@ def test_a_mask_made_for_other_lengths(batch, q_len, kv_len):
         attend(torch.nn.Module(), query, key, key, pattern())
     if kv_len != 1:
         with pytest.raises(ValueError, match="mask"):
-            attend(torch.nn.Module(), query, key, key, pattern() & True)
+            attend(torch.nn.Module(), query, key, key, pattern().whole())
 
 
 def test_mask_without_axes():

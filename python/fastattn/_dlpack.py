@@ -132,6 +132,8 @@ def array_of(x: Any, to_write: bool = False) -> Array:
         lanes = "" if tensor.lanes == 1 else f" in {tensor.lanes} lanes"
         raise BufferError(f"NumPy has no dtype for {dtype}{lanes}")
     held = np.dtype(DTYPES[dtype])
+    if tensor.ndim < 0 or (tensor.ndim > 0 and not tensor.shape):
+        raise BufferError(f"it has no shape of {tensor.ndim} axes")
     shape = tuple(tensor.shape[: tensor.ndim])
     strides: Any = None  # contiguous
     if tensor.strides:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,8 @@ def window_sides(window_size: Any) -> tuple[int | None, int | None]:
         return None, None
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         raise TypeError(f"window_size must be a pair (left, right), not {window_size!r}")
+    if not all(side is None or isinstance(side, numbers.Integral) for side in window_size):
+        raise TypeError(f"window_size must be a pair of integers, not {window_size!r}")
     left, right = (None if side is None or side < 0 else int(side) for side in window_size)
     return left, right
 

@@ -109,11 +109,12 @@ def _refuse(
             f"{type(module).__name__} has sinks, and does not pass them to "
             "attn_implementation='fastattn' as s_aux"
         )
-    starts = others.get("cu_seq_lens_q")
-    if starts is not None and len(starts) > 2 and not _tells_apart(attention_mask, starts):
+    given = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if others.get(name) is not None]
+    starts = [others[name] for name in given]
+    if starts and len(starts[0]) > 2 and not _tells_apart(attention_mask, starts[0], starts[-1]):
         raise NotImplementedError(
             "attn_implementation='fastattn' tells packed sequences apart by their position_ids, or "
-            f"by an attention_mask, got cu_seq_lens_q of {len(starts) - 1} sequences without"
+            f"by an attention_mask, got {given[0]} of {len(starts[0]) - 1} sequences without"
         )
     if attention_mask is not None and attention_mask.dim() < 3:
         raise ValueError(
@@ -122,13 +123,13 @@ def _refuse(
         )
 
 
-def _tells_apart(mask: Tensor | None, starts: Tensor) -> bool:
+def _tells_apart(mask: Tensor | None, starts: Tensor, kv_starts: Tensor) -> bool:
     """Tell whether a mask lets no packed sequence see another."""
-    if mask is None or type(mask) is Pattern:
+    if mask is None or type(mask) is Pattern or len(starts) != len(kv_starts):
         return False
-    inner = starts[1:-1].tolist()
     hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
-    return all(bool(hidden[..., i:, :i].all() & hidden[..., :i, i:].all()) for i in inner)
+    inner = zip(starts[1:-1].tolist(), kv_starts[1:-1].tolist(), strict=True)
+    return all(bool(hidden[..., i:, :j].all() & hidden[..., :i, j:].all()) for i, j in inner)
 
 
 def _check_lengths(mask: Pattern, query: Tensor, key: Tensor) -> None:

@@ -65,7 +65,7 @@ class Pattern(Tensor):
         return dict(self._seen)
 
     def whole(self) -> Tensor:
-        """Return the mask itself, with numbers even where a mode of torch makes fakes of tensors."""
+        """Return the mask itself, with its numbers also where torch traces with fake tensors."""
         if self._whole is None:
             with torch.inference_mode(False), _disable_current_modes():
                 self._whole = _whole(tuple(self.shape), **self._seen)
@@ -90,12 +90,9 @@ class Pattern(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         found = _on_masks(function, getattr(function, "__name__", ""), args, kwargs)
-        if type(found) is not Tensor or function is Tensor.as_subclass:
+        if function is Tensor.as_subclass or not _is_mask(found):
             return found
-        is_mask = (
-            found.dtype == torch.bool and found.dim() == 4 and not torch.compiler.is_compiling()
-        )
-        return Pattern.of(found) if is_mask else found
+        return Pattern.of(found)
 
     @classmethod
     def __torch_dispatch__(
@@ -107,6 +104,15 @@ class Pattern(Tensor):
     ) -> Any:
         """Run an operator on the masks themselves: of a caller for whom there are no subclasses."""
         return _on_masks(operator, operator.overloadpacket.__name__, args, kwargs)
+
+
+def _is_mask(x: Any) -> bool:
+    """Tell whether x is a mask with numbers, not one that a transform or the compiler follows."""
+    if type(x) is not Tensor or x.dtype != torch.bool or x.dim() != 4:
+        return False
+    if x.device.type != "cpu" or x.layout != torch.strided:
+        return False
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def _on_masks(

@@ -180,14 +180,23 @@ def _adds_mask(source: ast.ClassDef) -> bool:
         masks = {x.arg for x in arguments if "mask" in x.arg}
         softmax, added = False, False
         for node in ast.walk(method):
-            if isinstance(node, ast.Call):
+            if isinstance(node, ast.Assign) and _named(node.value) in masks:
+                masks |= {_named(x) for x in node.targets}
+            elif isinstance(node, ast.Call):
                 name = getattr(node.func, "attr", getattr(node.func, "id", ""))
                 softmax |= name == "softmax"
             elif isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.Add):
                 terms = (
                     (node.value,) if isinstance(node, ast.AugAssign) else (node.left, node.right)
                 )
-                added |= any(isinstance(x, ast.Name) and x.id in masks for x in terms)
+                added |= any(_named(x) in masks for x in terms)
         if softmax and added:
             return True
     return False
+
+
+def _named(x: ast.expr) -> str:
+    """Return the name of what an expression is, or is a part of; "" if it has none."""
+    while isinstance(x, ast.Subscript):
+        x = x.value
+    return x.id if isinstance(x, ast.Name) else ""

@@ -52,18 +52,19 @@ class Blocks {
             if (items() >= kBlocksPerThread * threads_ && kernel_bytes() <= room) break;
         }
         cut(panels);
-        rows_bytes_ = rounded(size_t(block_rows_) * sizeof(Row));
+        rows_bytes_ = room_for(size_t(block_rows_) * sizeof(Row));
         scratch_bytes_ = rows_bytes_ + kernel_bytes();
     }
 
     bool run(Interrupt interrupt) const {
         if (items() == 0) return true;
         const Memory memory = allocate(scratch_bytes_ * size_t(threads_));
-        return parallel_for(
-            items(), threads_, interrupt, [&](int64_t item, int worker, const Stop& stop) {
-                functions_.attend(block(item, memory.get() + size_t(worker) * scratch_bytes_, stop),
-                                  nullptr);
-            });
+        return parallel_for(items(), threads_, interrupt,
+                            [&](int64_t item, int worker, const Stop& stop) {
+                                char* const mine = memory.get() + size_t(worker) * scratch_bytes_;
+                                functions_.attend(block(item, mine, stop), nullptr);
+                                take_back(mine, scratch_bytes_);
+                            });
     }
 
     // Of sequences that are all alike in length.
@@ -108,7 +109,7 @@ class Blocks {
     size_t kernel_bytes() const {
         Block block = call_.shared_block();
         block.row_count = int(block_rows_);
-        return rounded(functions_.scratch_bytes(block));
+        return room_for(functions_.scratch_bytes(block));
     }
 
     // Counts one of each batch elements, heads and blocks that are alike, as often as it occurs.
@@ -129,6 +130,7 @@ class Blocks {
             TileCounts one{};
             functions_.count(
                 block((batch * args_.kv_heads + head) * blocks_ + index, memory.get(), {}), one);
+            take_back(memory.get(), scratch_bytes_);
             int64_t times = batches / some_batches * (args_.kv_heads / some_heads);
             if (index > 0) times *= (blocks_ - 1) / (some_blocks - 1);
             counts.skipped += times * one.skipped;
@@ -193,6 +195,7 @@ class Blocks {
                 const Stop& stop) const {
         const int64_t first = index * block_rows_;
         Row* const rows_here = reinterpret_cast<Row*>(memory);
+        lend(rows_here, block_rows_);
         Block block = call_.shared_block();
         block.rows = rows_here;
         block.row_count = int(std::min(rows(sequence) - first, block_rows_));

@@ -34,7 +34,7 @@ class Backward {
           args_(args),
           functions_(call_.functions.gradients),
           strip_rows_(functions_.strip_rows(call_.shared_block())),
-          sums_bytes_(rounded(functions_.query_sums_bytes(call_.shared_block()))) {
+          sums_bytes_(room_for(functions_.query_sums_bytes(call_.shared_block()))) {
         if (args.call.q_heads == 0) return;
         find_groups();
         double seconds = 0;
@@ -50,12 +50,12 @@ class Backward {
         }
         slots_ = std::clamp(kSumsBytes / most, size_t(1), size_t(threads_));
         make_items();
-        rows_bytes_ = rounded(size_t(strip_rows_) * sizeof(Row));
-        more_bytes_ = rounded(size_t(strip_rows_) * sizeof(GradientRow));
+        rows_bytes_ = room_for(size_t(strip_rows_) * sizeof(Row));
+        more_bytes_ = room_for(size_t(strip_rows_) * sizeof(GradientRow));
         Block block = call_.shared_block();
         block.row_count = strip_rows_;
         scratch_bytes_ =
-            rows_bytes_ + more_bytes_ + rounded(functions_.scratch_bytes(block, block_keys_));
+            rows_bytes_ + more_bytes_ + room_for(functions_.scratch_bytes(block, block_keys_));
     }
 
     bool run(Interrupt interrupt) {
@@ -232,6 +232,8 @@ class Backward {
         block.dv = {call_.rows(args_.dv, sequence.batch).at(head.kv_head, sequence.kv_start),
                     args_.dv.row_stride, 0};
         block.dbias_stride = args_.dbias.col_stride;
+        lend(rows, strip_rows_);
+        lend(more, strip_rows_);
         functions_.begin_keys(block);
         const int64_t count = sequence.q_len * call_.group;
         for (int64_t strip = 0; strip < head.strips; ++strip) {
@@ -253,12 +255,16 @@ class Backward {
             const int64_t mine = item.block - first_block;
             const auto reached = [&] { return turn.load(std::memory_order_acquire) == mine; };
             if (!wait(stop, reached)) return false;
-            block.query_sums = sums_ + place * sums_bytes_;
+            char* const sums = sums_ + place * sums_bytes_;
+            lend(sums, int64_t(sums_bytes_ - kRedZone));
+            block.query_sums = sums;
             functions_.add_query_sums(block, mine == 0);
             if (item.block == last_block) functions_.store_query_sums(block);
+            take_back(sums, sums_bytes_);
             turn.store(mine + 1, std::memory_order_release);
         }
         functions_.finish_keys(block);
+        take_back(memory, scratch_bytes_);
         return true;
     }
 

@@ -162,9 +162,10 @@ void Call::set_rows(Row* to, int count, const Sequence& s, int64_t kv_head, int6
 
 Memory allocate(size_t bytes) {
     // A whole number of alignments, which aligned_alloc may insist on.
-    const size_t whole = rounded(std::max<size_t>(bytes, 1));
+    const size_t whole = std::max(room_for(bytes) - kRedZone, kScratchAlignment);
     void* const memory = std::aligned_alloc(kScratchAlignment, whole);
     if (memory == nullptr) throw std::bad_alloc();
+    take_back(memory, whole);
     return Memory(static_cast<char*>(memory), &std::free);
 }
 

@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "kernel.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace fastattn {
 
@@ -85,12 +86,9 @@ class Call {
                   int64_t first) const;
 };
 
-// Scratch memory, aligned for vectors.
+// Scratch memory, aligned for vectors. None of it is lent yet.
 using Memory = std::unique_ptr<char, void (*)(void*)>;
 Memory allocate(size_t bytes);  // throws std::bad_alloc
-inline size_t rounded(size_t bytes) {
-    return (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
-}
 
 // The sequences of few queries (decode.cpp). False: interrupted.
 bool attend_few(const Call& call, Interrupt interrupt);

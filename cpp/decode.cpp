@@ -107,19 +107,22 @@ class Few {
         size_t most = 0;
         if (pieces.most_few_rows > 0) {
             block.row_count = int(pieces.most_few_rows);
-            most = rows_bytes(block.row_count) + rounded(functions_.few_scratch_bytes(block));
+            most = rows_bytes(block.row_count) + room_for(functions_.few_scratch_bytes(block));
         }
         if (pieces.most_lane_rows > 0) {
             block.row_count = int(pieces.most_lane_rows);
-            const size_t bytes = rounded(functions_.scratch_bytes(block));
+            const size_t bytes = room_for(functions_.scratch_bytes(block));
             most = std::max(most, rows_bytes(block.row_count) + bytes);
         }
         return most;
     }
 
-    size_t carried_bytes(const Slice& slice) const { return slice.rows * head_bytes_; }
+    size_t carried_bytes(const Slice& slice) const {
+        return slice.rows * head_bytes_ + slice.members.size() * heads() * kRedZone;
+    }
     size_t waiting_bytes(const Pieces& pieces) const {
-        return std::min(kWaitingBytes, pieces.rows * head_bytes_) +
+        const size_t all = pieces.rows * head_bytes_ + pieces.list.size() * heads() * kRedZone;
+        return std::min(kWaitingBytes, all) + kRedZone +
                size_t(std::max(pieces.most_few_rows, pieces.most_lane_rows)) * part_bytes_;
     }
 
@@ -140,9 +143,11 @@ class Few {
         const auto waiting = [&](int64_t item) {
             const int place = pieces.list[size_t(item % count)].first;
             const size_t head = size_t(item / count);
-            return (head * pieces.rows + pieces.waiting_at[size_t(place)]) * part_bytes_;
+            return (head * pieces.rows + pieces.waiting_at[size_t(place)]) * part_bytes_ +
+                   size_t(item) * kRedZone;
         };
-        const Memory memory = allocate(scratch * size_t(team) + waiting_bytes(pieces));
+        const size_t waiting_size = waiting_bytes(pieces);
+        const Memory memory = allocate(scratch * size_t(team) + waiting_size);
         char* const parts = memory.get() + scratch * size_t(team);
 
         for (int64_t first = 0, last = 0; first < all; first = last) {
@@ -150,15 +155,18 @@ class Few {
             while (last < all && waiting(last) - before < kWaitingBytes) ++last;
             const auto attend = [&](int64_t index, int worker, const Stop& stop) {
                 const int64_t item = first + index;
-                attend_piece(slice, pieces, item, memory.get() + size_t(worker) * scratch,
-                             parts + (waiting(item) - before), stop);
+                char* const mine = memory.get() + size_t(worker) * scratch;
+                attend_piece(slice, pieces, item, mine, parts + (waiting(item) - before), stop);
+                take_back(mine, scratch);
             };
             const auto merge = [&](int64_t, int, const Stop&) {
                 for (int64_t item = first; item < last; ++item) {
                     merge_piece(slice, pieces, item, parts + (waiting(item) - before), carried,
                                 memory.get());
                 }
+                take_back(memory.get(), scratch);
             };
+            take_back(parts, waiting_size);
             if (team == 1) {  // a small call: one trip
                 const auto both = [&](int64_t, int, const Stop& stop) {
                     for (int64_t index = 0; index < last - first; ++index) attend(index, 0, stop);
@@ -175,6 +183,7 @@ class Few {
         return true;
     }
 
+    size_t heads() const { return size_t(call_.args.kv_heads); }
     size_t rows(const Member& member) const { return size_t(member.sequence.q_len * call_.group); }
 
     // The rows, not head_dim, lie along the vector lanes.
@@ -182,7 +191,7 @@ class Few {
         return int64_t(rows(member)) > functions_.few_rows;
     }
 
-    static size_t rows_bytes(int64_t rows) { return rounded(size_t(rows) * sizeof(Row)); }
+    static size_t rows_bytes(int64_t rows) { return room_for(size_t(rows) * sizeof(Row)); }
 
     // Positions grow with the queries, and so do both ends of what they see.
     void find_stretches(Member& member) const {
@@ -289,6 +298,8 @@ class Few {
         };
         const int64_t each = int64_t(rows(member(0))), count = each * piece.count;
         Row* const rows_here = reinterpret_cast<Row*>(memory);
+        lend(rows_here, count);
+        lend(parts, count * int64_t(part_bytes_));
         for (int i = 0; i < piece.count; ++i) {
             call_.set_rows(rows_here + i * each, int(each), member(i).sequence, kv_head, 0);
         }
@@ -318,17 +329,20 @@ class Few {
             const size_t index = size_t(pieces.order[size_t(i)]);
             const Member& member = slice.members[index];
             const size_t bytes = rows(member) * part_bytes_;
-            char* const into =
-                carried + (kv_head * slice.rows + slice.carried_at[index]) * part_bytes_;
+            char* const into = carried +
+                               (kv_head * slice.rows + slice.carried_at[index]) * part_bytes_ +
+                               (kv_head * slice.members.size() + index) * kRedZone;
             char* const part = parts + size_t(i - piece.first) * bytes;
             if (member.one_stretch()) continue;
             const Block own = block(member, int64_t(kv_head), rows_here, int64_t(rows(member)));
             if (piece.stretch == member.first_stretch) {
+                lend(into, int64_t(bytes));
                 std::memcpy(into, part, bytes);
             } else {
                 functions_.merge_parts(own, into, part);
             }
             if (piece.stretch < member.last_stretch) continue;
+            lend(rows_here, own.row_count);
             call_.set_rows(rows_here, own.row_count, member.sequence, int64_t(kv_head), 0);
             functions_.finish_parts(own, into);
         }

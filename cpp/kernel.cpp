@@ -120,7 +120,7 @@ class Panel {
 
    public:
     static int64_t scratch_elements(const Block& b) {
-        return (b.head_dim + b.value_head_dim + total_rows(b)) * width;
+        return (b.head_dim + b.value_head_dim + total_rows(b)) * width + 3 * kGap<T>;
     }
 
     // Rows [first, first + count) of a block; scratch: scratch_elements().
@@ -131,13 +131,17 @@ class Panel {
           value_head_dim(block.value_head_dim),
           passes(block),
           query(scratch),
-          acc(query + head_dim * width),
-          total(acc + value_head_dim * width),
+          acc(query + head_dim * width + kGap<T>),
+          total(acc + value_head_dim * width + kGap<T>),
           scores(in_turn->scores),
           staging(in_turn->staging),
           shared(in_turn),
           group(passes.begin / kGroup),
-          scales_late(!passes.changes_scores() && query_scale<T>(block) != 0) {}
+          scales_late(!passes.changes_scores() && query_scale<T>(block) != 0) {
+        lend(query, head_dim * width);
+        lend(acc, value_head_dim * width);
+        lend(total, total_rows(block) * width);
+    }
 
     // Panels are made in scratch memory and need no end.
     static void* operator new(size_t, void* where) { return where; }
@@ -750,7 +754,7 @@ size_t scratch_bytes(const Block& block) {
     });
     const int64_t elements = cut.full * Full::scratch_elements(block) + last + cut.score_elements +
                              cut.staging_elements + cut.key_elements + cut.value_elements;
-    return size_t(elements) * sizeof(T) + cut.full * sizeof(Full);
+    return size_t(elements) * sizeof(T) + cut.full * sizeof(Full) + 5 * kRedZone;
 }
 
 // use(full panels, last panel)
@@ -760,14 +764,21 @@ void with_panels(const Block& block, bool few_queries, const Use& use) {
     static_assert(sizeof(Full) == sizeof(Panel<T, false, kColumns>));
     const Cut<T> cut(block);
     Full* const panels = static_cast<Full*>(block.scratch);
-    T* scratch = reinterpret_cast<T*>(panels + cut.full);
+    T* scratch = reinterpret_cast<T*>(panels + cut.full) + kGap<T>;
     Shared<T> shared;
     shared.scores = scratch;
-    shared.staging = shared.scores + cut.score_elements;
-    shared.key = shared.staging + cut.staging_elements;
-    shared.value = shared.key + cut.key_elements;
+    shared.staging = shared.scores + cut.score_elements + kGap<T>;
+    shared.key = shared.staging + cut.staging_elements + kGap<T>;
+    shared.value = shared.key + cut.key_elements + kGap<T>;
     shared.few_queries = few_queries;
-    scratch = shared.value + cut.value_elements;
+    scratch = shared.value + cut.value_elements + kGap<T>;
+    if constexpr (kRedZone > 0) {
+        lend(panels, cut.full);
+        lend(shared.scores, cut.score_elements);
+        lend(shared.staging, cut.staging_elements);
+        lend(shared.key, cut.key_elements);
+        lend(shared.value, cut.value_elements);
+    }
     for (int i = 0; i < cut.full; ++i, scratch += Full::scratch_elements(block)) {
         new (panels + i) Full(block, i * Cut<T>::panel_rows, Cut<T>::panel_rows, scratch, &shared);
     }

@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "scratch.h"
 
 namespace fastattn {
 
@@ -79,7 +80,6 @@ struct Block {
     Stop stop;
 };
 
-constexpr size_t kScratchAlignment = 64;
 constexpr int64_t kStretch = 1024;  // keys of a part; whole tiles
 constexpr int kMostTogether = 64;   // rows that share a stretch of keys
 

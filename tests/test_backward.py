@@ -149,6 +149,11 @@ def assert_gradients_within_gate(operands, options, seed=1):
         assert error <= 2 * max(rough_error, score * eps * magnitude) + rounding
 
 
+@pytest.mark.promise(
+    "gradients-are-the-definitions",
+    "gradients-of-bias-sinks-lse",
+    "gradients-sum-over-what-repeats",
+)
 @pytest.mark.parametrize("number", range(len(covering_cases())))
 def test_every_argument_with_every_other(number):
     case = covering_cases()[number]
@@ -167,6 +172,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.promise("gradients-are-the-definitions")
 @every_dtype
 @pytest.mark.parametrize(("rows", "keys"), SHAPES, ids=str)
 def test_sizes(rows, keys, dtype):
@@ -175,6 +181,7 @@ def test_sizes(rows, keys, dtype):
     assert_gradients_within_gate(operands, {"is_causal": True, "query_offset": keys[0] - rows[0]})
 
 
+@pytest.mark.promise("gradients-are-the-definitions", "gradients-of-bias-sinks-lse")
 def test_central_differences():
     operands = make_problem(5, 7, 4, heads=4, kv_heads=2, batch=(2,), dtype=np.float64)
     rng = np.random.default_rng(0)
@@ -211,6 +218,7 @@ def test_central_differences():
 BIASES = [(), (1,), (257,), (60, 1), (4, 1, 1), (4, 60, 257), (2, 1, 1, 257), (1, 4, 60, 1)]
 
 
+@pytest.mark.promise("gradients-sum-over-what-repeats", "gradients-of-bias-sinks-lse")
 @pytest.mark.parametrize("shape", BIASES, ids=str)
 def test_bias_is_summed_over_what_it_repeats(shape):
     operands = make_problem(60, 257, 16, heads=4, kv_heads=2, batch=(2,))
@@ -220,6 +228,7 @@ def test_bias_is_summed_over_what_it_repeats(shape):
     assert_gradients_within_gate(operands, options)
 
 
+@pytest.mark.promise("bitwise-gradients")
 @every_dtype
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2)], ids=str)
 def test_threads_and_runs_change_no_bit(heads, dtype, threads):
@@ -239,6 +248,7 @@ def test_threads_and_runs_change_no_bit(heads, dtype, threads):
             assert_same_bits(grads_of(operands, options), alone)
 
 
+@pytest.mark.promise("bitwise-gradients")
 def test_many_heads_that_leave_room_for_each_other(threads):
     lens = (130, 0, 300, 140, 0, 270)
     starts = np.cumsum([0, *lens])
@@ -256,6 +266,7 @@ def test_many_heads_that_leave_room_for_each_other(threads):
         assert_same_bits(again, alone)
 
 
+@pytest.mark.promise("gradients-sum-over-what-repeats", "bitwise-gradients")
 def test_batches_are_computed_alone_and_summed_where_they_share():
     query, key, value = make_problem(50, 140, 16, heads=2, batch=(2, 3))
     for shared in ((query[:1, :1], key, value), (query, key[:, 1:2], value[0, 0])):
@@ -270,6 +281,7 @@ def test_batches_are_computed_alone_and_summed_where_they_share():
     assert_same_bits((dq[1, 2], dk[1, 2], dv[1, 2]), alone)
 
 
+@pytest.mark.promise("bitwise-gradients")
 @every_dtype
 def test_strides_change_no_bit(dtype):
     operands = make_problem(50, 140, 16, heads=2, dtype=dtype)
@@ -281,6 +293,7 @@ def test_strides_change_no_bit(dtype):
     assert_same_bits(attention_backward(repeated, *turned, np.asfortranarray(lse)), plain)
 
 
+@pytest.mark.promise("masked-pair-passes-no-gradient", "empty-row-has-gradient-zero")
 @every_dtype
 @pytest.mark.parametrize("poison", [np.nan, INF], ids=str)
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -310,6 +323,7 @@ def test_poison_of_pairs_that_are_hidden(softcap, poison, dtype):
         assert_same_bits(grad[:, ~touched], clean[:, ~touched])
 
 
+@pytest.mark.promise("masked-pair-passes-no-gradient")
 @every_dtype
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_poison_behind_the_length(softcap, dtype):
@@ -321,6 +335,7 @@ def test_poison_behind_the_length(softcap, dtype):
     assert_same_bits(grads_of((operands[0], key, value), options), expected)
 
 
+@pytest.mark.promise("masked-pair-passes-no-gradient")
 def test_a_poisoned_gradient_of_a_row_that_sees_nothing():
     operands = make_problem(60, 140, 16, heads=2)
     mask = np.ones((60, 140), bool)
@@ -357,6 +372,7 @@ def test_sums_that_are_not_finite_raise_no_warning(dtype):
     assert not np.isfinite(dv[0, 0].astype(np.float32)).all()
 
 
+@pytest.mark.promise("gradients-drop-the-same-pairs")
 @every_dtype
 def test_dropped_pairs_pass_nothing_on(dtype):
     operands = make_problem(100, 260, 16, heads=2, dtype=dtype)
@@ -374,6 +390,7 @@ def test_dropped_pairs_pass_nothing_on(dtype):
         assert_array_equal(grad.astype(np.float32), 0)
 
 
+@pytest.mark.promise("empty-row-has-gradient-zero")
 @every_dtype
 def test_nothing_to_see(dtype):
     operands = make_problem(60, 140, 16, heads=2, batch=(2,), dtype=dtype)
@@ -393,6 +410,7 @@ def test_nothing_to_see(dtype):
             assert_array_equal(grad.astype(np.float32), 0)
 
 
+@pytest.mark.promise("packed-gradients-are-alone")
 @every_dtype
 def test_packed_sequences(dtype):
     q_lens, kv_lens = (3, 0, 100, 17, 60), (9, 4, 300, 0, 60)
@@ -454,6 +472,7 @@ def test_packed_sequences(dtype):
     assert_array_equal(dk[-1:].astype(np.float32), 0)
 
 
+@pytest.mark.promise("gradients-are-the-definitions")
 @pytest.mark.parametrize("kv_len", [2048, 16384])
 def test_accuracy_of_long_sums(kv_len):
     operands = make_problem(50, kv_len, 32, mean=1.0)
@@ -462,6 +481,7 @@ def test_accuracy_of_long_sums(kv_len):
     assert_gradients_within_gate(operands, {})
 
 
+@pytest.mark.promise("error-says-which-rule-and-what")
 def test_errors():
     operands = make_problem(3, 5, 4, heads=2)
     out, lse = attention(*operands, return_lse=True)

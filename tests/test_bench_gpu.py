@@ -291,6 +291,7 @@ def test_out_of_memory_is_said_shortly():
     assert worker._reason(RuntimeError(text)) == "not enough memory"
 
 
+@pytest.mark.promise("cpu-needs-no-gpu")
 def test_the_cpu_needs_nothing_of_a_gpu():
     code = (
         "import sys; from fastattn.__main__ import main; from fastattn.bench import measure; "

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was built, how it loads, and whether the files beside it say the same.
 
-Symbols, OpenMP runtimes, variants, older CPUs; versions, README, links. Uses child.py.
+Symbols, OpenMP runtimes, variants, older CPUs; versions, README, links. Uses child.py and
+sanitizers.py.
 """
 
 import doctest
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from child import run
+from sanitizers import ADDRESS, THREAD
 
 import fastattn
 from fastattn import _core
@@ -42,6 +44,7 @@ def in_checkout(name):
 # module, and a CPU that lacks the variant's instructions would run it.
 
 
+@pytest.mark.promise("isa-fits-the-cpu")
 @pytest.mark.parametrize("isa", _core.isas())
 def test_kernel_object_exports_its_table_alone(isa, tmp_path):
     added = re.findall(
@@ -69,6 +72,7 @@ def test_module_exports_its_entry_alone():
     assert [line.split()[-1] for line in lines] == ["PyInit__core"]
 
 
+@pytest.mark.promise("one-openmp-runtime")
 def test_symbol_versions():
     needed = re.findall(r"\bG?OMP_[0-9.]+", output_of("readelf", "-V", _core.__file__))
     assert needed
@@ -89,11 +93,17 @@ def openmp_runtimes():
     return sorted({line.split()[-1] for line in maps if re.search(r"lib[gi]?omp|gomp", line)})
 
 
+@pytest.mark.promise("one-openmp-runtime")
 @pytest.mark.parametrize("imports", [("fastattn", "torch"), ("torch", "fastattn")], ids=str)
 def test_one_openmp_runtime_beside_torch(imports):
     pytest.importorskip("torch", exc_type=ImportError)
     runtimes = run(openmp_runtimes, imports=imports)
     assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.parametrize("fault", [*ADDRESS.faults, *THREAD.faults], ids=lambda fault: fault.what)
+def test_faults_that_sanitizers_are_to_see_can_be_planted(fault):
+    assert in_checkout(fault.source).count(fault.right) == 1
 
 
 # Variants, also on other CPUs, emulated: what a CPU lacks is an illegal instruction there.
@@ -116,6 +126,7 @@ def use():
     return [_core.isa(), _core.supported_isas()]
 
 
+@pytest.mark.promise("isa-fits-the-cpu")
 @pytest.mark.parametrize("isa", _core.isas())
 def test_isa_variable(isa):
     supported = _core.supported_isas()
@@ -127,12 +138,14 @@ def test_isa_variable(isa):
         assert found[1].startswith(f"this CPU cannot run FASTATTN_ISA='{isa}' (missing ")
 
 
+@pytest.mark.promise("isa-fits-the-cpu")
 @pytest.mark.parametrize("env", [{}, {"FASTATTN_ISA": ""}], ids=str)
 def test_the_best_isa_is_the_default(env):
     supported = _core.supported_isas()
     assert run(use, env=env) == [supported[0], supported]
 
 
+@pytest.mark.promise("isa-fits-the-cpu")
 @pytest.mark.parametrize("name", ["avx521", "AVX2", "avx2 ", "none"])
 def test_unknown_isa(name):
     kind, message = run(use, env={"FASTATTN_ISA": name})
@@ -140,6 +153,7 @@ def test_unknown_isa(name):
     assert (kind, message) == ("ValueError", f"FASTATTN_ISA='{name}' is not one of: {choices}")
 
 
+@pytest.mark.promise("isa-fits-the-cpu")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="emulates x86-64 on itself")
 @pytest.mark.parametrize(("cpu", "isa"), [("Nehalem", "generic"), ("Haswell", "avx2")])
 def test_older_cpus(cpu, isa):
@@ -162,6 +176,7 @@ def modules_loaded():
     return sorted(sys.modules)
 
 
+@pytest.mark.promise("import-needs-numpy-alone")
 def test_import_needs_numpy_alone():
     loaded = {name.split(".")[0] for name in run(modules_loaded, imports=["fastattn"])}
     assert not loaded & {
@@ -190,6 +205,8 @@ def test_versions_agree():
     ("page", "needs"),
     [
         ("README.md", "numpy"),
+        ("docs/calls.md", "numpy"),
+        ("docs/caches.md", "numpy"),
         ("docs/flash_attn.md", "torch"),
         ("docs/jax.md", "jax"),
         ("docs/transformers.md", "transformers"),
@@ -204,20 +221,10 @@ def test_examples(page, needs):
     assert not doctest.DocTestRunner().run(test, out=report.append).failed, "".join(report)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/kernel.md", "docs/transformers.md"],
-)
-def test_links_lead_somewhere(name):
-    links = re.findall(r"\]\(([^)#\s]+)", in_checkout(name))
-    here = [ROOT / name / ".." / link for link in links if "://" not in link]
-    assert not [path for path in here if not path.resolve().exists()]
-
-
-def test_readme_names_every_environment_variable():
-    readme = in_checkout("README.md")
+def test_a_page_names_every_environment_variable():
+    page = in_checkout("docs/environment.md")
     sources = [path for part in ("cpp", "src", "python") for path in (ROOT / part).glob("**/*")]
     text = "".join(path.read_text() for path in sources if path.suffix in (".py", ".cpp", ".h"))
     variables = set(re.findall(r"\bFASTATTN_[A-Z_]*(?:ISA|THREADS|ROOT|CUDA_KERNEL|DIR)\b", text))
     assert len(variables) == 5
-    assert not [name for name in variables - {"FASTATTN_CGROUP_ROOT"} if name not in readme]
+    assert not [name for name in variables if name not in page]

@@ -205,6 +205,7 @@ def assert_right(x, y):
         assert x["isa"] != "another"
 
 
+@pytest.mark.promise("copies-are-their-own")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", OBJECTS)
 def test_copies(name, way):
@@ -238,6 +239,7 @@ def echoed(objects):
     return [(x, attended(x)) if hasattr(x, "attend") else (x, None) for x in objects]
 
 
+@pytest.mark.promise("copies-are-their-own")
 def test_sent_to_another_process():
     objects = [make() for name, make in OBJECTS.items()]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -281,6 +283,7 @@ def test_equal_caches_have_equal_pickles():
     assert pickle.dumps(at_once) == pickle.dumps(by_tokens) == pickle.dumps(copy.copy(at_once))
 
 
+@pytest.mark.promise("copies-are-their-own")
 def test_one_pickle_may_be_read_twice():
     """From the same buffers, too: each cache has its own memory."""
     buffers = []
@@ -291,6 +294,7 @@ def test_one_pickle_may_be_read_twice():
     assert_is_a_cache_of_its_own(cache, pickle.loads(data, buffers=buffers))
 
 
+@pytest.mark.promise("copies-are-their-own")
 def test_the_pages_of_a_caller_stay_the_callers():
     pages = [np.zeros((4, 2, 128, 8), np.float32) for _ in range(2)]
     cache = PagedKVCache.from_pages(*pages, [[2]], [3])

@@ -364,6 +364,7 @@ def tensor(torch, shape=(2, 3), dtype=None, *, strides=None, device="cuda:0", **
     )
 
 
+@pytest.mark.promise("gpu-answered-in-kind")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_tensor_says_where_it_lies(gpu, torch, dtype):
     x = tensor(torch, (2, 3, 4), getattr(torch, dtype), strides=(100, 0, 1), device="cuda:1")
@@ -466,6 +467,7 @@ def test_an_empty_tensor_needs_no_memory(gpu, torch):
     assert _arrays.device_array("key", tensor(torch, (0, 3), address=0), STREAM).pointer == 0
 
 
+@pytest.mark.promise("gpu-answered-in-kind")
 def test_results_of_torch_come_from_torch(gpu, torch, monkeypatch):
     made = []
 
@@ -578,6 +580,7 @@ def cupy(gpu, monkeypatch):
     return module
 
 
+@pytest.mark.promise("gpu-answered-in-kind")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_arrays_of_cupy_are_answered_in_kind(gpu, cupy, dtype):
     x = cupy.ndarray((2, 3), ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, 1)
@@ -638,6 +641,7 @@ def numba(gpu, monkeypatch):
     return devicearray
 
 
+@pytest.mark.promise("gpu-answered-in-kind")
 def test_arrays_of_numba_are_answered_in_kind(gpu, numba):
     x = numba.DeviceNDArrayBase((2, 3), "float16")
     assert _arrays.is_cuda_array(x)
@@ -693,6 +697,7 @@ def jax(monkeypatch):
     return module
 
 
+@pytest.mark.promise("gpu-answered-in-kind")
 def test_arrays_of_jax_are_answered_in_kind(gpu, jax):
     numbers = np.zeros((2, 3), np.float32)
     x = JaxArray(numbers)

@@ -72,6 +72,7 @@ OPTIONS = {
 TENSOR_CORE_OPTIONS = list(OPTIONS)[:7]
 
 
+@pytest.mark.promise("gpu-means-the-same")
 @pytest.mark.parametrize("name", TENSOR_CORE_OPTIONS)
 @pytest.mark.parametrize("form", ["mma", "wgmma", "decode"])
 def test_forms_within_gate(form, name):
@@ -90,6 +91,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.promise("gpu-means-the-same")
 @pytest.mark.parametrize("names", PAIRS, ids=" and ".join)
 def test_pairs_of_options(names):
     options = {option: x for name in names for option, x in OPTIONS[name].items()}
@@ -145,6 +147,7 @@ def test_numbers_of_the_device_mean_what_those_of_the_host_do(form):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.promise("gpu-numbers-are-clamped")
 @pytest.mark.parametrize("form", FORMS)
 def test_numbers_of_the_device_are_clamped(form):
     capability, q_len = FORMS[form]
@@ -201,6 +204,7 @@ def test_small_arrays_are_read_at_every_call():
         assert_within_gate((out, lse), *arrays, kv_lengths=lengths.values)
 
 
+@pytest.mark.promise("gpu-bitwise")
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])
 def test_any_strides_give_the_same_bits(capability):
     query, key, value = problem(batch=(2,))
@@ -227,6 +231,7 @@ def test_strides_of_an_axis_of_one_do_not_count():
     assert_right(out, lse, query, key, key)
 
 
+@pytest.mark.promise("gpu-masked-pair-contributes-nothing")
 @pytest.mark.parametrize("form", ["mma", "wgmma", "decode"])
 def test_a_hidden_nan_leaves_rows_as_they_are(form):
     capability, q_len = FORMS[form]
@@ -264,6 +269,7 @@ def test_empty_results(shape):
     assert launched == []
 
 
+@pytest.mark.promise("gpu-empty-row-is-zero")
 @pytest.mark.parametrize("form", FORMS)
 def test_no_keys(form):
     capability, q_len = FORMS[form]
@@ -468,6 +474,7 @@ GRADIENTS = {
 }
 
 
+@pytest.mark.promise("gpu-means-the-same")
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("form", GRADIENTS)

@@ -553,6 +553,7 @@ def forget(monkeypatch):
     monkeypatch.setattr(_cache, "_at_hand", {})
 
 
+@pytest.mark.promise("gpu-kernels-are-kept")
 def test_a_kernel_is_built_once(cache, builds, monkeypatch):
     first = _cache.load(Asked(), (8, 0))
     assert _cache.load(Asked(), (8, 0)) is first
@@ -634,6 +635,7 @@ def test_versions_of_packages_that_are_not_there(monkeypatch):
         _cache._versions.cache_clear()
 
 
+@pytest.mark.promise("gpu-kernels-are-kept")
 @pytest.mark.parametrize("length", [0, 10, 55, 56, 300, -1])
 def test_a_truncated_file_is_built_again(cache, builds, monkeypatch, length):
     _cache.load(Asked(), (8, 0))
@@ -646,6 +648,7 @@ def test_a_truncated_file_is_built_again(cache, builds, monkeypatch, length):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.promise("gpu-kernels-are-kept")
 def test_a_file_with_any_byte_changed_is_not_read(tmp_path):
     path = tmp_path / "known.cubin"
     _cache.write(path, KNOWN)

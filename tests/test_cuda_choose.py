@@ -70,6 +70,7 @@ def ask(monkeypatch):
     _choose.forced.cache_clear()
 
 
+@pytest.mark.promise("gpu-kernel-can-be-forced")
 @pytest.mark.parametrize(("choose", "question", "possible"), CALLS)
 def test_the_environment_chooses_among_what_can(choose, question, possible, ask):
     for nothing in (None, ""):
@@ -87,6 +88,7 @@ def test_the_environment_chooses_among_what_can(choose, question, possible, ask)
             choose(question)
 
 
+@pytest.mark.promise("gpu-kernel-can-be-forced")
 @pytest.mark.parametrize("name", ["MMA", "mma ", "flash", "avx2"])
 def test_an_unknown_kernel_is_refused(name, ask):
     ask(name)
@@ -103,6 +105,7 @@ def test_the_variable_is_read_once(ask, monkeypatch):
     assert _choose.forward(PLAIN).form == "mma"
 
 
+@pytest.mark.promise("gpu-kernel-can-be-forced")
 @pytest.mark.parametrize("form", ["wgmma", "mma", "simt"])
 def test_a_call_obeys(form, ask):
     """In the emulator of a Hopper GPU, where a call without the variable takes wgmma."""

@@ -152,6 +152,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.promise("gpu-means-the-same")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "group", "q_len", "kv_len"), SHAPES)
 def test_it_is_attention(dtype, head_dim, group, q_len, kv_len):
@@ -199,6 +200,7 @@ def test_any_strides(head_dim):
     assert_same_bits(actual.lse, expected.lse)
 
 
+@pytest.mark.promise("gpu-numbers-are-clamped")
 def test_numbers_on_the_device_are_clamped():
     arrays = problem(1, 40, batch=3)
     actual = attend(
@@ -238,6 +240,7 @@ def test_keys_that_are_hidden_change_no_bit(q_len, more):
     assert (actual.flags == 0).all()
 
 
+@pytest.mark.promise("gpu-bitwise")
 def test_a_batch_element_alone_has_the_same_bits():
     query, key, value = problem(2, 300, 96, group=4, kv_heads=2, batch=3)
     lengths, offsets = np.array([300, 17, 260]), np.array([298, 15, 200])
@@ -407,6 +410,7 @@ def built(kernel, capability):
     return binary
 
 
+@pytest.mark.promise("gpu-machine-code-is-tight")
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_dim", "row_tiles", "softcapped"),
     [

@@ -48,6 +48,7 @@ def assert_close(x, expected, dtype):
     )
 
 
+@pytest.mark.promise("gpu-means-the-same", "gpu-bitwise")
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "q_len"),
@@ -73,6 +74,7 @@ def test_results(device, dtype, head_dim, q_len, name):
     assert torch.equal(again, out)
 
 
+@pytest.mark.promise("gpu-means-the-same", "gpu-bitwise")
 @pytest.mark.parametrize("name", ["plain", "causal", "lengths"])
 @pytest.mark.parametrize(
     ("dtype", "head_dim"), [("bfloat16", 64), ("float16", 128), ("float16", 40), ("float32", 64)]
@@ -97,6 +99,7 @@ def test_gradients(device, dtype, head_dim, name):
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.promise("gpu-masked-pair-contributes-nothing")
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("q_len", [4, 300])
 def test_what_is_hidden_may_hold_anything(device, q_len, head_dim):
@@ -110,6 +113,7 @@ def test_what_is_hidden_may_hold_anything(device, q_len, head_dim):
     assert not torch.isfinite(out[:, :, -1]).any()
 
 
+@pytest.mark.promise("gpu-streams-and-graphs")
 @NEEDS_GPU
 def test_streams_and_graphs():
     query, key, value = tensors("cuda", "bfloat16")

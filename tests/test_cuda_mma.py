@@ -56,6 +56,7 @@ SHAPES = [  # head_dim, q_len, kv_len, group: about the edges of tiles
 ]
 
 
+@pytest.mark.promise("gpu-means-the-same")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "q_len", "kv_len", "group"), SHAPES)
 def test_it_is_attention(dtype, head_dim, q_len, kv_len, group):
@@ -84,6 +85,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.promise("gpu-means-the-same")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, dtype):
@@ -154,6 +156,7 @@ def test_planted_faults_are_found(name, monkeypatch):
         check("other warps" in name)
 
 
+@pytest.mark.promise("gpu-masked-pair-contributes-nothing")
 def test_a_hidden_nan_changes_no_row_that_was_finite(repair):
     query, key, value = problem(40, 80)
     options = {"is_causal": True, "query_offset": 20}
@@ -171,6 +174,7 @@ def test_a_hidden_nan_changes_no_row_that_was_finite(repair):
     assert np.isnan(out[..., ~blind, :].astype(float)).all()
 
 
+@pytest.mark.promise("gpu-bitwise")
 def test_bits_do_not_depend_on_the_batch():
     query, key, value = problem(130, 140, group=2, batch=3)
     together = attend(query, key, value, is_causal=True, query_offset=10)
@@ -188,6 +192,7 @@ def test_the_choice_knows_the_head_dims():
     assert tuple(mma_backward.QUERIES) == _choose.MMA_GRADIENT_HEAD_DIMS
 
 
+@pytest.mark.promise("gpu-machine-code-is-tight")
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "softcapped"),
     [*(("bfloat16", head_dim, False) for head_dim in mma.TILES), ("float16", 128, True)],

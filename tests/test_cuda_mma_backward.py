@@ -167,6 +167,7 @@ CASES = {
 }
 
 
+@pytest.mark.promise("gpu-means-the-same")
 @every_half
 @every_dim
 @pytest.mark.parametrize("case", CASES)
@@ -195,6 +196,7 @@ def tiles_not_finite(*grads):
 MANY = {"window": (90, 20), "query_offset": [30, -20], "kv_lengths": [190, 150]}
 
 
+@pytest.mark.promise("gpu-bitwise")
 @every_dim
 def test_runs_strides_and_warps_change_no_bit(head_dim):
     shape = {"heads": 2, "kv_heads": 1, "batch": (2,)}
@@ -204,6 +206,7 @@ def test_runs_strides_and_warps_change_no_bit(head_dim):
         assert_same_bits(grads_of(operands, MANY, 1, emulated_backward, **more), first)
 
 
+@pytest.mark.promise("gpu-bitwise")
 def test_neighbours_change_no_bit():
     operands = make_problem(70, 190, 64, heads=2, kv_heads=1, batch=(2,), dtype=np.float16)
     out, lse = attention(*operands, return_lse=True, **MANY)
@@ -389,6 +392,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.promise("gpu-machine-code-is-tight")
 @pytest.mark.parametrize(("dtype", "softcapped"), [("float16", False), ("bfloat16", True)])
 @every_dim
 @pytest.mark.parametrize("name", ["dkdv", "dq"])

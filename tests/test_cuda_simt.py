@@ -256,11 +256,13 @@ def problem_of(case, seed):
     return operands, options
 
 
+@pytest.mark.promise("gpu-means-the-same")
 def test_every_argument_with_every_other(pool_of_small_tiles):
     cases = enumerate(covering_cases(LEVELS))
     assert_all_within_gate(pool_of_small_tiles, [problem_of(case, n) for n, case in cases])
 
 
+@pytest.mark.promise("gpu-means-the-same")
 def test_gradients_of_every_argument_with_every_other(pool_of_small_tiles):
     cases = enumerate(covering_cases(GRADIENT_LEVELS))
     problems = [problem_of(case, n) for n, case in cases]
@@ -318,6 +320,7 @@ def assert_all_same_bits(actual, expected):
         assert_same_bits(a, b)
 
 
+@pytest.mark.promise("gpu-bitwise")
 def test_strides_change_no_bit(pool):
     query, key, value = make_problem(9, 40, 6, heads=2, batch=(1,), dtype=HALVES[0])
     key[...] = key[:, :1, :1]
@@ -328,6 +331,7 @@ def test_strides_change_no_bit(pool):
     assert_all_same_bits(again.result(), expected.result())
 
 
+@pytest.mark.promise("gpu-bitwise")
 def test_other_rows_and_batch_elements_change_no_bit(pool):
     query, key, value = make_problem(70, 40, 6, 5, heads=1, batch=(2,))
     whole = everything(pool, (query, key, value), {"window": (9, 9), "query_offset": 0})
@@ -346,6 +350,7 @@ def test_the_simulators_own_order_of_threads(pool):
     assert_within_gate(unordered.result(), *operands, **options)
 
 
+@pytest.mark.promise("gpu-numbers-are-clamped")
 def test_lengths_and_offsets_are_clamped(pool):
     operands = make_problem(5, 40, 4, heads=1, batch=(2,))
     beyond = {"kv_lengths": [-5, 10**12], "query_offset": [2**62, -(2**62)], "is_causal": True}
@@ -367,6 +372,7 @@ HIDING = {
 }
 
 
+@pytest.mark.promise("gpu-masked-pair-contributes-nothing")
 @pytest.mark.parametrize("options", HIDING.values(), ids=list(HIDING))
 def test_hidden_keys_may_hold_anything(pool, options):
     query, key, value = make_problem(9, 40, 6, heads=1, batch=(2,))
@@ -414,6 +420,7 @@ def test_scores_that_are_not_finite_make_rows_nan(pool, scores):
         assert np.isnan(result[1]).all()
 
 
+@pytest.mark.promise("gpu-empty-row-is-zero")
 def test_rows_that_see_nothing(pool):
     query, key, value = make_problem(9, 40, 6, heads=2, batch=(2,))
     mask = np.ones((9, 40), bool)

@@ -190,6 +190,7 @@ def call(q_len, kv_len, head_dim=128, heads=1, kv_heads=None, batch=1, dtype="fl
 # ---- results
 
 
+@pytest.mark.promise("gpu-means-the-same")
 @pytest.mark.parametrize("timing", [Timing(), HURRIED, RANDOM], ids=["late", "hurried", "random"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", wgmma.TILES)
@@ -197,6 +198,7 @@ def test_plain(dtype, head_dim, timing):
     call(200, 300, head_dim, heads=2, dtype=dtype).run(timing=timing).assert_right()
 
 
+@pytest.mark.promise("gpu-means-the-same")
 @pytest.mark.parametrize(
     "options",
     [
@@ -265,6 +267,7 @@ def test_softcap(head_dim, softcap):
     each.run().assert_right()
 
 
+@pytest.mark.promise("gpu-bitwise")
 @pytest.mark.parametrize("section", [1, 2, 3, 5])
 def test_order_and_number_of_blocks_change_nothing(section):
     each = call(260, 200, 64, heads=5, right=0).run(blocks=1, section=section)
@@ -329,6 +332,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.promise("gpu-machine-code-is-tight")
 @pytest.mark.parametrize(("dtype", "head_dim", "softcapped"), VARIANTS)
 def test_everything_is_in_registers(dtype, head_dim, softcapped):
     binary = built(dtype, head_dim, softcapped)

@@ -179,6 +179,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("gpu-means-the-same")
 @every_kernel
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(case, dtype, head_dim):
@@ -188,6 +189,7 @@ def test_gradients(case, dtype, head_dim):
     assert (flags == 0).all()
 
 
+@pytest.mark.promise("gpu-bitwise")
 @every_kernel
 def test_what_runs_when_does_not_matter(dtype, head_dim):
     problem = Problem(dtype, head_dim, 140, 100, heads=2, is_causal=True, query_offset=-10)
@@ -251,6 +253,7 @@ def test_the_tiles_that_most_queries_see_come_first(window, monkeypatch):
     assert counts[0] > counts[-1]
 
 
+@pytest.mark.promise("gpu-masked-pair-contributes-nothing")
 @every_kernel
 @pytest.mark.parametrize("junk", [NAN, INF])
 def test_hidden_keys_may_hold_anything(dtype, head_dim, junk):
@@ -435,6 +438,7 @@ def test_planted_faults_are_found(fault):
 # ---- machine code
 
 
+@pytest.mark.promise("gpu-machine-code-is-tight")
 @pytest.mark.parametrize("with_dq", [True, False], ids=["dq", "no dq"])
 @pytest.mark.parametrize(("dtype", "softcapped"), [("float16", False), ("bfloat16", True)])
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -50,6 +50,7 @@ def assert_drops(query, key, **options):
     assert_same_bits(lse, plain_lse)
 
 
+@pytest.mark.promise("dropout-follows-its-counter", "lse-is-over-keys")
 @every_dtype
 @pytest.mark.parametrize("q_len", [1, 4, 16, 17, 70])
 @pytest.mark.parametrize("kv_len", [1, 2, 127, 301])
@@ -69,6 +70,7 @@ def test_the_mask(q_len, kv_len, dtype):
             assert_drops(query, key, **options)
 
 
+@pytest.mark.promise("dropout-follows-its-counter")
 @every_arithmetic
 @pytest.mark.parametrize("q_len", [2, 30])
 def test_many_keys(q_len, dtype):
@@ -81,6 +83,7 @@ def test_many_keys(q_len, dtype):
         assert_array_equal(out != 0, kept[..., columns])
 
 
+@pytest.mark.promise("dropout-follows-its-counter")
 @every_arithmetic
 def test_edges_that_cut_a_group_of_four_keys(dtype):
     query, key, _ = make_problem(60, 140, 32, heads=2, dtype=dtype)
@@ -90,6 +93,7 @@ def test_edges_that_cut_a_group_of_four_keys(dtype):
         assert_drops(query, key, window=(first, first + 1), dropout_p=0.5, seed=7, query_offset=1)
 
 
+@pytest.mark.promise("dropout-follows-its-counter")
 @every_arithmetic
 @pytest.mark.parametrize("q_len", [3, 60])
 def test_a_batch_that_broadcasts(q_len, dtype):
@@ -110,6 +114,7 @@ def test_a_batch_that_broadcasts(q_len, dtype):
         assert b == 0 or (alone != kept[0, 0]).any()
 
 
+@pytest.mark.promise("bitwise-dropout")
 @every_arithmetic
 def test_threads_and_runs_change_no_bit(dtype, threads):
     options = {"dropout_p": 0.3, "seed": 1, "is_causal": True, "query_offset": 230}
@@ -123,6 +128,7 @@ def test_threads_and_runs_change_no_bit(dtype, threads):
             assert_same_bits(attention(*operands, **options), expected)
 
 
+@pytest.mark.promise("bitwise-dropout", "dropout-follows-its-counter")
 @every_arithmetic
 def test_query_chunks(dtype):
     """Positions count, not rows: to the bit where the form is the same, in either form the mask."""
@@ -146,6 +152,7 @@ def test_query_chunks(dtype):
                 assert_array_equal(part != 0, whole[..., rows, :] != 0)
 
 
+@pytest.mark.promise("dropout-follows-its-counter")
 @every_arithmetic
 def test_far_positions(dtype):
     """Positions count modulo 2**32."""
@@ -159,6 +166,7 @@ def test_far_positions(dtype):
         assert_array_equal(dropout_mask(query, key, query_offset=offset, **options), expected != 0)
 
 
+@pytest.mark.promise("dropout-follows-its-counter")
 @every_arithmetic
 def test_packed_sequences(dtype):
     """Sequence b drops what element b of a batch does."""
@@ -187,6 +195,7 @@ def test_packed_sequences(dtype):
     assert np.abs(difference).max() <= 16 * eps * np.abs(value.astype(np.float64)).max()
 
 
+@pytest.mark.promise("dropout-scales-what-stays", "accuracy-gate")
 @every_dtype
 @pytest.mark.parametrize("q_len", [2, 50])
 @pytest.mark.parametrize("kv_len", [130, 2048, 9000])
@@ -197,6 +206,7 @@ def test_accuracy(q_len, kv_len, dtype):
         attend_within_gate(query, key, value, **options)
 
 
+@pytest.mark.promise("dropout-scales-what-stays")
 @every_arithmetic
 @pytest.mark.parametrize("q_len", [2, 50])
 def test_all_and_nothing(q_len, dtype):
@@ -225,6 +235,7 @@ def test_kinds_that_are_allowed():
     assert explain(*operands, dropout_p=0.25, seed=0) == explain(*operands)
 
 
+@pytest.mark.promise("dropout-scales-what-stays")
 def test_the_threshold():
     """The first number for seed 0 is 5f6fb709: a pair is kept iff its number is at least p."""
     one, key = np.ones((1, 1), np.float32), np.ones((4, 1), np.float32)
@@ -236,6 +247,7 @@ def test_the_threshold():
             assert dropout_mask(one, key, dropout_p=word / 2**32, seed=0)[0, 0] == kept
 
 
+@pytest.mark.promise("dropped-value-contributes-nothing", "visible-nan-reaches-its-rows")
 @every_arithmetic
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("q_len", [3, 60])
@@ -258,6 +270,7 @@ def test_poison_that_is_dropped(q_len, poison, dtype):
             assert_same_bits(out[..., others], expected[..., others])
 
 
+@pytest.mark.promise("dropout-scales-what-stays")
 def test_statistics():
     """The share of what is kept, and no likeness of neighbours along any axis, or between seeds."""
     shape = (4, 5, 240, 242)

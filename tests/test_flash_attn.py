@@ -104,6 +104,7 @@ def in_words(options):
     return words
 
 
+@pytest.mark.promise("flash-attn-means-flash-attn")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("lengths", [(9, 14), (14, 9), (1, 20), (12, 12)], ids=str)
 def test_flash_attn_func(case, lengths):
@@ -127,6 +128,7 @@ def test_the_bits_are_the_kernels(dtype):
     assert torch.equal(lse, expected[1])
 
 
+@pytest.mark.promise("flash-attn-means-flash-attn")
 @pytest.mark.parametrize("case", ["nothing", "window and causal", "softcap", "slopes of each"])
 def test_gradients(case):
     arrays = [x.requires_grad_() for x in problem(14, 9)]
@@ -137,6 +139,7 @@ def test_gradients(case):
         close(a, b)
 
 
+@pytest.mark.promise("flash-attn-means-flash-attn")
 def test_packed():
     qkv = tensors((2, 11, 3, HEADS, DIM))[0].requires_grad_()
     options = {"causal": True, "window_size": (5, -1), "softmax_scale": 0.2}
@@ -164,6 +167,7 @@ def kept_of(q, k, dropout_p, index):
     return torch.as_tensor(kept).double() / (1 - dropout_p)
 
 
+@pytest.mark.promise("dropout-repeats-with-torch", "gradients-drop-the-same-pairs")
 @pytest.mark.parametrize("varlen", [False, True])
 def test_dropout(varlen):
     if varlen:
@@ -216,6 +220,7 @@ VARLEN = {k: x for k, x in CASES.items() if k != "slopes of each"} | {
 }
 
 
+@pytest.mark.promise("flash-attn-means-flash-attn")
 @pytest.mark.parametrize("case", VARLEN)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
 def test_varlen(case, grad):
@@ -248,6 +253,7 @@ def test_softmax_lse_has_a_gradient():
         close(a, b)
 
 
+@pytest.mark.promise("rows-of-no-sequence-are-zero")
 @pytest.mark.parametrize("grad", [False, True])
 def test_rows_of_no_sequence(grad):
     q, k, v = (x.requires_grad_(grad) for x in packed_problem())
@@ -338,6 +344,7 @@ def nearly(actual, expected):
 CACHED = {k: CASES[k] for k in ("nothing", "causal", "window", "softcap", "slopes")}
 
 
+@pytest.mark.promise("flash-attn-caches-in-place", "flash-attn-means-flash-attn")
 @pytest.mark.parametrize("case", CACHED)
 @pytest.mark.parametrize("new", [1, 5])
 @pytest.mark.parametrize("rows", [None, [4, 0, 2]], ids=["all", "some"])
@@ -365,6 +372,7 @@ def test_cache(case, new, rows):
     nearly(actual[1], lse)
 
 
+@pytest.mark.promise("flash-attn-caches-in-place", "flash-attn-means-flash-attn")
 @pytest.mark.parametrize("case", CACHED)
 @pytest.mark.parametrize("new", [1, 5])
 def test_cache_of_pages(case, new):
@@ -574,6 +582,7 @@ BAD = {
 }
 
 
+@pytest.mark.promise("flash-attn-caches-in-place", "errors-come-before-writing")
 @pytest.mark.parametrize("case", BAD)
 def test_cache_errors_before_anything_is_written(case):
     arguments, kind, message = BAD[case]
@@ -612,6 +621,7 @@ def count_threads():
     return [torch_has, ours, tasks() - before - torch_has > ours]
 
 
+@pytest.mark.promise("torchs-pool-is-shared")
 def test_torchs_pool_is_ours():
     assert run(count_threads, env={"OMP_NUM_THREADS": "3"}) == [2, 0, True]
 
@@ -672,6 +682,7 @@ OPTIONS = (
 DEFAULTS = [0.0, None, False, (-1, -1), 0.0, None, False, False]
 
 
+@pytest.mark.promise("flash-attn-means-flash-attn")
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures(name):
     parameters = inspect.signature(getattr(fastattn.flash_attn, name)).parameters
@@ -682,6 +693,7 @@ def test_signatures(name):
     assert [parameters[x].default for x in OPTIONS.split()] == DEFAULTS
 
 
+@pytest.mark.promise("flash-attn-means-flash-attn")
 def test_signature_of_the_cache():
     names = (
         "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad "

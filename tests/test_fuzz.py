@@ -24,6 +24,9 @@ def fuzz(*arguments):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.promise(
+    "garbage-never-crashes", "result-is-the-definition", "cache-attends-to-what-it-holds"
+)
 def test_some_cases_of_each_kind():
     code, said = fuzz("--cases", 210)
     assert code == 0, said

@@ -109,6 +109,7 @@ def close(actual, expected):
     )
 
 
+@pytest.mark.promise("jax-means-jax-nn")
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_jax_nn(case):
     expected = jax.nn.dot_product_attention(*problem(), **CASES[case])
@@ -117,6 +118,7 @@ def test_agrees_with_jax_nn(case):
     close(out, expected)
 
 
+@pytest.mark.promise("jax-means-jax-nn")
 @pytest.mark.parametrize(
     ("case", "transform"),
     [(case, jax.jit) for case in CASES] + [("all", lambda f: f)],
@@ -133,6 +135,7 @@ def test_out_and_gradients_agree_with_jax_nn(case, transform):
     close(*results)
 
 
+@pytest.mark.promise("jax-means-jax-nn")
 @pytest.mark.parametrize("case", [case for case in CASES if "lengths" not in case])
 def test_residual_agrees_with_jax_nn(case):
     options = CASES[case] | {"return_residual": True}
@@ -180,6 +183,7 @@ def heads_first(x):
     return np.asarray(x).swapaxes(-3, -2)
 
 
+@pytest.mark.promise("jax-has-the-kernels-bits")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bits_are_the_kernels(name):
     dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
@@ -247,6 +251,7 @@ def variants(count):
     }
 
 
+@pytest.mark.promise("jax-transforms")
 @pytest.mark.parametrize("mapped", MAPPED, ids="+".join)
 def test_vmap_is_one_call_after_another(mapped):
     stacked = variants(3)
@@ -268,6 +273,7 @@ def test_vmap_is_one_call_after_another(mapped):
     jax.tree.map(lambda a, b: assert_same_bits(np.asarray(a), np.asarray(b)), actual, expected)
 
 
+@pytest.mark.promise("jax-transforms")
 def test_vmap_of_vmap_and_of_other_axes():
     query, key, value = problem()
     queries = jnp.stack([query, query * 2, query * 3], axis=-1)
@@ -281,6 +287,7 @@ def test_vmap_of_vmap_and_of_other_axes():
             assert_same_bits(np.asarray(out[i, j]), np.asarray(alone))
 
 
+@pytest.mark.promise("jax-transforms")
 def test_the_gradient_of_vmap_sums_over_what_is_not_mapped():
     stacked = variants(3)
     query, key, value = (stacked[name] for name in ("query", "key", "value"))
@@ -307,6 +314,7 @@ def test_vmap_of_the_backward_pass_alone():
 # Where it differs from jax.nn, and what it promises beyond.
 
 
+@pytest.mark.promise("empty-rows-are-zero-everywhere")
 def test_rows_that_see_nothing():
     options = {
         "mask": jnp.ones((1, 1, Q_LEN, 1), bool).at[:, :, 3].set(False),
@@ -325,6 +333,7 @@ def test_rows_that_see_nothing():
     assert not np.any(grads[1][0])
 
 
+@pytest.mark.promise("masked-pair-contributes-nothing")
 def test_what_is_masked_may_be_nan():
     query, key, value = problem()
     options = {"key_value_seq_lengths": LENGTHS}
@@ -346,6 +355,7 @@ def test_empty(q_len, kv_len):
     assert not any(np.any(x) for x in grads)
 
 
+@pytest.mark.promise("jax-has-the-kernels-bits")
 def test_buffers_are_used_in_place(monkeypatch):
     seen = []
     core = fastattn._attention._core.attention
@@ -362,6 +372,7 @@ def test_buffers_are_used_in_place(monkeypatch):
         assert seen.pop() == pointers
 
 
+@pytest.mark.promise("jax-transforms")
 def test_other_transformations():
     query, key, value = problem(q_len=KV_LEN)
 
@@ -406,6 +417,7 @@ def test_without_compilation():
     ]
 
 
+@pytest.mark.promise("missing-derivatives-are-errors")
 def test_what_has_no_derivative_says_so():
     def loss(x):
         return dot_product_attention(x, x, x).sum()

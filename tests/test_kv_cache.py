@@ -142,6 +142,7 @@ def reopened(cache):
 # What is attended to is what was appended.
 
 
+@pytest.mark.promise("cache-attends-to-what-it-holds")
 @every_isa
 @every_dtype
 def test_token_by_token(dtype):
@@ -174,6 +175,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.promise("cache-attends-to-what-it-holds")
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -188,6 +190,7 @@ def test_options(dtype, options, evicted):
         check(cache, query, held(key, dtype), held(value, dtype), **options)
 
 
+@pytest.mark.promise("cache-attends-to-what-it-holds")
 @every_isa
 @pytest.mark.parametrize(
     ("dtype", "query_dtype"),
@@ -208,6 +211,7 @@ def test_heads(dtype):
         check(filled(key, value, dtype), query, held(key, dtype), held(value, dtype))
 
 
+@pytest.mark.promise("cache-attends-to-what-it-holds")
 @every_isa
 @every_dtype
 def test_ragged_appends(dtype):
@@ -227,6 +231,7 @@ def test_ragged_appends(dtype):
     check(cache, query, held(key, dtype), held(value, dtype))
 
 
+@pytest.mark.promise("empty-row-is-zero")
 @every_isa
 @every_dtype
 def test_nothing_yet(dtype):
@@ -249,6 +254,7 @@ def test_nothing_yet(dtype):
     assert PagedKVCache(2, 16).attend(np.zeros((0, 4, 1, 16), np.float32)).shape == (0, 4, 1, 16)
 
 
+@pytest.mark.promise("short-chunks-within-gate")
 @every_isa
 @every_dtype
 def test_a_step_is_the_last_row_of_the_whole(dtype):
@@ -263,6 +269,7 @@ def test_a_step_is_the_last_row_of_the_whole(dtype):
         assert_allclose(one.astype(float), last, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.promise("unused-rows-are-not-read")
 @every_isa
 @every_dtype
 def test_unused_rows_change_no_bit(dtype):
@@ -280,6 +287,7 @@ def test_unused_rows_change_no_bit(dtype):
         assert_same_bits(results[-1], results[0])
 
 
+@pytest.mark.promise("bitwise-strides", "out-is-written-in-place")
 def test_strides_and_array_likes():
     query, key, value = problem(np.float32)
     expected = filled(key, value).attend(query)
@@ -301,6 +309,7 @@ def test_strides_and_array_likes():
 # int8.
 
 
+@pytest.mark.promise("int8-within-half-a-scale")
 def test_int8_holds_what_it_says():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 1, 6, 8)).astype(np.float32)
@@ -324,6 +333,7 @@ def test_int8_holds_what_it_says():
         assert (np.abs(whole[[0, 2, 5]]).max(axis=-1) == 127).all()
 
 
+@pytest.mark.promise("int8-within-half-a-scale")
 @every_isa
 @pytest.mark.parametrize(
     ("outlier", "most", "mean"),
@@ -345,6 +355,7 @@ def test_int8_error(outlier, most, mean):
 # Less: truncate, evict, capacity.
 
 
+@pytest.mark.promise("truncate-undoes-append")
 @every_dtype
 def test_truncate_is_as_if_never_appended(dtype):
     query, key, value = problem(dtype, 300)
@@ -363,6 +374,7 @@ def test_truncate_is_as_if_never_appended(dtype):
     check(cache, query, held(key, dtype), held(value, dtype))
 
 
+@pytest.mark.promise("cache-keeps-positions")
 def test_evict_keeps_positions_and_frees_pages():
     query, key, value = problem(np.float32, 1000, 4)
     cache = PagedKVCache(2, 16, value_head_dim=24)
@@ -394,6 +406,7 @@ def test_evict_keeps_positions_and_frees_pages():
     assert cache.used_pages == 0
 
 
+@pytest.mark.promise("capacity-is-kept", "cache-keeps-positions")
 def test_a_window_slides_for_ever():
     query, key, value = problem(np.float32, 700)
     cache = KVCache(2, 2, 16, value_head_dim=24, capacity=100)
@@ -409,6 +422,7 @@ def test_a_window_slides_for_ever():
     assert_allclose(cache.attend(query), windowed, atol=1e-6)
 
 
+@pytest.mark.promise("capacity-is-kept")
 @pytest.mark.parametrize("capacity", [1, 2, 127, 128, 129, 130, 300])
 def test_capacity_has_room_wherever_the_tokens_lie(capacity):
     key = np.zeros((2, 1, capacity, 1), np.float32)
@@ -427,6 +441,7 @@ def test_capacity_has_room_wherever_the_tokens_lie(capacity):
         cache.append(key, key)
 
 
+@pytest.mark.promise("append-copies-no-history")
 def test_growth():
     _, key, value = problem(np.float32, 1)
     cache = KVCache(2, 2, 16, value_head_dim=24)
@@ -455,6 +470,7 @@ def test_growth_leaves_no_page_behind():
 # Sharing.
 
 
+@pytest.mark.promise("sharing-changes-no-bit")
 @every_isa
 @every_dtype
 def test_shared_or_not_is_the_same(dtype):
@@ -490,6 +506,7 @@ def alone(cache, sequence, query, key, value, **options):
     return only.attend(query, **options)
 
 
+@pytest.mark.promise("sharing-changes-no-bit")
 @every_isa
 @every_dtype
 @pytest.mark.parametrize(
@@ -547,6 +564,7 @@ def test_a_tree_of_forks(dtype, q_len, heads, page_size, window, keep):
     check(cache, query, held(key, dtype), held(value, dtype), window=window)
 
 
+@pytest.mark.promise("unused-rows-are-not-read", "sharing-changes-no-bit")
 @every_isa
 @every_dtype
 def test_some_pages_are_shared_and_others_do_not_exist(dtype):
@@ -571,6 +589,7 @@ def test_some_pages_are_shared_and_others_do_not_exist(dtype):
         assert_same_bits(shared.attend(query, **options), cache.attend(query, **options))
 
 
+@pytest.mark.promise("shared-pages-are-copied-on-write")
 def test_copied_when_written_and_not_before():
     query, key, value = problem(np.float32, 200, batch=1)
     other, other_value = -key, value + 1
@@ -605,6 +624,7 @@ def test_copied_when_written_and_not_before():
     assert (cache.used_pages, cache.free_pages) == (0, 5)
 
 
+@pytest.mark.promise("shared-pages-are-copied-on-write")
 def test_the_last_writer_keeps_the_page():
     """Sharers that append in one call need one page less than there are of them."""
     _, key, value = problem(np.float32, 10, batch=3)
@@ -625,6 +645,7 @@ def test_the_last_writer_keeps_the_page():
     cache.append(key[:2], value[:2], sequences=[4, 1], lengths=[3, 0])
 
 
+@pytest.mark.promise("reorder-takes-everything-along")
 @every_isa
 def test_beam_search():
     rng = np.random.default_rng(0)
@@ -650,6 +671,7 @@ def test_beam_search():
     )
 
 
+@pytest.mark.promise("reorder-takes-everything-along")
 def test_reorder_takes_lengths_and_begins_along():
     query, key, value = problem(np.float32, 300, batch=3)
     cache = KVCache(3, 2, 16, value_head_dim=24)
@@ -661,6 +683,7 @@ def test_reorder_takes_lengths_and_begins_along():
     check(cache, query, key[[2, 0, 1]], value[[2, 0, 1]])
 
 
+@pytest.mark.promise("reorder-takes-everything-along")
 def test_ragged_beams_leave_nothing_behind():
     rng = np.random.default_rng(0)
     cache = KVCache(3, 1, 2, capacity=200)
@@ -721,6 +744,9 @@ def test_sequences_come_and_go():
 # Pages that exist already; files.
 
 
+@pytest.mark.promise(
+    "append-copies-no-history", "pages-of-the-caller-are-used-in-place", "unused-rows-are-not-read"
+)
 @every_isa
 @every_dtype
 def test_from_pages(dtype):
@@ -751,6 +777,7 @@ def test_from_pages(dtype):
     assert changed == [*arrays]  # written in place
 
 
+@pytest.mark.promise("pages-of-the-caller-are-used-in-place")
 def test_from_pages_of_another_layout():
     query, key, value = problem(np.float32, 200)
     pages = [np.full((4, 128, 2, dim), NAN, np.float32) for dim in (16, 24)]
@@ -764,6 +791,7 @@ def test_from_pages_of_another_layout():
     assert_array_equal(pages[0][0, 72:77], key[0, :, :5].swapaxes(0, 1))
 
 
+@pytest.mark.promise("files-give-the-same-bits")
 @every_dtype
 @pytest.mark.parametrize("fixed", [False, True])
 def test_files(dtype, fixed, tmp_path):
@@ -788,6 +816,7 @@ def test_files(dtype, fixed, tmp_path):
             again.append(key[:, :, :1], value[:, :, :1])
 
 
+@pytest.mark.promise("files-give-the-same-bits")
 @every_dtype
 def test_files_of_pages(dtype, tmp_path):
     query, key, value = problem(dtype, 300, batch=3)
@@ -1210,6 +1239,7 @@ def raised(kind, text, function, *args):
     return error.value
 
 
+@pytest.mark.promise("cache-errors-change-nothing", "error-says-which-rule-and-what")
 @pytest.mark.parametrize("number", range(len(CALLS)), ids=lambda i: f"{i}: {CALLS[i][2][:60]}")
 def test_errors_change_nothing(number):
     function, kind, text = CALLS[number]
@@ -1219,6 +1249,7 @@ def test_errors_change_nothing(number):
     assert_same_state(cache, before)
 
 
+@pytest.mark.promise("files-give-the-same-bits", "error-says-which-rule-and-what")
 @pytest.mark.parametrize(
     "number", range(len(OTHERS)), ids=lambda i: f"{i}: {(OTHERS[i][2] or '')[:60]}"
 )
@@ -1227,6 +1258,7 @@ def test_errors(number):
     raised(kind, text, function)
 
 
+@pytest.mark.promise("error-says-which-rule-and-what")
 def test_every_error_is_tested():
     source = inspect.getsource(_kv_cache)
     raises = {
@@ -1249,6 +1281,7 @@ def test_every_error_is_tested():
     assert not [lines[span[0] - 1] for span in raises if not seen & set(span)]
 
 
+@pytest.mark.promise("cache-errors-change-nothing")
 @every_dtype
 def test_no_memory_changes_nothing(dtype, monkeypatch):
     """Wherever in an append the memory ends."""

@@ -117,6 +117,7 @@ def compute_between_guards(isa, dtype):
                 np.testing.assert_allclose(lse, expected[1], rtol=gate, atol=gate)
 
 
+@pytest.mark.promise("nothing-outside-the-arrays")
 @each_isa
 @each_dtype
 def test_guard_pages(isa, dtype):
@@ -141,6 +142,7 @@ def attend_pages_between_guards(isa, held):
                 assert np.isfinite(cache.attend(query, window=window)).all()
 
 
+@pytest.mark.promise("nothing-outside-the-arrays")
 @each_isa
 @pytest.mark.parametrize("held", ["float32", "bfloat16", "int8"])
 def test_guard_pages_of_a_cache(isa, held):
@@ -156,6 +158,47 @@ def touch_a_guard_page(side):
 def test_guard_pages_guard(side):
     with pytest.raises(AssertionError, match="exit status -11"):
         run(touch_a_guard_page, side)
+
+
+def with_a_hole(array, begin, end):
+    """Copy the array to memory of which the pages from begin to end cannot be touched."""
+    memory = np.frombuffer(mmap.mmap(-1, array.nbytes), np.uint8)
+    copy = memory.view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    protect = ctypes.CDLL(None).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page = mmap.PAGESIZE
+    assert protect(memory.ctypes.data + begin * page, (end - begin) * page, 0) == 0
+    return copy
+
+
+def attend_beside_a_hole(isa):
+    """Attend to keys and values of which those of whole tiles, all hidden, cannot be touched."""
+    _core.set_isa(isa)
+    rng = np.random.default_rng(0)
+    page = mmap.PAGESIZE // 4 // 8  # in keys
+    keys = np.arange(32 * page)
+    tiles = slice(9 * page, 13 * page)
+    assert page % 128 == 0
+    seen = (keys < tiles.start) | (keys >= tiles.stop)
+    for q_len in (1, 50):
+        query, key, value = (rng.random((n, 8), np.float32) for n in (q_len, *2 * [len(keys)]))
+        for options in (
+            {"mask": seen},
+            {"bias": np.where(seen, 0, -np.inf)},
+            {"kv_lengths": tiles.start},
+            {"is_causal": True, "query_offset": tiles.start - q_len},
+            {"window": (50, 50), "query_offset": tiles.stop + 50},
+        ):
+            expected = fastattn.attention(query, key, value, **options)
+            holed = (with_a_hole(x, 9, 13) for x in (key, value))
+            assert np.array_equal(fastattn.attention(query, *holed, **options), expected)
+
+
+@pytest.mark.promise("hidden-tiles-cost-nothing")
+@each_isa
+def test_hidden_tiles_are_not_touched(isa):
+    run(attend_beside_a_hole, isa)
 
 
 # How much memory.
@@ -190,22 +233,86 @@ def peak(case):
         heads = 16 if case == "many heads" else 1024
         operands = arrays((heads, 16, 128), (1, tokens // 8, 128), (1, tokens // 8, 128))
         options = {"return_lse": True}
+    elif case.startswith("every argument"):
+        dtype = case.split()[-1]
+        operands = [x.astype(dtype) for x in arrays(*[(heads, tokens, 16) for heads in (2, 1, 1)])]
+        options = {"is_causal": True, "query_offset": [9], "window": (256, 3), "scale": 0.3}
+        options |= {"mask": padding, "bias": padding.astype(np.float32), "kv_lengths": [tokens]}
+        options |= {"softcap": 30.0, "sinks": np.zeros(2), "alibi_slopes": np.ones((1, 2))}
+        options |= {"dropout_p": 0.1, "seed": 0, "return_lse": True}
+    elif case == "interleaved":  # as (batch, length, heads, head_dim)
+        operands = [x.swapaxes(1, 2) for x in arrays(*[(tokens, heads, 64) for heads in (4, 2, 2)])]
+        options = {"window": (256, 0)}
     else:
         operands = arrays((2, tokens, 64), (2, 300, 64), (2, 300, 64))
         options = {"softcap": 30.0, "return_lse": True}
-    out = np.ones((*operands[0].shape[:-1], operands[2].shape[-1]), np.float32)
+    out = np.ones((*operands[0].shape[:-1], operands[2].shape[-1]), operands[0].dtype)
     fastattn.attention(*[array[..., :64, :] for array in operands])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = status("VmRSS")
+    before = peak_so_far()
     fastattn.attention(*operands, out=out, **options)
     return status("VmHWM") - before
 
 
+def peak_so_far():
+    """Let the peak start again from here, and return it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+CASES = ["window", "causal", "few queries", "few keys", "many heads", "most heads", "interleaved"]
+
+
+@pytest.mark.promise(
+    "forward-memory", "no-array-of-pairs", "nothing-is-expanded", "arrays-are-read-where-they-lie"
+)
 @pytest.mark.parametrize(
-    "case", ["window", "causal", "few queries", "few keys", "many heads", "most heads"]
+    "case", [*CASES, *(f"every argument, {dtype}" for dtype in ("float32", "float16", "bfloat16"))]
 )
 def test_peak_memory_at_131072_tokens(case):
     assert run(peak, case, timeout=120) < 16 * MIB
+
+
+def peak_of_packed_sequences():
+    """Return what `peak` does for sequences that would be 4 GiB if they were padded."""
+    fastattn.set_num_threads(2)
+    starts = np.cumsum([0, *[64] * 1000, 65536])
+    query = np.random.default_rng(0).random((starts[-1], 2, 8), np.float32)
+    options = {"window": (256, 0), "out": np.ones_like(query)}
+    fastattn.varlen_attention(*[query[:64]] * 3, [0, 64], [0, 64])
+    before = peak_so_far()
+    fastattn.varlen_attention(query, query, query, starts, starts, **options)
+    return status("VmHWM") - before
+
+
+@pytest.mark.promise("packed-needs-no-padding")
+def test_peak_memory_of_packed_sequences():
+    assert run(peak_of_packed_sequences) < 16 * MIB
+
+
+def peak_of_gradients(heads, dtype):
+    """Return what `peak` does for gradients, beside these, of 32768 queries in two threads."""
+    fastattn.set_num_threads(2)
+    shapes = [(1, n, 32768, 64) for n in (heads, 2, 2)]
+    rng = np.random.default_rng(0)
+    operands = [rng.random(shape, np.float32).astype(dtype) for shape in shapes]
+    options = {"window": (256, 3), "softcap": 30.0}
+    out, lse = fastattn.attention(*operands, return_lse=True, **options)
+    few = [x[..., :64, :] for x in (out, *operands, out)]
+    fastattn.attention_backward(*few, lse[..., :64], **options)
+    before = peak_so_far()
+    grads = fastattn.attention_backward(out, *operands, out, lse, **options)
+    return status("VmHWM") - before - sum(x.nbytes for x in grads)
+
+
+@pytest.mark.promise("gradient-memory", "no-array-of-pairs")
+@pytest.mark.parametrize(
+    ("heads", "dtype"), [(2, "float32"), (8, "float32"), (2, "float16"), (2, "bfloat16")]
+)
+def test_peak_memory_of_gradients(heads, dtype):
+    """Each thread has 2 MiB, and sums for the queries of a key head: together at most 64 MiB."""
+    sums_of_a_key_head = heads // 2 * 32768 * 64 * 4
+    allowed = min(2 * sums_of_a_key_head, 64 * MIB) + 2 * 2 * MIB
+    assert run(peak_of_gradients, heads, dtype) < allowed + 2 * MIB  # of the process's own
 
 
 # No memory.
@@ -229,6 +336,7 @@ def meet_a_limit(warm):
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.promise("no-memory-is-an-error")
 @pytest.mark.parametrize("warm", [True, False], ids=["threads running", "first call"])
 def test_no_memory(warm):
     run(meet_a_limit, warm)
@@ -251,6 +359,7 @@ def meet_a_limit_on_threads(megabytes):
     assert np.array_equal(out, fastattn.attention(query, query, query))
 
 
+@pytest.mark.promise("no-memory-is-an-error", "missing-threads-are-no-error")
 @pytest.mark.parametrize("megabytes", [4, 12, 20, 28])
 def test_no_memory_for_threads(megabytes):
     run(meet_a_limit_on_threads, megabytes)
@@ -276,6 +385,7 @@ def meet_a_limit_on_processes(most):
     return len(list(Path("/proc/self/task").iterdir()))
 
 
+@pytest.mark.promise("missing-threads-are-no-error")
 @pytest.mark.parametrize("most", range(1, 13))
 def test_no_processes_for_threads(most):
     # This thread, the owner of the team and a first member are there before the limit.
@@ -297,6 +407,7 @@ def compute_with_small_stacks(isa, dtype):
         np.testing.assert_allclose(out, expected, rtol=gate, atol=gate)
 
 
+@pytest.mark.promise("small-stacks-suffice")
 @each_isa
 @each_dtype
 def test_small_thread_stacks(isa, dtype):
@@ -323,6 +434,7 @@ def digest(isa):
     return seen.hexdigest()
 
 
+@pytest.mark.promise("bitwise-fresh-memory")
 @each_isa
 def test_no_memory_is_read_before_it_is_written(isa):
     """What malloc returns can be filled, by glibc, with any byte."""

@@ -23,6 +23,7 @@ def problem_and_parts(dtype, edges=EDGES):
     return (query, key, value), parts
 
 
+@pytest.mark.promise("merge-is-the-whole")
 @both_dtypes
 def test_parts_are_the_whole_in_any_order(dtype):
     operands, parts = problem_and_parts(dtype)
@@ -32,6 +33,7 @@ def test_parts_are_the_whole_in_any_order(dtype):
         assert_within_gate((out, lse), *operands)
 
 
+@pytest.mark.promise("merge-of-empty-is-empty")
 @both_dtypes
 def test_one_part_is_itself(dtype):
     operands, _ = problem_and_parts(dtype)
@@ -42,6 +44,7 @@ def test_one_part_is_itself(dtype):
     assert_same_bits(merge(nothing, part, list(nothing)), part)
 
 
+@pytest.mark.promise("merge-of-empty-is-empty")
 @both_dtypes
 def test_nothing_and_nothing_is_nothing(dtype):
     _, parts = problem_and_parts(dtype)
@@ -54,6 +57,7 @@ def test_nothing_and_nothing_is_nothing(dtype):
     assert merge(no_rows, no_rows)[0].shape == (4, 0, 8)
 
 
+@pytest.mark.promise("merge-is-the-whole")
 @both_dtypes
 def test_a_prefix_that_a_batch_shares(dtype):
     """Its keys need no batch axis; what each sequence adds has one."""
@@ -73,6 +77,7 @@ def test_a_prefix_that_a_batch_shares(dtype):
     assert_within_gate((out, lse), query, *whole, kv_lengths=1500 + lengths, sinks=sinks)
 
 
+@pytest.mark.promise("merge-is-the-whole")
 @both_dtypes
 def test_rows_that_see_different_parts(dtype):
     query, key, value = make_problem(20, 300, heads=2, dtype=dtype)
@@ -91,6 +96,7 @@ def test_rows_that_see_different_parts(dtype):
     assert_within_gate(merge(*parts), query, key, value, is_causal=True, query_offset=90)
 
 
+@pytest.mark.promise("merge-is-the-whole")
 @both_dtypes
 def test_sinks_count_once(dtype):
     operands, parts = problem_and_parts(dtype)
@@ -102,6 +108,7 @@ def test_sinks_count_once(dtype):
     assert_same_bits(merge(*flat, sinks=np.ones(1))[0], merge(*parts, sinks=np.ones(4))[0][0])
 
 
+@pytest.mark.promise("merge-is-the-whole")
 @both_dtypes
 def test_associative(dtype):
     operands, (a, b, c, d, e) = problem_and_parts(dtype)
@@ -114,6 +121,7 @@ def test_associative(dtype):
         assert_within_gate(tree, *operands)
 
 
+@pytest.mark.promise("merge-is-the-whole", "finite-stays-finite")
 @both_dtypes
 def test_far_apart(dtype):
     """Parts whose sums differ by more than the dtype holds, or lie at the end of its range."""
@@ -132,6 +140,7 @@ def test_far_apart(dtype):
         assert_allclose(lse, max(levels), rtol=1e-6)
 
 
+@pytest.mark.promise("merge-of-empty-is-empty")
 def test_not_finite_parts():
     """NaN reaches its row; what a part that saw nothing holds does not."""
     _, parts = problem_and_parts(np.float64)
@@ -148,6 +157,7 @@ def test_not_finite_parts():
     assert_same_bits(out[~bad], expected[0][~bad])
 
 
+@pytest.mark.promise("inputs-are-not-written")
 def test_arrays_of_other_kinds():
     _, parts = problem_and_parts(np.float64)
     expected = merge(*parts)

@@ -86,6 +86,7 @@ def problems(draw, q_len=None, mask=True):
     return Problem(*operands, options)
 
 
+@pytest.mark.promise("result-is-the-definition")
 @given(problems())
 def test_the_definition(problem):
     truth = truth_of(*problem.operands, **problem.options)
@@ -93,6 +94,7 @@ def test_the_definition(problem):
         assert_allclose(got, expected, atol=problem.tolerance, rtol=64 * np.finfo(got.dtype).eps)
 
 
+@pytest.mark.promise("result-is-the-definition", "dropout-scales-what-stays", "lse-is-over-keys")
 @given(problems(), st.floats(0, 0.75), st.integers(0, 2**64 - 1))
 def test_the_definition_with_dropout(problem, dropout_p, seed):
     dropout = {"dropout_p": dropout_p, "seed": seed}
@@ -123,6 +125,7 @@ def test_order_of_the_queries(problem, seed):
     assert_same_bits(problem.attend(**changes), (out[..., order, :], lse[..., order]))
 
 
+@pytest.mark.promise("bitwise-batch-neighbours")
 @given(problems(), st.data())
 def test_a_batch_element_alone(problem, data):
     if len(problem.query.shape) < 4:
@@ -135,6 +138,7 @@ def test_a_batch_element_alone(problem, data):
     assert_same_bits(alone.attend(), tuple(x[index] for x in problem.attend()))
 
 
+@pytest.mark.promise("float-mask-is-added")
 @given(problems(), st.floats(-8, 8))
 def test_a_constant_in_the_mask(problem, constant):
     """Added to each score of a row, it adds to lse and leaves out alone."""
@@ -174,6 +178,7 @@ def test_linear_in_the_values(problem, factor, seed):
     assert_allclose(mixed, apart, atol=8 * problem.tolerance)
 
 
+@pytest.mark.promise("weights-are-the-definition")
 @given(problems())
 def test_identity_as_values_gives_the_weights(problem):
     kv_len = problem.key.shape[-2]
@@ -183,6 +188,7 @@ def test_identity_as_values_gives_the_weights(problem):
     assert_allclose(out, probs, atol=problem.tolerance)
 
 
+@pytest.mark.promise("merge-is-the-whole", "sinks-join-the-denominator")
 @given(problems(mask=False), st.lists(st.integers(0, 259), max_size=4), st.randoms())
 def test_split_and_merge(problem, cuts, random):
     sinks = problem.options.pop("sinks", None)
@@ -204,6 +210,7 @@ def test_split_and_merge(problem, cuts, random):
     assert_allclose(lse, whole_lse, atol=problem.tolerance, rtol=1e-5)
 
 
+@pytest.mark.promise("masked-pair-contributes-nothing", "causal-sees-up-to-its-position")
 @given(problems(), st.data(), st.sampled_from([np.nan, np.inf, 1e30]))
 def test_the_future_changes_no_bit(problem, data, poison):
     problem.options["is_causal"] = True
@@ -219,6 +226,7 @@ def test_the_future_changes_no_bit(problem, data, poison):
         assert_same_bits(lse[..., earlier], expected[1][..., earlier])
 
 
+@pytest.mark.promise("heads-share-keys-in-groups")
 @given(problems())
 def test_a_group_is_repeated_heads(problem):
     """The very bits, where a head alone and a group of them take the same form."""
@@ -251,6 +259,7 @@ def test_equal_keys_give_the_mean(problem):
     assert_allclose(out, np.broadcast_to(mean, out.shape), atol=problem.tolerance)
 
 
+@pytest.mark.promise("short-chunks-within-gate")
 @given(problems())
 def test_the_last_query_alone(problem):
     """A step of decoding is the last row of the whole."""
@@ -264,6 +273,7 @@ def test_the_last_query_alone(problem):
     assert_allclose(lse, whole_lse[..., -1:], atol=problem.tolerance, rtol=1e-5)
 
 
+@pytest.mark.promise("instruction-sets-agree")
 @given(problems())
 def test_variants_agree(problem):
     usual = _core.isa()
@@ -277,6 +287,7 @@ def test_variants_agree(problem):
     assert_allclose(lse, generic_lse, atol=problem.tolerance, rtol=1e-5)
 
 
+@pytest.mark.promise("bitwise-query-chunks", "bitwise-threads")
 @settings(max_examples=20)
 @given(problems(q_len=99), st.integers(17, 82), st.integers(1, 7))
 def test_chunks_and_threads_change_no_bit(problem, cut, count):

@@ -56,6 +56,18 @@ BY_HAND = [
 ]
 
 
+@pytest.mark.promise(
+    "result-is-the-definition",
+    "true-attends",
+    "float-mask-is-added",
+    "causal-sees-up-to-its-position",
+    "window-counts-from-the-position",
+    "position-is-index-plus-offset",
+    "lengths-hide-padding",
+    "alibi-grows-with-distance",
+    "sinks-join-the-denominator",
+    "empty-row-is-zero",
+)
 @pytest.mark.parametrize(("arguments", "probs"), BY_HAND, ids=[str(case[0]) for case in BY_HAND])
 def test_by_hand(arguments, probs):
     options = {"scale": 1.0} | arguments
@@ -66,6 +78,7 @@ def test_by_hand(arguments, probs):
     assert_allclose(attention_weights(QUERY, KEY, **options), probs, rtol=1e-14, atol=1e-300)
 
 
+@pytest.mark.promise("lse-is-over-keys")
 def test_lse_by_hand():
     def lse(**options):
         return attention(QUERY, KEY, VALUE, scale=1.0, return_lse=True, **options)[1]
@@ -77,6 +90,7 @@ def test_lse_by_hand():
     assert_allclose(lse(is_causal=True), np.log([2.0, 4.0]), rtol=1e-15)
 
 
+@pytest.mark.promise("order-of-the-score")
 def test_softcap_comes_after_the_scale_and_before_the_rest():
     score = 3 * np.tanh(2 * LOG2 / 3) + 1.0 - 0.5
     options = {"scale": 2.0, "softcap": 3.0, "bias": [[1.0, 0.0]], "alibi_slopes": [0.5]}
@@ -84,11 +98,13 @@ def test_softcap_comes_after_the_scale_and_before_the_rest():
     assert_allclose(probs[0, 0], 1 / (1 + np.exp(-score)), rtol=1e-14)
 
 
+@pytest.mark.promise("default-scale")
 def test_default_scale():
     query, key, value = make_problem(3, 4, 25)
     assert_same_bits(attention(query, key, value), attention(query, key, value, scale=0.2))
 
 
+@pytest.mark.promise("heads-share-keys-in-groups", "two-axes-or-more")
 @pytest.mark.parametrize("query_shape", [(2, 3), (4, 2, 3), (5, 4, 2, 3), (6, 5, 4, 2, 3)])
 @pytest.mark.parametrize("key_batch", [None, (), (1,), (6, 1)])
 def test_shapes_and_heads(query_shape, key_batch):
@@ -111,6 +127,9 @@ def test_shapes_and_heads(query_shape, key_batch):
         assert_allclose(out if flat else out[index], alone, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.promise(
+    "position-is-index-plus-offset", "lengths-hide-padding", "alibi-grows-with-distance"
+)
 def test_per_batch_and_per_head_arguments():
     query, key, value = make_problem(2, 5, 3, heads=2, batch=(3, 2), dtype=np.float64)
     whole = {
@@ -131,6 +150,7 @@ def test_per_batch_and_per_head_arguments():
             assert_allclose(out[here], expected, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.promise("four-dtypes", "lse-is-over-keys")
 def test_dtypes():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
@@ -149,6 +169,7 @@ def test_dtypes():
     assert_array_equal(out, attention(query, key, value))
 
 
+@pytest.mark.promise("no-keys-no-queries")
 def test_empty():
     query, key, value = make_problem(3, 0, 4, 2, heads=2)
     out, lse = attention(query, key, value, return_lse=True)
@@ -157,6 +178,7 @@ def test_empty():
     assert attention(query[:, :0], key, value).shape == (2, 0, 2)
 
 
+@pytest.mark.promise("visible-nan-reaches-its-rows")
 def test_not_finite_values_reach_the_rows_that_see_them():
     value = VALUE.copy()
     value[1, 0] = np.nan
@@ -167,6 +189,7 @@ def test_not_finite_values_reach_the_rows_that_see_them():
     assert_array_equal(attention(QUERY, KEY, value, is_causal=True)[:, 0], [1, INF])
 
 
+@pytest.mark.promise("position-must-be-given")
 def test_position_must_be_given():
     with pytest.raises(ValueError, match="query_offset must be given"):
         attention(QUERY[:1], KEY, VALUE, is_causal=True)
@@ -186,12 +209,14 @@ KNOWN_ANSWERS = [
 ]
 
 
+@pytest.mark.promise("dropout-follows-its-counter")
 @pytest.mark.parametrize("numbers", KNOWN_ANSWERS)
 def test_known_answers_of_the_generator(numbers):
     numbers = [int(x, 16) for x in numbers.split()]
     assert [int(x) for x in philox4x32(numbers[:4], numbers[4:6])] == numbers[6:]
 
 
+@pytest.mark.promise("dropout-scales-what-stays", "dropped-value-contributes-nothing")
 def test_dropout_by_hand():
     """Of the first words for seed 0, 5f6fb709 is the largest and 0d893f64 the smallest."""
     options = {"dropout_p": 0.25, "seed": 0}
@@ -268,6 +293,7 @@ def gradients(query, key, value, options, grad_out, grad_lse):
     )
 
 
+@pytest.mark.promise("gradients-are-the-definitions", "gradients-of-bias-sinks-lse")
 @pytest.mark.parametrize("options", GRADIENT_CASES, ids=str)
 def test_gradients_are_central_differences(options):
     query, key, value, options, grad_out, grad_lse = gradient_problem(options)
@@ -293,6 +319,7 @@ def test_gradients_are_central_differences(options):
         assert_allclose(grad, differences, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.promise("gradients-are-the-definitions", "gradients-of-bias-sinks-lse")
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_torch_autograd_agrees(is_causal):
     torch = pytest.importorskip("torch", exc_type=ImportError)
@@ -328,6 +355,7 @@ def test_gradients_without_heads_and_in_other_dtypes():
         assert_allclose(grad, exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.promise("packed-gradients-are-alone")
 def test_gradients_of_packed_sequences():
     rng = np.random.default_rng(0)
     q_starts, kv_starts = np.array([1, 4, 4, 9]), np.array([0, 5, 7, 8])
@@ -369,6 +397,7 @@ def test_gradients_of_packed_sequences():
     assert_allclose(dsinks, sum_of_dsinks, rtol=1e-14)
 
 
+@pytest.mark.promise("masked-pair-passes-no-gradient", "empty-row-has-gradient-zero")
 def test_gradients_of_masked_pairs_are_zero():
     query, key, value, options, grad_out, grad_lse = gradient_problem({"mask": "some"})
     mask = np.zeros((2, 3, 1, 5, 6), bool)
@@ -384,6 +413,7 @@ def test_gradients_of_masked_pairs_are_zero():
         assert_array_equal(grad[..., rows, :], 0)
 
 
+@pytest.mark.promise("masked-pair-passes-no-gradient")
 def test_a_visible_nan_reaches_the_gradients_that_depend_on_it():
     query, key, value = make_problem(2, 2, dtype=np.float64)
     key[:, 1, 0] = np.nan  # seen by query 1 alone

@@ -12,6 +12,7 @@ import fastattn
 from fastattn import _core, explain, info
 
 
+@pytest.mark.promise("reports-are-dicts")
 def test_info():
     report = info()
     assert report["version"] == fastattn.__version__
@@ -38,6 +39,7 @@ def test_info_follows(isa, threads, monkeypatch):
 TILES = {("avx512", 4): 48, ("avx512", 8): 24, ("avx2", 4): 24, ("avx2", 8): 12}
 
 
+@pytest.mark.promise("explain-says-what-runs", "hidden-tiles-cost-nothing")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
 def test_explain_counts(isa, threads, dtype):
     threads(3)
@@ -80,6 +82,7 @@ def test_explain_counts(isa, threads, dtype):
     assert everything["tiles_edge"] == everything["tiles"]
 
 
+@pytest.mark.promise("explain-says-what-runs")
 @pytest.mark.parametrize(
     "options",
     [
@@ -135,6 +138,7 @@ def test_explain_of_nothing():
         assert "skipped" in str(plan)
 
 
+@pytest.mark.promise("reports-are-dicts")
 def test_explain_report():
     report = str(explain(*make_problem(480, 1280, heads=4)))
     lines = report.splitlines()
@@ -162,6 +166,7 @@ def test_report_units():
     ]
 
 
+@pytest.mark.promise("thread-count-has-an-order")
 @pytest.mark.parametrize("count", [1, 2, 64, np.int64(5)])
 def test_threads_are_what_was_set(threads, count):
     threads(count)

@@ -137,6 +137,7 @@ def forks_with_torch(query, expected, attends):
     }
 
 
+@pytest.mark.promise("fork-never-hangs")
 @pytest.mark.parametrize("imports", [(), ("torch", "fastattn"), ("fastattn", "torch")], ids=str)
 @pytest.mark.parametrize("threads", ["1", "4"])
 def test_forks(threads, imports):
@@ -154,6 +155,7 @@ def start_elsewhere(method):
     assert np.array_equal(there, attend(query))
 
 
+@pytest.mark.promise("started-processes-compute")
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_started_processes(method):
     run(start_elsewhere, method, timeout=90)
@@ -192,6 +194,7 @@ def call_at_once(callers):
     return most - before - callers
 
 
+@pytest.mark.promise("concurrent-callers-share-one-team")
 def test_concurrent_callers_share_one_team():
     assert 2 <= run(call_at_once, 6) <= 4
 
@@ -210,6 +213,7 @@ def threads_in_use(count=None):
     return [fastattn.get_num_threads(), plan["threads"], tasks() - before]
 
 
+@pytest.mark.promise("thread-count-has-an-order")
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
@@ -229,6 +233,7 @@ def test_thread_variables(env, expected):
     assert run(threads_in_use, env=env | NO_QUOTA) == [expected, expected, expected - 1]
 
 
+@pytest.mark.promise("thread-count-has-an-order")
 @pytest.mark.parametrize("count", [1, 5])
 def test_set_num_threads_wins(count):
     env = {"FASTATTN_NUM_THREADS": "7", "OMP_NUM_THREADS": "2"}
@@ -288,11 +293,13 @@ def threads_after_narrowing(used_before):
     return fastattn.get_num_threads()
 
 
+@pytest.mark.promise("thread-count-has-an-order")
 @pytest.mark.parametrize("used_before", [True, False])
 def test_affinity(used_before):
     assert run(threads_after_narrowing, used_before, env=NO_QUOTA) == 1
 
 
+@pytest.mark.promise("thread-count-has-an-order")
 @pytest.mark.parametrize(
     ("files", "cpus"),
     [
@@ -357,6 +364,7 @@ def wait_for_interrupt():
     assert np.array_equal(attend(query), expected)
 
 
+@pytest.mark.promise("interrupt-within-a-second")
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_interrupt(threads):
     with start(wait_for_interrupt, env={"FASTATTN_NUM_THREADS": threads}) as process:
@@ -393,6 +401,7 @@ def handle_another_signal():
     assert np.array_equal(attend(query), expected)
 
 
+@pytest.mark.promise("signal-handlers-run")
 def test_other_signals():
     run(handle_another_signal)
 
@@ -436,6 +445,7 @@ def fork_in_a_handler(name, raises, seconds):
     return status
 
 
+@pytest.mark.promise("fork-never-hangs")
 @pytest.mark.parametrize("raises", [False, True], ids=["goes on", "raises"])
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_fork_in_a_signal_handler(threads, raises):
@@ -444,6 +454,7 @@ def test_fork_in_a_signal_handler(threads, raises):
 
 
 # Some time on, most likely in the backward pass.
+@pytest.mark.promise("fork-never-hangs")
 @pytest.mark.parametrize("seconds", [0.4, 0.8])
 def test_fork_in_a_signal_handler_during_gradients(seconds):
     env = {"FASTATTN_NUM_THREADS": "2"}
@@ -471,6 +482,7 @@ def count_ticks(threads):
     return sum(begin < at < end for at in ticks) / (end - begin) / 1000
 
 
+@pytest.mark.promise("gil-is-released")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gil_is_released(threads):
     assert run(count_ticks, threads) > 0.02  # without it: one tick at most
@@ -492,6 +504,7 @@ def leave_daemons_behind(call):
         pass
 
 
+@pytest.mark.promise("exit-never-hangs")
 @pytest.mark.parametrize("call", ["one long call", "many short calls"])
 def test_interpreter_exit_in_daemons(call):
     for _ in range(5):
@@ -514,6 +527,7 @@ def leave_object_behind():
     globals()["left"] = AttendsAtTheEnd()
 
 
+@pytest.mark.promise("exit-never-hangs")
 def test_interpreter_exit_in_a_destructor():
     run(leave_object_behind, timeout=20)
 
@@ -531,10 +545,31 @@ def import_again():
         assert np.array_equal(package.attention(query, query, query), expected)
 
 
+@pytest.mark.promise("import-needs-numpy-alone")
 def test_import_again():
     run(import_again)
 
 
+def modules_after_calls():
+    """Use what computes on the CPU, and return the modules that are loaded."""
+    query = problem()
+    out, lse = fastattn.attention(query, query, query, return_lse=True)
+    fastattn.attention_backward(out, query, query, query, out, lse)
+    cache = fastattn.KVCache(1, 4, 64)
+    cache.append(query, query)
+    cache.attend(query)
+    fastattn.explain(query, query, query)
+    return sorted(sys.modules)
+
+
+@pytest.mark.promise("cpu-needs-no-gpu", "import-needs-numpy-alone")
+def test_calls_on_the_cpu_load_nothing_of_a_gpu():
+    loaded = set(run(modules_after_calls, imports=["fastattn"]))
+    assert "fastattn" in loaded
+    assert not loaded & {"numba", "numba_cuda", "cuda", "fastattn.cuda", "torch", "jax"}
+
+
+@pytest.mark.promise("free-threading")
 @pytest.mark.skipif(
     getattr(sys, "_is_gil_enabled", lambda: True)(), reason="not a free-threaded Python"
 )
@@ -564,6 +599,7 @@ def keep_subnormals():
     assert in_thread(kept)
 
 
+@pytest.mark.promise("floating-point-modes-stay", "subnormals-count")
 def test_subnormals_are_kept():
     run(keep_subnormals)
 
@@ -607,6 +643,7 @@ def keep_modes(isa):
     return [np.array_equal(result, results[-1]) for result in results]
 
 
+@pytest.mark.promise("floating-point-modes-stay")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads an x86 register")
 @pytest.mark.parametrize("isa", _core.supported_isas())
 def test_floating_point_modes(isa):

@@ -45,6 +45,7 @@ def close(ours, theirs, dtype=None):
 # Torch's meaning.
 
 
+@pytest.mark.promise("sdpa-is-torchs", "torch-has-every-argument")
 def test_signature():
     ours = inspect.signature(ft.scaled_dot_product_attention)
     numpy = inspect.signature(fastattn.scaled_dot_product_attention)
@@ -71,6 +72,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.promise("sdpa-is-torchs")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": -0.1}], ids=str)
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
@@ -82,6 +84,7 @@ def test_shapes(shapes, options, dtype):
     close(ours.double(), theirs, dtype)
 
 
+@pytest.mark.promise("sdpa-is-torchs")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_enable_gqa(kv_heads, is_causal):
@@ -90,6 +93,7 @@ def test_enable_gqa(kv_heads, is_causal):
     close(ft.scaled_dot_product_attention(*tensors, **options), EXACT(*tensors, **options))
 
 
+@pytest.mark.promise("sdpa-is-torchs")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 7), (1, 7), (4, 5, 7), (2, 1, 1, 7), (2, 4, 5, 7)], ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float", "-inf"])
@@ -106,6 +110,7 @@ def test_masks(kind, shape, dtype):
     close(ours.double(), EXACT(*(x.double() for x in tensors), attn_mask=wide), dtype)
 
 
+@pytest.mark.promise("empty-rows-are-zero-everywhere", "empty-row-has-gradient-zero")
 @pytest.mark.parametrize("fill", [False, -torch.inf])
 def test_a_row_that_sees_nothing_is_zero_and_so_are_its_gradients(fill):
     tensors = operands(grad=True)
@@ -118,6 +123,7 @@ def test_a_row_that_sees_nothing_is_zero_and_so_are_its_gradients(fill):
     assert all(x.grad.isfinite().all() for x in tensors)
 
 
+@pytest.mark.promise("sdpa-is-torchs")
 def test_strides():
     """Views are read where they lie, and the result is laid out like torch's own."""
     tensors = operands(kv_len=5)
@@ -136,6 +142,7 @@ def test_strides():
             assert ours.stride() == theirs.stride(), name
 
 
+@pytest.mark.promise("foreign-arrays-are-read-in-place")
 def test_nothing_is_copied(monkeypatch):
     seen = []
     attention = fastattn.attention
@@ -176,6 +183,7 @@ def test_autocast():
     close(ours.float(), theirs.float(), torch.bfloat16)
 
 
+@pytest.mark.promise("torch-has-every-argument")
 def test_every_argument():
     """`attention` is fastattn.attention, given arrays, tensors or numbers."""
     q, k, v = operands(q_len=3, kv_heads=2)
@@ -216,6 +224,7 @@ def test_half_precision_keys_beside_float32_queries():
 # Gradients.
 
 
+@pytest.mark.promise("torch-gradients")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", [None, "bool", "bias", "causal"])
 def test_gradients_are_torchs(mask, dtype):
@@ -241,6 +250,7 @@ def test_gradients_are_torchs(mask, dtype):
         torch.testing.assert_close(our.double(), their, rtol=eps, atol=eps * their.abs().max())
 
 
+@pytest.mark.promise("torch-gradients")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("lengths", [(5, 700), (700, 5), (300, 700)], ids=str)
@@ -271,6 +281,7 @@ GRADIENTS = {
 }
 
 
+@pytest.mark.promise("torch-gradients")
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradcheck(name):
     leaves = [*operands(3, 5, kv_heads=2, dim=3, grad=True), rand(4, 1, 5, grad=True)]
@@ -297,6 +308,7 @@ def test_a_bias_of_one_number(dtype):
     assert abs(bias.grad) < 1e-5  # the probabilities stay as they are
 
 
+@pytest.mark.promise("torch-gradients")
 def test_a_mask_that_requires_grad_is_a_bias():
     query, key, value = operands()
     mask, bias = rand(5, 7, grad=True), rand(4, 1, 7, grad=True)
@@ -326,6 +338,7 @@ def test_only_what_is_needed_is_differentiated():
         out.sum().backward()
 
 
+@pytest.mark.promise("missing-derivatives-are-errors")
 @pytest.mark.filterwarnings("ignore")
 def test_derivatives_that_are_not_there():
     query = rand(1, 2, 3, 4, grad=True)
@@ -383,6 +396,7 @@ def plain_with_dropout(query, key, value, attn_mask=None, dropout_p=0.0, is_caus
     return probs @ value
 
 
+@pytest.mark.promise("dropout-repeats-with-torch", "gradients-drop-the-same-pairs")
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": rand(5, 7)}], ids=str)
 def test_dropout(options):
     leaves = operands(grad=True)
@@ -409,6 +423,7 @@ def packed(factor=1, dtype=torch.float64, grad=False):
     return [rand(20 * factor, heads, 8, dtype=dtype, grad=grad) for heads in (4, 2, 2)]
 
 
+@pytest.mark.promise("torch-has-every-argument")
 def test_every_argument_of_packed_sequences():
     tensors = packed()
     offsets, lengths = torch.tensor([5, 3, -4, -4]), torch.tensor([9, 1, 0, 1])
@@ -438,6 +453,7 @@ def test_every_argument_of_packed_sequences():
     np.testing.assert_array_equal(out.numpy(), expected[0])
 
 
+@pytest.mark.promise("packed-gradients-are-alone", "rows-of-no-sequence-are-zero")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_sequences_are_attended_alone(dtype):
     """Forward and backward, to the bit; rows of no sequence give 0."""
@@ -457,6 +473,7 @@ def test_packed_sequences_are_attended_alone(dtype):
     assert all(map(torch.equal, (out, *grads), alone))
 
 
+@pytest.mark.promise("torch-gradients")
 @pytest.mark.parametrize(
     "options",
     [
@@ -509,6 +526,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.promise("dropout-repeats-with-torch", "gradients-drop-the-same-pairs")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_dropout_compiled(backend, fresh_compiler):
@@ -547,6 +565,7 @@ def everything(query, key, value, bias, sinks):
     return out.sin().sum() + lse.clamp(min=-9).cos().sum()
 
 
+@pytest.mark.promise("torch-compiles")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compile(backend, fresh_compiler):
@@ -577,6 +596,7 @@ class Attend(torch.nn.Module):
         return ft.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
+@pytest.mark.promise("torch-compiles")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict, tmp_path, fresh_compiler):
@@ -613,6 +633,7 @@ def packed_loss(query, key, value, starts, kv_starts, bias):
     return out.sin().sum() + lse.clamp(min=-9).cos().sum()
 
 
+@pytest.mark.promise("torch-compiles")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_of_packed_sequences(backend, fresh_compiler):
@@ -633,6 +654,7 @@ class AttendPacked(torch.nn.Module):
         return ft.varlen_attention(query, key, value, starts, kv_starts, softcap=2.0)
 
 
+@pytest.mark.promise("torch-compiles")
 @pytest.mark.filterwarnings("ignore")
 def test_export_of_packed_sequences(fresh_compiler):
     total, keys, count = [torch.export.Dim.DYNAMIC] * 3
@@ -697,6 +719,7 @@ def nothing_stays_patched():
     assert state() == before
 
 
+@pytest.mark.promise("patch-restores")
 def test_patch():
     before = state()
     tensors = operands()
@@ -720,6 +743,7 @@ def test_plain_call_and_close():
     assert state() == before
 
 
+@pytest.mark.promise("patch-restores")
 @pytest.mark.parametrize("switch", [True, False])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_patches_nest_and_close_in_any_order(order, switch):
@@ -736,6 +760,7 @@ def test_patches_nest_and_close_in_any_order(order, switch):
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+@pytest.mark.promise("patch-restores")
 def test_patch_after_an_exception():
     before = state()
     with pytest.raises(KeyError), ft.patch(), ft.patch():
@@ -743,6 +768,7 @@ def test_patch_after_an_exception():
     assert state() == before
 
 
+@pytest.mark.promise("patch-restores")
 def test_a_patch_leaves_another_librarys_in_place():
     p = ft.patch()
     below = F.scaled_dot_product_attention
@@ -764,6 +790,7 @@ def test_a_patch_leaves_another_librarys_in_place():
         F.scaled_dot_product_attention = EXACT
 
 
+@pytest.mark.promise("patch-restores")
 def test_patch_in_threads():
     tensors = operands()
     expected = ft.scaled_dot_product_attention(*tensors)
@@ -788,6 +815,7 @@ def test_patch_in_threads():
     assert state() == before
 
 
+@pytest.mark.promise("patch-counts-what-it-leaves")
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_left_to_torch_is_counted():
     x = rand(2, 3, 5, 4, dtype=torch.float32)
@@ -853,6 +881,7 @@ def modules(dropout=0.0):
     }
 
 
+@pytest.mark.promise("patch-counts-what-it-leaves", "torch-gradients")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", MODULES)
@@ -874,6 +903,7 @@ def test_modules(name, training):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.promise("dropout-repeats-with-torch")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_with_dropout(name, monkeypatch):
@@ -920,6 +950,7 @@ class Layer(torch.nn.Module):
         return (out.transpose(1, 2) + packed).flatten(-2)
 
 
+@pytest.mark.promise("torch-compiles")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_compile_of_a_module(dropout_p, fresh_compiler):
@@ -1028,6 +1059,7 @@ def use_pool_and_fork():
     return report
 
 
+@pytest.mark.promise("fork-never-hangs")
 @pytest.mark.parametrize("imports", [("torch", "fastattn"), ("fastattn", "torch")], ids=str)
 def test_forks(imports):
     report = run(use_pool_and_fork, imports=imports, timeout=120)
@@ -1059,6 +1091,7 @@ def fork_in_a_handler():
     return [right, status]
 
 
+@pytest.mark.promise("fork-never-hangs")
 def test_fork_in_a_signal_handler():
     assert run(fork_in_a_handler) == [True, 0]
 
@@ -1076,6 +1109,7 @@ def wait_for_interrupt():
     assert ft.scaled_dot_product_attention(small, small, small).isfinite().all()
 
 
+@pytest.mark.promise("interrupt-within-a-second")
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_interrupt(threads):
     with start(wait_for_interrupt, env={"FASTATTN_NUM_THREADS": threads}) as process:
@@ -1111,6 +1145,7 @@ def count_pools():
     return [torch_has, both_have, tasks() - before > both_have, len(runtimes)]
 
 
+@pytest.mark.promise("torchs-pool-is-shared", "one-openmp-runtime")
 @pytest.mark.parametrize("imports", [("torch", "fastattn"), ("fastattn", "torch")], ids=str)
 def test_torchs_pool_is_ours(imports):
     env = {"OMP_NUM_THREADS": "3"}
@@ -1140,10 +1175,12 @@ def attend_in_threads():
     return len(wrong)
 
 
+@pytest.mark.promise("concurrent-callers-share-one-team")
 def test_threads():
     assert run(attend_in_threads) == 0
 
 
+@pytest.mark.promise("bitwise-threads")
 def test_thread_counts_change_no_bit(threads):
     query = big(4, 300)
     mask = rand(300, 300) > -0.5
@@ -1214,6 +1251,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.promise("error-says-which-rule-and-what")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("tensors", "options", "message"), ERRORS)
 @pytest.mark.parametrize("grad", [False, True])
@@ -1239,6 +1277,7 @@ def test_errors_of_attention():
         ft.attention(q, k, v, kv_lengths=torch.tensor([1, 2], device="meta"))
 
 
+@pytest.mark.promise("nothing-is-detached-silently")
 def test_a_tensor_that_requires_grad_is_not_silently_detached():
     x = PLAIN.clone().requires_grad_()
     with pytest.raises(TypeError, match=r"query requires grad"):

@@ -62,6 +62,7 @@ GROUPED = [
 ]
 
 
+@pytest.mark.promise("sdpa-is-torchs")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize(
     "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"scale": -0.2}], ids=str
@@ -71,12 +72,14 @@ def test_shapes(shapes, options, dtype):
     assert_equal_meaning(*random(*shapes, dtype=dtype), **options)
 
 
+@pytest.mark.promise("sdpa-is-torchs")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shapes", GROUPED, ids=str)
 def test_enable_gqa(shapes, is_causal):
     assert_equal_meaning(*random(*shapes), enable_gqa=True, is_causal=is_causal)
 
 
+@pytest.mark.promise("sdpa-is-torchs")
 @pytest.mark.parametrize("kind", [bool, np.float64])
 @pytest.mark.parametrize(
     "shape", [(5, 7), (1, 7), (5, 1), (3, 5, 7), (2, 1, 1, 7), (2, 3, 5, 7), (1, 3, 5, 1), (1, 1)]
@@ -90,6 +93,7 @@ def test_masks(shape, kind):
         assert_equal_meaning(*operands, attn_mask=np.where(rng.random(shape) < 0.5, mask, -np.inf))
 
 
+@pytest.mark.promise("empty-rows-are-zero-everywhere")
 @pytest.mark.parametrize("mask", [np.zeros((5, 7), bool), np.full((5, 7), -np.inf)], ids=str)
 def test_a_row_that_sees_nothing_is_zero(mask):
     mask[1:] = True if mask.dtype == bool else 0
@@ -101,6 +105,7 @@ def test_a_row_that_sees_nothing_is_zero(mask):
     )
 
 
+@pytest.mark.promise("sdpa-is-torchs")
 def test_empty():
     assert_equal_meaning(*random((2, 3, 0, 4), (2, 3, 7, 4), (2, 3, 7, 3)))
     assert_equal_meaning(*random((0, 3, 5, 4), (0, 3, 7, 4), (0, 3, 7, 3)))
@@ -108,6 +113,7 @@ def test_empty():
     assert_array_equal(ours, np.zeros((2, 3, 5, 3)))
 
 
+@pytest.mark.promise("sdpa-is-torchs")
 def test_signature():
     """Torch's names, order and defaults."""
     parameters = inspect.signature(fastattn.scaled_dot_product_attention).parameters
@@ -130,6 +136,7 @@ def test_signature():
 SQUARE = ((2, 3, 5, 4), (2, 3, 5, 4), (2, 3, 5, 4))
 
 
+@pytest.mark.promise("sdpa-is-torchs")
 @pytest.mark.parametrize(
     ("shapes", "options"),
     [
@@ -165,6 +172,7 @@ def test_errors(shapes, options):
         fastattn.scaled_dot_product_attention(*operands, **options)
 
 
+@pytest.mark.promise("sdpa-is-torchs", "dropout-scales-what-stays")
 def test_dropout():
     """As many pairs are dropped, what is kept grows as much, and each call drops others."""
     query, key, _ = random((2, 3, 200, 4), (2, 3, 200, 4), (2, 3, 200, 4))

@@ -819,12 +819,14 @@ def rows_of_the_page():
     return re.findall(r"^\| (.+?) \|", table.split("|---|---|---|\n")[1], re.MULTILINE)
 
 
+@pytest.mark.promise("torch-modes-are-honoured")
 @pytest.mark.parametrize("name", rows_of_the_page())
 def test_modes(name):
     (case,) = (case for start, case in CASES.items() if name.startswith(start))
     case()
 
 
+@pytest.mark.promise("torch-modes-are-honoured")
 def test_no_case_without_a_row():
     rows = rows_of_the_page()
     assert len(rows) == len(CASES)
@@ -880,6 +882,7 @@ WAYS = {
 }
 
 
+@pytest.mark.promise("patch-restores")
 @pytest.mark.parametrize("way", WAYS)
 def test_modules_that_hold_the_function(way):
     x = rand(1, 2, 5, 8)

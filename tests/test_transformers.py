@@ -245,11 +245,13 @@ def record(monkeypatch):
 # Models.
 
 
+@pytest.mark.promise("transformers-means-eager")
 @pytest.mark.parametrize("pair", DECODERS, indirect=True)
 def test_decoder(pair):
     assert_alike(pair, input_ids=tokens(), use_cache=False)
 
 
+@pytest.mark.promise("transformers-means-eager")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pair", DECODERS, indirect=True)
 def test_decoder_with_padding(pair, side):
@@ -259,6 +261,7 @@ def test_decoder_with_padding(pair, side):
     assert_alike(pair, mask.bool(), use_cache=False, **inputs)
 
 
+@pytest.mark.promise("transformers-means-eager")
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("pair", ENCODERS, indirect=True)
 def test_encoder(pair, side):
@@ -266,6 +269,7 @@ def test_encoder(pair, side):
     assert_alike(pair, mask.bool(), input_ids=tokens(), attention_mask=mask)
 
 
+@pytest.mark.promise("transformers-means-eager")
 @pytest.mark.parametrize("side", ["none", "right"])
 @pytest.mark.parametrize("pair", ENCODER_DECODERS, indirect=True)
 def test_encoder_decoder(pair, side):
@@ -295,6 +299,7 @@ def source_of(model, side="none"):
 # Writing token by token.
 
 
+@pytest.mark.promise("transformers-means-eager")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("pair", DECODERS, indirect=True)
@@ -303,6 +308,7 @@ def test_generate(pair, side, cache):
     assert_same_text(pair, cache, input_ids=tokens(), attention_mask=mask)
 
 
+@pytest.mark.promise("transformers-means-eager")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("pair", ENCODER_DECODERS, indirect=True)
 def test_generate_from_source(pair, cache):
@@ -326,6 +332,7 @@ def assert_same_text(models, cache, **inputs):
         torch.testing.assert_close(ours, theirs, **TOLERANCE)
 
 
+@pytest.mark.promise("transformers-means-eager")
 def test_beams():
     models = [model_of("llama", implementation) for implementation in ("eager", "fastattn")]
     texts = [
@@ -337,6 +344,7 @@ def test_beams():
     assert torch.equal(*texts)
 
 
+@pytest.mark.promise("transformers-means-eager")
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("pair", ["llama", "mistral", "gpt_oss", "gemma2"], indirect=True)
@@ -363,6 +371,7 @@ def test_prompt_in_parts(pair, side, static):
     torch.testing.assert_close(results[1], results[0], **TOLERANCE)
 
 
+@pytest.mark.promise("transformers-makes-no-mask-of-pairs")
 def test_prompt_in_parts_has_no_mask_of_pairs(monkeypatch):
     model = model_of("llama", "fastattn")
     calls = record(monkeypatch)
@@ -393,6 +402,7 @@ def test_mask_of_the_user():
 # What is returned beside.
 
 
+@pytest.mark.promise("transformers-means-eager")
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("pair", DECODERS | ENCODERS, indirect=True)
 def test_output_attentions(pair, side):
@@ -426,6 +436,7 @@ def test_output_attentions_of_both_sides(pair):
 # Training.
 
 
+@pytest.mark.promise("dropout-repeats-with-torch")
 def test_dropout_repeats_with_torch_and_is_right_in_the_mean():
     attend = AttentionInterface()["fastattn"]
     module = torch.nn.Module()
@@ -473,6 +484,7 @@ def test_compile(name):
     torch.testing.assert_close(compiled(**inputs)[0], expected, **TOLERANCE)
 
 
+@pytest.mark.promise("transformers-means-eager")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "t5"])
 def test_half_precision(name, dtype):
@@ -491,6 +503,7 @@ def test_half_precision(name, dtype):
 # What a query sees, in which words.
 
 
+@pytest.mark.promise("transformers-makes-no-mask-of-pairs")
 @pytest.mark.parametrize(
     ("name", "side", "words"),
     [
@@ -546,6 +559,7 @@ def chunks_behind_padding():
     return chunks(4, (0, 3))
 
 
+@pytest.mark.promise("transformers-means-eager")
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -632,6 +646,7 @@ def test_a_pattern_that_was_written_to():
     assert (out[:, [0, 1, 2, 4, 5]] != 0).all()
 
 
+@pytest.mark.promise("empty-rows-are-zero-everywhere")
 def test_a_row_that_sees_nothing_is_zero():
     model = model_of("llama", "fastattn")
     seen = []
@@ -647,6 +662,7 @@ def test_a_row_that_sees_nothing_is_zero():
 # Errors.
 
 
+@pytest.mark.promise("transformers-refuses-other-attention")
 @pytest.mark.parametrize("name", ["Bloom", "MPNet", "DebertaV2", "Falcon"])
 def test_models_with_attention_of_their_own(name):
     fastattn.transformers.register()  # again
@@ -658,6 +674,7 @@ def test_models_with_attention_of_their_own(name):
     transformers.AutoModel.from_config(config, attn_implementation="eager")
 
 
+@pytest.mark.promise("transformers-refuses-other-attention")
 @pytest.mark.parametrize("name", MIXED)
 def test_models_with_attention_of_both_kinds(name):
     own = {"git": "GitAttention", "bigbird_pegasus": "BigBirdPegasusSelfAttention"}[name]
@@ -710,6 +727,7 @@ def test_a_part_that_transformers_passes_over():
         model.encoder.set_attn_implementation("fastattn")
 
 
+@pytest.mark.promise("transformers-refuses-other-attention")
 def test_a_model_with_a_table_of_implementations():
     config = transformers.SamConfig()
     with pytest.raises(ValueError, match="in its own way in SamVisionLayer, without"):
@@ -941,6 +959,7 @@ def test_a_model_that_extends_one():
     Mine(config)
 
 
+@pytest.mark.promise("transformers-refuses-other-attention")
 @pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])
 def test_what_is_not_supported(name):
     x = torch.zeros(1, 2, 4, 8)
@@ -960,6 +979,7 @@ STARTS = torch.tensor([0, 10, 24], dtype=torch.int32)
 PACKED = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS, "max_length_q": 14, "max_length_k": 14}
 
 
+@pytest.mark.promise("transformers-refuses-other-attention")
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_packed_sequences_without_positions(name):
     """They would see each other."""
@@ -1007,6 +1027,7 @@ def test_packed_sequences_with_positions_and_lengths():
     assert_alike(models, input_ids=tokens(1), position_ids=positions, use_cache=False, **PACKED)
 
 
+@pytest.mark.promise("transformers-refuses-other-attention")
 @pytest.mark.parametrize(
     ("batch", "q_len", "kv_len"), [(2, 6, 9), (2, 4, 4), (2, 3, 6), (3, 6, 6), (2, 6, 1)]
 )

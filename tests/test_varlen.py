@@ -91,6 +91,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.promise("packed-sequences-are-alone")
 @pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_sequence_is_alone(name, dtype):
@@ -106,6 +107,7 @@ def test_each_sequence_is_alone(name, dtype):
     assert_allclose(lse, truth[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.promise("lse-is-over-keys")
 def test_lse_of_float64():
     operands = problem(np.float64)
     lse = varlen_attention(*operands, return_lse=True)[1]
@@ -113,6 +115,7 @@ def test_lse_of_float64():
     assert_allclose(lse, reference.varlen_attention(*operands, return_lse=True)[1], rtol=1e-13)
 
 
+@pytest.mark.promise("bitwise-threads")
 @pytest.mark.parametrize("threads", [1, 3, 7])
 def test_threads_change_no_bit(threads):
     operands = problem()
@@ -125,6 +128,7 @@ def test_threads_change_no_bit(threads):
         fastattn.set_num_threads(before)
 
 
+@pytest.mark.promise("rows-of-no-sequence-are-zero")
 def test_rows_of_no_sequence():
     query, key, value, q_starts, kv_starts = problem()
     q_starts[0] += 2
@@ -143,6 +147,7 @@ def test_rows_of_no_sequence():
     assert_same_bits(room, out)
 
 
+@pytest.mark.promise("packed-sequences-are-alone")
 @pytest.mark.parametrize("q_len", [1, 8, 16])
 def test_a_sequence_without_keys_before_one_with_keys(q_len):
     """Both begin at the same key."""
@@ -154,6 +159,7 @@ def test_a_sequence_without_keys_before_one_with_keys(q_len):
     assert_same_bits(lse, expected[1])
 
 
+@pytest.mark.promise("rows-of-no-sequence-are-zero", "no-keys-no-queries")
 def test_no_sequences_and_no_rows():
     query, key, value = problem()[:3]
     assert not varlen_attention(query, key, value, [0], [0]).any()
@@ -161,6 +167,7 @@ def test_no_sequences_and_no_rows():
     assert empty.shape == (0, HEADS, VALUE_DIM)
 
 
+@pytest.mark.promise("bitwise-strides")
 def test_layouts_change_no_bit():
     query, key, value, *both = problem()
     expected = varlen_attention(query, key, value, *both)

@@ -355,7 +355,7 @@ class Run:
             if np.ndim(own.get("alibi_slopes")) == 2:
                 own["alibi_slopes"] = own["alibi_slopes"][b]
             mine = tuple(x[b] for x in result)
-            attention.right(mine, [query[b], key, value], own)
+            attention.right(mine, [query[b], key, value], own, int8=spec["dtype"] == "int8")
             if spec["dtype"] != "int8" and not tokens.begin:
                 alone = fastattn.attention(query[b], key, value, return_lse=True, **own)
                 same(f"sequence {i} as arrays", mine, alone)

@@ -38,12 +38,17 @@ def in_pairs(query, key):
     return both and fastattn.info()["isa"] == "avx512_bf16" and query.shape[-1] % 2 == 0
 
 
-def formulas(query, key, value, options, **more):
-    """Return the truth, and what a plain program makes of it in the kernel's own precision."""
+def formulas(query, key, value, options, int8=False, **more):
+    """Return the truth, and what a plain program makes of it in the kernel's own precision.
+
+    int8: key and value are the numbers of a cache of int8. Where pairs are multiplied, each
+    probability times its token's scale is rounded, a probability of 1 too.
+    """
     dtype = arithmetic(query.dtype).type
     work = query.size * key.shape[-2] * (key.shape[-1] + value.shape[-1]) // max(query.shape[-1], 1)
     exact = np.longdouble if dtype == np.float64 and work <= MOST_LONG else np.float64
-    probs_eps = float(finfo(query.dtype).eps) if in_pairs(query, key) else 0.0
+    pairs = in_pairs(query, query if int8 else key)
+    probs_eps = float(finfo(query.dtype).eps) if pairs else 0.0
     truth = Formula(query, key, value, options, exact, bound_of=probs_eps, **more)
     with np.errstate(all="ignore"):
         return truth, Formula(query, key, value, options, dtype, probs_eps=probs_eps, **more)

@@ -219,7 +219,8 @@ class Formula:
         ):
             whole = (*self.pairs[:-3], *((1,) * (3 - len(shape)) + shape)[-3:])
             part = folded(scale * (x @ by), whole)
-            least = np.finfo(np.float16).tiny if own == np.float16 else 0  # whose ulp is the least
+            half = np.dtype(own).name == "float16"
+            least = np.finfo(np.float16).tiny if half else 0  # whose ulp is the least
             grad, size = folded(part, shape), folded(np.maximum(abs(part), least), shape)
             size = size if whole == shape else size + abs(grad)  # each part is rounded, then all
             results.append((grad, folded(abs(scale) * (bound @ abs(by)), shape), size))

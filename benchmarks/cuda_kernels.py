@@ -3,9 +3,11 @@
 """What do the kernels for GPUs compile to? The table of docs/cuda.md; no GPU is needed.
 
 Needs the extra `cuda`, and nvdisasm (of CUDA, or of nvidia-cuda-nvdisasm on the PATH) to count
-instructions.
+instructions. `--call KERNEL` calls one on a GPU instead, for a tool that watches it there.
 """
 
+import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -15,11 +17,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from fastattn import cuda
 from fastattn.cuda import _build
 from fastattn.cuda.kernels import decode, mma, mma_backward, simt, wgmma, wgmma_backward
 
 DTYPE = "bfloat16"
 AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)
+HEADS = 8  # of the queries of a call; half as many of the keys
+HEAD_DIMS = {"wgmma": (64, 128), "mma": (64, 128), "decode": (64, 128, 256), "simt": (64,)}
 COUNTED = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG")
 
 
@@ -55,8 +60,39 @@ def instructions(cubin):
     return {name: found[name] for name in COUNTED}
 
 
+def call(kernel, head_dims, tokens, gradients):
+    """Call a kernel once for each head_dim on random data, and its gradients if asked to."""
+    os.environ["FASTATTN_CUDA_KERNEL"] = kernel
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit(f"no GPU: PyTorch {torch.__version__} sees none")
+    dtype = torch.float32 if kernel == "simt" else torch.bfloat16
+    q_len = 3 if kernel == "decode" else tokens
+    for head_dim in head_dims:
+        shapes = ((1, HEADS, q_len), (1, HEADS // 2, tokens), (1, HEADS // 2, tokens))
+        arrays = [torch.randn(*x, head_dim, device="cuda", dtype=dtype) for x in shapes]
+        sys.stdout.write(f"{cuda.explain(*arrays)}\n")
+        out, lse = cuda.attention(*arrays, return_lse=True)
+        results = [out, lse]
+        if gradients and kernel != "decode":  # whose gradients are those of mma
+            results += cuda.attention_backward(torch.randn_like(out), *arrays, out, lse)
+        if not all(x.isfinite().all() for x in results):
+            sys.exit(f"{kernel}, head_dim {head_dim}: not all results are finite")
+
+
 def main():
-    """Print the table."""
+    """Print the table, or call a kernel."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--call", choices=HEAD_DIMS, metavar="KERNEL", help=", ".join(HEAD_DIMS))
+    parser.add_argument("--tokens", type=int, default=300, help="of the keys (300)")
+    parser.add_argument("--head-dim", type=int, help="this one alone")
+    parser.add_argument("--forward", action="store_true", help="no gradients")
+    asked = parser.parse_args()
+    if asked.call:
+        head_dims = (asked.head_dim,) if asked.head_dim else HEAD_DIMS[asked.call]
+        call(asked.call, head_dims, asked.tokens, not asked.forward)
+        return
     head = ("kernel", "head_dim", "for", "registers", "spills", "local", "KiB", *COUNTED, "seconds")
     write = sys.stdout.write
     write("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|\n")

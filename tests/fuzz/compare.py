@@ -12,7 +12,7 @@ except ImportError:
     ml_dtypes = None
 
 EXTRA_ULPS = 4  # of the largest number: what rounding the result itself may cost
-MOST_LONG = 200_000  # multiplications in long doubles, which no library does; beyond, in float64
+MOST_LONG = 1_000_000  # multiplications in long doubles, which no library does; beyond, in float64
 UNDERFLOW = 2.0**20  # times the smallest normal number: what may be lost where all is tiny
 ROUNDINGS = 8  # of every intermediate number, in any one element
 
@@ -81,6 +81,8 @@ def near(name, got, truth, bound, rough, eps, size=None):
             f"{name}{[int(i) for i in at]} is {got[at]:.9g}, by definition {truth[at]:.9g}: "
             f"error {error[at]:.2g}, allowed {allowed[at]:.2g}"
         )
+    if truth.dtype == np.float64 and eps == np.finfo(np.float64).eps:
+        return  # the plain formula is as good as the truth: the bounds are all there is
     where = np.where(inside, 1, 0)
     rough_error = abs(np.where(inside, rough, 0) - np.where(inside, truth, 0))
     rough_error = np.where(np.isfinite(rough_error), rough_error, 0).max()

@@ -403,10 +403,19 @@ def _called(
     out: Tensor | None,
 ) -> Any:
     """Compute a call of `attention`, or of `varlen_attention` with starts: of `function`."""
+    ordinary = (  # as most calls are: a small one must not spend its time on questions
+        type(query) in PLAIN
+        and type(key) in PLAIN
+        and type(value) in PLAIN
+        and len(starts) == 0
+        and mask is bias is alibi_slopes is sinks is kv_lengths is out is None
+        and (query_offset is None or type(query_offset) is int)
+    )
     small = (query_offset, alibi_slopes, sinks, kv_lengths)
     seen = (query, key, value, *starts, mask, bias, *small, out)
-    ordinary = _tensors.ORDINARY.issuperset(map(type, seen))
-    if not torch.compiler.is_compiling() and (
+    ordinary = ordinary or _tensors.ORDINARY.issuperset(map(type, seen))
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (
         _is_torch_function_mode_enabled() if ordinary else has_torch_function(seen)
     ):
         return handle_torch_function(
@@ -433,9 +442,10 @@ def _called(
         )
     for name, x in (("query", query), ("key", key), ("value", value)):
         _tensors.check(name, x)
-    for name, pairs in (("mask", mask), ("bias", bias)):
-        if pairs is not None:
-            _tensors.check(name, pairs)
+    if mask is not None:
+        _tensors.check("mask", mask)
+    if bias is not None:
+        _tensors.check("bias", bias)
     if not ordinary:
         for name, numbers in zip(_kernel.SMALL_NAMES, small, strict=True):
             if isinstance(numbers, Tensor):
@@ -464,7 +474,10 @@ def _called(
         softcap,
         dropout_p,
     )
-    result, lse = _attend(query, key, value, options, return_lse, ordinary)
+    if compiling:
+        result, lse = _operator.attend(query, key, value, options)
+    else:
+        result, lse = _attend(query, key, value, options, return_lse, ordinary)
     if out is not None:
         if _wants_grad(query, key, value, bias, sinks):
             raise ValueError("out must not be given where an argument requires grad")
@@ -487,8 +500,6 @@ def _attend(
     ordinary: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the call; ordinary: no argument is of another library."""
-    if torch.compiler.is_compiling():
-        return _operator.attend(query, key, value, options)
     if not (unobserved() and (ordinary or _are_plain(query, key, value, *options))):
         _refuse_transforms(query, key, value)
         return _operator.attend(query, key, value, options)
@@ -569,8 +580,9 @@ class _Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         wanted = ctx.needs_input_grad[3:5]
         options = _kernel.joined(tensors, ctx.others)
+        compute = _kernel.backward if _is_usual(grad_out, grad_lse) else _gradients
         saved = (query, key, value, out, lse)
-        grads = _gradients(grad_out, *saved, grad_lse, options, *wanted)
+        grads = compute(grad_out, *saved, grad_lse, options, *wanted)
         return *grads, None, None
 
 
@@ -588,9 +600,12 @@ class _PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = ctx.saved_tensors
+        if _is_usual(grad_out, None):
+            grads = _kernel.plain_backward(grad_out, *saved, ctx.scale, ctx.is_causal)
+            if grads is not None:
+                return *grads, None, None
         options = _kernel.plain_options(ctx.scale, ctx.is_causal)
-        saved = (query, key, value, out, lse)
         dq, dk, dv, *_ = _gradients(grad_out, *saved, None, options, False, False)
         return dq, dk, dv, None, None
 
@@ -625,6 +640,16 @@ def _gradients(
         return compute(*call)
     _refuse_tangents(grad_out, grad_lse)
     return _operator.gradients(*call)
+
+
+def _is_usual(grad_out: Tensor, grad_lse: Tensor | None) -> bool:
+    """Tell whether nothing but the gradients is asked of a backward pass."""
+    return (
+        not is_grad_enabled()
+        and unobserved()
+        and _is_one(grad_out)
+        and (grad_lse is None or _is_one(grad_lse))
+    )
 
 
 def _is_one(grad: Tensor | None) -> bool:

@@ -755,6 +755,20 @@ def test_sweep(monkeypatch):
     assert sweep.in_a_child("bert", "BertModel")["status"] == "differs"
 
 
+@pytest.mark.parametrize("function", [causal, chunks_behind_padding, prefix])
+def test_a_mask_of_one_query_is_a_plain_tensor(function):
+    """It may go to a model that was compiled for writing, which knows no other classes."""
+    made = AttentionMaskInterface()["fastattn"](
+        batch_size=2,
+        q_length=1,
+        kv_length=8,
+        q_offset=7,
+        mask_function=function(),
+        attention_mask=padding("left", (8, 5), 8).bool(),
+    )
+    assert type(made) is torch.Tensor
+
+
 # What stands for a mask, in the hands of others.
 
 

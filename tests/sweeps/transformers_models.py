@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import signal
@@ -119,18 +120,7 @@ LEFT = (
     (),
     ("head_dim", "kv_channels", "d_kv"),
     ("head_dim", "kv_channels", "d_kv", "heads", "head", "multi_query_group_num"),
-    (
-        "head_dim",
-        "kv_channels",
-        "d_kv",
-        "heads",
-        "head",
-        "_size",
-        "dim",
-        "d_model",
-        "d_ff",
-        "n_embd",
-    ),
+    ("dim", "kv_channels", "d_kv", "heads", "head", "_size", "d_model", "d_ff", "n_embd"),
 )
 
 
@@ -179,8 +169,6 @@ def classes() -> list[tuple[str, str]]:
 
 def inputs_of(model: Any) -> dict[str, Any]:
     """Return what a model may be called with."""
-    import inspect
-
     config = model.config
     names = inspect.signature(model.forward).parameters
     rng = torch.Generator().manual_seed(0)

@@ -644,12 +644,7 @@ def _gradients(
 
 def _is_usual(grad_out: Tensor, grad_lse: Tensor | None) -> bool:
     """Tell whether nothing but the gradients is asked of a backward pass."""
-    return (
-        not is_grad_enabled()
-        and unobserved()
-        and _is_one(grad_out)
-        and (grad_lse is None or _is_one(grad_lse))
-    )
+    return not is_grad_enabled() and unobserved() and _is_one(grad_out) and _is_one(grad_lse)
 
 
 def _is_one(grad: Tensor | None) -> bool:

@@ -222,7 +222,7 @@ def mask(
     first, first_key = int(q_offset), int(kv_offset)
     known = _known(mask_function, max(first + q_length, first_key + kv_length))
     if known is None:
-        return Pattern.of(make())
+        return make() if q_length == 1 else Pattern.of(make())  # one may go to a compiled model
     causal_layer, left, right = known
     offset = first - first_key  # of the first query, among the keys
     end = offset + q_length  # of the queries, likewise
@@ -242,7 +242,7 @@ def mask(
     needed = min(max(end, 0), kv_length) if causal else kv_length
     seen |= _keys_seen(attention_mask, first_key, kv_length, needed)
 
-    if q_length == 1:  # the mask is no larger than the words, and may go to a compiled model
+    if q_length == 1:  # the mask is no larger than the words
         may_skip = allow_is_causal_skip if causal_layer else allow_is_bidirectional_skip
         return None if may_skip and not seen else make()
     return Pattern((batch_size, 1, q_length, kv_length), seen)

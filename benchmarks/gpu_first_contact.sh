@@ -127,7 +127,7 @@ END
 # Warnings are no errors here: other versions of packages warn of other things.
 step_agree() { tests -k "(96 or 256) and not cpu" -x; }
 step_hardware() { tests -k "not cpu"; }
-tests() { "$python" -m pytest -W default -p no:cacheprovider tests/test_cuda_hardware.py "$@"; }
+tests() { "$python" -m pytest -W default -p no:cacheprovider tests/cuda/test_hardware.py "$@"; }
 
 step_memcheck() { sanitized memcheck; }
 step_racecheck() { sanitized racecheck; }

@@ -2,8 +2,8 @@
 //
 // Who does which part of a call with many queries: cuts each sequence into blocks of query rows
 // that share a key and value head, gives each thread its scratch memory, and lets the kernel
-// attend. Called by src/bindings.cpp; calls the kernel's table (kernel.h) through parallel_for.
-// Sequences of few queries go to decode.cpp.
+// attend. Called by src/calls.cpp; calls the kernel's table (kernel.h) through parallel_for.
+// Sequences that are decoded go to decode.cpp.
 #include "attention.h"
 
 #include <algorithm>
@@ -11,22 +11,23 @@
 #include <string>
 
 #include "call.h"
-#include "kernel.h"
+#include "kernel/kernel.h"
 #include "parallel.h"
 
 namespace fastattn {
 namespace {
 
-// Panels of a block: each key tile is brought near once for all of them, so the more the better,
-// while they stay in the second-level cache, leave each thread a choice of blocks, and keep the
-// promise that extra memory is small. Beyond 4 only a window gains, whose blocks overlap in keys.
-constexpr int kMostPanels = 4, kMostPanelsInWindow = 8;
-constexpr size_t kPanelBytes = 384 << 10;  // of one thread
-constexpr size_t kAllPanelBytes = 8 << 20;
+// Query tiles of a row block: each key tile is brought near once for all of them, so the more the
+// better, while they stay in the second-level cache, leave each thread a choice of blocks, and keep
+// the promise that extra memory is small. Beyond 4 only a window gains, whose blocks overlap in
+// keys.
+constexpr int kMostQueryTiles = 4, kMostQueryTilesInWindow = 8;
+constexpr size_t kBlockBytes = 384 << 10;  // of one thread
+constexpr size_t kAllBlockBytes = 8 << 20;
 constexpr int64_t kBlocksPerThread = 16;
-constexpr double kMostVisited = 2e7;  // tiles, by plan(): seconds
+constexpr double kMostVisited = 2e7;  // tiles that plan() looks at, in seconds
 
-// The blocks of all sequences, or of those that have many queries.
+// The row blocks of all sequences, or of those that are not decoded.
 class Blocks {
    public:
     Blocks(const Call& call, bool every)
@@ -45,15 +46,18 @@ class Blocks {
         cut(1);
         threads_ = team_size(items(), seconds);
 
-        int panels = call.visible_at_most() < args_.kv_len ? kMostPanelsInWindow : kMostPanels;
-        const size_t room = std::min(kPanelBytes, kAllPanelBytes / size_t(threads_));
-        for (; panels > 1; panels /= 2) {
-            cut(panels);
-            if (items() >= kBlocksPerThread * threads_ && kernel_bytes() <= room) break;
+        const bool in_window = call.visible_at_most() < args_.kv_len;
+        int query_tiles = in_window ? kMostQueryTilesInWindow : kMostQueryTiles;
+        const size_t room = std::min(kBlockBytes, kAllBlockBytes / size_t(threads_));
+        for (; query_tiles > 1; query_tiles /= 2) {
+            cut(query_tiles);
+            if (items() >= kBlocksPerThread * threads_ && room_for(kernel_bytes()) <= room) break;
         }
-        cut(panels);
-        rows_bytes_ = room_for(size_t(block_rows_) * sizeof(Row));
-        scratch_bytes_ = rows_bytes_ + kernel_bytes();
+        cut(query_tiles);
+        kernel_bytes_ = kernel_bytes();
+        Scratch scratch;
+        BlockMemory(block_rows_, kernel_bytes_, scratch);
+        scratch_bytes_ = scratch.used();
     }
 
     bool run(Interrupt interrupt) const {
@@ -71,7 +75,7 @@ class Blocks {
     Plan plan() const {
         const TileCounts counts = items() == 0 ? TileCounts{} : count();
         Plan plan;
-        plan.query_tile = functions_.panel_rows;
+        plan.query_tile = functions_.query_tile;
         plan.key_tile = functions_.key_tile;
         plan.threads = threads_;
         plan.tiles = counts.skipped + counts.computed;
@@ -83,16 +87,18 @@ class Blocks {
     }
 
    private:
-    bool included(const Sequence& sequence) const { return every_ || !call_.few(sequence.q_len); }
+    bool included(const Sequence& sequence) const {
+        return every_ || !call_.decodes(sequence.q_len);
+    }
     int64_t rows(const Sequence& sequence) const { return sequence.q_len * call_.group; }
     int64_t blocks(const Sequence& sequence) const {
         return (rows(sequence) + block_rows_ - 1) / block_rows_;
     }
     int64_t items() const { return all_blocks_ * args_.kv_heads; }
 
-    // Into blocks of so many panels.
-    void cut(int panels) {
-        block_rows_ = std::min<int64_t>(most_rows_, int64_t(panels) * functions_.panel_rows);
+    // Cuts the rows into blocks of so many query tiles.
+    void cut(int query_tiles) {
+        block_rows_ = std::min<int64_t>(most_rows_, int64_t(query_tiles) * functions_.query_tile);
         blocks_ = (most_rows_ + block_rows_ - 1) / block_rows_;
         all_blocks_ = blocks_ * call_.batches;
         if (!call_.packed()) return;
@@ -105,11 +111,10 @@ class Blocks {
         }
     }
 
-    // Scratch memory of the kernel, for one thread.
     size_t kernel_bytes() const {
         Block block = call_.shared_block();
         block.row_count = int(block_rows_);
-        return room_for(functions_.scratch_bytes(block));
+        return functions_.scratch_bytes(block);
     }
 
     // Counts one of each batch elements, heads and blocks that are alike, as often as it occurs.
@@ -119,7 +124,7 @@ class Blocks {
         const int64_t some_heads = heads_are_alike() ? 1 : args_.kv_heads;
         // The first is the one that may be less than full.
         const int64_t some_blocks = blocks_are_alike() ? std::min<int64_t>(blocks_, 2) : blocks_;
-        require_few(double(some_batches) * double(some_heads) * double(some_blocks));
+        require_quick(double(some_batches) * double(some_heads) * double(some_blocks));
 
         const Memory memory = allocate(scratch_bytes_);
         TileCounts counts{};
@@ -164,9 +169,9 @@ class Blocks {
                args_.left == kUnlimited && args_.right == kUnlimited;
     }
 
-    void require_few(double blocks) const {
+    void require_quick(double blocks) const {
         const bool every_tile = args_.mask.data != nullptr || args_.bias.data != nullptr;
-        const double tiles = blocks * double(block_rows_) / functions_.panel_rows *
+        const double tiles = blocks * double(block_rows_) / functions_.query_tile *
                              (every_tile ? double(args_.kv_len) / functions_.key_tile : 1);
         if (tiles <= kMostVisited) return;
         throw std::invalid_argument(
@@ -177,7 +182,7 @@ class Blocks {
     }
 
     // Late blocks first: under a causal mask they are the long ones, and what ends last is short.
-    // memory: scratch_bytes_, for the rows and the kernel.
+    // memory: of scratch_bytes_.
     Block block(int64_t item, char* memory, const Stop& stop) const {
         const int64_t head = item / blocks_ % args_.kv_heads;
         if (!call_.packed()) {
@@ -194,15 +199,15 @@ class Blocks {
     Block block(const Sequence& sequence, int64_t kv_head, int64_t index, char* memory,
                 const Stop& stop) const {
         const int64_t first = index * block_rows_;
-        Row* const rows_here = reinterpret_cast<Row*>(memory);
-        lend(rows_here, block_rows_);
+        Scratch scratch(memory);
+        const BlockMemory mine(block_rows_, kernel_bytes_, scratch);
         Block block = call_.shared_block();
-        block.rows = rows_here;
+        block.rows = mine.rows;
         block.row_count = int(std::min(rows(sequence) - first, block_rows_));
-        block.scratch = memory + rows_bytes_;
+        block.scratch = mine.kernel;
         block.stop = stop;
         call_.set_keys(block, sequence, kv_head);
-        call_.set_rows(rows_here, block.row_count, sequence, kv_head, first);
+        call_.set_rows(mine.rows, block.row_count, sequence, kv_head, first);
         return block;
     }
 
@@ -213,7 +218,7 @@ class Blocks {
     int64_t most_rows_ = 0;                                 // of one head of one sequence
     int64_t block_rows_ = 1, blocks_ = 0, all_blocks_ = 0;  // blocks of such a head; of all
     std::vector<int64_t> first_block_;                      // of each packed sequence
-    size_t rows_bytes_ = 0, scratch_bytes_ = 0;  // of one thread; the rows are part of the scratch
+    size_t kernel_bytes_ = 0, scratch_bytes_ = 0;           // of one thread
     int threads_ = 1;
 };
 
@@ -221,15 +226,15 @@ class Blocks {
 
 bool attention(const AttentionArgs& args, Interrupt interrupt) {
     const Call call(args);
-    if (!call.packed() && call.few(args.q_len)) return attend_few(call, interrupt);
+    if (!call.packed() && call.decodes(args.q_len)) return decode(call, interrupt);
     if (!Blocks(call, false).run(interrupt)) return false;
-    return !call.packed() || attend_few(call, interrupt);
+    return !call.packed() || decode(call, interrupt);
 }
 
 Plan plan_attention(const AttentionArgs& args) {
     const Call call(args);
     Plan plan = Blocks(call, true).plan();
-    if (call.few(args.q_len)) plan_few(call, plan);
+    if (call.decodes(args.q_len)) plan_decode(call, plan);
     return plan;
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The C++ door: what a caller of the attention library says, and nothing about how it is done.
-// Called by src/bindings.cpp. attention() is in attention.cpp, the rest in the file its comment
+// Called by src/calls.cpp. attention() is in attention.cpp, the rest in the file its comment
 // names.
 #pragma once
 
@@ -70,7 +70,8 @@ struct GradientArgs {
 
 // What a call does, counted instead of computed.
 struct Plan {
-    bool few_queries = false;  // the keys are cut, not the queries; counted as if it were not so
+    bool decodes =
+        false;  // splits of the keys are attended to; the counts are of query tiles all the same
     int query_tile = 0, key_tile = 0, threads = 0;
     int64_t tiles = 0, tiles_skipped = 0, tiles_edge = 0;
     int64_t pairs_computed = 0;  // (query, key) pairs inside the tiles that are computed

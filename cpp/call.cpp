@@ -5,10 +5,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <new>
 #include <stdexcept>
+
+#include "platform.h"
 
 namespace fastattn {
 namespace {
@@ -161,12 +162,12 @@ void Call::set_rows(Row* to, int count, const Sequence& s, int64_t kv_head, int6
 }
 
 Memory allocate(size_t bytes) {
-    // A whole number of alignments, which aligned_alloc may insist on.
+    // A whole number of alignments.
     const size_t whole = std::max(room_for(bytes) - kRedZone, kScratchAlignment);
-    void* const memory = std::aligned_alloc(kScratchAlignment, whole);
+    void* const memory = allocate_aligned(kScratchAlignment, whole);
     if (memory == nullptr) throw std::bad_alloc();
     take_back(memory, whole);
-    return Memory(static_cast<char*>(memory), &std::free);
+    return Memory(static_cast<char*>(memory), &free_aligned);
 }
 
 }  // namespace fastattn

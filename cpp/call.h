@@ -7,16 +7,17 @@
 #include <memory>
 
 #include "attention.h"
-#include "kernel.h"
+#include "kernel/kernel.h"
 #include "parallel.h"
 #include "scratch.h"
 
 namespace fastattn {
 
-// Queries beyond are cut into blocks (attention.cpp); up to that many, the keys are (decode.cpp),
-// unless so many heads share a key head that their rows would take much memory. By contract no more
-// than 16: longer queries may be cut anywhere.
-constexpr int64_t kFewQueries = 16, kMostFewRows = 256;
+// A sequence of at most so many queries is decoded: its keys are cut into splits (decode.cpp),
+// unless so many heads share a key head that their rows would take much memory. The rows of any
+// other are cut into blocks (attention.cpp). By contract no more than 16: longer queries may be cut
+// anywhere.
+constexpr int64_t kMostQueries = 16, kMostRows = 256;
 
 // One batch element, or one of the sequences that packed arrays hold.
 struct Sequence {
@@ -42,15 +43,17 @@ class Call {
 
     bool packed() const { return args.q_starts != nullptr; }
     Sequence sequence(int64_t batch) const;
-    bool few(int64_t q_len) const { return q_len <= kFewQueries && q_len * group <= kMostFewRows; }
+    bool decodes(int64_t q_len) const {
+        return q_len <= kMostQueries && q_len * group <= kMostRows;
+    }
 
     // The keys that query i sees by causality, window, length and eviction.
     Interval interval(const Sequence& sequence, int64_t i) const;
 
-    // Keys that a window leaves to a row.
+    // The keys that a window leaves to a row, at most.
     int64_t visible_at_most() const;
 
-    // On one thread, roughly: only to tell small calls apart.
+    // The time on one thread, roughly: only to tell small calls apart.
     double seconds(const Sequence& sequence) const;
 
     // The rows of a batch element; at() is null where there is no array.
@@ -70,8 +73,8 @@ class Call {
     Block shared_block() const;
     void set_keys(Block& block, const Sequence& sequence, int64_t kv_head) const;
 
-    // visit(r, head, i) for `count` of the (query, head of the group) pairs, query by query, from
-    // pair `first` on: r from 0 on, the query head, and the query.
+    // Calls visit(r, head, i) for `count` of the pairs of a query i and a head of the group, query
+    // by query, from pair `first` on; r counts from 0.
     template <class Visit>
     void each_row(int64_t count, int64_t kv_head, int64_t first, const Visit& visit) const {
         int64_t i = first / group, in_group = first % group;
@@ -81,7 +84,7 @@ class Call {
         }
     }
 
-    // Those pairs: all that share a key and value head, as narrow as can be in positions.
+    // Sets the rows of those pairs. All share a key and value head, and few positions.
     void set_rows(Row* rows, int count, const Sequence& sequence, int64_t kv_head,
                   int64_t first) const;
 };
@@ -90,9 +93,18 @@ class Call {
 using Memory = std::unique_ptr<char, void (*)(void*)>;
 Memory allocate(size_t bytes);  // throws std::bad_alloc
 
-// The sequences of few queries (decode.cpp). False: interrupted.
-bool attend_few(const Call& call, Interrupt interrupt);
-// Its threads and scratch memory.
-void plan_few(const Call& call, Plan& plan);
+// A thread's scratch memory for a block: its rows, and what the kernel cuts.
+struct BlockMemory {
+    Row* rows;
+    void* kernel;
+
+    BlockMemory(int64_t row_count, size_t kernel_bytes, Scratch& scratch)
+        : rows(scratch.take<Row>(row_count)), kernel(scratch.reserve(kernel_bytes)) {}
+};
+
+// Attends to the sequences that are decoded (decode.cpp). False: interrupted.
+bool decode(const Call& call, Interrupt interrupt);
+// Adds how many threads and how much scratch memory that takes.
+void plan_decode(const Call& call, Plan& plan);
 
 }  // namespace fastattn

@@ -7,7 +7,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "kernel.h"
+#include "kernel/kernel.h"
+#include "platform.h"
 
 namespace fastattn {
 namespace {
@@ -20,7 +21,7 @@ struct Variant {
 std::vector<Variant> detect() {
     std::vector<Variant> variants;
 #define FASTATTN_FEATURE(feature) \
-    if (!__builtin_cpu_supports(feature)) missing += missing.empty() ? feature : ", " feature;
+    if (!FASTATTN_CPU_HAS(feature)) missing += missing.empty() ? feature : ", " feature;
 #define FASTATTN_VARIANT(name, features)                        \
     {                                                           \
         std::string missing;                                    \

@@ -2,17 +2,15 @@
 //
 // The machine's limits, against which the benchmark measures: multiply-adds in registers, and
 // reading memory. Measured with the variant in use and all threads.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 
-#include "kernel.h"
+#include "kernel/kernel.h"
 #include "parallel.h"
+#include "platform.h"
 
 namespace fastattn {
 namespace {
@@ -52,23 +50,24 @@ double measure_fma(Dtype dtype, double seconds) {
 }
 
 double measure_read(int64_t bytes, int repeats) {
-    constexpr int64_t piece = 8 << 20;
-    const int64_t pieces = std::max<int64_t>(bytes / piece, 1);
-    std::unique_ptr<char, decltype(&std::free)> data(
-        static_cast<char*>(std::aligned_alloc(4096, size_t(pieces * piece))), &std::free);
+    constexpr int64_t each = 8 << 20;
+    const int64_t items = std::max<int64_t>(bytes / each, 1);
+    const size_t all = size_t(items * each);
+    const std::unique_ptr<char, void (*)(void*)> data(
+        static_cast<char*>(allocate_aligned(4096, all)), &free_aligned);
     if (data == nullptr) throw std::bad_alloc();
-    madvise(data.get(), size_t(pieces * piece), MADV_HUGEPAGE);
-    std::memset(data.get(), 0, size_t(pieces * piece));
-    const int threads = int(std::min<int64_t>(pieces, get_num_threads()));
+    prefer_large_pages(data.get(), all);
+    std::memset(data.get(), 0, all);
+    const int threads = int(std::min<int64_t>(items, get_num_threads()));
     const Kernel& variant = kernel();  // may throw, which must not happen below
     std::vector<double> rates;
     for (int i = 0; i < std::max(repeats, 1); ++i) {
         const double start = now();
-        parallel_for(pieces, threads, {}, [&](int64_t item, int, const Stop&) {
-            volatile double sink = variant.read(data.get() + item * piece, piece);
+        parallel_for(items, threads, {}, [&](int64_t item, int, const Stop&) {
+            volatile double sink = variant.read(data.get() + item * each, each);
             (void)sink;
         });
-        rates.push_back(double(pieces * piece) / (now() - start));
+        rates.push_back(double(all) / (now() - start));
     }
     std::nth_element(rates.begin(), rates.begin() + long(rates.size() / 2), rates.end());
     return rates[rates.size() / 2];

@@ -13,29 +13,23 @@
 
 #include <omp.h>
 #include <pthread.h>
-#include <sched.h>
-#include <sys/syscall.h>
-#include <sys/types.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cctype>
-#include <cfenv>
 #include <chrono>
-#include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
-#include <string>
 #if defined(__SANITIZE_THREAD__)
 #include <thread>
+#include <vector>
 #endif
+
+#include "platform.h"
 
 namespace fastattn {
 namespace {
@@ -53,34 +47,10 @@ constexpr double kTeamSeconds = 10e-6;  // what waking a team costs
 // Whatever the usual size is: libgomp puts some 200 bytes there for every thread that it makes.
 constexpr size_t kOwnerStack = 2 << 20;
 
-// The default floating-point modes, while it lives. A result does not depend on those of the
-// caller, or of the thread that made this one: subnormal numbers flushed to zero, say.
-class DefaultModes {
-#if defined(__SSE__)
-   public:
-    DefaultModes() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(0x1f80); }
-    ~DefaultModes() { __builtin_ia32_ldmxcsr(saved_); }
-
-   private:
-    unsigned saved_;
-#else
-   public:
-    DefaultModes() {
-        std::fegetenv(&saved_);
-        std::fesetenv(FE_DFL_ENV);
-    }
-    ~DefaultModes() { std::fesetenv(&saved_); }
-
-   private:
-    std::fenv_t saved_;
-#endif
-};
-
 struct Job {
     int64_t items;
-    int helpers;  // beside the caller; the team may have more threads, but no more than
-                  // most_helpers
-    int most_helpers;
+    int helpers;       // beside the caller
+    int most_helpers;  // of the team, which may have more threads than the job
     const Body* body;
     std::atomic<int64_t> next{0};
     std::atomic<bool> stopped{false};
@@ -108,7 +78,7 @@ struct Caller {
     Job& job;
     Interrupt interrupt;
     Clock::time_point asked = Clock::now();
-    pid_t pid = 0;          // of the process that the team belongs to; 0: there is none
+    int process = 0;        // that the team belongs to; 0: there is none
     bool in_child = false;  // a signal handler has forked: the team is not here
 };
 
@@ -116,7 +86,7 @@ void ask(Caller& caller) {
     if (caller.interrupt.requested == nullptr || job_stopped(&caller.job)) return;
     caller.asked = Clock::now();
     if (caller.interrupt.requested()) caller.job.stopped = true;
-    caller.in_child = caller.pid != 0 && getpid() != caller.pid;
+    caller.in_child = caller.process != 0 && process_id() != caller.process;
 }
 
 bool caller_stopped(void* context) {
@@ -128,11 +98,7 @@ bool caller_stopped(void* context) {
 template <class Condition>
 void spin_until(const Condition& condition) {
     const auto end = Clock::now() + kSpin;
-    while (!condition() && Clock::now() < end) {
-#if defined(__SSE2__)
-        __builtin_ia32_pause();
-#endif
-    }
+    while (!condition() && Clock::now() < end) pause_core();
 }
 
 // Runs body(thread) on so many threads, of which the calling one is 0. ThreadSanitizer does not see
@@ -183,12 +149,12 @@ size_t openmp_stack() {
 struct Probe {
     std::mutex* gate;
     pthread_t handle;
-    pid_t id;
+    int id;
 };
 
 void* wait_at_gate(void* argument) {
     Probe& probe = *static_cast<Probe*>(argument);
-    probe.id = pid_t(syscall(SYS_gettid));
+    probe.id = thread_id();
     const std::lock_guard<std::mutex> lock(*probe.gate);
     return nullptr;
 }
@@ -209,11 +175,10 @@ int try_threads(int wanted) {
         if (!make_thread(probe.handle, stack, wait_at_gate, &probe)) break;
     }
     gate.unlock();
-    const pid_t process = getpid();
     for (int i = 0; i < made; ++i) {
         const Probe& probe = probes[size_t(i)];
         pthread_join(probe.handle, nullptr);
-        while (syscall(SYS_tgkill, process, probe.id, 0) == 0) sched_yield();
+        while (thread_exists(probe.id)) yield();
     }
     return made;
 }
@@ -221,9 +186,9 @@ int try_threads(int wanted) {
 // The thread that enters parallel regions. Never destroyed: it may outlive main().
 class Owner {
    public:
-    Owner() : pid_(getpid()) {}
+    Owner() : process_(process_id()) {}
 
-    bool is_of_this_process() const { return pid_ == getpid(); }
+    bool is_of_this_process() const { return process_ == process_id(); }
 
     // One call at a time; a caller that finds the owner busy does its work itself.
     std::mutex& busy() { return busy_; }
@@ -233,7 +198,7 @@ class Owner {
         const bool helped = offer(job);
         if (!helped) job.helpers = 0;
         Caller caller{job, interrupt};
-        if (helped) caller.pid = pid_;
+        if (helped) caller.process = process_;
         work(job, 0, {caller_stopped, &caller});
         if (!helped) return true;
         if (caller.in_child) return false;
@@ -307,7 +272,7 @@ class Owner {
         if (had < missing) retry_ = Clock::now() + kRetry;
     }
 
-    const pid_t pid_;
+    const int process_;
     std::mutex busy_, mutex_;
     std::condition_variable wake_, done_;
     std::atomic<Job*> job_{nullptr};  // offered, and not begun
@@ -319,15 +284,15 @@ class Owner {
 bool never_stopped(void*) { return false; }
 
 thread_local bool pool_of_caller = false;
-std::atomic<bool> pool_in_use{false};    // by one caller at a time
-const pid_t process_of_load = getpid();  // a child of it may have none of its threads
+std::atomic<bool> pool_in_use{false};      // by one caller at a time
+const int process_of_load = process_id();  // a child of it may have none of its threads
 
 // Works in the calling thread's own pool. That pool stays as large as its thread wants it to be:
 // libgomp would end what a smaller team leaves out, and make it again for the next operator.
 bool run_in_pool_of_caller(Job& job, Interrupt interrupt) {
     const int team = std::max(1 + job.helpers, omp_get_max_threads());
     Caller caller{job, interrupt};
-    caller.pid = process_of_load;
+    caller.process = process_of_load;
     while (job.next < job.items && !job.stopped && !caller.in_child) {
         const auto end = Clock::now() + kPatience;
         run_team(team, [&](int thread) { work(job, thread, {never_stopped, nullptr}, end); });
@@ -351,43 +316,6 @@ Owner& owner_of_this_process() {
     return *current;
 }
 
-// What follows the prefix in the first line of the file that begins with it.
-std::string line_after(const std::string& prefix, const std::string& path) {
-    char line[4096];
-    std::string rest;
-    FILE* const file = std::fopen(path.c_str(), "re");
-    while (file != nullptr && std::fgets(line, sizeof line, file) != nullptr) {
-        if (std::strncmp(line, prefix.c_str(), prefix.size()) != 0) continue;
-        rest = line + prefix.size();
-        if (rest.ends_with('\n')) rest.pop_back();
-        break;
-    }
-    if (file != nullptr) std::fclose(file);
-    return rest;
-}
-
-// CPUs that the control groups' quota is worth, rounded up; 0: no quota.
-int quota() {
-    const char* forced = std::getenv("FASTATTN_CGROUP_ROOT");
-    const std::string root = forced != nullptr ? forced : "/sys/fs/cgroup";
-    double cpus = std::numeric_limits<double>::infinity();
-    const auto limit_to = [&](double limit, double period) {
-        if (limit > 0 && period > 0) cpus = std::min(cpus, limit / period);
-    };
-    // Version 2: this process's group and those around it.
-    std::string group = line_after("0::", "/proc/self/cgroup");
-    for (;;) {
-        double limit = 0, period = 0;
-        const std::string line = line_after("", root + group + "/cpu.max");
-        if (std::sscanf(line.c_str(), "%lf %lf", &limit, &period) == 2) limit_to(limit, period);
-        if (group.empty()) break;
-        group.erase(std::min(group.rfind('/'), group.size() - 1));
-    }
-    limit_to(std::atof(line_after("", root + "/cpu/cpu.cfs_quota_us").c_str()),
-             std::atof(line_after("", root + "/cpu/cpu.cfs_period_us").c_str()));
-    return std::isfinite(cpus) ? int(std::min(std::ceil(cpus), 1e6)) : 0;
-}
-
 // A positive whole number, or 0.
 int number_in(const char* variable) {
     const char* text = std::getenv(variable);
@@ -400,7 +328,7 @@ int number_in(const char* variable) {
 
 // OpenMP is asked for the affinity: with OMP_PROC_BIND it has bound the calling thread to one CPU.
 int usable_cpus() {
-    static const int limit = quota();
+    static const int limit = cpu_quota();
     const int cpus = omp_get_num_procs();
     return limit > 0 ? std::min(cpus, limit) : cpus;
 }
@@ -430,7 +358,7 @@ int team_size(int64_t items, double seconds) {
 }
 
 bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body) {
-    if (threads > 1 && pool_of_caller && getpid() == process_of_load) {
+    if (threads > 1 && pool_of_caller && process_id() == process_of_load) {
         const int most = get_num_threads();
         if (most > 1 && !pool_in_use.exchange(true)) {
             Job job{items, std::min(threads, most) - 1, most - 1, &body};

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The one seam to threads. attention.cpp, decode.cpp, backward.cpp and limits.cpp say what the
-// items of work are; parallel.cpp knows about OpenMP, forks, quotas and Ctrl-C.
+// items of work are; parallel.cpp knows about OpenMP, forks and Ctrl-C.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 
 #include "attention.h"
-#include "kernel.h"
+#include "kernel/kernel.h"
 
 namespace fastattn {
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scratch memory: a block that is allocated once per call and cut into parts. In a build with
-// AddressSanitizer a red zone lies behind each part, and nothing may be touched that is not lent:
-// an overrun from one part into the next is seen there, as one of an array is. In any other build
-// there is nothing of this. Used by all that cut: attention.cpp, decode.cpp, backward.cpp and the
-// kernel, whose rules (kernel.h) hold here.
+// Scratch memory: a piece of memory that is allocated once per call and cut into parts. A layout is
+// said once, as calls of Scratch::take(): they count the bytes first, and cut the memory then. In a
+// build with AddressSanitizer a red zone lies behind each part, and nothing may be touched that is
+// not lent: an overrun from one part into the next is seen there, as one of an array is. Any other
+// build has none of this. Used by all that cut: attention.cpp, decode.cpp, backward.cpp and the
+// kernel, whose rules (kernel/kernel.h) hold here.
 #pragma once
 
 #include <cstddef>
@@ -27,10 +28,6 @@ constexpr size_t kRedZone = 1024;  // bytes; keeps the alignment
 constexpr size_t kRedZone = 0;
 #endif
 
-// In elements.
-template <class Item>
-constexpr int64_t kGap = kRedZone / sizeof(Item);
-
 // The part may be used until it is taken back.
 template <class Item>
 void lend(Item* part, int64_t count) {
@@ -39,10 +36,35 @@ void lend(Item* part, int64_t count) {
 
 inline void take_back(void* memory, size_t bytes) { ASAN_POISON_MEMORY_REGION(memory, bytes); }
 
-// What a part of so many bytes takes up.
+// The bytes that a part of so many takes up.
 inline size_t room_for(size_t bytes) {
     return (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment + kRedZone;
 }
+
+// Cuts memory into parts, one after the other. Without memory it only counts what they take up.
+class Scratch {
+    const uintptr_t begin_;
+    size_t used_ = 0;
+
+   public:
+    explicit Scratch(void* memory = nullptr) : begin_(reinterpret_cast<uintptr_t>(memory)) {}
+
+    size_t used() const { return used_; }
+
+    template <class Item>
+    Item* take(int64_t count) {
+        Item* const part = static_cast<Item*>(reserve(size_t(count) * sizeof(Item)));
+        if (begin_ != 0) lend(part, count);
+        return part;
+    }
+
+    // A part for another function to cut: it is not lent.
+    void* reserve(size_t bytes) {
+        void* const part = reinterpret_cast<void*>(begin_ + used_);
+        used_ += room_for(bytes);
+        return part;
+    }
+};
 
 }  // namespace
 }  // namespace fastattn

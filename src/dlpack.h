@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What is a tensor of another library, in memory? Asked by bindings.cpp for calls so small that a
+// What is a tensor of another library, in memory? Asked by tensors.cpp for calls so small that a
 // NumPy view of each tensor would take longer than the work. The structs are DLPack's, version 1
 // (https://dmlc.github.io/dlpack/latest/c_api.html): a tensor's type points to functions that say
 // where a tensor lies, without a call into Python.

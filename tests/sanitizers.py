@@ -82,40 +82,40 @@ ADDRESS = Sanitizer(
     libraries=("libasan.so", "libstdc++.so"),
     settings={
         # Leaks: the interpreter and NumPy keep much until the process ends, and so do we on purpose
-        # (dispatch.cpp, parallel.cpp). tests/test_memory.py counts what calls leave behind.
+        # (dispatch.cpp, parallel.cpp). tests/machine/test_memory.py counts what calls leave behind.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     },
     share=0.6,
     # Not those that measure the process's memory, or have little time for a long call.
     tests=(
-        *("test_arguments.py", "test_arrays.py", "test_kv_cache.py", "test_threads.py"),
+        *("api/test_arguments.py", "api/test_arrays.py", "cache", "machine/test_threads.py"),
         *("-k", "not memory and not giants and not fork_in_a_signal_handler"),
     ),
     faults=(
         Fault(
             "an overrun from one part of scratch memory into the next, few queries",
-            "cpp/kernel_few.h",
+            "cpp/kernel/decode.h",
             "for (int64_t d = 0; d < query_pitch; ++d) {",
             "for (int64_t d = 0; d <= query_pitch; ++d) {",
             "x = ones(1, 1, 8); fastattn.attention(x, x, x)",
-            r"use-after-poison(.|\n)*WRITE of size 4(.|\n)*kernel_few\.h",
+            r"use-after-poison(.|\n)*WRITE of size 4(.|\n)*kernel/decode\.h",
         ),
         Fault(
             "an overrun from one part of scratch memory into the next, gradients",
-            "cpp/kernel_backward.h",
+            "cpp/kernel/backward.h",
             "for (int64_t w = rows.words; w < rows.pitch; ++w) to[w] = T(0);",
             "for (int64_t w = rows.words; w <= rows.pitch; ++w) to[w] = T(0);",
             "x = ones(1, 400, 8); gradients(x, x)",
-            r"use-after-poison(.|\n)*WRITE of size 4(.|\n)*kernel_backward\.h",
+            r"use-after-poison(.|\n)*WRITE of size 4(.|\n)*kernel/backward\.h",
         ),
         Fault(
             "an overrun of an array",
-            "cpp/kernel.cpp",
+            "cpp/kernel/query_tile.h",
             "store_some(x, value_head_dim - d, out + d);",
             "store_some(x, lanes, out + d);",
             "x = ones(1, 400, 5); fastattn.attention(x, x, x)",
-            r"heap-buffer-overflow(.|\n)*WRITE of size 16(.|\n)*kernel\.cpp",
+            r"heap-buffer-overflow(.|\n)*WRITE of size 16(.|\n)*query_tile\.h",
         ),
         Fault(
             "a signed overflow",
@@ -134,7 +134,7 @@ THREAD = Sanitizer(
     settings={"TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0:ignore_noninstrumented_modules=1"},
     share=0.4,
     # Not those that count OpenMP's threads or fork: TSan does not know a child's threads.
-    tests=("test_threads.py", "-k", "concurrent or interrupt"),
+    tests=("machine/test_threads.py", "-k", "concurrent or interrupt"),
     faults=(
         Fault(
             "a race: threads that share their scratch memory",
@@ -150,7 +150,7 @@ THREAD = Sanitizer(
             "turn.store(mine + 1, std::memory_order_release);",
             "turn.store(mine + 1, std::memory_order_relaxed);",
             "gradients(ones(2, 300, 64), ones(2, 2000, 64))",
-            r"data race(.|\n)*kernel_backward\.h",
+            r"data race(.|\n)*kernel/backward\.h",
         ),
     ),
 )
@@ -230,7 +230,7 @@ def fuzz(sanitizer, site, seconds, seed, outcome):
 
 def test(sanitizer, site, outcome):
     """Run the tests."""
-    tests = [FOLDER / x if x.endswith(".py") else x for x in sanitizer.tests]
+    tests = [FOLDER / x if (FOLDER / x).exists() else x for x in sanitizer.tests]
     options = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command = [*options, "-c", ROOT / "pyproject.toml", *tests]
     status, output = run(command, sanitizer, site, cwd=ROOT)

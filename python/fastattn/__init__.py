@@ -6,17 +6,10 @@ of a model that writes token after token, `PagedKVCache` those of many sequences
 """
 
 from fastattn import reference
-from fastattn._attention import (
-    attention,
-    attention_weights,
-    dropout_mask,
-    explain,
-    scaled_dot_product_attention,
-    varlen_attention,
-)
+from fastattn._attention import attention, varlen_attention
 from fastattn._backward import attention_backward
 from fastattn._core import __version__
-from fastattn._kv_cache import KVCache, PagedKVCache
+from fastattn._inspect import attention_weights, dropout_mask, explain
 from fastattn._machine import (
     get_num_threads,
     info,
@@ -24,6 +17,8 @@ from fastattn._machine import (
     warn_of_unknown_variables,
 )
 from fastattn._merge import merge
+from fastattn._sdpa import scaled_dot_product_attention
+from fastattn.kv_cache import KVCache, PagedKVCache
 
 __all__ = [
     "KVCache",

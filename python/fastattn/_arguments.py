@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is this a valid question? Every rule about the arguments of an attention call, once.
 
-Called by `_attention.py` before anything is computed; calls `_arrays.py` for what is no NumPy
-array. Rules are checked in the order of the arguments, and an error says which argument, the rule,
-and what was given. What comes back is in the form that `_core` takes; a valid array is passed on as
-it is, strides and all.
+A call asks `check` before anything is computed; it asks `_arrays.py` for what is no NumPy array.
+Rules are checked in the order of the arguments, and an error says which argument, the rule, and
+what was given. What comes back is in the form that `_core` takes; a valid array is passed on as it
+is, strides and all.
 
 A small call must not spend its time here: the fast path asks of each array only whether it is
-plainly in order (`floats`), remembers the verdict on shapes (`sizes`), and looks at no argument
-that is absent.
+plainly in order (`floats`), remembers the verdict on shapes (`sizes`), and looks at no option if
+none was given.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn._arrays import BFLOAT16_BITS, as_numpy, is_numbers, widened
+from fastattn._options import NO_OPTIONS, CallOptions, Options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from fastattn._arrays import Library
 
     Array = NDArray[Any]
 
@@ -52,114 +55,109 @@ class Sizes(NamedTuple):
     kv_len: int
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
-    scale: float
     has_pairs: bool
     pairs_shape: tuple[int, ...]  # what mask and bias broadcast to
     unequal: str  # the lengths, if there are not as many queries as keys
+    default: CallOptions  # of a call without options
 
 
 def check(
-    query: Any,
-    key: Any,
-    value: Any,
-    *rest: Any,
-) -> tuple[Array, Array, Array, Sizes, tuple[Any, ...]]:
-    """Check every argument that says what to compute; rest: those of `options`, in its order.
-
-    The last item is these as the core takes them.
-    """
+    query: Any, key: Any, value: Any, options: Options
+) -> tuple[Array, Array, Array, Sizes, CallOptions]:
+    """Check every argument that says what to compute."""
     query, key, value = floats("query", query), floats("key", key), floats("value", value)
     if key.dtype != query.dtype or value.dtype != query.dtype:
         mixed_dtypes(query.dtype, key.dtype, value.dtype)
-    known = sizes(query.shape, key.shape, value.shape)
-    return query, key, value, known, options(known, query.dtype, *rest)
+    shapes = sizes(query.shape, key.shape, value.shape)
+    return query, key, value, shapes, check_options(shapes, query.dtype, options)
 
 
 def check_packed(
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_kv: Any,
-    *rest: Any,
-) -> tuple[Array, Array, Array, Sizes, tuple[Any, ...], tuple[Array, Array]]:
+    query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any, options: Options
+) -> tuple[Array, Array, Array, Sizes, CallOptions, tuple[Array, Array]]:
     """Do what `check` does, of packed arrays; the last item is where their sequences start."""
     query, key, value = floats("query", query), floats("key", key), floats("value", value)
     if key.dtype != query.dtype or value.dtype != query.dtype:
         mixed_dtypes(query.dtype, key.dtype, value.dtype)
-    known, q_starts, kv_starts = packed_sizes(query, key, value, cu_seqlens_q, cu_seqlens_kv)
-    arguments = options(known, query.dtype, *rest)
-    *_, kv_lengths, _, _ = rest
-    if kv_lengths is not None:
-        lengths_within(as_numpy("kv_lengths", kv_lengths), np.diff(kv_starts))
-    return query, key, value, known, arguments, (q_starts, kv_starts)
+    shapes, q_starts, kv_starts = packed_sizes(query, key, value, cu_seqlens_q, cu_seqlens_kv)
+    checked = check_options(shapes, query.dtype, options)
+    if options.kv_lengths is not None:
+        lengths_within(as_numpy("kv_lengths", options.kv_lengths), np.diff(kv_starts))
+    return query, key, value, shapes, checked, (q_starts, kv_starts)
 
 
-def options(
-    known: Sizes,
-    dtype: np.dtype[Any],
-    mask: Any,
-    bias: Any,
-    scale: Any,
-    is_causal: Any,
-    query_offset: Any,
-    window: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    sinks: Any,
-    kv_lengths: Any,
-    dropout_p: Any,
-    seed: Any,
-) -> tuple[Any, ...]:
-    """Check the arguments beside query, of `dtype`, key and value.
+def check_options(
+    shapes: Sizes, dtype: np.dtype[Any], options: Options, is_placed: bool = False
+) -> CallOptions:
+    """Check the options of a call whose query has the dtype.
 
-    Returns them as the core takes them and in its order.
+    is_placed: the call itself says where its queries stand among the keys, as a cache does.
     """
+    if options is NO_OPTIONS:
+        return shapes.default
+    (
+        mask,
+        bias,
+        scale,
+        is_causal,
+        query_offset,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        kv_lengths,
+        dropout_p,
+        seed,
+    ) = options
     left = right = UNLIMITED
     if mask is not None:
-        mask = pair_array("mask", mask, MASK_NAMES, known)
+        mask = pair_array("mask", mask, MASK_NAMES, shapes)
     if bias is not None:
-        bias = pair_array("bias", bias, FLOAT_NAMES, known)
-    scale = known.scale if scale is None else finite_number("scale", scale)
+        bias = pair_array("bias", bias, FLOAT_NAMES, shapes)
+    scale = shapes.default.scale if scale is None else finite_number("scale", scale)
     if is_causal is not False:
         is_causal = boolean("is_causal", is_causal)
     if window is not None:
         left, right = window_sides(window)
     if is_causal:
         right = 0
-    offset = query_offset
     if query_offset is not None:
-        offset = per_batch("query_offset", query_offset, known, -FARTHEST, FARTHEST, usual=0)
-    elif known.unequal and (is_causal or window is not None or alibi_slopes is not None):
+        query_offset = per_batch("query_offset", query_offset, shapes, -FARTHEST, FARTHEST, 0)
+    elif (
+        not is_placed
+        and shapes.unequal
+        and (is_causal or window is not None or alibi_slopes is not None)
+    ):
         argument = "is_causal" if is_causal else "alibi_slopes" if window is None else "window"
         raise ValueError(
             f"query_offset must be given with {argument} if q_len differs from kv_len "
             "(0: the first query stands at the first key; kv_len - q_len: the last at the last), "
-            f"got {known.unequal}"
+            f"got {shapes.unequal}"
         )
-    softcap = 0.0 if softcap is None else min(positive_number("softcap", softcap), large(dtype))
+    if softcap is not None:
+        softcap = min(positive_number("softcap", softcap), largest_safe(dtype))
     if alibi_slopes is not None:
-        shape = (*known.batch_shape, known.q_heads)
-        alibi_slopes = slopes_per_head(alibi_slopes, known.q_heads, shape)
-        alibi_slopes = filled(alibi_slopes, shape, dtype) if known.has_pairs else None
+        shape = (*shapes.batch_shape, shapes.q_heads)
+        alibi_slopes = slopes_per_head(alibi_slopes, shapes.q_heads, shape)
+        alibi_slopes = filled(alibi_slopes, shape, dtype) if shapes.has_pairs else None
     if sinks is not None:
-        sinks = logits_per_head("sinks", sinks, known.q_heads)
-        sinks = filled(sinks, sinks.shape, dtype) if known.has_pairs else None
+        sinks = logits_per_head("sinks", sinks, shapes.q_heads)
+        sinks = filled(sinks, sinks.shape, dtype) if shapes.has_pairs else None
     if kv_lengths is not None:
-        kv_lengths = per_batch("kv_lengths", kv_lengths, known, 0, known.kv_len, known.kv_len)
+        kv_lengths = per_batch("kv_lengths", kv_lengths, shapes, 0, shapes.kv_len, shapes.kv_len)
     if type(dropout_p) is float and dropout_p == 0.0 and seed is None:
         seed = 0
     else:
         dropout_p, seed = dropout(dropout_p, seed)
-    return (
+    return CallOptions(
         mask,
         bias,
         alibi_slopes,
         sinks,
-        offset,
+        query_offset,
         kv_lengths,
         scale,
-        softcap,
+        0.0 if softcap is None else softcap,
         left,
         right,
         dropout_p,
@@ -293,10 +291,12 @@ def sizes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) 
         kv_len=kv_len,
         out_shape=(*lse_shape, value_head_dim),
         lse_shape=lse_shape,
-        scale=1 / math.sqrt(head_dim),
         has_pairs=0 not in lse_shape and kv_len > 0,
         pairs_shape=(*batch_shape, q_heads, q_len, kv_len),
         unequal="" if q_len == kv_len else f"q_len={q_len}, kv_len={kv_len}",
+        default=CallOptions(
+            *(None,) * 6, 1 / math.sqrt(head_dim), 0.0, UNLIMITED, UNLIMITED, 0.0, 0
+        ),
     )
 
 
@@ -329,7 +329,7 @@ def packed_sizes(
     q_lens, kv_lens = np.diff(q_starts), np.diff(kv_starts)
     longest = int(kv_lens.max(initial=0))
     unlike = np.flatnonzero(q_lens != kv_lens)[:1]
-    known = whole._replace(
+    packed = whole._replace(
         batch_shape=q_lens.shape,
         q_len=int(q_lens.max(initial=0)),
         kv_len=longest,
@@ -338,7 +338,7 @@ def packed_sizes(
         pairs_shape=(q_heads, total, longest),
         unequal="".join(f"q_len={q_lens[i]}, kv_len={kv_lens[i]} in sequence {i}" for i in unlike),
     )
-    return known, q_starts, kv_starts
+    return packed, q_starts, kv_starts
 
 
 def starts(name: str, x: Any, total: int) -> Array:
@@ -359,7 +359,7 @@ def starts(name: str, x: Any, total: int) -> Array:
 
 
 def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the shape that they broadcast to, of any size; None if they do not."""
+    """Return the shape that the shapes broadcast to; None if they do not."""
     ndim = max(map(len, shapes))
     axes = list(zip(*((1,) * (ndim - len(shape)) + shape for shape in shapes), strict=True))
     whole = tuple(next((n for n in axis if n != 1), 1) for axis in axes)
@@ -367,19 +367,19 @@ def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
     return whole if fits else None
 
 
-def countable(known: Sizes) -> None:
+def countable(shapes: Sizes) -> None:
     """Accept a call whose pairs and tiles are so few that explain can say their number."""
-    if math.prod(known.lse_shape) * known.kv_len >= MOST_PAIRS:
+    if math.prod(shapes.lse_shape) * shapes.kv_len >= MOST_PAIRS:
         raise ValueError(
             "batch x q_heads x q_len x kv_len must be below 2**62 for explain, got lengths "
-            f"{known.q_len} and {known.kv_len}, {math.prod(known.lse_shape[:-1])} heads in all"
+            f"{shapes.q_len} and {shapes.kv_len}, {math.prod(shapes.lse_shape[:-1])} heads in all"
         )
 
 
-def pair_array(name: str, x: Any, dtypes: tuple[str, ...], known: Sizes) -> Array:
+def pair_array(name: str, x: Any, dtypes: tuple[str, ...], shapes: Sizes) -> Array:
     """Return a mask or bias, never expanded."""
     array = of_dtypes(name, x, dtypes)
-    whole = known.pairs_shape
+    whole = shapes.pairs_shape
     fits = zip(reversed(array.shape), reversed(whole), strict=False)
     if array.ndim > len(whole) or not all(n in (1, m) for n, m in fits):
         raise ValueError(
@@ -419,33 +419,33 @@ def logits_per_head(name: str, x: Any, q_heads: int) -> Array:
 
 
 def filled(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return the array repeated to fill a shape, as float64; finite numbers are so in the dtype."""
+    """Return the array broadcast to a shape, as float64; a number is finite in the dtype too."""
     copy = np.array(np.broadcast_to(widened(array), shape), dtype=np.float64, order="C")
-    most = large(dtype)
+    most = largest_safe(dtype)
     np.clip(copy, -most, most, out=copy, where=copy != -np.inf)
     return copy
 
 
-def large(dtype: np.dtype[Any]) -> float:
-    """Return what may stand for any larger number: its product with log2(e) is still finite."""
+def largest_safe(dtype: np.dtype[Any]) -> float:
+    """Return the largest number that a score may be: its product with log2(e) is still finite."""
     return float(np.finfo(arithmetic(dtype)).max) / 4
 
 
-def per_batch(name: str, x: Any, known: Sizes, low: int, high: int, usual: int) -> Array | None:
-    """Return integers in low..high, one per batch element; None if they say no more than usual."""
-    array, least, most = integers(name, x, known.batch_shape, usual)
+def per_batch(name: str, x: Any, shapes: Sizes, low: int, high: int, default: int) -> Array | None:
+    """Return integers in low..high, one per batch element; None if each is the default."""
+    array, least, most = integers(name, x, shapes.batch_shape, default)
     if least < low or most > high:
         rule = f"0..kv_len = 0..{high}" if low == 0 else "-2**61..2**61"
         raise ValueError(f"{name} must be within {rule}, got {least if least < low else most}")
-    if least == most == usual or not known.has_pairs:
+    if least == most == default or not shapes.has_pairs:
         return None
     if least == most:
-        return np.full(known.batch_shape, least, np.int64)
-    return np.array(np.broadcast_to(array, known.batch_shape), dtype=np.int64, order="C")
+        return np.full(shapes.batch_shape, least, np.int64)
+    return np.array(np.broadcast_to(array, shapes.batch_shape), dtype=np.int64, order="C")
 
 
-def integers(name: str, x: Any, batch_shape: tuple[int, ...], usual: int) -> tuple[Any, int, int]:
-    """Return what broadcasts to the batch shape, the least, the most (of none of them: usual)."""
+def integers(name: str, x: Any, batch_shape: tuple[int, ...], default: int) -> tuple[Any, int, int]:
+    """Return integers that broadcast to the batch shape, the least and the most of them."""
     if isinstance(x, numbers.Integral) and not isinstance(x, bool):
         return x, int(x), int(x)
     kinds = "integers, or an int"
@@ -459,7 +459,7 @@ def integers(name: str, x: Any, batch_shape: tuple[int, ...], usual: int) -> tup
         )
     values = distinct(array, array.ndim)
     if not values.size:
-        return array, usual, usual
+        return array, default, default
     return array, int(values.min()), int(values.max())
 
 
@@ -530,6 +530,23 @@ def boolean(name: str, x: Any) -> bool:
     return bool(x)
 
 
+def wants_gradient(name: str, wanted: Any, of: str, array: Any) -> bool:
+    """Tell whether the gradient of an option is asked for; the option must then be given."""
+    if not boolean(name, wanted):
+        return False
+    if array is None:
+        raise ValueError(f"{name} needs {of}, got {of}=None")
+    return True
+
+
+def check_like(name: str, array: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    """Accept a result, or the gradient by one, that has the result's shape and dtype."""
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, not {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {name}.shape={array.shape}")
+
+
 def dropout(dropout_p: Any, seed: Any) -> tuple[float, int]:
     """Return the share to be dropped, and the seed; without one, 0, which nothing is drawn from."""
     if not isinstance(dropout_p, numbers.Real) or isinstance(dropout_p, bool):
@@ -550,9 +567,16 @@ def dropout(dropout_p: Any, seed: Any) -> tuple[float, int]:
 
 
 def result_array(
-    out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: tuple[Any, ...]
+    out: Any,
+    library: Library,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    inputs: tuple[Any, ...],
 ) -> Array:
-    """Return out, if the result can be written there while the inputs are read."""
+    """Return where a result goes: out, if it can be written while the inputs are read, or new."""
+    if out is None:
+        return library.empty(shape, dtype)
+    out = library.destination(out)
     if type(out) is not ndarray and not (isinstance(out, ndarray) and is_numbers(out)):
         raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
     if out.dtype != dtype:

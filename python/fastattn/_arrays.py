@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose array is this? Tensors of PyTorch, arrays of JAX and of others, to NumPy and back.
 
-`as_numpy` is asked by `_arguments.py` about everything that is no NumPy array, `answer` by the
-calls for what they return: the result is of the kind of query, whatever the other arguments are.
-Nothing is copied that NumPy can read in place. Neither framework is imported here: an array of one
-cannot be met before somebody imported it. Other libraries are asked for DLPack (`_dlpack.py`).
+A call asks `library_of` about query, once; the answer reads query, makes room for the result, finds
+the `out` that was given, and returns the results as what query is, whatever the other arguments
+are. `_arguments.py` asks `as_numpy` about every other argument that is no NumPy array. Nothing is
+copied that NumPy can read in place. Neither framework is imported here: an array of one cannot be
+met before somebody imported it. Other libraries are asked for DLPack (`_dlpack.py`).
 
 An object is read only if it is its numbers and nothing beside. NumPy's protocols tell: what
 overrides how NumPy's functions treat it has a mask, a unit, labels or work still to do, which would
@@ -46,17 +47,16 @@ def framework(x: Any) -> Any:
     return None
 
 
-def is_cuda_array(x: Any) -> bool:
-    """Tell whether x, which is no NumPy array, is an array on a GPU, for `fastattn.cuda`."""
+def library_of(x: Any) -> Library:
+    """Return the library whose array x is: NUMPY, if x is an ndarray."""
+    if isinstance(x, np.ndarray):
+        return NUMPY
     module = framework(x)
-    if module is None:
-        if hasattr(x, INTERFACE):
-            return True
-        return _dlpack.device_of(x) in (DLPACK_CUDA, DLPACK_CUDA_MANAGED)
-    if module.__name__ == "torch":
-        return bool(x.is_cuda)
-    traced = isinstance(x, module.core.Tracer)
-    return not traced and any(each.platform in GPU_PLATFORMS for each in x.devices())
+    if module is not None:
+        return _Torch(module, x) if module.__name__ == "torch" else _Jax(module, x)
+    if hasattr(x, INTERFACE) or _dlpack.device_of(x) in (DLPACK_CUDA, DLPACK_CUDA_MANAGED):
+        return _OnGpu(None, x)
+    return _Other(None, x)
 
 
 def as_numpy(name: str, x: Any) -> Any:
@@ -65,17 +65,154 @@ def as_numpy(name: str, x: Any) -> Any:
         return x
     if isinstance(x, list | tuple):
         return [as_numpy(name, item) for item in x]
-    module = framework(x)
-    if module is not None:
-        return (_of_torch if module.__name__ == "torch" else _of_jax)(module, name, x)
-    if is_cuda_array(x):
+    return library_of(x).array(name, x)
+
+
+class Library:
+    """What a call does with arrays of NumPy; a subclass says what differs for another library's."""
+
+    def __init__(self, module: Any, query: Any) -> None:
+        self.module = module
+        self.query = query
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether query is on a GPU, and so the call one of `fastattn.cuda`."""
+        return False
+
+    def array(self, name: str, x: Any) -> Any:
+        """Return the NumPy array that x is, or x if NumPy itself can tell."""
+        if type(x) is np.ndarray:
+            return x
+        if not is_numbers(x):
+            raise TypeError(
+                f"{name} must be an array of numbers and nothing beside, not {type(x).__name__}, "
+                "whose mask, unit, labels or rules would be lost: "
+                f"numpy.asarray({name}) is the numbers alone"
+            )
+        return _of_dlpack(name, x) if _exports(x) else x
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Return an array for a result."""
+        return np.empty(shape, dtype)
+
+    def destination(self, out: Any) -> Any:
+        """Return a view of the out that was given."""
+        return out
+
+    def to_caller(self, out: Any, *results: Array | None) -> tuple[Any, ...]:
+        """Return results as the library's arrays; the first as the out that was given, if any."""
+        given = () if out is None else (out,)
+        rest = results[len(given) :]
+        return *given, *(x if x is None else self.converted(x) for x in rest)
+
+    def converted(self, x: Array) -> Any:
+        """Return a result as an array of the library."""
+        return x
+
+
+class _Other(Library):
+    """A library that nobody here knows, or none: a list, a number."""
+
+    def destination(self, out: Any) -> Any:
+        return _of_dlpack("out", out, to_write=True) if _exports(out) else out
+
+    def converted(self, x: Array) -> Any:
+        namespace = _namespace(self.query)
+        if namespace is None:
+            return x
+        array = namespace.from_dlpack(_dlpack.exporter(x))
+        device = getattr(self.query, "device", None)
+        if device is None or device == getattr(array, "device", device):
+            return array
+        return array.to_device(device)
+
+
+class _Torch(Library):
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.query.is_cuda)
+
+    def array(self, name: str, x: Any) -> Array:
+        check_no_gradient(self.module, name, x)
+        check_tensor(self.module, name, x)
+        return _named(array_of_tensor(self.module, name, x))
+
+    def destination(self, out: Any) -> Array:
+        if framework(out) is not self.module:
+            raise TypeError(f"out must be a tensor, as query is, not {type(out).__name__}")
+        if out.is_neg():
+            raise ValueError("out must be written as it is, got a tensor whose negative bit is set")
+        return self.array("out", out)
+
+    def to_caller(self, out: Any, *results: Array | None) -> tuple[Any, ...]:
+        if out is not None and not out.is_inference():
+            self.module.autograd.graph.increment_version(out)  # it was written unknown to torch
+        return super().to_caller(out, *results)
+
+    def converted(self, x: Array) -> Any:
+        return tensor_of_array(self.module, x)
+
+
+class _Jax(Library):
+    @property
+    def on_gpu(self) -> bool:
+        if isinstance(self.query, self.module.core.Tracer):
+            return False
+        return any(each.platform in GPU_PLATFORMS for each in self.query.devices())
+
+    def array(self, name: str, x: Any) -> Array:
+        if isinstance(x, self.module.core.Tracer):
+            raise TypeError(
+                f"{name} is traced by JAX (in jit, grad or vmap): use "
+                "fastattn.jax.dot_product_attention there"
+            )
+        if x.is_deleted():
+            raise ValueError(f"{name} must hold numbers, got an array that was deleted or donated")
+        if not x.is_fully_addressable:
+            raise TypeError(
+                f"{name} must be in this process, got an array that is partly in others: "
+                f"jax.experimental.multihost_utils.process_allgather({name})"
+            )
+        devices = sorted(map(str, x.devices()))
+        if len(devices) != 1 or next(iter(x.devices())).platform != "cpu":
+            raise TypeError(
+                f"{name} must be on one CPU device, got an array on {', '.join(devices)}: "
+                f"jax.device_put({name}, jax.devices('cpu')[0])"
+            )
+        try:
+            return np.asarray(x)
+        except (RuntimeError, TypeError) as error:  # the keys of random numbers, for one
+            raise TypeError(f"{name} must be an array that NumPy can read: {error}") from error
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        size = math.prod(shape) * dtype.itemsize
+        space = np.empty(size + JAX_ALIGNMENT, np.uint8)
+        start = -space.ctypes.data % JAX_ALIGNMENT
+        return space[start : start + size].view(dtype).reshape(shape)
+
+    def destination(self, out: Any) -> Array:
+        raise TypeError("out must not be given if query is a JAX array: these are never written")
+
+    def converted(self, x: Array) -> Any:
+        if x.dtype == np.float64:
+            with self.module.enable_x64(True):  # query may outlive the scope in which it was made
+                return self.module.device_put(x, self.query.sharding)
+        return self.module.device_put(x, self.query.sharding)
+
+
+class _OnGpu(Library):
+    """A library, neither PyTorch nor JAX, whose arrays are on a GPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return True
+
+    def array(self, name: str, x: Any) -> Array:
         raise TypeError(f"{name} must be on the CPU, got {type(x).__name__} on a GPU")
-    if not is_numbers(x):
-        raise TypeError(
-            f"{name} must be an array of numbers and nothing beside, not {type(x).__name__}, whose "
-            f"mask, unit, labels or rules would be lost: numpy.asarray({name}) is the numbers alone"
-        )
-    return _of_dlpack(name, x) if _exports(x) else x
+
+
+NUMPY = Library(np, None)
 
 
 def is_numbers(x: Any) -> bool:
@@ -84,62 +221,16 @@ def is_numbers(x: Any) -> bool:
     if issubclass(kind, np.ma.MaskedArray | np.matrix) or hasattr(kind, "__dataframe__"):
         return False
     own = ((getattr(kind, name, None), getattr(np.ndarray, name)) for name in OVERRIDES)
-    return all(found is None or found is usual for found, usual in own)
+    return all(found is None or found is default for found, default in own)
 
 
-def destination(query: Any, out: Any) -> Any:
-    """Return a view of the out that was given beside query; as it is if query is of NumPy."""
-    if isinstance(query, np.ndarray):
-        return out
-    module = framework(query)
-    if module is None:
-        return _of_dlpack("out", out, to_write=True) if _exports(out) else out
-    if module.__name__ == "jax":
-        raise TypeError("out must not be given if query is a JAX array: these are never written")
-    if framework(out) is not module:
-        raise TypeError(f"out must be a tensor, as query is, not {type(out).__name__}")
-    if out.is_neg():
-        raise ValueError("out must be written as it is, got a tensor whose negative bit is set")
-    return _of_torch(module, "out", out)
-
-
-def room(query: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return an array for a result that becomes what query is."""
-    module = framework(query)
-    if module is None or module.__name__ != "jax":
-        return np.empty(shape, dtype)
-    size = math.prod(shape) * dtype.itemsize
-    space = np.empty(size + JAX_ALIGNMENT, np.uint8)
-    start = -space.ctypes.data % JAX_ALIGNMENT
-    return space[start : start + size].view(dtype).reshape(shape)
-
-
-def answer(query: Any, out: Any, *results: Array | None) -> Any:
-    """Return results as what query is; the first as the out that was given, unless None."""
-    if isinstance(query, np.ndarray):
-        return results
-    module = framework(query)
-    convert: Any = _to_namespace
-    if module is None:
-        module = _namespace(query)
-    else:
-        convert = _to_torch if module.__name__ == "torch" else _to_jax
-    given = () if out is None else (out,)
-    if given and convert is _to_torch and not out.is_inference():
-        module.autograd.graph.increment_version(out)  # it was written without torch's knowledge
-    rest = results[len(given) :]
-    return *given, *(x if x is None else convert(module, x, query) for x in rest)
-
-
-def _of_torch(torch: Any, name: str, x: Any) -> Array:
+def check_no_gradient(torch: Any, name: str, x: Any) -> None:
+    """Accept a tensor that asks for no gradient."""
     if x.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name} requires grad, and this call has no gradient: use fastattn.torch.attention, "
             f"or pass {name}.detach()"
         )
-    check_tensor(torch, name, x)
-    array = array_of_tensor(torch, name, x)
-    return array.view(_bfloat16(array.dtype)) if array.dtype == BFLOAT16_BITS else array
 
 
 def check_tensor(torch: Any, name: str, x: Any, on_gpu: bool = False) -> None:
@@ -225,50 +316,15 @@ def widened(x: Array) -> Array:
     return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-def _to_torch(torch: Any, x: Array, _query: Any) -> Any:
-    return tensor_of_array(torch, x)
-
-
-def _bfloat16(bits: np.dtype[Any]) -> np.dtype[Any]:
-    """Return NumPy's name for bfloat16, if it has one."""
+def _named(array: Array) -> Array:
+    """Return bits of bfloat16 as NumPy's bfloat16, if it has one; other arrays as they are."""
+    if array.dtype != BFLOAT16_BITS:
+        return array
     try:
         import ml_dtypes
     except ImportError:
-        return bits
-    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return dtype
-
-
-def _of_jax(jax: Any, name: str, x: Any) -> Array:
-    if isinstance(x, jax.core.Tracer):
-        raise TypeError(
-            f"{name} is traced by JAX (in jit, grad or vmap): use "
-            "fastattn.jax.dot_product_attention there"
-        )
-    if x.is_deleted():
-        raise ValueError(f"{name} must hold numbers, got an array that was deleted or donated")
-    if not x.is_fully_addressable:
-        raise TypeError(
-            f"{name} must be in this process, got an array that is partly in others: "
-            f"jax.experimental.multihost_utils.process_allgather({name})"
-        )
-    devices = sorted(map(str, x.devices()))
-    if len(devices) != 1 or next(iter(x.devices())).platform != "cpu":
-        raise TypeError(
-            f"{name} must be on one CPU device, got an array on {', '.join(devices)}: "
-            f"jax.device_put({name}, jax.devices('cpu')[0])"
-        )
-    try:
-        return np.asarray(x)
-    except (RuntimeError, TypeError) as error:  # the keys of random numbers, for one
-        raise TypeError(f"{name} must be an array that NumPy can read: {error}") from error
-
-
-def _to_jax(jax: Any, x: Array, query: Any) -> Any:
-    if x.dtype == np.float64:
-        with jax.enable_x64(True):  # the query may outlive the scope in which it was made
-            return jax.device_put(x, query.sharding)
-    return jax.device_put(x, query.sharding)
+        return array
+    return array.view(ml_dtypes.bfloat16)
 
 
 def _exports(x: Any) -> bool:
@@ -294,7 +350,7 @@ def _of_dlpack(name: str, x: Any, to_write: bool = False) -> Array:
                 f"{name} must be an array that NumPy can {use}, got {kind}: {error}"
             ) from error
         return other
-    return array.view(_bfloat16(array.dtype)) if array.dtype == BFLOAT16_BITS else array
+    return _named(array)
 
 
 def _array_without_dlpack(x: Any) -> Array | None:
@@ -311,14 +367,3 @@ def _namespace(x: Any) -> Any:
     find = getattr(type(x), "__array_namespace__", None)
     module = None if find is None else find(x)
     return module if hasattr(module, "from_dlpack") else None
-
-
-def _to_namespace(namespace: Any, x: Array, query: Any) -> Any:
-    """Return an array of the namespace, on the device of query; without one, x."""
-    if namespace is None:
-        return x
-    array = namespace.from_dlpack(_dlpack.exporter(x))
-    device = getattr(query, "device", None)
-    if device is None or device == getattr(array, "device", device):
-        return array
-    return array.to_device(device)

@@ -1,38 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention calls: check the arguments, make room for the result, let the kernel fill it.
 
-The rules are in `_arguments.py`, the meaning in `reference.py`, the work in `_core`
-(src/bindings.cpp).
+The options are in `_options.py`, the rules in `_arguments.py`, the meaning in `reference.py`, the
+work in `_core` (src/calls.cpp).
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from fastattn import _core, reference
-from fastattn._arguments import (
-    FARTHEST,
-    MASK_NAMES,
-    arithmetic,
-    boolean,
-    check,
-    check_packed,
-    countable,
-    dropout,
-    floats,
-    pair_array,
-    per_batch,
-    result_array,
-    sizes,
-    whole_number,
-)
-from fastattn._arrays import answer, as_numpy, destination, is_cuda_array, room
-from fastattn._report import Report
+from fastattn import _core
+from fastattn._arguments import arithmetic, boolean, check, check_packed, result_array
+from fastattn._arrays import NUMPY, library_of
+from fastattn._options import AttentionOptions, options_of, takes
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from numpy.typing import ArrayLike, NDArray
 
 
@@ -42,20 +28,9 @@ def attention(
     key: ArrayLike,
     value: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
     return_lse: Literal[False] = False,
-    out: NDArray[Any] | None = None,
+    out: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> NDArray[Any]: ...
 @overload
 def attention(
@@ -63,40 +38,29 @@ def attention(
     key: ArrayLike,
     value: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
     return_lse: Literal[True],
-    out: NDArray[Any] | None = None,
+    out: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+@overload
 def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
+    return_lse: bool,
+    out: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
+@takes(AttentionOptions)
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
     return_lse: bool = False,
-    out: NDArray[Any] | None = None,
+    out: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     """Compute exact softmax attention, ``softmax(scale * query @ key.T + ...) @ value``.
 
@@ -104,6 +68,13 @@ def attention(
     maximum and sum are kept for each query [1]_. Every combination of arguments runs in one fused
     kernel, and pairs that is_causal, window, kv_lengths or a whole tile of the mask exclude cost
     nothing.
+
+    ======================== ===================================================================
+    batch                    any number of axes, or none
+    q_heads, kv_heads        heads of queries, and of keys and values
+    q_len, kv_len            queries, and keys with their values, of a head
+    head_dim, value_head_dim numbers of a query or key, and of a value
+    ======================== ===================================================================
 
     Parameters
     ----------
@@ -130,7 +101,13 @@ def attention(
     query_offset : int, or array of int broadcastable to the batch shape, optional
         Position of the first query among the keys, negative too. Must be given with is_causal,
         window or alibi_slopes if q_len != kv_len (else 0): 0 aligns the first query with the first
-        key, kv_len - q_len the last with the last.
+        key, kv_len - q_len the last with the last. What 3 causal queries see of 5 keys::
+
+            query_offset=0     query_offset=2
+                x . . . .          x x x . .
+                x x . . .          x x x x .
+                x x x . .          x x x x x
+
     window : (left, right), optional
         Key j is seen iff ``-left <= j - position <= right``; None is unlimited.
     softcap : float > 0, optional
@@ -209,65 +186,31 @@ def attention(
            [0.36, 0.64, 0.  ],
            [0.26, 0.26, 0.47]], dtype=float32)
     """
-    if type(query) is not np.ndarray and is_cuda_array(query):
-        from fastattn import cuda
+    asked = options_of(attention, options)
+    library = NUMPY if type(query) is np.ndarray else library_of(query)
+    if library is not NUMPY:
+        if library.on_gpu:
+            from fastattn import cuda
 
-        return cuda.attention(  # type: ignore[no-any-return]
-            query,
-            key,
-            value,
-            mask=mask,
-            bias=bias,
-            scale=scale,
-            is_causal=is_causal,
-            query_offset=query_offset,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            kv_lengths=kv_lengths,
-            dropout_p=dropout_p,
-            seed=seed,
-            return_lse=return_lse,
-            out=out,
-        )
-    given: Any = query
-    given_out = out
-    query, key, value, known, arguments = check(
-        query,
-        key,
-        value,
-        mask,
-        bias,
-        scale,
-        is_causal,
-        query_offset,
-        window,
-        softcap,
-        alibi_slopes,
-        sinks,
-        kv_lengths,
-        dropout_p,
-        seed,
-    )
+            return cuda.attention(query, key, value, return_lse=return_lse, out=out, **options)
+        query = library.array("query", query)
+    q, k, v, shapes, checked = check(query, key, value, asked)
     if return_lse is not False:
         return_lse = boolean("return_lse", return_lse)
-    dtype = query.dtype
-    if out is not None:
-        out = destination(given, out)
-        out = result_array(out, known.out_shape, dtype, (query, key, value, *arguments[:2]))
-    elif query is given:
-        out = np.empty(known.out_shape, dtype)
+    if out is None and library is NUMPY:
+        result = np.empty(shapes.out_shape, q.dtype)
     else:
-        out = room(given, known.out_shape, dtype)
-    lse = np.empty(known.lse_shape, arithmetic(dtype)) if return_lse else None
-    if out.size or lse is not None:
-        _core.attention(query, key, value, out, lse, known.batch_shape, *arguments)
-    if query is not given:
-        out, lse = answer(given, given_out, out, lse)
-    return out if lse is None else (out, lse)
+        inputs = (q, k, v, checked.mask, checked.bias)
+        result = result_array(out, library, shapes.out_shape, q.dtype, inputs)
+    lse = np.empty(shapes.lse_shape, arithmetic(q.dtype)) if return_lse else None
+    if result.size or lse is not None:
+        _core.attention(q, k, v, result, lse, shapes.batch_shape, checked)
+    if library is not NUMPY:
+        result, lse = library.to_caller(out, result, lse)
+    return result if lse is None else (result, lse)
 
 
+@overload
 def varlen_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -275,20 +218,45 @@ def varlen_attention(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_kv: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
+    return_lse: Literal[False] = False,
+    out: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
+) -> NDArray[Any]: ...
+@overload
+def varlen_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    out: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+@overload
+def varlen_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike,
+    *,
+    return_lse: bool,
+    out: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
+@takes(AttentionOptions)
+def varlen_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_kv: ArrayLike,
+    *,
     return_lse: bool = False,
-    out: NDArray[Any] | None = None,
+    out: ArrayLike | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     """Compute attention over sequences of different lengths, packed one after the other.
 
@@ -336,395 +304,22 @@ def varlen_attention(
     >>> fastattn.varlen_attention(x, x, x, [0, 2, 5], [0, 2, 5], is_causal=True).shape
     (5, 1, 2)
     """
-    given: Any = query
-    given_out = out
-    query, key, value, known, arguments, starts = check_packed(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_kv,
-        mask,
-        bias,
-        scale,
-        is_causal,
-        query_offset,
-        window,
-        softcap,
-        alibi_slopes,
-        sinks,
-        kv_lengths,
-        dropout_p,
-        seed,
+    asked = options_of(varlen_attention, options)
+    library = library_of(query)
+    q, k, v, shapes, checked, starts = check_packed(
+        library.array("query", query), key, value, cu_seqlens_q, cu_seqlens_kv, asked
     )
     return_lse = boolean("return_lse", return_lse)
-    if out is None:
-        out = room(given, known.out_shape, query.dtype)
-    else:
-        out = destination(given, out)
-        out = result_array(out, known.out_shape, query.dtype, (query, key, value, *arguments[:2]))
-    lse = np.empty(known.lse_shape, arithmetic(query.dtype)) if return_lse else None
+    inputs = (q, k, v, checked.mask, checked.bias)
+    result = result_array(out, library, shapes.out_shape, q.dtype, inputs)
+    lse = np.empty(shapes.lse_shape, arithmetic(q.dtype)) if return_lse else None
     q_starts, _ = starts
     for rows in (slice(q_starts[0]), slice(q_starts[-1], None)):
-        out[rows] = np.zeros((), out.dtype)  # of bits, too
+        result[rows] = np.zeros((), result.dtype)  # of bits, too
         if lse is not None:
             lse[:, rows] = -np.inf
-    if lse is not None or out.size:
-        q, k, v, results = (x.swapaxes(0, 1) for x in (query, key, value, out))
-        arguments = (*arguments, *starts)
-        _core.varlen_attention(q, k, v, results, lse, known.batch_shape, *arguments)
-    if query is not given:
-        out, lse = answer(given, given_out, out, lse)
-    return out if lse is None else (out, lse)
-
-
-def scaled_dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    attn_mask: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> NDArray[Any]:
-    """Compute attention with the signature and meaning of PyTorch's function, on NumPy arrays.
-
-    Parameters
-    ----------
-    query : array of shape (..., q_heads, q_len, head_dim)
-    key : array of shape (..., heads, kv_len, head_dim)
-    value : array of shape (..., heads, kv_len, value_head_dim)
-        Of a dtype that `attention` takes. All axes but the last two broadcast, unless enable_gqa.
-    attn_mask : array, broadcastable to (..., q_heads, q_len, kv_len), optional
-        bool: True = attend. A float dtype: added to the scores. Not together with is_causal.
-    dropout_p : float
-        Drop each pair with this probability, and divide what is kept by 1 - dropout_p. Each call
-        drops others; `attention` has a seed.
-    is_causal : bool
-        Query i sees key j iff j <= i, whatever the two lengths.
-    scale : float, optional
-        1 / sqrt(head_dim) unless given.
-    enable_gqa : bool
-        q_heads may be a multiple of the heads of key and value.
-
-    Returns
-    -------
-    ndarray of shape (..., q_heads, q_len, value_head_dim)
-        A query that sees no key gives 0.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument breaks a rule.
-
-    See Also
-    --------
-    attention : all that the kernel can do.
-
-    References
-    ----------
-    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
-    """
-    is_causal = boolean("is_causal", is_causal)
-    if attn_mask is not None and is_causal:
-        raise ValueError("attn_mask must not be given together with is_causal=True")
-    given: Any = query
-    out = None
-    query, key, value = floats("query", query), floats("key", key), floats("value", value)
-    if not boolean("enable_gqa", enable_gqa):
-        query, key, value = _equal_heads(query, key, value)
-    if attn_mask is not None:
-        known = sizes(query.shape, key.shape, value.shape)
-        attn_mask = pair_array("attn_mask", attn_mask, MASK_NAMES, known)
-    seed = int.from_bytes(os.urandom(8), "little") if dropout_p != 0 else None
-    if query is not given:
-        out = room(given, sizes(query.shape, key.shape, value.shape).out_shape, query.dtype)
-    out = attention(
-        query,
-        key,
-        value,
-        mask=attn_mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_offset=0 if is_causal else None,
-        dropout_p=dropout_p,
-        seed=seed,
-        out=out,
-    )
-    return out if query is given else answer(given, None, out)[0]
-
-
-def _equal_heads(*arrays: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-    """Return query, key and value with their heads broadcast; as they are where that is nothing."""
-    shapes = [x.shape for x in arrays]
-    heads = {shape[-3] if shape[2:] else 1 for shape in shapes}
-    if len(heads) == 1:
-        return arrays
-    if len(heads - {1}) > 1:
-        raise ValueError(
-            "query, key and value must have equally many heads unless enable_gqa=True, got "
-            f"query.shape={shapes[0]}, key.shape={shapes[1]}, value.shape={shapes[2]}"
-        )
-    wanted = max(heads - {1})
-    return tuple(
-        np.broadcast_to(x, (*shape[:-3], wanted, *shape[-2:])) if len(shape) >= 2 else x
-        for x, shape in zip(arrays, shapes, strict=True)
-    )
-
-
-def attention_weights(
-    query: ArrayLike,
-    key: ArrayLike,
-    *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: ArrayLike | None = None,
-) -> NDArray[Any]:
-    """Compute the probabilities with which `attention` weighs the values, for looking at.
-
-    This is the one call whose memory grows with q_len x kv_len: that is what it returns. It is
-    computed by the definition, in float64.
-
-    Parameters
-    ----------
-    query, key, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, sinks, \
-kv_lengths
-        As for `attention`.
-
-    Returns
-    -------
-    ndarray of shape (batch, q_heads, q_len, kv_len)
-        A row sums to 1; to less with sinks; to 0 if the query sees no key.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `attention`.
-
-    Examples
-    --------
-    >>> import numpy as np, fastattn
-    >>> fastattn.attention_weights(np.eye(2), np.eye(2)).round(2)
-    array([[0.67, 0.33],
-           [0.33, 0.67]])
-    """
-    given: Any = query
-    query, key = floats("query", query), floats("key", key)
-    mask, bias = as_numpy("mask", mask), as_numpy("bias", bias)
-    query_offset = as_numpy("query_offset", query_offset)
-    alibi_slopes, sinks = as_numpy("alibi_slopes", alibi_slopes), as_numpy("sinks", sinks)
-    kv_lengths = as_numpy("kv_lengths", kv_lengths)
-    check(
-        query,
-        key,
-        key,  # any value of the right shape
-        mask,
-        bias,
-        scale,
-        is_causal,
-        query_offset,
-        window,
-        softcap,
-        alibi_slopes,
-        sinks,
-        kv_lengths,
-        0.0,
-        None,
-    )
-    weights = reference.attention_weights(
-        query,
-        key,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        is_causal=is_causal,
-        query_offset=query_offset,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        kv_lengths=kv_lengths,
-    )
-    return answer(given, None, weights)[0]  # type: ignore[no-any-return]
-
-
-def dropout_mask(
-    query: ArrayLike,
-    key: ArrayLike,
-    *,
-    dropout_p: float,
-    seed: int | None,
-    query_offset: ArrayLike | None = None,
-    batch_index: int = 0,
-) -> NDArray[np.bool_]:
-    """Return which pairs `attention` keeps, for looking at or for another implementation.
-
-    Like `attention_weights`, it needs memory for every pair.
-
-    Parameters
-    ----------
-    query : array of shape (batch, q_heads, q_len, head_dim)
-        Only the shapes matter; axes of the batch that only value has are not there.
-    key : array of shape (batch, kv_heads, kv_len, head_dim)
-    dropout_p, seed, query_offset
-        As for `attention`.
-    batch_index : int
-        The index of the first element of the batch: for sequence b of `varlen_attention`, whose
-        queries and keys are given as (heads, length, head_dim), it is b.
-
-    Returns
-    -------
-    ndarray of bool, shape (batch, q_heads, q_len, kv_len)
-        True: kept. Some of them may not be seen for other reasons.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `attention`.
-
-    Notes
-    -----
-    A pair is kept iff its number is at least ``round(dropout_p * 2**32)``. The numbers of keys 4 n
-    to 4 n + 3 are the four words that Philox4x32 with 7 rounds [1]_ gives for the key seed and the
-    counter ``(n, i + query_offset, query head, batch index)``, each modulo 2**32.
-
-    References
-    ----------
-    .. [1] J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011,
-       https://doi.org/10.1145/2063384.2063405
-
-    Examples
-    --------
-    >>> import numpy as np, fastattn
-    >>> fastattn.dropout_mask(np.eye(2), np.eye(2), dropout_p=0.5, seed=1)
-    array([[ True, False],
-           [False,  True]])
-    """
-    given: Any = query
-    query, key = floats("query", query), floats("key", key)
-    known = sizes(query.shape, key.shape, key.shape)
-    dropout_p, seed = dropout(dropout_p, seed)
-    if query_offset is not None:
-        query_offset = per_batch("query_offset", query_offset, known, -FARTHEST, FARTHEST, usual=0)
-    batch_index = whole_number("batch_index", batch_index)
-    if not 0 <= batch_index < 2**32:
-        raise ValueError(f"batch_index must be within 0..2**32 - 1, got batch_index={batch_index}")
-    kept = reference.dropout_mask(
-        query,
-        key,
-        dropout_p=dropout_p,
-        seed=seed,
-        query_offset=query_offset,
-        batch_index=batch_index,
-    )
-    return answer(given, None, kept)[0]  # type: ignore[no-any-return]
-
-
-def explain(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-) -> Report:
-    """Say how `attention` would compute a call, without computing it.
-
-    Parameters
-    ----------
-    query, key, value, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, \
-sinks, kv_lengths, dropout_p, seed
-        As for `attention`.
-
-    Returns
-    -------
-    dict
-        Its str() is the report. `kernel` is "tiled", or "few queries" where the tiles are counted
-        as if it were. `tiles` are counted over all heads and batch elements, of
-        `query_tile` queries (of all heads that share a key head) by `key_tile` keys; `skipped` is
-        the share of them that nothing is done for. `flops` are those of the two matrix products in
-        the tiles that are computed; `bytes` are those of query, key, value and result, once each;
-        `scratch_bytes` is all other memory.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `attention`; also if there are so many tiles, made unlike by a mask, bias or
-        positions, that looking at them would take long.
-    """
-    if type(query) is not np.ndarray and is_cuda_array(query):
-        from fastattn import cuda
-
-        return cuda.explain(
-            query,
-            key,
-            value,
-            mask=mask,
-            bias=bias,
-            scale=scale,
-            is_causal=is_causal,
-            query_offset=query_offset,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            kv_lengths=kv_lengths,
-            dropout_p=dropout_p,
-            seed=seed,
-        )
-    query, key, value, known, arguments = check(
-        query,
-        key,
-        value,
-        mask,
-        bias,
-        scale,
-        is_causal,
-        query_offset,
-        window,
-        softcap,
-        alibi_slopes,
-        sinks,
-        kv_lengths,
-        dropout_p,
-        seed,
-    )
-    countable(known)
-    plan = _core.explain(query, key, value, None, None, known.batch_shape, *arguments)
-    skipped = plan["tiles_skipped"] / plan["tiles"] if plan["tiles"] else 0.0
-    return Report(
-        "attention",
-        {
-            "kernel": plan["kernel"],
-            "isa": plan["isa"],
-            "dtype": str(query.dtype),
-            "threads": plan["threads"],
-            "query_tile": plan["query_tile"],
-            "key_tile": plan["key_tile"],
-            "tiles": plan["tiles"],
-            "tiles_skipped": plan["tiles_skipped"],
-            "tiles_edge": plan["tiles_edge"],
-            "skipped": skipped,
-            "flops": plan["flops"],
-            "bytes": plan["bytes"],
-            "scratch_bytes": plan["scratch_bytes"],
-        },
-    )
+    if lse is not None or result.size:
+        q, k, v, heads_first = (x.swapaxes(0, 1) for x in (q, k, v, result))
+        _core.varlen_attention(q, k, v, heads_first, lse, shapes.batch_shape, checked, *starts)
+    result, lse = library.to_caller(out, result, lse)
+    return result if lse is None else (result, lse)

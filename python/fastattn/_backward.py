@@ -1,32 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradients of the attention calls.
 
-As `_attention.py`: the rules are in `_arguments.py`, the meaning in `reference.py`, the work in
-`_core` (src/bindings.cpp).
+As in `_attention.py`, the rules are in `_arguments.py`, the meaning in `reference.py`, the work in
+`_core` (src/calls.cpp).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fastattn import _core
-from fastattn._arguments import (
-    arithmetic,
-    boolean,
-    check,
-    check_packed,
-    floats,
-)
-from fastattn._arrays import answer, as_numpy, is_cuda_array, rounded_to, widened
+from fastattn._arguments import arithmetic, check, check_like, check_packed, floats, wants_gradient
+from fastattn._arrays import as_numpy, library_of, rounded_to, widened
+from fastattn._options import AttentionOptions, options_of, takes
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     Array = NDArray[Any]
 
 
+class GradientArrays(NamedTuple):
+    """What a backward pass reads beside the call, and what it fills, in the kernel's order."""
+
+    out: Array
+    lse: Array
+    grad_out: Array
+    grad_lse: Array | None
+    dq: Array  # this and those below come as zeros
+    dk: Array
+    dv: Array
+    dbias: Array | None
+    delta: Array | None  # of each row, the sum over its keys of its scores' gradients
+
+
+@takes(AttentionOptions)
 def attention_backward(
     grad_out: ArrayLike,
     query: ArrayLike,
@@ -35,23 +47,12 @@ def attention_backward(
     out: ArrayLike,
     lse: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
     cu_seqlens_q: ArrayLike | None = None,
     cu_seqlens_kv: ArrayLike | None = None,
     grad_lse: ArrayLike | None = None,
     return_dbias: bool = False,
     return_dsinks: bool = False,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Array, ...]:
     """Compute the gradients of `attention`, or of `varlen_attention` if cu_seqlens_* are given.
 
@@ -120,7 +121,9 @@ kv_lengths, dropout_p, seed
     array([[1., 1.],
            [1., 1.]])
     """
-    if type(query) is not np.ndarray and is_cuda_array(query):
+    asked = options_of(attention_backward, options)
+    library = library_of(query)
+    if library.on_gpu:
         from fastattn import cuda
 
         if cu_seqlens_q is not None or cu_seqlens_kv is not None:
@@ -132,112 +135,86 @@ kv_lengths, dropout_p, seed
             value,
             out,
             lse,
-            mask=mask,
-            bias=bias,
-            scale=scale,
-            is_causal=is_causal,
-            query_offset=query_offset,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            kv_lengths=kv_lengths,
-            dropout_p=dropout_p,
-            seed=seed,
             grad_lse=grad_lse,
             return_dbias=return_dbias,
             return_dsinks=return_dsinks,
+            **options,
         )
-    given: Any = query
-    rest = (
-        mask,
-        bias,
-        scale,
-        is_causal,
-        query_offset,
-        window,
-        softcap,
-        alibi_slopes,
-        sinks,
-        kv_lengths,
-        dropout_p,
-        seed,
-    )
+    q = library.array("query", query)
     starts: tuple[Array, ...] = ()
     if cu_seqlens_q is None and cu_seqlens_kv is None:
-        query, key, value, known, arguments = check(query, key, value, *rest)
+        q, k, v, shapes, checked = check(q, key, value, asked)
     elif cu_seqlens_q is None or cu_seqlens_kv is None:
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_kv"
         raise ValueError(f"{missing} must be given with the other of cu_seqlens_q, cu_seqlens_kv")
     else:
-        query, key, value, known, arguments, starts = check_packed(
-            query, key, value, cu_seqlens_q, cu_seqlens_kv, *rest
+        q, k, v, shapes, checked, starts = check_packed(
+            q, key, value, cu_seqlens_q, cu_seqlens_kv, asked
         )
-    wide = arithmetic(query.dtype)
-    grad_out = _like("grad_out", grad_out, known.out_shape, query.dtype)
-    out = _like("out", out, known.out_shape, query.dtype)
-    lse = _like("lse", lse, known.lse_shape, wide)
+    wide = arithmetic(q.dtype)
+    grad_out = _like("grad_out", grad_out, shapes.out_shape, q.dtype)
+    out = _like("out", out, shapes.out_shape, q.dtype)
+    lse = _like("lse", lse, shapes.lse_shape, wide)
     if grad_lse is not None:
-        grad_lse = _like("grad_lse", grad_lse, known.lse_shape, wide)
+        grad_lse = _like("grad_lse", grad_lse, shapes.lse_shape, wide)
     return_dbias, return_dsinks = (
-        boolean(name, wanted) and _given(name, of, array)
+        wants_gradient(name, wanted, of, array)
         for name, wanted, of, array in (
-            ("return_dbias", return_dbias, "bias", bias),
-            ("return_dsinks", return_dsinks, "sinks", sinks),
+            ("return_dbias", return_dbias, "bias", asked.bias),
+            ("return_dsinks", return_dsinks, "sinks", asked.sinks),
         )
     )
 
-    given_bias = np.asarray(as_numpy("bias", bias))
-    given_sinks = np.asarray(as_numpy("sinks", sinks))
-    dbias = np.zeros(given_bias.shape, wide) if return_dbias else None
-    one_column = dbias is not None and dbias.shape[-1:] in ((), (1,)) and known.kv_len > 1
-    delta = np.zeros(known.lse_shape, wide) if one_column or return_dsinks else None
-    inputs = [_heads_first(x, starts) for x in (query, key, value)]
+    bias = np.asarray(as_numpy("bias", asked.bias))
+    sinks = np.asarray(as_numpy("sinks", asked.sinks))
+    dbias = np.zeros(bias.shape, wide) if return_dbias else None
+    one_column = dbias is not None and dbias.shape[-1:] in ((), (1,)) and shapes.kv_len > 1
+    delta = np.zeros(shapes.lse_shape, wide) if one_column or return_dsinks else None
+    inputs = [_heads_first(x, starts) for x in (q, k, v)]
     wholes = [
-        np.zeros(packed.shape if starts else known.batch_shape + x.shape[-3:], x.dtype)
-        for packed, x in zip((query, key, value), inputs, strict=True)
+        np.zeros(packed.shape if starts else shapes.batch_shape + x.shape[-3:], x.dtype)
+        for packed, x in zip((q, k, v), inputs, strict=True)
     ]
     dq, dk, dv = (_heads_first(x, starts) for x in wholes)
-    # In the core's order: out, lse, grad_out, grad_lse; and what it fills, which comes as zeros.
-    arrays = [_heads_first(out, starts), lse, _heads_first(grad_out, starts), grad_lse]
-    arrays += [dq, dk, dv, None if one_column else dbias, delta]
-    if known.has_pairs and dq.size + dv.size:
+    if shapes.has_pairs and dq.size + dv.size:
         call: Any = _core.varlen_attention_backward if starts else _core.attention_backward
-        call(*inputs, None, None, known.batch_shape, *arguments, *starts, arrays)
+        arrays = GradientArrays(
+            out=_heads_first(out, starts),
+            lse=lse,
+            grad_out=_heads_first(grad_out, starts),
+            grad_lse=grad_lse,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            dbias=None if one_column else dbias,
+            delta=delta,
+        )
+        call(*inputs, shapes.batch_shape, checked, *starts, arrays)
     grads: list[Array] = []
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is passed on
-        for whole, x in zip(wholes, (query, key, value), strict=True):
+        for whole, x in zip(wholes, (q, k, v), strict=True):
             grads.append(_summed_to(whole, x.shape, x.dtype))
         of_sinks = None
         if delta is not None:
-            share = _share_of_sinks(lse, given_sinks if sinks is not None else None)
+            share = _share_of_sinks(lse, sinks if asked.sinks is not None else None)
             of_sinks = np.where(lse == -np.inf, 0, share * delta)
         if dbias is not None:
             if one_column and of_sinks is not None:  # a row's sum needs no scores
                 of_rows = of_sinks if grad_lse is None else of_sinks + grad_lse
                 of_rows = np.where(lse == -np.inf, 0, of_rows)[..., None]
                 dbias = _summed_to(of_rows, dbias.shape, wide)
-            grads.append(rounded_to(given_bias.dtype, dbias))
+            grads.append(rounded_to(bias.dtype, dbias))
         if return_dsinks and of_sinks is not None:
-            heads = _summed_to(of_sinks[..., None], (len(given_sinks), 1, 1), wide)
-            grads.append(rounded_to(given_sinks.dtype, -heads[:, 0, 0]))
-    return answer(given, None, *grads)  # type: ignore[no-any-return]
+            heads = _summed_to(of_sinks[..., None], (len(sinks), 1, 1), wide)
+            grads.append(rounded_to(sinks.dtype, -heads[:, 0, 0]))
+    return library.to_caller(None, *grads)
 
 
 def _like(name: str, x: ArrayLike, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Return an array that belongs to the call's result."""
     array = floats(name, x)
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {dtype}, not {array.dtype}")
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {name}.shape={array.shape}")
+    check_like(name, array, shape, dtype)
     return array
-
-
-def _given(name: str, of: str, array: Any) -> bool:
-    if array is None:
-        raise ValueError(f"{name} needs {of}, got {of}=None")
-    return True
 
 
 def _heads_first(array: Array, starts: tuple[Array, ...]) -> Array:

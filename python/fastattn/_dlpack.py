@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies in a capsule of DLPack? An array of another library, to NumPy and back, in place.
+"""What lies in a DLPack capsule? Arrays of other libraries become NumPy's and back, in place.
 
-Asked by `_arrays.py` about arrays of libraries that nobody here knows by name. The structs are
+`_arrays.py` asks here about arrays of libraries that it does not know by name. The structs are
 DLPack's, version 1 and before (https://dmlc.github.io/dlpack/latest/c_api.html). NumPy's own
-`from_dlpack` would do, but for bfloat16, which it refuses.
+`from_dlpack` refuses bfloat16.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_
 
 
 class _Memory:
-    """What NumPy asks for an array's memory. Nobody takes it out of the capsule, which frees it."""
+    """What NumPy asks for an array's memory. The capsule keeps the memory, and frees it."""
 
     def __init__(self, capsule: Any, interface: dict[str, Any]) -> None:
         self.capsule = capsule
@@ -114,14 +114,14 @@ def device_of(x: Any) -> int | None:
 
 
 def exporter(x: Array) -> Any:
-    """Return x, or what exports it where NumPy cannot."""
+    """Return x, or for bits of bfloat16, which NumPy cannot export, what exports them."""
     return x if x.dtype.kind != "V" else _OfBfloat16(x)
 
 
 def array_of(x: Any, to_write: bool = False) -> Array:
     """Return a view of an array of another library; of bfloat16, its bits.
 
-    It can be written if to_write, and the library says so; before version 1, none could say it.
+    It is writeable if to_write, and if the library says that it is, which takes version 1.
     """
     capsule = _capsule_of(x, to_write)
     tensor, writeable = _contents(capsule)
@@ -149,12 +149,12 @@ def array_of(x: Any, to_write: bool = False) -> Array:
 
 
 def _capsule_of(x: Any, to_write: bool) -> Any:
-    """Return what x exports; to be written, of the array itself and not of a copy."""
+    """Return the capsule that x exports; if to_write, of x itself and never of a copy."""
     if to_write:
         return x.__dlpack__(max_version=VERSION, copy=False)
     try:
         return x.__dlpack__(max_version=VERSION)
-    except (TypeError, ValueError, NotImplementedError):  # of before versions
+    except (TypeError, ValueError, NotImplementedError):  # from before there were versions
         return x.__dlpack__()
 
 

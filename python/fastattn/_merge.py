@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How attention over parts of the keys becomes attention over all of them.
 
-For keys that are computed in pieces: chunks, a cache and what follows it, several machines.
+Keys may be attended in chunks, from a cache and what follows it, or on several machines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattn._arguments import FLOAT_NAMES, filled, logits_per_head, of_dtypes
-from fastattn._arrays import answer
+from fastattn._arrays import library_of
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -85,10 +85,12 @@ def merge(
             denominator += np.exp((logits[:, None] if outs[0].ndim > 2 else logits) - top)
         denominator[merged_lse == -np.inf] = 1
         total /= denominator[..., None]
-    return answer(parts[0][0], None, total.astype(outs[0].dtype), merged_lse)  # type: ignore[no-any-return]
+    merged = total.astype(outs[0].dtype)
+    return library_of(parts[0][0]).to_caller(None, merged, merged_lse)
 
 
 def _checked(parts: tuple[Any, ...]) -> tuple[list[Array], list[Array]]:
+    """Return the arrays of the parts, if they fit together."""
     if not parts:
         raise ValueError("parts must be one (out, lse) or more, got none")
     outs: list[Array] = []

@@ -9,7 +9,7 @@ PREFIXES = ("", " K", " M", " G", " T", " P", " E")
 
 
 class Report(dict[str, Any]):
-    """A dict that prints as a title and a line per item; an item's name says how it is shown."""
+    """A dict that prints as a title and a line per item; an item's name decides its unit."""
 
     def __init__(self, title: str, items: dict[str, Any]) -> None:
         super().__init__(items)

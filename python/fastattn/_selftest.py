@@ -21,7 +21,7 @@ import fastattn
 from fastattn import _core, reference
 
 # (q_heads, kv_heads, q_len, kv_len, head_dim, value_head_dim): around the edges of every tile, and
-# more keys than one group of sums holds.
+# more keys than are added to one sum (kKeysPerSum).
 SIZES = [
     (1, 1, 1, 1, 1, 1),
     (2, 1, 3, 5, 7, 9),
@@ -44,7 +44,7 @@ def main() -> int:
     begin = time.perf_counter()
     _say(str(fastattn.info()))
     failures = 0
-    usual = _core.isa()
+    default = _core.isa()
     for name, check in _checks():
         try:
             detail = check()
@@ -52,7 +52,7 @@ def main() -> int:
             failures += 1
             detail = f"FAILED: {error}"
         _say(f"  {name:32}  {detail}")
-    _core.set_isa(usual)
+    _core.set_isa(default)
     seconds = time.perf_counter() - begin
     _say(f"{'all is well' if not failures else f'{failures} checks FAILED'}, {seconds:.0f} s")
     return int(failures > 0)
@@ -81,7 +81,7 @@ class Call(NamedTuple):
 
 
 def _calls(dtype: type[np.floating[Any]]) -> Iterator[Call]:
-    """Make every size, with each pair of features."""
+    """Make the calls of every size with each pair of features."""
     rng = np.random.default_rng(0)
     arithmetic = np.promote_types(dtype, np.float32)
     wider = np.longdouble if dtype is np.float64 else np.float64
@@ -105,7 +105,7 @@ def _calls(dtype: type[np.floating[Any]]) -> Iterator[Call]:
 
 
 def _accuracy(isa: str, calls: list[Call]) -> str:
-    """Hold the instruction set's results against the gate."""
+    """Check that each result of the instruction set is within what is allowed."""
     _core.set_isa(isa)
     largest = 0.0
     for call in calls:
@@ -145,7 +145,7 @@ def _features(rng: np.random.Generator, sizes: tuple[int, ...], dtype: Any) -> d
 
 
 def _caches(isa: str) -> str:
-    """Check that sequences which share pages are attended as arrays are, and int8 nearly so."""
+    """Check that a cache of shared pages gives what arrays give, and int8 nearly so."""
     _core.set_isa(isa)
     rng = np.random.default_rng(3)
     largest = 0.0
@@ -169,7 +169,7 @@ def _caches(isa: str) -> str:
 
 
 def _packed() -> str:
-    """Check that packed sequences are attended as if each were alone."""
+    """Check that packed sequences give what each gives alone."""
     rng = np.random.default_rng(4)
     lengths = (3, 200, 0, 17)
     starts = np.cumsum([0, *lengths])
@@ -187,15 +187,15 @@ def _threads() -> str:
     """Check that one thread and several give the same bits."""
     rng = np.random.default_rng(1)
     query, key, value = _operands(rng, (6, 2, 300, 700, 64, 64), np.float32)
-    usual = fastattn.get_num_threads()
-    counts = sorted({1, 2, 3, usual})
+    default = fastattn.get_num_threads()
+    counts = sorted({1, 2, 3, default})
     try:
         results = []
         for threads in counts:
             fastattn.set_num_threads(threads)
             results.append(fastattn.attention(query, key, value, is_causal=True, query_offset=400))
     finally:
-        fastattn.set_num_threads(usual)
+        fastattn.set_num_threads(default)
     if any(not np.array_equal(results[0], result) for result in results):
         raise AssertionError(f"the results of {counts} threads differ")
     return f"{', '.join(map(str, counts))} threads"

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import numbers
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -39,6 +39,7 @@ import fastattn
 from fastattn._arguments import FLOAT_NAMES, finite_number, sizes
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
@@ -48,21 +49,53 @@ __all__ = ["dot_product_attention"]
 IMPLEMENTATIONS = (None, "xla", "cudnn")  # of jax.nn: accepted, and all the same here
 
 
+@overload
 def dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    bias: Any = None,
-    mask: Any = None,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     *,
-    scale: Any = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
-    local_window_size: Any = None,
-    implementation: str | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
+    return_residual: Literal[False] = False,
+) -> jax.Array: ...
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
+    return_residual: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
     return_residual: bool = False,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Compute attention on the CPU with the signature and meaning of JAX's function.
 
     In `jax.jit`, `jax.vmap` and `jax.grad` (reverse mode, first order) too; with respect to query,
@@ -127,10 +160,8 @@ return_residual
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None, 'xla' or 'cudnn', got {implementation!r}")
     shape = jnp.shape(query)
-    query, key, value = (
-        _four_axes(name, x, {3, 4})
-        for name, x in (("query", query), ("key", key), ("value", value))
-    )
+    inputs = {"query": query, "key": key, "value": value}
+    query, key, value = (_four_axes(name, x) for name, x in inputs.items())
     batch, q_len, q_heads, _ = query.shape
     kv_len = key.shape[1]
     _check_shapes(query, key, value)
@@ -176,9 +207,9 @@ return_residual
     return out.reshape(shape), residual.reshape(shape[:-1])
 
 
-def _four_axes(name: str, x: Any, ndims: set[int]) -> Any:
+def _four_axes(name: str, x: Any) -> Any:
     x = jnp.asarray(x)
-    if x.ndim not in ndims:
+    if x.ndim not in (3, 4):
         raise ValueError(
             f"{name} must have the axes (batch, length, heads, head_dim) or the last three, "
             f"got {name}.shape={x.shape}"
@@ -238,7 +269,7 @@ def _lengths(name: str, x: Any, batch: int, most: int) -> Any:
 
 
 def _varying(*arguments: Any) -> tuple[Any, ...]:
-    """Return arguments that all vary over the axes of a shard_map over which one of them does."""
+    """Let all arguments vary over every axis of a shard_map over which one of them does."""
     traced = (x for x in arguments if isinstance(x, jax.core.Tracer))
     every = set().union(*map(_varies, traced))
     if not every:
@@ -379,7 +410,7 @@ prim_requires_devices_during_lowering.add(_kernel)
 
 
 def _run(call: _Attention | _Backward, *arguments: Any) -> list[Any]:
-    """Return the results of the call; an argument of None is not given."""
+    """Return the results of the call; None stands for an argument that is not given."""
     given, tree = jax.tree.flatten(arguments)
     results: list[Any] = _kernel.bind(*given, call=call, tree=tree)
     return results
@@ -485,7 +516,7 @@ def _names(call: Any, tree: Any, given: Any) -> tuple[list[Names], list[Names]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Sharing:
-    """What is known of a call before its shardings are."""
+    """A call whose arrays are yet to be sharded."""
 
     is_positional: bool
     takes: list[Names]
@@ -633,7 +664,7 @@ def _results(call: _Attention, *arguments: Any) -> list[Any]:
 
 
 def _forward(call: _Attention, *primals: Any) -> Any:
-    """Return the results, and what the gradient needs of the call; None is what was not given."""
+    """Return the results and what the gradient needs; None stands for what was not given."""
     arguments = tuple(x if x is None else x.value for x in primals)
     bias = primals[3]
     results = _results(call, *arguments)

@@ -9,45 +9,80 @@ Arrays may be of any kind that this takes; the results are of NumPy, but for an 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from fastattn._arrays import as_numpy, destination
+from fastattn._arrays import as_numpy, library_of
+from fastattn._options import (
+    NO_OPTIONS,
+    AttentionOptions,
+    Options,
+    WeightOptions,
+    options_of,
+    takes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import Unpack
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
+@overload
 def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
+    return_lse: Literal[False] = False,
+    out: NDArray[Any] | None = None,
+    compute_dtype: DTypeLike | None = None,
+    batch_index: int = 0,
+    **options: Unpack[AttentionOptions],
+) -> NDArray[Any]: ...
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    out: NDArray[Any] | None = None,
+    compute_dtype: DTypeLike | None = None,
+    batch_index: int = 0,
+    **options: Unpack[AttentionOptions],
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: bool,
+    out: NDArray[Any] | None = None,
+    compute_dtype: DTypeLike | None = None,
+    batch_index: int = 0,
+    **options: Unpack[AttentionOptions],
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
+@takes(AttentionOptions)
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
     compute_dtype: DTypeLike | None = None,
     batch_index: int = 0,
-) -> Any:
+    **options: Unpack[AttentionOptions],
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     """Return softmax(scale * query @ key.T + ...) @ value, by definition.
 
     Parameters
     ----------
-    query, key, value, mask, ..., return_lse, out
+    query, key, value, return_lse, out, **options
         As for `fastattn.attention`; query, key and value may also be float16 or bfloat16.
     compute_dtype : dtype, optional
         Compute everything in this dtype, as a plain program would: a yardstick for rounding errors.
@@ -62,29 +97,15 @@ def attention(
         float64 for a float64 query, else float32.
     """
     given = query
+    asked = options_of(attention, options)
     query, key, value = _array("query", query), _array("key", key), _array("value", value)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
-    probs, seen, lse = _softmax(
-        query,
-        key,
-        dtype,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        is_causal=is_causal,
-        query_offset=query_offset,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        kv_lengths=kv_lengths,
-    )
-    if dropout_p != 0:
+    probs, seen, lse = _softmax(query, key, dtype, asked)
+    if asked.dropout_p != 0:
         batch_shape = np.broadcast_shapes(probs.shape[:-3], value.shape[:-3])
-        shape = (*batch_shape, *probs.shape[-3:])
-        kept = _kept(shape, dropout_p, seed, query_offset, batch_index)
+        kept = _kept((*batch_shape, *probs.shape[-3:]), asked, batch_index)
         seen = seen & kept
-        probs = probs * kept / (1 - float(dropout_p) if dropout_p < 1 else 1)
+        probs = probs * kept / (1 - float(asked.dropout_p) if asked.dropout_p < 1 else 1)
     result = _weighted_sum(probs, seen, _repeat_heads(value.astype(dtype), probs.shape[-3]))
     with np.errstate(all="ignore"):
         lse = np.broadcast_to(lse, result.shape[:-1])
@@ -93,11 +114,12 @@ def attention(
         result = result.astype(query.dtype)
         lse = lse.astype(np.float64 if query.dtype == np.float64 else np.float32)
     if out is not None:
-        destination(given, out)[...] = result
+        library_of(given).destination(out)[...] = result
         result = out
     return (result, lse) if return_lse else result
 
 
+@takes(AttentionOptions)
 def varlen_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -106,14 +128,17 @@ def varlen_attention(
     cu_seqlens_kv: ArrayLike,
     *,
     return_lse: bool = False,
-    **options: Any,
-) -> Any:
+    compute_dtype: DTypeLike | None = None,
+    **options: Unpack[AttentionOptions],
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     """Return `attention` of each sequence by itself, packed as its arguments are.
 
     Parameters
     ----------
     query, key, value, cu_seqlens_q, cu_seqlens_kv, return_lse, **options
         As for `fastattn.varlen_attention`.
+    compute_dtype : dtype, optional
+        As for `attention`.
 
     Returns
     -------
@@ -125,13 +150,16 @@ def varlen_attention(
     wide = np.float64 if query.dtype == np.float64 else np.float32
     out = np.zeros((total, heads, value.shape[2]), query.dtype)
     lse = np.full((heads, total), -np.inf, wide)
-    for rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_kv, total, heads, options):
-        x = (query[rows], key[keys], value[keys])
-        result = attention(*(a.swapaxes(0, 1) for a in x), return_lse=True, **own)
+    asked = options_of(varlen_attention, options)
+    for b, rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_kv, total, heads, asked):
+        q, k, v = (x.swapaxes(0, 1) for x in (query[rows], key[keys], value[keys]))
+        how: dict[str, Any] = {"compute_dtype": compute_dtype, "batch_index": b, **own._asdict()}
+        result = attention(q, k, v, return_lse=True, **how)
         out[rows], lse[:, rows] = result[0].swapaxes(0, 1), result[1]
     return (out, lse) if return_lse else out
 
 
+@takes(AttentionOptions)
 def attention_backward(
     grad_out: ArrayLike,
     query: ArrayLike,
@@ -140,31 +168,20 @@ def attention_backward(
     out: ArrayLike | None,
     lse: ArrayLike | None,
     *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: ArrayLike | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
     cu_seqlens_q: ArrayLike | None = None,
     cu_seqlens_kv: ArrayLike | None = None,
     grad_lse: ArrayLike | None = None,
     return_dbias: bool = False,
     return_dsinks: bool = False,
     compute_dtype: DTypeLike | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[NDArray[Any], ...]:
     """Return the gradients of a loss that grad_out, and grad_lse, are the gradients of, by `out`.
 
     Parameters
     ----------
     grad_out : array of the shape of out
-    query, key, value, mask, ..., seed
+    query, key, value, **options
         As for `attention`; packed, as for `varlen_attention`, if cu_seqlens_q and cu_seqlens_kv are
         given.
     out, lse
@@ -204,34 +221,20 @@ def attention_backward(
     grad_out = _array("grad_out", grad_out)
     query, key, value = _array("query", query), _array("key", key), _array("value", value)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
-    options: dict[str, Any] = {
-        "mask": mask,
-        "bias": bias,
-        "scale": scale,
-        "is_causal": is_causal,
-        "query_offset": query_offset,
-        "window": window,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-        "kv_lengths": kv_lengths,
-        "dropout_p": dropout_p,
-        "seed": seed,
-        "batch_index": 0,
-    }
+    asked = options_of(attention_backward, options)
     if cu_seqlens_q is None or cu_seqlens_kv is None:
-        *grads, pairs, dsinks = _gradients(grad_out, query, key, value, grad_lse, dtype, options)
+        *grads, pairs, dsinks = _gradients(grad_out, query, key, value, grad_lse, dtype, asked)
     else:
         grads = [np.zeros(x.shape, dtype) for x in (query, key, value)]
         total, heads = query.shape[:2]
         longest = int(np.diff(_array("cu_seqlens_kv", cu_seqlens_kv)).max(initial=0))
         pairs, dsinks = np.zeros((heads, total, longest), dtype), np.zeros(heads, dtype)
-        for rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_kv, total, heads, options):
+        for b, rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_kv, total, heads, asked):
             do, q, k, v = (
                 x.swapaxes(0, 1) for x in (grad_out[rows], query[rows], key[keys], value[keys])
             )
             dlse = None if grad_lse is None else _array("grad_lse", grad_lse)[:, rows]
-            dq, dk, dv, pairs_here, dsinks_here = _gradients(do, q, k, v, dlse, dtype, own)
+            dq, dk, dv, pairs_here, dsinks_here = _gradients(do, q, k, v, dlse, dtype, own, b)
             for grad, where, part in zip(grads, (rows, keys, keys), (dq, dk, dv), strict=True):
                 grad[where] += part.swapaxes(0, 1)
             pairs[:, rows, : keys.stop - keys.start] += pairs_here
@@ -239,15 +242,20 @@ def attention_backward(
     with np.errstate(all="ignore"):
         results = [g.astype(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)]
         if return_dbias:
-            bias = _array("bias", bias)
+            bias = _array("bias", asked.bias)
             results.append(_summed_to(pairs, bias.shape).astype(bias.dtype))
         if return_dsinks:
-            results.append(dsinks.astype(_array("sinks", sinks).dtype))
+            results.append(dsinks.astype(_array("sinks", asked.sinks).dtype))
     return tuple(results)
 
 
+@takes(WeightOptions)
 def attention_weights(
-    query: ArrayLike, key: ArrayLike, *, compute_dtype: DTypeLike | None = None, **options: Any
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    compute_dtype: DTypeLike | None = None,
+    **options: Unpack[WeightOptions],
 ) -> NDArray[Any]:
     """Return the probabilities with which `attention` weighs the values.
 
@@ -263,7 +271,7 @@ def attention_weights(
     """
     query, key = _array("query", query), _array("key", key)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
-    probs = _softmax(query, key, dtype, **options)[0]
+    probs = _softmax(query, key, dtype, options_of(attention_weights, options))[0]
     return (probs[0] if max(query.ndim, key.ndim) == 2 else probs).astype(query.dtype)
 
 
@@ -279,20 +287,13 @@ def _gradients(
     value: NDArray[Any],
     grad_lse: ArrayLike | None,
     dtype: np.dtype[Any],
-    options: dict[str, Any],
+    options: Options,
+    batch_index: int = 0,
 ) -> tuple[NDArray[Any], ...]:
     """Return the gradients by query, key, value, what is added to the scores, and sinks."""
-    options = dict(options)
-    dropout_p, seed, batch_index = (options.pop(n) for n in ("dropout_p", "seed", "batch_index"))
-    sinks, softcap = options["sinks"], options["softcap"]
-    softmax, seen, lse = _softmax(query, key, dtype, **(options | {"sinks": None}))
-    kept = _kept(
-        (*grad_out.shape[:-3], *softmax.shape[-3:]),
-        dropout_p,
-        seed,
-        options["query_offset"],
-        batch_index,
-    )
+    sinks, softcap, dropout_p = options.sinks, options.softcap, options.dropout_p
+    softmax, seen, lse = _softmax(query, key, dtype, options._replace(sinks=None))
+    kept = _kept((*grad_out.shape[:-3], *softmax.shape[-3:]), options, batch_index)
     factor = kept.astype(dtype) / (1 - dtype.type(dropout_p) if dropout_p < 1 else 1)
     heads = softmax.shape[-3]
     queries, keys, values = (_repeat_heads(x.astype(dtype), heads) for x in (query, key, value))
@@ -310,9 +311,9 @@ def _gradients(
             dscores = dscores + _array("grad_lse", grad_lse).astype(dtype)[..., None] * softmax
         dpairs = dscores = np.where(seen, dscores, 0)
         if softcap is not None:
-            scores = _products(query, key, dtype, options["scale"])
+            scores = _products(query, key, dtype, options.scale)
             dscores = np.where(seen, dscores * (1 - np.tanh(scores / float(softcap)) ** 2), 0)
-        dscores = dscores * dtype.type(_scale(query, options["scale"]))
+        dscores = dscores * dtype.type(_scale(query, options.scale))
         seen = np.broadcast_to(seen, dscores.shape)
         transposed = seen.swapaxes(-1, -2)
         dq = _weighted_sum(dscores, seen, keys)
@@ -355,7 +356,8 @@ def dropout_mask(
     queries, keys = _with_heads(query), _with_heads(key)
     batch_shape = np.broadcast_shapes(queries.shape[:-3], keys.shape[:-3])
     shape = (*batch_shape, *queries.shape[-3:-1], keys.shape[-2])
-    kept = _kept(shape, dropout_p, seed, query_offset, batch_index)
+    options = NO_OPTIONS._replace(dropout_p=dropout_p, seed=seed, query_offset=query_offset)
+    kept = _kept(shape, options, batch_index)
     return kept[0] if max(query.ndim, key.ndim) == 2 else kept
 
 
@@ -397,20 +399,15 @@ def philox4x32(counter: Sequence[ArrayLike], key: Sequence[int]) -> tuple[NDArra
     return tuple(np.broadcast_arrays(*x))
 
 
-def _kept(
-    shape: tuple[int, ...],
-    dropout_p: float,
-    seed: int | None,
-    query_offset: ArrayLike | None,
-    batch_index: int,
-) -> NDArray[np.bool_]:
+def _kept(shape: tuple[int, ...], options: Options, batch_index: int) -> NDArray[np.bool_]:
     """Return which pairs of the shape (*batch, q_heads, q_len, kv_len) dropout keeps."""
+    dropout_p, seed = options.dropout_p, options.seed
     if seed is None:
         if dropout_p != 0:
             raise ValueError(f"seed must be given with dropout_p > 0, got dropout_p={dropout_p}")
         return np.ones(shape, bool)
     *batch_shape, q_heads, q_len, kv_len = shape
-    offsets = _array("query_offset", 0 if query_offset is None else query_offset).astype(np.int64)
+    offsets = _offsets(options).astype(np.int64)
     fours = -(-kv_len // 4)
     batch = batch_index + np.arange(math.prod(batch_shape)).reshape(batch_shape)
     counter = (
@@ -425,40 +422,28 @@ def _kept(
 
 
 def _softmax(
-    query: NDArray[Any],
-    key: NDArray[Any],
-    dtype: np.dtype[Any],
-    *,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    kv_lengths: ArrayLike | None = None,
+    query: NDArray[Any], key: NDArray[Any], dtype: np.dtype[Any], options: Options
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Return the probabilities, which pairs are seen, and the log-sum-exp; never without heads."""
     q_len, kv_len = query.shape[-2], key.shape[-2]
-    positional = is_causal or window is not None or alibi_slopes is not None
-    if query_offset is None and positional and q_len != kv_len:
+    is_causal, window, softcap = options.is_causal, options.window, options.softcap
+    positional = is_causal or window is not None or options.alibi_slopes is not None
+    if options.query_offset is None and positional and q_len != kv_len:
         raise ValueError(
             "query_offset must be given with is_causal, window or alibi_slopes if q_len differs "
             f"from kv_len, got q_len={q_len}, kv_len={kv_len}"
         )
-    offsets = _array("query_offset", 0 if query_offset is None else query_offset)
+    offsets = _offsets(options)
     positions = np.arange(kv_len)
     own = np.arange(q_len)[:, None] + offsets[..., None, None, None]
     distance = positions - own  # > 0: the key is in the future
 
     with np.errstate(all="ignore"):
-        scores = _products(query, key, dtype, scale)
+        scores = _products(query, key, dtype, options.scale)
         if softcap is not None:
             scores = float(softcap) * np.tanh(scores / float(softcap))
         seen = np.ones_like(scores, dtype=bool)
-        for name, array in (("bias", bias), ("mask", mask)):
+        for name, array in (("bias", options.bias), ("mask", options.mask)):
             if array is None:
                 continue
             array = _array(name, array)
@@ -467,8 +452,8 @@ def _softmax(
             else:
                 seen = seen & (array.astype(np.float64) != -np.inf)
                 scores = scores + array.astype(dtype)
-        if alibi_slopes is not None:
-            slopes = _array("alibi_slopes", alibi_slopes).astype(dtype)[..., None, None]
+        if options.alibi_slopes is not None:
+            slopes = _array("alibi_slopes", options.alibi_slopes).astype(dtype)[..., None, None]
             scores = scores - slopes * np.abs(distance).astype(dtype)
         left, right = (side if side is None else int(side) for side in window or (None, None))
         if is_causal:
@@ -477,8 +462,9 @@ def _softmax(
             seen = seen & (distance >= -left)
         if right is not None:
             seen = seen & (distance <= right)
-        if kv_lengths is not None:
-            seen = seen & (positions < _array("kv_lengths", kv_lengths)[..., None, None, None])
+        if options.kv_lengths is not None:
+            lengths = _array("kv_lengths", options.kv_lengths)
+            seen = seen & (positions < lengths[..., None, None, None])
 
         scores = np.where(seen, scores, -np.inf)
         row_max = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
@@ -487,11 +473,16 @@ def _softmax(
         row_sum = exps.sum(axis=-1, keepdims=True)
         lse = np.log(row_sum) + row_max
         denominator = row_sum
-        if sinks is not None:
-            sink = _array("sinks", sinks).astype(dtype)[:, None, None]
+        if options.sinks is not None:
+            sink = _array("sinks", options.sinks).astype(dtype)[:, None, None]
             denominator = row_sum + np.exp(sink - row_max)
         probs = exps / np.where(row_sum == 0, 1, denominator)
     return probs, np.broadcast_to(seen, probs.shape), lse[..., 0]
+
+
+def _offsets(options: Options) -> NDArray[Any]:
+    """Return the position of the first query, or one for each element of the batch."""
+    return _array("query_offset", 0 if options.query_offset is None else options.query_offset)
 
 
 def _scale(query: NDArray[Any], scale: float | None) -> float:
@@ -528,28 +519,29 @@ def _sequences(
     cu_seqlens_kv: ArrayLike,
     total: int,
     heads: int,
-    options: dict[str, Any],
-) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
-    """Yield the rows of each sequence's queries and keys in packed arrays, and its own options."""
+    options: Options,
+) -> Iterator[tuple[int, slice, slice, Options]]:
+    """Yield each sequence's number, its rows of queries and of keys, and its own options."""
     q_starts = _array("cu_seqlens_q", cu_seqlens_q)
     kv_starts = _array("cu_seqlens_kv", cu_seqlens_kv)
     longest = int(np.diff(kv_starts).max(initial=0))
     for b in range(len(q_starts) - 1):
         rows = slice(q_starts[b], q_starts[b + 1])
         keys = slice(kv_starts[b], kv_starts[b + 1])
-        own = dict(options)
+        own: dict[str, Any] = {}
         for name in ("mask", "bias"):
-            if own.get(name) is not None:
-                whole = np.broadcast_to(_array(name, own[name]), (heads, total, longest))
+            if getattr(options, name) is not None:
+                pairs = _array(name, getattr(options, name))
+                whole = np.broadcast_to(pairs, (heads, total, longest))
                 own[name] = whole[:, rows, : keys.stop - keys.start]
         for name in ("query_offset", "kv_lengths"):
-            if own.get(name) is not None:
-                own[name] = np.broadcast_to(_array(name, own[name]), len(q_starts) - 1)[b]
-        if own.get("alibi_slopes") is not None:
-            slopes = _array("alibi_slopes", own["alibi_slopes"])
+            if getattr(options, name) is not None:
+                numbers = _array(name, getattr(options, name))
+                own[name] = np.broadcast_to(numbers, len(q_starts) - 1)[b]
+        if options.alibi_slopes is not None:
+            slopes = _array("alibi_slopes", options.alibi_slopes)
             own["alibi_slopes"] = slopes[b] if slopes.ndim == 2 else slopes
-        own["batch_index"] = b
-        yield rows, keys, own
+        yield b, rows, keys, options._replace(**own)
 
 
 def _summed_over_group(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

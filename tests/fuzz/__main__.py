@@ -4,8 +4,8 @@
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from fuzz.command import main  # noqa: E402
+from tests.fuzz.command import main  # noqa: E402
 
 sys.exit(main())

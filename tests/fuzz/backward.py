@@ -4,10 +4,10 @@
 import numpy as np
 
 import fastattn
-from fuzz import problem
-from fuzz.attention import hidden_from_all
-from fuzz.compare import finfo, formulas, in_pairs, near, same
-from fuzz.problem import LAYOUTS, Problem, chance, choice, generator, laid_out, number
+from tests.fuzz import problem
+from tests.fuzz.attention import hidden_from_all
+from tests.fuzz.compare import finfo, formulas, in_pairs, near, same
+from tests.fuzz.problem import LAYOUTS, Problem, chance, choice, generator, laid_out, number
 
 CHECKS = ("threads", "layout", "element", "hidden", "reference")
 

@@ -13,9 +13,9 @@ import pickle
 import numpy as np
 
 import fastattn
-from fuzz import attention
-from fuzz.compare import dtype_of, same
-from fuzz.problem import HALVES, LAYOUTS, chance, choice, generator, laid_out, number, often
+from tests.fuzz import attention
+from tests.fuzz.compare import dtype_of, same
+from tests.fuzz.problem import HALVES, LAYOUTS, chance, choice, generator, laid_out, number, often
 
 PAGE = 128
 COUNTS = ((0, 1, 1, 1, 2, 3, 17), (64, 100, 127, 128, 129, 130), (255, 257, 400))

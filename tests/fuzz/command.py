@@ -75,7 +75,7 @@ def parser():
 
 def module_of(kind):
     """Return the module of a kind of case."""
-    return importlib.import_module(f"fuzz.{MODULES.get(kind, kind)}")
+    return importlib.import_module(f"tests.fuzz.{MODULES.get(kind, kind)}")
 
 
 def spec_of(kind, seed, case):

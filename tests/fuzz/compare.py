@@ -4,7 +4,7 @@
 import numpy as np
 
 import fastattn
-from fuzz.definition import Formula, wide
+from tests.fuzz.definition import Formula, wide
 
 try:
     import ml_dtypes

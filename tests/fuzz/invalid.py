@@ -11,9 +11,9 @@ import io
 import numpy as np
 
 import fastattn
-from fuzz import problem
-from fuzz.compare import same
-from fuzz.problem import Problem, chance, choice, number
+from tests.fuzz import problem
+from tests.fuzz.compare import same
+from tests.fuzz.problem import Problem, chance, choice, number
 
 NAN, INF = np.nan, np.inf
 CALLS = (*("attention",) * 4, *("varlen", "backward", "merge", "cache", "explain"))

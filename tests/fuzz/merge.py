@@ -6,9 +6,9 @@ import itertools
 import numpy as np
 
 import fastattn
-from fuzz import problem
-from fuzz.compare import formulas, near
-from fuzz.problem import INF, LAYOUTS, Problem, choice, generator, laid_out
+from tests.fuzz import problem
+from tests.fuzz.compare import formulas, near
+from tests.fuzz.problem import INF, LAYOUTS, Problem, choice, generator, laid_out
 
 
 def draw(rng):

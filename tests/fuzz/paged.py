@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastattn.PagedKVCache`; see caches.py."""
 
-from fuzz import caches
+from tests.fuzz import caches
 
 
 def draw(rng):

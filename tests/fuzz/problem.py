@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from fuzz.compare import dtype_of, ml_dtypes
+from tests.fuzz.compare import dtype_of, ml_dtypes
 
 INF = np.inf
 HALVES = ("float16", "bfloat16") if ml_dtypes else ("float16",)

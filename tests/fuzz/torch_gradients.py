@@ -6,9 +6,9 @@ import torch
 
 import fastattn
 import fastattn.torch
-from fuzz import problem
-from fuzz.compare import finfo, formulas, near
-from fuzz.problem import Problem, chance, choice, generator
+from tests.fuzz import problem
+from tests.fuzz.compare import finfo, formulas, near
+from tests.fuzz.problem import Problem, chance, choice, generator
 
 LAYOUTS = ("plain", "plain", "plain", "heads inside", "columns outside", "stepped", "inside")
 

@@ -6,9 +6,9 @@ import types
 import numpy as np
 
 import fastattn
-from fuzz import attention, backward, problem
-from fuzz.compare import arithmetic, dtype_of, same
-from fuzz.problem import chance, choice, generator, laid_out, number, numbers_of, often
+from tests.fuzz import attention, backward, problem
+from tests.fuzz.compare import arithmetic, dtype_of, same
+from tests.fuzz.problem import chance, choice, generator, laid_out, number, numbers_of, often
 
 Q_LENS = (0, 1, 1, 2, 3, 5, 15, 16, 17, 24, 25, 40)
 KV_LENS = (0, 1, 2, 7, 16, 17, 31, 64, 100, 127, 128, 129)

@@ -2,11 +2,11 @@
 """Measure how fast exact attention is on this machine, in fastattn and in other libraries.
 
 The command `fastattn bench`, called by `__main__.py`. cases.py says what is measured, calls.py how
-fastattn is asked, libraries.py how each other library is, worker.py does it in a process per
-library, measure.py takes turns, accuracy.py compares with float64, report.py and chart.py show the
-results. What the CPU and a GPU differ in is in processor.py and gpu.py, and what libraries are
-asked on a GPU in gpu_libraries.py; this process itself never touches CUDA. benchmarks/README.md
-explains the method and how to read the tables.
+fastattn is called, libraries.py how each other library is. worker.py calls one library in a process
+of its own, measure.py gives the workers turns, accuracy.py compares results with float64, report.py
+and chart.py show them. processor.py has what is measured differently on the CPU than on a GPU
+(gpu.py); gpu_libraries.py calls libraries there. This process itself never touches CUDA.
+benchmarks/README.md explains the method and how to read the tables.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def _measure(
     libraries: list[str],
     options: argparse.Namespace,
 ) -> bool:
-    """Fill the run; return whether it was interrupted, with what was done by then in it."""
+    """Add what is measured to the run; return whether the user interrupted it before the end."""
     begin = time.perf_counter()
     stream = sys.stderr if options.markdown else sys.stdout
     device, threads = options.device, options.threads
@@ -141,7 +141,7 @@ def _chosen_cases(options: argparse.Namespace, suite_name: str) -> list[cases.Ca
 
 
 def _chosen_libraries(options: argparse.Namespace) -> list[str]:
-    """fastattn, and those asked for or installed, in the order in which they are shown."""
+    """Name fastattn and the libraries asked for, or all installed, in the order of the report."""
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {options.threads}")
     known = LIBRARIES[options.device]
@@ -157,7 +157,7 @@ def _chosen_libraries(options: argparse.Namespace) -> list[str]:
 
 
 def _progress(text: str) -> None:
-    """Show what is being done on one line of the terminal; nothing where there is none."""
+    """Show on one line of the terminal what is being done, if stderr is a terminal."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()

@@ -2,7 +2,7 @@
 """How far a result is from the truth: the definition in float64, for a sample of the rows.
 
 Called by measure.py for the truth and by worker.py for a library's rows. The whole of a large case
-would take the definition minutes; the rows of a head are alike, so that a sample finds the error.
+would take the definition minutes; the rows of a head are alike, so a sample shows the error.
 """
 
 import numpy as np
@@ -15,9 +15,9 @@ ROWS = 64
 
 def sampled(case: Case) -> tuple[Array, Array, Array]:
     """
-    Name the rows: of the first and last batch, their first and last head, 64 spread evenly.
+    Return the indices of the batch elements, heads and rows: the first and last, and 64 rows.
 
-    Where queries are padded, only those that both of the batch have.
+    The rows are spread evenly over the queries; of padded ones, over those that both elements have.
     """
     batches, heads = (np.unique([0, n - 1]) for n in (case.batch, case.q_heads))
     q_len = min(case.lengths[0], case.lengths[-1]) if case.ragged_queries else case.q_len
@@ -42,7 +42,7 @@ def expected(case: Case) -> Array:
     seen = seen_by_position(case, rows)
     mask = seen if mask is None else seen & mask
     result: Array
-    if inputs.grad_out is not None:  # dq stands for the gradients: a row of it needs no other row
+    if inputs.grad_out is not None:  # dq alone: a row of it needs no other row
         grad_out = inputs.grad_out[np.ix_(batches, heads, rows)].astype(np.float64)
         result = reference.attention_backward(
             grad_out, query, key, value, None, None, mask=mask, bias=bias

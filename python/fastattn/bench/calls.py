@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fastattn itself is asked: a function for each `call` that a case can name.
+"""How fastattn itself is called: a function for each `call` that a case can name.
 
 Called by libraries.py. What a user does once, such as filling a cache or packing sequences, is
 done before the clock starts.
@@ -51,7 +51,7 @@ def _attention(case: Case, inputs: Inputs) -> Prepared:
 
 
 def _packed(case: Case, inputs: Inputs) -> Prepared:
-    """Lay the sequences one behind the other; ask for all at once, or for one after the other."""
+    """Pack the sequences, and attend to all in one call, or to each in a call of its own."""
     ends = np.cumsum(case.lengths)
     starts = np.array([0, *ends], np.int32)
     query, key, value = (
@@ -95,7 +95,7 @@ def _cache(case: Case, inputs: Inputs) -> Prepared:
 
 
 def _append(case: Case, inputs: Inputs) -> Prepared:
-    """Append the last token, and take it back: the cache is the same for each call."""
+    """Append the last token and truncate it again, so that each call finds the same cache."""
     query, key, value, *_ = inputs
     cache = _new_cache(case)
     cache.append(key[:, :, :-1], value[:, :, :-1])
@@ -116,7 +116,7 @@ def _append(case: Case, inputs: Inputs) -> Prepared:
 
 
 def _pages(case: Case, inputs: Inputs) -> Prepared:
-    """Put what is shared into the cache once, and let the sequences begin with it."""
+    """Append the shared tokens once, and let every sequence begin with them."""
     query, key, value, *_ = inputs
     cache = fastattn.PagedKVCache(key.shape[1], case.head_dim, dtype=_cache_dtype(case))
     prefix = None

@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Floor:
-    """What fastattn promises for a case; nothing where it is empty."""
+    """What fastattn promises for a case; an empty field promises nothing."""
 
     percent: float | None = None  # of the machine's limit, for the work left
     speedups: dict[str, float] = field(default_factory=dict)  # see promise()
@@ -68,9 +68,9 @@ class Case:
     window: tuple[int, int] | None = None
     lengths: tuple[int, ...] = ()  # keys of each batch element; what follows is padding
     ragged_queries: bool = False  # the lengths are those of the queries too
-    shared: int = 0  # so many first keys and values are the same in the whole batch
+    shared: int = 0  # how many first keys and values the whole batch has in common
     float_mask: bool = False  # added mask (1, q_heads, q_len, kv_len)
-    call: str = "attention"  # how fastattn is asked: a name in calls.py, or in GPU_CALLS
+    call: str = "attention"  # how fastattn is called: a name in calls.py, or in GPU_CALLS
     cache_dtype: str = ""  # of the keys and values in a cache; empty: dtype
     bound_by: tuple[str, ...] = ("arithmetic",)  # and/or "read": caches are cold then
     device: str = "cpu"  # or "cuda"
@@ -130,7 +130,7 @@ def _square(name: str, tokens: int, heads: int, head_dim: int, **rest: Any) -> C
 
 
 def _beside(case: Case, name: str, **changes: Any) -> Case:
-    """Compare a case with itself, changed so."""
+    """Compare a case with the same one after these changes."""
     return replace(case, baseline=replace(case, name=name, floor=Floor(), **changes))
 
 
@@ -139,7 +139,7 @@ def _beside_float32(case: Case) -> Case:
 
 
 def _decode(name: str, kv_len: int, kv_heads: int, **rest: Any) -> Case:
-    """32 heads of 128 and one query, unless told otherwise, from memory that no cache holds."""
+    """Decode with 32 heads of 128 and one query unless told otherwise, with cold CPU caches."""
     return Case(
         name,
         **{"q_len": 1, "bound_by": ("read",), **rest},
@@ -386,7 +386,7 @@ GPU_TOKENS, GPU_COLUMNS = 16384, 2048  # batch * q_len; q_heads * head_dim
 
 
 def _on_gpu(name: str, tokens: int, head_dim: int = 128, **rest: Any) -> Case:
-    """Take bfloat16, and so many sequences and heads that all cases of a length cost the same."""
+    """Choose bfloat16, and a batch and heads by which all cases of a length cost the same."""
     return _square(
         name,
         tokens,
@@ -469,13 +469,13 @@ SUITES = {
     "growth": GROWTH,
 }
 GPU_SUITES = {"gpu": GPU}
-SUITES_OF = {"cpu": SUITES, "cuda": GPU_SUITES}  # the first suite of a device is its usual one
+SUITES_OF = {"cpu": SUITES, "cuda": GPU_SUITES}  # the first suite of a device is its default
 QUICK = ("bert-128", "gpt2-1k", "decode-4k")
 GPU_QUICK = ("fwd-8k", "fwd-8k-causal", "decode-16k-x16", "launch")
 
 
 def shrunk(case: Case) -> Case:
-    """Give the same kind of call at a size of nothing, to load a library's code with."""
+    """Return a tiny case of the same kind, whose call makes a library load its code."""
     return replace(
         case,
         q_len=min(case.q_len, 64),
@@ -518,7 +518,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def _first_and_last(case: Case, rows: Array | None = None) -> tuple[Array, Array]:
-    """First key seen by each query, and one past the last, by causality and window alone."""
+    """Return the first key that each query sees, and one past the last; padding is left out."""
     position = (np.arange(case.q_len) if rows is None else rows) + case.query_offset
     left, right = case.window if case.window is not None else (case.kv_len, case.kv_len)
     if case.is_causal:
@@ -529,7 +529,7 @@ def _first_and_last(case: Case, rows: Array | None = None) -> tuple[Array, Array
 
 
 def seen_by_position(case: Case, rows: Array | None = None) -> Array:
-    """Bool (rows, kv_len): what causality and window let each query, or those rows, see."""
+    """Tell in an array (rows, kv_len) which keys causality and window let each row see."""
     first, past = _first_and_last(case, rows)
     key = np.arange(case.kv_len)
     return (key >= first[:, None]) & (key < past[:, None])
@@ -547,13 +547,13 @@ def visible_pairs(case: Case) -> int:
 
 def flops(case: Case) -> int:
     """
-    Count the multiplications and additions that nobody can leave out.
+    Count the multiplications and additions that the result needs.
 
     Each visible pair costs head_dim multiply-adds for its score and head_dim for its share of
-    the value: 4 * head_dim operations; in the backward pass five such products, with the score
-    again. Pairs that causality, window or padding hide count
-    nothing, so that "% of the limit" is of the work left; exponentials and masks count nothing
-    either. A library that computes hidden pairs is charged for the time alone.
+    the value: 4 * head_dim operations; the backward pass has five such products, the score again
+    among them. Pairs that causality, window or padding hide count nothing, nor do exponentials and
+    masks: "% of the limit" is of the work that is left. A library that computes hidden pairs pays
+    for it in time alone.
     """
     products = 5 if case.call == "backward" else 2
     return 2 * products * case.head_dim * case.q_heads * visible_pairs(case)
@@ -573,10 +573,10 @@ def bytes_moved(case: Case) -> int:
 
 def work(case: Case) -> dict[str, int]:
     """
-    Give what nobody can leave out, by the limit that it meets: FLOPs or bytes.
+    Return the work that the result needs, by the limit that it meets: FLOPs or bytes.
 
-    Where there are two, each is done in its own time: the limit is the sum of the times. float16
-    is computed in float32. The limits of a GPU are those of a copy and of a matrix product.
+    Where there are two, neither overlaps the other: the least time is the sum of both. float16 is
+    computed in float32. The limits of a GPU are those of a copy and of a matrix product.
     """
     memory, arithmetic = "read", "float32" if case.dtype == "float16" else case.dtype
     if case.device == "cuda":

@@ -86,7 +86,7 @@ def save(run: Result, file: Path) -> None:
 
 
 def _bar(axes: Any, y: float, library: str, outcome: Result) -> None:
-    """Draw one bar with what it says; for a missing one, why."""
+    """Draw one bar with its label, or say why it is missing."""
     ours = library == "fastattn"
     if "failure" in outcome:
         length, text = 0.0, f"{library}: {_shortened(outcome['failure'])}"
@@ -111,7 +111,7 @@ def _shortened(reason: str) -> str:
 
 
 def _named(run: Result, library: str) -> str:
-    """Write the library with its version."""
+    """Return the label of a library: its name and version."""
     if library == BASELINE:
         return "fastattn, another call"
     module = NEEDS.get(library, (library,))[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU as what is measured: its clock, its cache, its memory, its limits, what it is called.
+"""How a GPU is measured: its clock, its cache, its memory, its limits, its name.
 
 Called by worker.py, for which processor.py answers the same questions about the CPU. PyTorch is
 the only way to the GPU here: it has the arrays of all libraries, the events that are the clock, and
@@ -33,7 +33,7 @@ class Gpu:
 
     def __init__(self, _threads: int) -> None:
         self._torch = usable_torch()
-        self._cold: Any = None  # memory that takes the place of all other in the L2 cache
+        self._cold: Any = None  # to read it pushes all other memory out of the L2 cache
         self._allocated = 0
 
     def describe(self) -> dict[str, Any]:
@@ -48,27 +48,27 @@ class Gpu:
         } | asked_of_nvidia_smi(str(getattr(found, "uuid", "")))
 
     def release(self) -> None:
-        """Free what only the case before needed, for other processes too."""
+        """Free the memory of the case before, for other processes too."""
         self._cold = None
         self._torch.cuda.empty_cache()
 
     def limit_memory(self) -> None:
-        """Leave it to the GPU: what does not fit there fails, and does no harm."""
+        """Do nothing: a call that asks for more memory than the GPU has fails, and does no harm."""
 
     def reset_peak(self) -> None:
-        """Forget the peak of PyTorch's memory, which fastattn's intermediate results are from."""
+        """Forget the peak of PyTorch's memory; fastattn's intermediate results are a part of it."""
         self._torch.cuda.reset_peak_memory_stats()
         self._allocated = self._torch.cuda.memory_allocated()
 
     def extra_bytes(self, output_bytes: int) -> int | None:
-        """Return the peak since then, less the result."""
+        """Return the peak of memory since `reset_peak`, less the result."""
         peak = self._torch.cuda.max_memory_allocated()
         return max(int(peak - self._allocated - output_bytes), 0)
 
     def timed(self, case: Case, call: Callable[[], Any], loops: int, cold: bool = False) -> float:
         """Return the seconds of a call, the mean of `loops`; cold: inputs are not in the L2 cache.
 
-        They are the GPU's, or those that the host needs to start it if that is what the case asks.
+        They are the GPU's seconds, or for a case of launches those that the host needs to start it.
         """
         if case.call == "launch":
             self._torch.cuda.synchronize()
@@ -79,9 +79,9 @@ class Gpu:
         return self._gpu_seconds(self._flush if cold else call, call, loops)
 
     def _gpu_seconds(self, before: Callable[[], Any], call: Callable[[], Any], loops: int) -> float:
-        """Time calls by events, which the GPU reaches when it has done what was asked `before`.
+        """Time calls by events, which the GPU reaches when it has done the work `before`.
 
-        That keeps it busy until the host has asked for the calls: their launches count nothing.
+        This work keeps the GPU busy until the host has launched the calls: launches count nothing.
         """
         begin, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
         before()
@@ -95,7 +95,7 @@ class Gpu:
     def _flush(self) -> None:
         if self._cold is None:
             self._cold = self._bytes()
-        self._cold.sum()  # read, for what is written would go back while the call runs
+        self._cold.sum()  # read: written lines would go back to memory while the call runs
 
     def _bytes(self) -> Any:
         return self._torch.ones(FLUSH_BYTES // 4, dtype=self._torch.float32, device="cuda")
@@ -123,7 +123,7 @@ class Gpu:
         return amount / min(self._gpu_seconds(call, call, loops) for _ in range(PROBES))
 
     def settle(self) -> None:
-        """Return when the GPU has done all it was asked."""
+        """Return when the GPU has done all its work."""
         self._torch.cuda.synchronize()
 
 
@@ -150,7 +150,7 @@ def usable_torch() -> Any:
 
 
 def asked_of_nvidia_smi(uuid: str) -> dict[str, str]:
-    """Return what it knows of SMI_FIELDS; nothing where there is none."""
+    """Return what nvidia-smi says of SMI_FIELDS; nothing where it is not installed."""
     if not uuid or shutil.which("nvidia-smi") is None:
         return {}
     asked = f"--query-gpu={','.join(SMI_FIELDS.values())}"

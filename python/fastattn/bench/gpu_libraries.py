@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fastattn and each other library is asked for a case on a GPU, at its best.
+"""How fastattn and each other library computes a case on a GPU, at its best.
 
 Called by worker.py through libraries.py, in a process that holds one library alone. All work on
 equal tensors of PyTorch, of shape (batch, heads, seq, head_dim), contiguous. A backward pass is
@@ -79,7 +79,7 @@ def _triton(case: Case, inputs: Inputs, _threads: int) -> Prepared:
     """Let torch's compiler fill in its template of a Triton kernel."""
     torch = importlib.import_module("torch")
     flex = importlib.import_module("torch.nn.attention.flex_attention")
-    torch.compiler.reset()  # it keeps but few shapes
+    torch.compiler.reset()  # it keeps code for a few shapes only
     # The graph of a backward pass is used again and again: its buffers cannot be given away.
     config: Any = importlib.import_module("torch._functorch.config")
     config.donated_buffer = False
@@ -100,7 +100,7 @@ def _triton(case: Case, inputs: Inputs, _threads: int) -> Prepared:
 
 
 def _by_autograd(torch: Any, attention: Callable[..., Any], inputs: Inputs, how: str) -> Prepared:
-    """Ask for the result, or for its gradients."""
+    """Prepare the result, or its gradients by autograd."""
     operands = [tensor(torch, x) for x in inputs[:3]]
     if inputs.grad_out is None:
         return Prepared(lambda: attention(*operands), to_numpy, how)

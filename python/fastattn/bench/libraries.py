@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each library is asked for a case, at its best.
+"""How each library computes a case, at its best.
 
 Called by worker.py, in a process that holds one library alone; calls.py has fastattn's own calls,
 gpu_libraries.py those of all libraries on a GPU.
-Every library gets the layout that is natural to it (the conversion is not counted), its fastest
-operator that expresses the case, and what need not be repeated (building, compiling, binding a
-dense mask) is done before the clock starts. A library that cannot express a case says so with
-Unsupported.
+Every library gets its natural layout (the conversion is not counted) and its fastest operator that
+expresses the case. What need not be repeated (building, compiling, binding a dense mask) is done
+before the clock starts. A library that cannot express a case raises Unsupported.
 """
 
 import importlib
@@ -27,18 +26,18 @@ class Unsupported(Exception):
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """Environment that holds every library to `threads`, set before its process starts."""
+    """Return the environment that holds every library to `threads`, if its process starts in it."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NPROC")
     return dict.fromkeys(names, str(threads))  # NPROC is XLA's (jax)
 
 
 def _module(name: str) -> Any:
-    """Import what may not be installed, and what types are not checked for."""
+    """Import a module that may not be installed, and whose types are not checked."""
     return importlib.import_module(name)
 
 
 def _plainly_causal(case: Case, inputs: Inputs) -> bool:
-    """Tell whether a flag for causality says it all."""
+    """Tell whether a flag for causality expresses the whole mask of the case."""
     return case.is_causal and not case.at_end and case.window is None and inputs.mask is None
 
 
@@ -72,7 +71,7 @@ def _additive(mask: Array, dtype: str) -> Array:
 
 
 def _tokens_first(x: Array) -> Array:
-    """(batch, heads, seq, dim) to a contiguous (batch, seq, heads, dim)."""
+    """Turn (batch, heads, seq, dim) into a contiguous (batch, seq, heads, dim)."""
     return np.ascontiguousarray(x.transpose(0, 2, 1, 3))
 
 
@@ -82,7 +81,7 @@ def _fastattn(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 
 def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
-    """softmax(Q K^T) V with matmul, without a copy that can be spared; threads as BLAS has them."""
+    """Compute softmax(Q K^T) V by matmul, without avoidable copies; BLAS decides the threads."""
     _require(case, "float32", "float64", otherwise="has no BLAS for {}")
     _require_scores(case)
     query, key, value, *_ = inputs
@@ -180,8 +179,8 @@ def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
     mask = None if is_causal else _all_masks(case, inputs)
     heads = key.shape[1]
     grouped = case.groups > 1
-    # The operator wants as many key heads as query heads. Where no head is told from another the
-    # queries of a group fold into one long query, which is free; elsewhere the model repeats K, V.
+    # The operator wants as many key heads as query heads. Where heads have no mask of their own,
+    # the queries of a group fold into one long query for free; elsewhere the model repeats K, V.
     folded = grouped and not is_causal and (mask is None or mask.shape[1] == 1)
     if folded:
         query = query.reshape(case.batch, heads, case.groups * case.q_len, case.head_dim)
@@ -217,7 +216,7 @@ def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
         plain = x.view(np.int16) if x.dtype.name == "bfloat16" else x  # the bits alone
         request.set_input_tensor(i, openvino.Tensor(plain, openvino.Shape(x.shape), kind(x)))
 
-    def call(_held: object = arrays) -> Any:  # the tensors do not keep their memory alive
+    def call(_held: object = arrays) -> Any:  # the tensors do not keep the arrays alive
         request.infer()
         return request.get_output_tensor(0)
 
@@ -296,7 +295,7 @@ def _onnx_multi_head(case: Case, inputs: Inputs) -> _OnnxModel | None:
     if case.dtype == "float64" or case.groups > 1:
         return None
     arrays = _onnx_flat(inputs)
-    if case.q_len < case.kv_len:  # as a cache has them, which need not be turned
+    if case.q_len < case.kv_len:  # the layout of a cache, which is read as it lies
         arrays |= {"key": inputs.key, "value": inputs.value}
     names = "query,key,value"
     attributes = {"num_heads": case.q_heads}
@@ -380,7 +379,7 @@ def _onnxruntime(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """Try each operator that can express the case, and keep the fastest."""
     _require(case, "float32", "float64", "float16")
     if case.window is not None and case.window[1] > 0:
-        _require_scores(case)  # only a mask can say it, and no operator with a mask is fused
+        _require_scores(case)  # no operator with a mask is fused
     best: tuple[float, _OnnxModel] | None = None
     failures = []
     for build in ONNX_OPERATORS:

@@ -36,13 +36,13 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pace:
-    """How long it may take."""
+    """How long a run may take."""
 
     rounds: int = 5
-    most_rounds: int = 8  # where other programs disturb; the least disturbed count
+    most_rounds: int = 8  # where other programs disturb; the least disturbed rounds count
     quiet_seconds: int = 10  # at most, to wait after a disturbed round
     turn_seconds: float = 0.25
-    share_seconds: float = 4.0  # a library that used so much of a case takes no more turns
+    share_seconds: float = 4.0  # a library that used this much on a case takes no more turns
     patience_seconds: float = 60.0  # for one answer
 
 
@@ -63,7 +63,7 @@ class Failure(Exception):
 
 
 class Member:
-    """A library's worker, started when it is first asked, and again after it died."""
+    """A library's worker; it starts at the first request, and again at the next after it died."""
 
     def __init__(
         self, library: str, threads: int, isa: str | None = None, device: str = "cpu"
@@ -138,7 +138,7 @@ class Bench:
             member.close()
 
     def describe(self) -> Result:
-        """Say what the GPU is; raise Failure without one."""
+        """Describe the GPU; raise Failure without one."""
         return dict(self._ask("fastattn", None, "describe"))
 
     def limits(self) -> dict[str, float]:
@@ -183,7 +183,7 @@ class Bench:
         return _summary(case, rounds[: pace.rounds], outcomes)
 
     def _asked(self, case: Case) -> dict[str, Case]:
-        """Say what each library is asked; fastattn may be asked two things, in two processes."""
+        """Return the case of each library; fastattn may have two, in two processes."""
         asked = {}
         for library in self._libraries:
             if not case.libraries or library in case.libraries:
@@ -250,7 +250,7 @@ def _quiet(rounds: list[Result]) -> int:
 
 
 def _ticks(file: str, fields: slice) -> int:
-    """Sum fields of a file that counts CPU time, from behind its name, which may have blanks."""
+    """Sum fields of a file that counts CPU time; they follow a name that may have blanks."""
     return sum(map(int, Path(file).read_text().splitlines()[0].rpartition(")")[2].split()[fields]))
 
 
@@ -303,7 +303,7 @@ def description(libraries: Iterable[str], threads: int, device: str = "cpu") -> 
 
 
 def _version(name: str) -> str:
-    """Return that of the distribution; a module may come in one of another name."""
+    """Return the version of the distribution that has the module; their names may differ."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU as what is measured: its clock, its caches, its memory, its limits.
+"""How the CPU is measured: its clock, its caches, its memory, its limits.
 
 Called by worker.py, for which gpu.py answers the same questions about a GPU.
 """
@@ -25,11 +25,11 @@ class Processor:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._cold: Array | None = None  # memory that takes the place of all others in the caches
+        self._cold: Array | None = None  # to read it pushes all other memory out of the caches
         self._resident: int | None = None
 
     def release(self) -> None:
-        """Free what only the case before needed."""
+        """Free the memory of the case before."""
         self._cold = None
 
     def limit_memory(self) -> None:
@@ -43,7 +43,7 @@ class Processor:
     def reset_peak(self) -> None:
         """Make the kernel forget the peak of this process; remember the bytes resident now."""
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # what is free must not hide what is taken next
+            ctypes.CDLL(None).malloc_trim(0)  # memory that is free would hide what the call takes
             Path("/proc/self/clear_refs").write_text("5")
         except (AttributeError, OSError):
             self._resident = None
@@ -51,7 +51,7 @@ class Processor:
         self._resident = _kibibytes("VmRSS") * 1024
 
     def extra_bytes(self, output_bytes: int) -> int | None:
-        """Return the peak since then, less the result; None where the system does not tell."""
+        """Return the peak since `reset_peak`, less the result; None if the system does not tell."""
         if self._resident is None:
             return None
         return max(_kibibytes("VmHWM") * 1024 - self._resident - output_bytes, 0)
@@ -61,7 +61,7 @@ class Processor:
         if cold:
             if self._cold is None:
                 self._cold = np.ones(FLUSH_BYTES // 8)
-            self._cold.sum()  # read, for what is written would go back while the call runs
+            self._cold.sum()  # read: written lines would go back to memory while the call runs
         begin = time.perf_counter()
         for _ in range(loops):
             call()
@@ -79,7 +79,7 @@ class Processor:
         return max(_core.probe_fma(limit, seconds / 3) for _ in range(3))
 
     def settle(self) -> None:
-        """Return when the threads have stopped spinning: a library's may do so for a while."""
+        """Return when threads have stopped spinning; those of some libraries do so after a call."""
         end = time.perf_counter() + SETTLE_SECONDS
         while time.perf_counter() < end:
             begin = time.process_time()

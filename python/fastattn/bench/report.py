@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person reads of a run: tables of text or Markdown.
+"""How a run is shown to a person: tables in text or Markdown.
 
 Called by the command (`__init__.py`) with the dicts that measure.py makes or a JSON file keeps.
 """
@@ -9,8 +9,8 @@ from typing import Any
 from fastattn.bench.measure import BASELINE, BUSY, Result
 
 TOLERANCE_POINTS = 2.0  # a floor missed by less counts as met
-PLAIN = ("fastattn", BASELINE, "numpy")  # what is no peer
-UNITS = {  # of each limit: what a second's work is divided by, and what remains
+PLAIN = ("fastattn", BASELINE, "numpy")  # these are no peers
+UNITS = {  # of each limit: the divisor of a second's work, and its unit then
     "float32": (1e9, "GFLOP/s", "fp32 FMA"),
     "float64": (1e9, "GFLOP/s", "fp64 FMA"),
     "bfloat16": (1e9, "GFLOP/s", "bf16 dot"),
@@ -56,13 +56,13 @@ def _in_units(limit: str, *rates: float) -> str:
 
 
 def place(run: Result) -> str:
-    """Name what was measured on, in short."""
+    """Name the CPU or GPU of the run in short."""
     machine = run["machine"]
     return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
 
 
 def heading(run: Result) -> str:
-    """Say on what was measured, with what, and what its limits are."""
+    """Describe the machine, the libraries and the machine's limits."""
     machine, versions = run["machine"], run["versions"]
     return "\n".join(
         (
@@ -116,7 +116,7 @@ def _on_gpu(result: Result) -> bool:
 
 
 def _rate(result: Result, outcome: Result) -> str:
-    """Write the work of a second, where it is of one kind."""
+    """Write the work per second, if it is of one kind."""
     if "seconds" not in outcome or len(result["work"]) != 1:
         return "-"
     [(limit, amount)] = result["work"].items()
@@ -125,7 +125,7 @@ def _rate(result: Result, outcome: Result) -> str:
 
 
 def _cell(result: Result, outcome: Result) -> str:
-    """Write what a library reaches: of the limit, or, where limits are less familiar, the rate."""
+    """Write the share of the limit that a library reaches; on a GPU the rate; and its time."""
     share, seconds = percent(outcome), duration(outcome["seconds"])
     if _on_gpu(result):
         share = _rate(result, outcome)
@@ -158,7 +158,7 @@ def table(run: Result, markdown: bool) -> str:
         row = [result["title"].replace("\n", ", ")]
         for library in libraries:
             outcome = outcomes.get(library)
-            if outcome is None:  # the case is not about this one
+            if outcome is None:  # the case is not for this library
                 row.append("")
             elif "failure" in outcome:
                 reason = f"{library}: {outcome['failure']}"
@@ -183,7 +183,7 @@ def table(run: Result, markdown: bool) -> str:
 
 
 def shown_libraries(run: Result) -> list[str]:
-    """Name what any of the cases was measured with: fastattn, its baselines, the others."""
+    """Name the libraries of all cases: fastattn, its baseline, then the others."""
     named = dict.fromkeys(x for result in run["results"] for x in result["libraries"])
     return sorted(named, key=lambda x: ("fastattn", BASELINE, x).index(x))
 
@@ -197,9 +197,9 @@ def best_peer(outcomes: Result) -> str | None:
 
 def floors(run: Result) -> tuple[str, bool]:
     """
-    Hold the results against what fastattn promises; the second item is whether all is kept.
+    Compare the results with fastattn's promises; the second item tells whether all are kept.
 
-    The text is empty where nothing is promised.
+    The text is empty if no case has a promise.
     """
     on_gpu = any(map(_on_gpu, run["results"]))
     rows = [
@@ -254,9 +254,9 @@ def floors(run: Result) -> tuple[str, bool]:
 
 
 def _gpu_floors(result: Result) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Show what only GPUs are held to, with its floors; return these as `verdict` takes them.
+    """Show the floors that only GPUs have; return them as `verdict` takes them, too.
 
-    Two percent of such a floor are its two points.
+    Two percent of a floor count as its two points.
     """
     floor, outcomes = result["floor"], result["libraries"]
     ours = outcomes.get("fastattn", {})
@@ -325,7 +325,7 @@ def _speedup(ratio: float) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three digits, or all those before the point."""
+    """Write three digits, or all those before the point."""
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One library in a process of its own, which does what it is asked and waits in between.
+"""One library in a process of its own, which answers requests and sleeps in between.
 
-Started by measure.py, which asks through a socket; calls libraries.py for the library. A process
+measure.py starts it and sends requests through a socket; libraries.py calls the library. A process
 holds one library alone, because the threads of one slow another's, and so does a shared allocator.
 """
 
@@ -48,12 +48,12 @@ class Worker:
         return MACHINES[self._device](self._threads)
 
     def describe(self) -> dict[str, Any]:
-        """Say what the GPU is."""
+        """Describe the GPU."""
         assert isinstance(self._machine, Gpu)
         return self._machine.describe()
 
     def prepare(self, case: Case) -> tuple[dict[str, Any], Array]:
-        """Make the case ready and call it once; return what that showed, and the sampled rows."""
+        """Prepare the case and call it once; return how and what it took, and the sampled rows."""
         machine = self._machine
         self._prepared = None  # frees the case before
         machine.release()
@@ -75,7 +75,7 @@ class Worker:
         return {"how": prepared.how, "first_seconds": seconds, "extra_bytes": extra}, rows
 
     def measure(self, seconds: float) -> list[float]:
-        """Call it for so many seconds, once at least, and return the seconds of each call."""
+        """Call it for this many seconds, once at least; return the seconds of each call."""
         assert self._prepared is not None
         case, call, timed = self._case, self._prepared.call, self._machine.timed
         begin = time.perf_counter()
@@ -97,7 +97,7 @@ class Worker:
         return self._machine.probe(limit, seconds)
 
     def settle(self) -> None:
-        """Return when what was asked is done and nothing of it keeps the machine busy."""
+        """Return when the request is done and nothing of it keeps the machine busy."""
         self._machine.settle()
 
 
@@ -144,10 +144,10 @@ def serve() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One short line."""
+    """Return the reason in one short line."""
     exhausted = ("RESOURCE_EXHAUSTED", "CUDA out of memory")  # what jax says, and torch
     if isinstance(error, MemoryError) or any(text in str(error) for text in exhausted):
         return "not enough memory"
     line = " ".join(str(error).split()) or type(error).__name__
-    line = line.rsplit("Status Message: ", 1)[-1]  # onnxruntime's text before it says nothing
+    line = line.rsplit("Status Message: ", 1)[-1]  # the text of onnxruntime before it tells nothing
     return line if len(line) <= 160 else f"...{line[-157:]}"

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose CUDA array is this? Where it lies, on which stream it is ready, and results in kind.
 
-Called by `_attention.py` and `_backward.py` for every array on a GPU, and by `fastattn.attention`,
-which asks `is_cuda_array` of what is no NumPy array; calls `_driver.py`. Understood are tensors of
-PyTorch, arrays of CuPy, JAX and Numba, and all that has `__cuda_array_interface__` or DLPack.
-Nothing is copied, and no library is imported: an array of one cannot be met before.
+Called by `_attention.py` and `_problem.py` for every array on a GPU; calls `_driver.py`. Understood
+are tensors of PyTorch, arrays of CuPy, JAX and Numba, and all that has `__cuda_array_interface__`
+or DLPack. Nothing is copied, and no library is imported: an array of one cannot be met before.
 """
 
 from __future__ import annotations
@@ -22,7 +21,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn._arguments import FLOAT_NAMES, may_share_memory, overlaps_itself
-from fastattn._arrays import DLPACK_CUDA, DLPACK_CUDA_MANAGED, INTERFACE, is_cuda_array
+from fastattn._arrays import (
+    DLPACK_CUDA,
+    DLPACK_CUDA_MANAGED,
+    INTERFACE,
+    check_no_gradient,
+    check_tensor,
+    library_of,
+)
 from fastattn._dlpack import (
     DLTENSOR,
     DLTENSOR_VERSIONED,
@@ -58,7 +64,7 @@ class DeviceArray(NamedTuple):
     writeable: bool = True
 
 
-def library_of(x: Any) -> str:
+def library_name(x: Any) -> str:
     """Return the name of the library that x is an array of: torch, jax, cupy, numba or other."""
     for name, module, kind in (
         ("torch", "torch", "Tensor"),
@@ -72,9 +78,8 @@ def library_of(x: Any) -> str:
     return "other"
 
 
-def current_stream(query: Any) -> int:
+def current_stream(library: str, query: Any) -> int:
     """Return the stream that the caller's library is working on, on query's device."""
-    library = library_of(query)
     if library == "torch":
         stream: int = sys.modules["torch"].cuda.current_stream(query.device).cuda_stream
         return stream
@@ -84,17 +89,16 @@ def current_stream(query: Any) -> int:
 
 
 @contextlib.contextmanager
-def working_on(query: Any, stream: int | None) -> Iterator[int]:
-    """Give the stream of a call; its library takes memory for that stream meanwhile.
+def working_on(library: str, query: Any, stream: int | None) -> Iterator[int]:
+    """Give the stream of a call; query's library takes memory for that stream meanwhile.
 
     Memory that was taken for another stream would be given to others of that stream as soon as it
     is let go of, before the kernels have read it.
     """
-    current = current_stream(query)
+    current = current_stream(library, query)
     if stream is None or stream == current:
         yield current
         return
-    library = library_of(query)
     inside: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     is_default = stream in (_driver.DEFAULT_STREAM, _driver.LEGACY_STREAM)
     if library == "torch":
@@ -109,29 +113,28 @@ def working_on(query: Any, stream: int | None) -> Iterator[int]:
         yield stream
 
 
+def operands(
+    library: str, query: Any, key: Any, value: Any, stream: int
+) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
+    """Return where query, of that library, and key and value lie."""
+    q = device_array("query", query, stream, library=library)
+    return q, device_array("key", key, stream, q), device_array("value", value, stream, q)
+
+
 def device_array(
     name: str,
     x: Any,
     stream: int,
     query: DeviceArray | None = None,
     dtypes: tuple[str, ...] = FLOAT_NAMES,
+    library: str = "",
 ) -> DeviceArray:
     """Return where an argument lies; what follows on the stream may read it.
 
-    Parameters
-    ----------
-    name
-        of the argument, for errors.
-    x
-        The array.
-    stream
-        On which it will be read.
-    query
-        The array on whose device it has to be, if it is another.
-    dtypes
-        Which it may have.
+    It must have one of the dtypes, and lie on the device of query if that is given. Its library is
+    found out unless it is known.
     """
-    library = library_of(x)
+    library = library or library_name(x)
     if library == "torch":
         array = _of_torch(name, x)
     elif library == "jax":
@@ -167,7 +170,7 @@ def destination(
     """Return the out that was given, if the result can be written there while inputs are read."""
     if query.library == "jax":
         raise TypeError("out must not be given if query is a JAX array: these are never written")
-    if library_of(out) != query.library:
+    if library_name(out) != query.library:
         kind = "a tensor" if query.library == "torch" else f"an array of {query.library}"
         wanted = "an array on the GPU" if query.library == "other" else kind
         raise TypeError(f"out must be {wanted}, as query is, not {type(out).__name__}")
@@ -230,7 +233,7 @@ def empty(
     return DeviceArray(pointer, shape, strides, dtype, query.device, x, query.library)
 
 
-def answer(query: DeviceArray, result: DeviceArray, is_given: bool = False) -> Any:
+def to_caller(query: DeviceArray, result: DeviceArray, is_given: bool = False) -> Any:
     """Return a result, written by what is on the stream, as what query is.
 
     is_given: it is the out that the caller gave.
@@ -286,27 +289,14 @@ def _addresses(array: DeviceArray) -> NDArray[Any]:
 
 def _of_torch(name: str, x: Any) -> DeviceArray:
     torch = sys.modules["torch"]
-    if x.requires_grad and torch.is_grad_enabled():
-        raise TypeError(
-            f"{name} requires grad, and this call has no gradient: use fastattn.torch.attention, "
-            f"or pass {name}.detach()"
-        )
+    check_no_gradient(torch, name, x)
     if x.is_nested:
         raise TypeError(f"{name} must be a dense tensor, not a nested one")
-    if x.device.type == "meta":
-        raise TypeError(f"{name} must hold numbers, got a tensor on the device meta")
-    if not x.is_cuda:
+    if x.device.type not in ("cuda", "meta"):
         raise TypeError(
             f"{name} must be on the GPU, got a tensor on {x.device}: {name}.to(query.device)"
         )
-    if x.layout != torch.strided:
-        raise TypeError(
-            f"{name} must be a dense tensor, got one of layout {x.layout}: {name}.to_dense()"
-        )
-    if x.is_quantized:
-        raise TypeError(
-            f"{name} must not be quantised, got a tensor of {x.dtype}: {name}.dequantize()"
-        )
+    check_tensor(torch, name, x, on_gpu=True)
     if x.is_neg():
         x = x.resolve_neg()
     plain = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
@@ -403,7 +393,7 @@ def _of_jax(name: str, x: Any, stream: int) -> DeviceArray:
     if x.is_deleted():
         raise ValueError(f"{name} must hold numbers, got an array that was deleted or donated")
     devices = sorted(map(str, x.devices()))
-    if len(devices) != 1 or not is_cuda_array(x):
+    if len(devices) != 1 or not library_of(x).on_gpu:
         raise TypeError(f"{name} must be on one GPU, got an array on {', '.join(devices)}")
     return _of_dlpack(name, x, "jax", stream)._replace(writeable=False)
 

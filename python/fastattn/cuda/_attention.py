@@ -1,49 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention call on arrays of a GPU: check, choose a kernel, launch it. Nothing waits.
+"""The calls on arrays of a GPU: check, choose a kernel, launch it. Nothing waits.
 
-The rules are in `_problem.py`, the choice in `_choose.py`, the launches in `_forward.py`.
-`fastattn.attention` comes here with arrays that lie on a GPU.
+The rules are in `_problem.py`, the choice in `_choose.py`, the launches in `_forward.py` and
+`_backward.py`. `fastattn.attention` and its like come here with arrays that lie on a GPU.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastattn._arguments import WIDEST, boolean, whole_number
+import numpy as np
+
+from fastattn._arguments import boolean, check_like, name_of, wants_gradient, whole_number
+from fastattn._arrays import as_numpy
+from fastattn._options import AttentionOptions, Options, options_of, takes
 from fastattn._report import Report
 from fastattn.cuda import _arrays, _choose, _driver
-from fastattn.cuda._arrays import DeviceArray, answer, current_stream, destination, device_array
-from fastattn.cuda._forward import attend, on_device
-from fastattn.cuda._launch import ROW_BYTES, place_of, scratch
-from fastattn.cuda._problem import Options, options, problems, wide_dtype
+from fastattn.cuda._arrays import (
+    DeviceArray,
+    destination,
+    device_array,
+    library_name,
+    operands,
+    to_caller,
+    working_on,
+)
+from fastattn.cuda._backward import Call, gradients
+from fastattn.cuda._forward import attend
+from fastattn.cuda._launch import ROW_BYTES, place_of, problems_on, scratch
+from fastattn.cuda._problem import Shape, device_options, question, wide_dtype
 from fastattn.cuda._recipe import Tape, remember, tapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Unpack
 
-FAR = 2**28  # positions and sides beyond are only for kernels that count in 64 bits
 
-
+@takes(AttentionOptions)
 def attention(
     query: Any,
     key: Any,
     value: Any,
     *,
-    mask: Any = None,
-    bias: Any = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: Any = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    kv_lengths: Any = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
     return_lse: bool = False,
     out: Any = None,
     stream: int | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Any:
     """Compute exact softmax attention of arrays on a GPU, as `fastattn.attention` defines it.
 
@@ -98,65 +100,60 @@ def attention(
     >>> query = key = value = torch.randn(2, 8, 1024, 128, device="cuda", dtype=torch.bfloat16)
     >>> out = fastattn.cuda.attention(query, key, value, is_causal=True)
     """
+    asked = options_of(attention, options)
     given = None if stream is None else whole_number("stream", stream)
-    with _arrays.working_on(query, given) as stream:
-        q, k, v = arrays(query, key, value, stream)
-        tape = layout = None
-        if out is None and not any(x is not None for x in (mask, bias, alibi_slopes, sinks, seed)):
-            numbers = (scale, is_causal, query_offset, softcap, kv_lengths, dropout_p, return_lse)
-            layout = layout_of(q, k, v, numbers, window)
+    library = library_name(query)
+    with working_on(library, query, given) as stream:
+        q, k, v = operands(library, query, key, value, stream)
+        tape = None
+        layout = layout_of(q, k, v, asked, return_lse) if out is None else None
         if layout is not None:
-            known_tape = tapes.get(layout)
-            if known_tape is not None:
-                result, lse, *_ = known_tape.play((q, k, v), stream)
-                return answered(q, result, lse if return_lse else None, (q, k, v), stream)
+            tape = tapes.get(layout)
+            if tape is not None:
+                result, lse, *_ = tape.play((q, k, v), stream)
+                return returned(q, result, lse if return_lse else None, (q, k, v), stream)
             tape = Tape()
             q, k, v = map(tape.given, (q, k, v))
-        asked = options(
-            q,
-            k,
-            v,
-            stream,
-            mask=mask,
-            bias=bias,
-            scale=scale,
-            is_causal=is_causal,
-            query_offset=query_offset,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            kv_lengths=kv_lengths,
-            dropout_p=dropout_p,
-            seed=seed,
-        )
+        checked = device_options(q, k, v, asked, stream)
         return_lse = boolean("return_lse", return_lse)
-        known = asked.known
+        shapes = checked.shapes
         place = place_of(q, stream, tape)
-        inputs = [x for x in (q, k, v, *asked) if isinstance(x, DeviceArray)]
+        inputs = [x for x in (q, k, v, *checked) if isinstance(x, DeviceArray)]
         if out is None:
-            result = scratch(place, known.out_shape, q.dtype, is_result=True)
+            result = scratch(place, shapes.out_shape, q.dtype, is_result=True)
         else:
-            result = destination(out, q, known.out_shape, q.dtype, inputs, stream)
-        lse = scratch(place, known.lse_shape, wide_dtype(q.dtype))
-        if 0 not in known.lse_shape:
-            form = _choose.forward(question(q, k, v, asked, place.device)).form
-            ready = on_device(asked, place)
-            for problem in problems(q, k, v, result, lse, ready):
+            result = destination(out, q, shapes.out_shape, q.dtype, inputs, stream)
+        lse = scratch(place, shapes.lse_shape, wide_dtype(q.dtype))
+        if 0 not in shapes.lse_shape:
+            form = _choose.forward(question(q, k, v, checked, place.device.capability)).form
+            for problem in problems_on(place, q, k, v, result, lse, checked):
                 attend(problem, form, place)
         if tape is not None:
             remember(layout, tape)
-        return answered(q, result, lse if return_lse else None, inputs, stream, out is not None)
+        return returned(q, result, lse if return_lse else None, inputs, stream, out is not None)
 
 
 def layout_of(
-    query: DeviceArray,
-    key: DeviceArray,
-    value: DeviceArray,
-    numbers: tuple[Any, ...],
-    window: tuple[Any, ...] | None,
+    query: DeviceArray, key: DeviceArray, value: DeviceArray, asked: Options, return_lse: bool
 ) -> Any:
     """Return all that decides what a call does but its arrays' addresses; None if that is much."""
+    (
+        mask,
+        bias,
+        scale,
+        is_causal,
+        query_offset,
+        window,
+        softcap,
+        slopes,
+        sinks,
+        kv_lengths,
+        dropout_p,
+        seed,
+    ) = asked
+    numbers = (scale, is_causal, query_offset, softcap, kv_lengths, dropout_p, return_lse)
+    if any(x is not None for x in (mask, bias, slopes, sinks, seed)):
+        return None
     if window is not None:
         if type(window) is not tuple:
             return None
@@ -172,7 +169,7 @@ def layout_of(
     )
 
 
-def answered(
+def returned(
     query: DeviceArray,
     result: DeviceArray,
     lse: DeviceArray | None,
@@ -182,45 +179,113 @@ def answered(
 ) -> Any:
     """Return out, or out and lse, as what query is."""
     _arrays.keep(stream, inputs)
-    out = answer(query, result, is_given)
-    return out if lse is None else (out, answer(query, lse))
+    out = to_caller(query, result, is_given)
+    return out if lse is None else (out, to_caller(query, lse))
 
 
-def arrays(query: Any, key: Any, value: Any, stream: int) -> tuple[DeviceArray, ...]:
-    """Return where query, key and value lie, if their dtypes go together."""
-    q = device_array("query", query, stream)
-    k, v = device_array("key", key, stream, q), device_array("value", value, stream, q)
-    return q, k, v
+@takes(AttentionOptions)
+def attention_backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    *,
+    grad_lse: Any = None,
+    return_dbias: bool = False,
+    return_dsinks: bool = False,
+    deterministic: bool = False,
+    stream: int | None = None,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Any, ...]:
+    """Compute the gradients of `attention`, as `fastattn.attention_backward` defines them.
+
+    Parameters
+    ----------
+    grad_out, query, key, value, out, lse : arrays
+        On one GPU: the gradient of a loss with respect to out, and the call's arguments and
+        results.
+    mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, sinks, \
+kv_lengths, dropout_p, seed
+        Those of the call.
+    grad_lse : array of the shape and dtype of lse, optional
+        The gradient with respect to lse; 0 unless given.
+    return_dbias, return_dsinks : bool
+        Return the gradient of bias, or sinks, which must be given.
+    deterministic : bool
+        Add up dq in a fixed order. Without it, dq of a Hopper GPU's kernel may differ in the last
+        bits from run to run; all else is bitwise repeatable in any case.
+    stream : int, optional
+        As for `attention`.
+
+    Returns
+    -------
+    dq, dk, dv : arrays of the shapes and dtypes of query, key and value
+    dbias : array, only if return_dbias
+    dsinks : array, only if return_dsinks
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError, RuntimeError, MemoryError
+        As for `attention`.
+
+    Notes
+    -----
+    Memory beside inputs and results: two float32 for each query and head, and q_len x head_dim
+    float32 for each head where dq is not added up in a fixed order.
+    """
+    asked = options_of(attention_backward, options)
+    given = None if stream is None else whole_number("stream", stream)
+    library = library_name(query)
+    with working_on(library, query, given) as stream:
+        q, k, v = operands(library, query, key, value, stream)
+        checked = device_options(q, k, v, asked, stream)
+        shapes, wide = checked.shapes, wide_dtype(q.dtype)
+
+        def like(name: str, x: Any, shape: Shape, dtype: str) -> DeviceArray:
+            array = device_array(name, x, stream, q)
+            check_like(name, array, shape, dtype)
+            return array
+
+        if grad_lse is not None:
+            grad_lse = like("grad_lse", grad_lse, shapes.lse_shape, wide)
+        call = Call(
+            place_of(q, stream),
+            checked,
+            q,
+            k,
+            v,
+            like("out", out, shapes.out_shape, q.dtype),
+            like("lse", lse, shapes.lse_shape, wide),
+            like("grad_out", grad_out, shapes.out_shape, q.dtype),
+            grad_lse,
+            wants_gradient("return_dbias", return_dbias, "bias", asked.bias),
+            sinks_dtype(checked.sinks, asked.sinks)
+            if wants_gradient("return_dsinks", return_dsinks, "sinks", asked.sinks)
+            else "",
+            boolean("deterministic", deterministic),
+        )
+        grads = gradients(call)
+        _arrays.keep(stream, [x for x in (*call, *checked) if isinstance(x, DeviceArray)])
+        return tuple(to_caller(q, grad) for grad in grads)
 
 
-def question(
-    query: DeviceArray, key: DeviceArray, value: DeviceArray, asked: Options, device: Any
-) -> _choose.Question:
-    """Return what the choice of a kernel depends on."""
-    kv_heads = key.shape[-3] if len(key.shape) > 2 else 1
-    sides = [side for side in (asked.left, asked.right) if side != WIDEST]
-    far = abs(asked.offset) > FAR or max(sides, default=0) > FAR
-    return _choose.Question(
-        query.dtype,
-        key.dtype,
-        query.shape[-1],
-        value.shape[-1],
-        asked.known.q_len,
-        asked.known.kv_len,
-        max(1, asked.known.q_heads // max(1, kv_heads)),
-        asked.only_simt,
-        asked.scale,
-        far,
-        device.capability,
-    )
+def sinks_dtype(checked: Any, sinks: Any) -> str:
+    """Return the dtype that sinks were given in; on the host they have become float64 since."""
+    if isinstance(checked, DeviceArray):
+        return checked.dtype
+    return name_of(np.asarray(as_numpy("sinks", sinks)).dtype)
 
 
-def explain(query: Any, key: Any, value: Any, **given: Any) -> Report:
+@takes(AttentionOptions)
+def explain(query: Any, key: Any, value: Any, **options: Unpack[AttentionOptions]) -> Report:
     """Say how `attention` would compute a call, without computing it.
 
     Parameters
     ----------
-    query, key, value, **given
+    query, key, value, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, \
+sinks, kv_lengths, dropout_p, seed
         As for `attention`.
 
     Returns
@@ -229,12 +294,14 @@ def explain(query: Any, key: Any, value: Any, **given: Any) -> Report:
         Its str() is the report. `kernel` is the name of a module of fastattn.cuda.kernels, `reason`
         why it is this one, `gradients` the kernel that `attention_backward` would take.
     """
-    stream = current_stream(query)
-    q, k, v = arrays(query, key, value, stream)
-    asked = options(q, k, v, stream, **given)
-    device = _driver.device(q.device)
-    asks = question(q, k, v, asked, device)
-    choice = _choose.forward(asks)
+    asked = options_of(explain, options)
+    library = library_name(query)
+    with working_on(library, query, None) as stream:
+        q, k, v = operands(library, query, key, value, stream)
+        checked = device_options(q, k, v, asked, stream)
+        device = _driver.device(q.device)
+        asks = question(q, k, v, checked, device.capability)
+        choice = _choose.forward(asks)
     return Report(
         "attention on a GPU",
         {

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients of the attention call on arrays of a GPU.
+"""The launches that compute a call's gradients, in each of the forms that `_choose.py` knows.
 
-As `_attention.py` and `_forward.py`, in one: `attention_backward` checks and makes room, and each
-form has a function with its launches. `fastattn.attention_backward` comes here with arrays that lie
-on a GPU.
+Called by `_attention.py`; calls the kernels' factories, `_parameters.py` and `_launch.py`.
 """
 
 from __future__ import annotations
@@ -11,177 +9,36 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from fastattn._arguments import boolean, name_of, whole_number
-from fastattn._arrays import as_numpy
-from fastattn.cuda import _arrays, _choose
-from fastattn.cuda._arrays import DeviceArray, answer, device_array
-from fastattn.cuda._attention import arrays, question
-from fastattn.cuda._forward import (
+from fastattn.cuda import _choose
+from fastattn.cuda._arrays import DeviceArray
+from fastattn.cuda._launch import Place, add, aligned, clear, launch, problems_on, scratch
+from fastattn.cuda._parameters import (
     addresses,
     counts,
     factors,
     given,
     new_flags,
-    on_device,
-    simt_options,
+    simt_call,
     strides,
     tensor_map,
 )
-from fastattn.cuda._launch import Place, add, aligned, as_int64, clear, launch, place_of, scratch
 from fastattn.cuda._problem import (
-    Options,
+    DeviceOptions,
     Problem,
-    options,
-    problems,
+    Shape,
+    question,
     wide_dtype,
     with_heads,
     with_row_heads,
 )
-
-Shape = tuple[int, ...]
-
-
-def attention_backward(
-    grad_out: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    out: Any,
-    lse: Any,
-    *,
-    mask: Any = None,
-    bias: Any = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_offset: Any = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    kv_lengths: Any = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-    grad_lse: Any = None,
-    return_dbias: bool = False,
-    return_dsinks: bool = False,
-    deterministic: bool = False,
-    stream: int | None = None,
-) -> tuple[Any, ...]:
-    """Compute the gradients of `attention`, as `fastattn.attention_backward` defines them.
-
-    Parameters
-    ----------
-    grad_out, query, key, value, out, lse : arrays
-        On one GPU: the gradient of a loss with respect to out, and the call's arguments and
-        results.
-    mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, sinks, \
-kv_lengths, dropout_p, seed
-        Those of the call.
-    grad_lse : array of the shape and dtype of lse, optional
-        The gradient with respect to lse; 0 unless given.
-    return_dbias, return_dsinks : bool
-        Return the gradient of bias, or sinks, which must be given.
-    deterministic : bool
-        Add up dq in a fixed order. Without it, dq of a Hopper GPU's kernel may differ in the last
-        bits from run to run; all else is bitwise repeatable in any case.
-    stream : int, optional
-        As for `attention`.
-
-    Returns
-    -------
-    dq, dk, dv : arrays of the shapes and dtypes of query, key and value
-    dbias : array, only if return_dbias
-    dsinks : array, only if return_dsinks
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError, RuntimeError, MemoryError
-        As for `attention`.
-
-    Notes
-    -----
-    Memory beside inputs and results: two float32 for each query and head, and q_len x head_dim
-    float32 for each head where dq is not added up in a fixed order.
-    """
-    given = None if stream is None else whole_number("stream", stream)
-    with _arrays.working_on(query, given) as stream:
-        q, k, v = arrays(query, key, value, stream)
-        asked = options(
-            q,
-            k,
-            v,
-            stream,
-            mask=mask,
-            bias=bias,
-            scale=scale,
-            is_causal=is_causal,
-            query_offset=query_offset,
-            window=window,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            kv_lengths=kv_lengths,
-            dropout_p=dropout_p,
-            seed=seed,
-        )
-        known, wide = asked.known, wide_dtype(q.dtype)
-        if grad_lse is not None:
-            grad_lse = _like("grad_lse", grad_lse, known.lse_shape, wide, q, stream)
-        call = Call(
-            place_of(q, stream),
-            asked,
-            q,
-            k,
-            v,
-            _like("out", out, known.out_shape, q.dtype, q, stream),
-            _like("lse", lse, known.lse_shape, wide, q, stream),
-            _like("grad_out", grad_out, known.out_shape, q.dtype, q, stream),
-            grad_lse,
-            _wanted("return_dbias", return_dbias, "bias", bias),
-            _sinks_dtype(asked, sinks)
-            if _wanted("return_dsinks", return_dsinks, "sinks", sinks)
-            else "",
-            boolean("deterministic", deterministic),
-        )
-        grads = gradients(call)
-        _arrays.keep(stream, [x for x in (*call, *asked) if isinstance(x, DeviceArray)])
-        return tuple(answer(q, grad) for grad in grads)
-
-
-def _like(
-    name: str, x: Any, shape: Shape, dtype: str, query: DeviceArray, stream: int
-) -> DeviceArray:
-    """Return an array that belongs to the call's result."""
-    array = device_array(name, x, stream, query)
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {dtype}, not {array.dtype}")
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {name}.shape={array.shape}")
-    return array
-
-
-def _wanted(name: str, wanted: Any, of: str, array: Any) -> bool:
-    if not boolean(name, wanted):
-        return False
-    if array is None:
-        raise ValueError(f"{name} needs {of}, got {of}=None")
-    return True
-
-
-def _sinks_dtype(asked: Options, sinks: Any) -> str:
-    """Return the dtype that sinks were given in; on the host they have become float64 since."""
-    if isinstance(asked.sinks, DeviceArray):
-        return asked.sinks.dtype
-    return name_of(np.asarray(as_numpy("sinks", sinks)).dtype)
+from fastattn.cuda.kernels import padded
 
 
 class Call(NamedTuple):
     """The arguments, with the axes that they came with."""
 
     place: Place
-    asked: Options
+    options: DeviceOptions
     query: DeviceArray
     key: DeviceArray
     value: DeviceArray
@@ -195,7 +52,7 @@ class Call(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a problem has more of than the call's result needs: `Problem.more`."""
+    """What gradients need beside a problem's other arrays: `Problem.more`."""
 
     grad_out: DeviceArray
     grad_lse: DeviceArray | None
@@ -210,43 +67,42 @@ class Gradients(NamedTuple):
 
 def gradients(call: Call) -> list[DeviceArray]:
     """Return dq, dk and dv, and what else is wanted."""
-    place, asked, known = call.place, call.asked, call.asked.known
-    ndim = len(known.batch_shape)
+    place, shapes, bias = call.place, call.options.shapes, call.options.bias
+    ndim = len(shapes.batch_shape)
     inputs = (call.query, call.key, call.value)
     # Where batch axes broadcast, gradients are first made in full.
-    shapes = [x.shape for x in inputs]
+    targets = [x.shape for x in inputs]
     wholes = [
         scratch(
             place,
-            (*known.batch_shape, *with_heads(x).shape[-3:]) if known.batch_shape else x.shape,
+            (*shapes.batch_shape, *with_heads(x).shape[-3:]) if shapes.batch_shape else x.shape,
             x.dtype,
         )
         for x in inputs
     ]
     if call.return_dbias:
-        assert asked.bias is not None
-        shapes.append(asked.bias.shape)
-        own = (1,) * (ndim + 3 - len(asked.bias.shape)) + asked.bias.shape
+        assert bias is not None
+        targets.append(bias.shape)
+        own = (1,) * (ndim + 3 - len(bias.shape)) + bias.shape
         is_shared = ndim < 2 and own[:ndim] == (1,) * ndim
-        batch = own[:ndim] if is_shared else known.batch_shape
-        wholes.append(scratch(place, (*batch, *own[ndim:]), asked.bias.dtype))
+        batch = own[:ndim] if is_shared else shapes.batch_shape
+        wholes.append(scratch(place, (*batch, *own[ndim:]), bias.dtype))
     dsinks = []
     if call.dsinks_dtype:
-        dsinks.append(scratch(place, (known.q_heads,), call.dsinks_dtype))
-    if known.has_pairs:
+        dsinks.append(scratch(place, (shapes.q_heads,), call.dsinks_dtype))
+    if shapes.has_pairs:
         _fill(call, wholes, dsinks)
     else:
         for x in (*wholes, *dsinks):
             clear(place, x)
-    return [*(summed(place, x, shape) for x, shape in zip(wholes, shapes, strict=True)), *dsinks]
+    return [*(summed(place, x, shape) for x, shape in zip(wholes, targets, strict=True)), *dsinks]
 
 
 def _fill(call: Call, wholes: list[DeviceArray], dsinks: list[DeviceArray]) -> None:
     """Compute all of the gradients before they are summed over what was broadcast."""
-    place, known = call.place, call.asked.known
-    asked = on_device(call.asked, place)
-    rows = (*known.batch_shape, max(known.q_heads, 1), padded_rows(known.q_len))
-    wide = wide_dtype(call.query.dtype)
+    place, options = call.place, call.options
+    shapes, wide = options.shapes, wide_dtype(call.query.dtype)
+    rows = (*shapes.batch_shape, max(shapes.q_heads, 1), padded(shapes.q_len))
     dq, dk, dv = map(with_heads, wholes[:3])
     more = Gradients(
         with_heads(call.grad_out),
@@ -260,25 +116,16 @@ def _fill(call: Call, wholes: list[DeviceArray], dsinks: list[DeviceArray]) -> N
         sink_terms=scratch(place, rows, wide) if dsinks else None,
     )
     inputs = (call.query, call.key, call.value)
-    choice = _choose.backward(question(*inputs, asked, place.device), call.deterministic)
+    asks = question(*inputs, options, place.device.capability)
+    choice = _choose.backward(asks, call.deterministic)
     compute = {"simt": simt, "mma": mma, "wgmma": wgmma}[choice.form]
-    for problem in problems(*inputs, call.out, call.lse, asked, tuple(more)):
-        p = problem._replace(
-            lengths=as_int64(place, problem.lengths), offsets=as_int64(place, problem.offsets)
-        )
-        prepare(p, place)
-        compute(p, place, call.deterministic)
+    for problem in problems_on(place, *inputs, call.out, call.lse, options, more):
+        prepare(problem, place)
+        compute(problem, place, call.deterministic)
         if more.dbias is not None:
-            simt_dbias(p, place)
+            simt_dbias(problem, place)
     if more.sink_terms is not None:
         add_sinks(place, dsinks[0], more.sink_terms)
-
-
-def padded_rows(q_len: int) -> int:
-    """Return how many rows delta and lse2 have."""
-    from fastattn.cuda.kernels.simt_backward import padded
-
-    return padded(q_len)
 
 
 # --- What all forms begin with -------------------------------------------------------------------
@@ -288,7 +135,7 @@ def prepare(problem: Problem, place: Place) -> None:
     """Fill delta, lse2 and sink_terms."""
     from fastattn.cuda.kernels import simt_backward as kernels
 
-    p, more = problem, Gradients(*problem.more)
+    p, more = problem, problem.more
     kernel = kernels.prepare(
         p.query.dtype,
         sinks=p.sinks and p.sinks.dtype,
@@ -321,8 +168,7 @@ def simt_dq(
     batch, heads, q_len, head_dim = p.query.shape
     kernel = kernels.query_gradient(given(p), head_dim, flags=flags is not None)
     blocks = forward.forward_blocks(p.query.dtype, batch, heads, q_len, head_dim)
-    dq = Gradients(*p.more).dq
-    launch(kernel, place, blocks, dq, flags, rows_per_flag, *simt_inputs(p))
+    launch(kernel, place, blocks, p.more.dq, flags, rows_per_flag, *simt_inputs(p))
 
 
 def simt_dkdv(
@@ -331,7 +177,7 @@ def simt_dkdv(
     """Compute dk and dv; with flags, their rows that are not finite."""
     from fastattn.cuda.kernels import simt_backward as kernels
 
-    p, more = problem, Gradients(*problem.more)
+    p, more = problem, problem.more
     head_dim, value_head_dim = p.key.shape[-1], p.value.shape[-1]
     kernel = kernels.key_value_gradients(
         given(p), head_dim, value_head_dim, flags=flags is not None
@@ -342,8 +188,11 @@ def simt_dkdv(
 
 def simt_inputs(problem: Problem) -> tuple[Any, ...]:
     """Return what the simt kernels read."""
-    p, more = problem, Gradients(*problem.more)
-    return p.query, p.key, p.value, more.grad_out, more.delta, more.lse2, *simt_options(p)
+    from fastattn.cuda.kernels.simt_backward import Inputs
+
+    p, more = problem, problem.more
+    inputs = Inputs(p.query, p.key, p.value, more.grad_out, more.delta, more.lse2)
+    return inputs, simt_call(p)
 
 
 def mma(problem: Problem, place: Place, _deterministic: bool) -> None:
@@ -355,12 +204,12 @@ def mma(problem: Problem, place: Place, _deterministic: bool) -> None:
 
 def ready(problem: Problem, place: Place) -> Problem:
     """Return the problem with rows aligned as the tensor-core kernels need them."""
-    p, more = problem, Gradients(*problem.more)
+    p, more = problem, problem.more
     return p._replace(
         query=aligned(place, p.query),
         key=aligned(place, p.key),
         value=aligned(place, p.value),
-        more=tuple(more._replace(grad_out=aligned(place, more.grad_out))),
+        more=more._replace(grad_out=aligned(place, more.grad_out)),
     )
 
 
@@ -368,7 +217,7 @@ def mma_dq(problem: Problem, place: Place) -> None:
     """Compute dq, in a fixed order."""
     from fastattn.cuda.kernels import mma_backward as kernels
 
-    p, more = problem, Gradients(*problem.more)
+    p, more = problem, problem.more
     batch, heads, q_len, head_dim = p.query.shape
     tiles = -(-q_len // kernels.ROWS)
     flags = new_flags(p, place, heads, tiles)
@@ -391,7 +240,7 @@ def mma_dkdv(problem: Problem, place: Place) -> None:
     """Compute dk and dv."""
     from fastattn.cuda.kernels import mma_backward as kernels
 
-    p, more = problem, Gradients(*problem.more)
+    p, more = problem, problem.more
     batch, kv_heads, kv_len, head_dim = p.key.shape
     tiles = -(-kv_len // kernels.ROWS)
     flags = new_flags(p, place, kv_heads, tiles)
@@ -415,7 +264,7 @@ def wgmma(problem: Problem, place: Place, deterministic: bool) -> None:
     from fastattn.cuda.kernels import wgmma_backward as kernels
 
     p = ready(problem, place)
-    more = Gradients(*p.more)
+    more: Gradients = p.more
     batch, heads, q_len, head_dim = p.query.shape
     kv_heads, kv_len = p.key.shape[1:3]
     total = None
@@ -463,8 +312,7 @@ def simt_dbias(problem: Problem, place: Place) -> None:
     """Compute dbias, summed over the axes that bias was broadcast over."""
     from fastattn.cuda.kernels import simt_backward as kernels
 
-    p, dbias = problem, Gradients(*problem.more).dbias
-    assert dbias is not None
+    p, dbias = problem, problem.more.dbias
     if dbias.strides[0] == 0:
         dbias = dbias._replace(shape=(1, *dbias.shape[1:]))
     batch, heads, q_len, kv_len = dbias.shape

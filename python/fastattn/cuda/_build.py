@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastattn.cuda.kernels import HOPPER, LEAST_CAPABILITY
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 Capability = tuple[int, int]
 
 INSTALL = 'pip install "fastattn[cuda]"'
-LEAST_CAPABILITY = (7, 5)  # Turing: CUDA 13 writes code for nothing older
-HOPPER = (9, 0)
 PARAMETERS = ("int32", "uint32", "int64", "float32", "float64")  # numbers that a kernel may take
 TENSOR_MAP = "tensor_map"
 # As PTX declares them, where b is as good as u.

@@ -14,18 +14,20 @@ import functools
 import os
 from typing import NamedTuple
 
-from fastattn.cuda.kernels import MOST_LENGTH
+from fastattn.cuda.kernels import (
+    HOPPER,
+    MMA_GRADIENT_HEAD_DIMS,
+    MMA_HEAD_DIMS,
+    MOST_LENGTH,
+    TENSOR_CORES,
+    WGMMA_HEAD_DIMS,
+)
 
 VARIABLE = "FASTATTN_CUDA_KERNEL"
 FORMS = ("wgmma", "mma", "decode", "simt")
 HALVES = ("float16", "bfloat16")
-# Repeated here so that choosing imports no Numba; tests compare them with the kernels'.
-MMA_HEAD_DIMS = (64, 96, 128, 256)
-MMA_GRADIENT_HEAD_DIMS = (64, 128)
-WGMMA_HEAD_DIMS = (64, 128)
 FEW_QUERIES = 16
 FEW_ROWS = 64  # queries times query heads per KV head
-TENSOR_CORES, HOPPER = (8, 0), (9, 0)
 
 
 class Question(NamedTuple):

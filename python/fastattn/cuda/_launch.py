@@ -16,6 +16,7 @@ import numpy as np
 from fastattn.cuda import _arrays, _cache, _driver
 from fastattn.cuda._arrays import DeviceArray, item_bytes
 from fastattn.cuda._build import check_numba
+from fastattn.cuda._problem import DeviceOptions, Problem, problems
 from fastattn.cuda._recipe import Address, MapOf, Tape
 
 if TYPE_CHECKING:
@@ -48,15 +49,15 @@ def ready(kernel: Kernel, device: Any) -> Any:
 
 
 def launch(kernel: Kernel, place: Place, blocks: int, *arguments: Any) -> None:
-    """Start a kernel; an argument is a number, an array, a tuple of numbers, a MapOf or None."""
+    """Start a kernel; an argument is a number, an array, a MapOf, None, or a tuple of these."""
     function = ready(kernel, place.device)
     flat = tuple(_flat(arguments))
     if place.tape is not None:
         place.tape.launch(function, blocks, flat)
-    function.launch((blocks,), place.stream, tuple(map(_given, flat)))
+    function.launch((blocks,), place.stream, tuple(map(_passed, flat)))
 
 
-def _given(x: Any) -> Any:
+def _passed(x: Any) -> Any:
     """Return what a launch passes."""
     if isinstance(x, Address):
         return int(x)
@@ -74,7 +75,7 @@ def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
             yield from (0, 0, math.prod(x.shape), item, x.pointer, *x.shape)
             yield from (stride * item for stride in x.strides)
         elif isinstance(x, tuple) and not isinstance(x, MapOf):
-            yield from x
+            yield from _flat(x)
         else:
             yield x
 
@@ -84,7 +85,7 @@ def scratch(
 ) -> DeviceArray:
     """Return memory: for the result, or for what is intermediate."""
     array = _arrays.empty(place.query, shape, dtype, place.stream, is_result)
-    return array if place.tape is None else place.tape.room(array, is_result)
+    return array if place.tape is None else place.tape.taken(array, is_result)
 
 
 def upload(place: Place, numbers: np.ndarray[Any, Any]) -> DeviceArray:
@@ -99,6 +100,33 @@ def upload(place: Place, numbers: np.ndarray[Any, Any]) -> DeviceArray:
         some = tuple(words[first : first + copies.NUMBERS].tolist())
         launch(copies.write(), place, 1, flat, first, some)
     return target
+
+
+def problems_on(
+    place: Place,
+    query: DeviceArray,
+    key: DeviceArray,
+    value: DeviceArray,
+    out: DeviceArray,
+    lse: DeviceArray,
+    options: DeviceOptions,
+    more: Any = (),
+) -> Iterator[Problem]:
+    """Yield the call's problems, with all of their arrays as kernels read them on the device."""
+
+    def moved(x: Any) -> Any:
+        return x if x is None or isinstance(x, DeviceArray) else upload(place, x)
+
+    on_device = options._replace(
+        alibi_slopes=moved(options.alibi_slopes),
+        sinks=moved(options.sinks),
+        lengths=moved(options.lengths),
+        offsets=moved(options.offsets),
+    )
+    for problem in problems(query, key, value, out, lse, on_device, more):
+        yield problem._replace(
+            lengths=as_int64(place, problem.lengths), offsets=as_int64(place, problem.offsets)
+        )
 
 
 def as_int64(place: Place, numbers: DeviceArray | None) -> DeviceArray | None:

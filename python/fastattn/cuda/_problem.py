@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A call's arguments, checked, in the form that kernels take: four axes, addresses and strides.
 
-Called by `_attention.py` and `_backward.py`. The rules are those of `fastattn/_arguments.py`, asked
-about stand-ins of the same shapes and dtypes: what lies on the GPU is not looked at. Values that
-the host has are checked, those that the device has are clamped by the kernels.
+Called by `_attention.py`. The rules are those of `fastattn/_arguments.py`, asked about stand-ins of
+the same shapes and dtypes: what lies on the GPU is not looked at. Values that the host has are
+checked, those that the device has are clamped by the kernels.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arguments import (
-    FLOAT_NAMES,
-    MASK_NAMES,
-    WIDEST,
-    Sizes,
-    check,
-    dropout,
-)
-from fastattn._arrays import BFLOAT16_BITS, is_cuda_array
+from fastattn._arguments import FLOAT_NAMES, MASK_NAMES, WIDEST, Sizes, check, dropout
+from fastattn._arrays import BFLOAT16_BITS, library_of
+from fastattn._options import CallOptions, Options
+from fastattn.cuda import _choose
 from fastattn.cuda._arrays import DeviceArray, device_array, item_bytes
 
-INTEGERS = ("int64", "int32", "int16", "int8", "uint32", "uint16", "uint8")
 Shape = tuple[int, ...]
 MOST_HEAD_DIM = 2**16  # sums of a thread fit the 512 KiB of local memory that it may have
+FAR = 2**28  # positions and sides beyond are only for kernels that count in 64 bits
 LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-SMALL = ("query_offset", "kv_lengths", "alibi_slopes", "sinks")  # that the host may have
+INTEGERS = ("int64", "int32", "int16", "int8", "uint32", "uint16", "uint8")
+PAIR_ARRAYS = {"mask": MASK_NAMES, "bias": FLOAT_NAMES}  # on the GPU, of these dtypes
+SMALL_ARRAYS = {  # that the host may have; if not, of these dtypes
+    "query_offset": INTEGERS,
+    "kv_lengths": INTEGERS,
+    "alibi_slopes": FLOAT_NAMES,
+    "sinks": FLOAT_NAMES,
+}
 
 
-class Options(NamedTuple):
-    """What a call asks for, beside query, key and value; arrays with their batch axes."""
+class DeviceOptions(NamedTuple):
+    """The options of a call on a GPU, as they were checked; arrays with their batch axes."""
 
-    known: Sizes
+    shapes: Sizes
     mask: DeviceArray | None
     bias: DeviceArray | None
     alibi_slopes: Any  # from here: on the GPU, or NumPy arrays of the host's, or None
@@ -55,91 +57,73 @@ class Options(NamedTuple):
 
     @property
     def only_simt(self) -> tuple[str, ...]:
-        """Return the arguments given that only the simt kernel knows."""
-        arrays = {"mask": self.mask, "bias": self.bias, "alibi_slopes": self.alibi_slopes}
-        given = [name for name, x in {**arrays, "sinks": self.sinks}.items() if x is not None]
+        """Return the options given that only the simt kernel knows."""
+        names = ("mask", "bias", "alibi_slopes", "sinks")
+        given = [name for name in names if getattr(self, name) is not None]
         return (*given, *(["dropout_p"] if self.dropout_p else []))
 
     @property
     def may_hide(self) -> bool:
         """Tell whether there may be a key that some row does not see."""
         sides = min(self.left, self.right) < WIDEST
-        return sides or self.lengths is not None or self.length < self.known.kv_len
+        return sides or self.lengths is not None or self.length < self.shapes.kv_len
 
 
-def options(
-    query: DeviceArray,
-    key: DeviceArray,
-    value: DeviceArray,
-    stream: int,
-    *,
-    mask: Any = None,
-    bias: Any = None,
-    scale: Any = None,
-    is_causal: Any = False,
-    query_offset: Any = None,
-    window: Any = None,
-    softcap: Any = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    kv_lengths: Any = None,
-    dropout_p: Any = 0.0,
-    seed: Any = None,
-) -> Options:
+def device_options(
+    query: DeviceArray, key: DeviceArray, value: DeviceArray, options: Options, stream: int
+) -> DeviceOptions:
     """Check the options of a call on arrays of a GPU."""
-    on_gpu = {}
-    for name, x, kinds in (("mask", mask, MASK_NAMES), ("bias", bias, FLOAT_NAMES)):
-        if x is not None:
-            on_gpu[name] = device_array(name, x, stream, query, kinds)
-    small = dict(zip(SMALL, (query_offset, kv_lengths, alibi_slopes, sinks), strict=True))
-    for name, x in small.items():
-        if (
-            x is not None
-            and not isinstance(x, int | float | list | np.ndarray)
-            and is_cuda_array(x)
-        ):
-            dtypes: tuple[str, ...] = INTEGERS if name in SMALL[:2] else FLOAT_NAMES
-            on_gpu[name] = device_array(name, x, stream, query, dtypes)
+    on_gpu = {
+        name: device_array(name, x, stream, query, dtypes)
+        for name, dtypes in (PAIR_ARRAYS | SMALL_ARRAYS).items()
+        if (x := getattr(options, name)) is not None and (name in PAIR_ARRAYS or _is_on_gpu(x))
+    }
     arrays = {"query": query, "key": key, "value": value, **on_gpu}
     facts = tuple((name, x.shape, x.dtype) for name, x in arrays.items())
-    from_host = [None if name in on_gpu else x for name, x in small.items()]
-    call = (facts, scale, is_causal, window, softcap, *from_host)
+    host = options._replace(dropout_p=0.0, seed=None, **dict.fromkeys(on_gpu))
     # An array of the host's may hold other numbers at the next call; in a pair, True is like 1.
-    are_constant = all(x is None or isinstance(x, int | float) for x in from_host) and (
-        not isinstance(window, tuple) or all(x is None or type(x) is int for x in window)
+    are_constant = all(
+        x is None or isinstance(x, int | float) for x in (getattr(host, y) for y in SMALL_ARRAYS)
+    ) and (
+        not isinstance(host.window, tuple) or all(x is None or type(x) is int for x in host.window)
     )
     try:
-        known, checked = (_remembered if are_constant else _checked)(*call)
+        shapes, checked = (_remembered if are_constant else _checked)(facts, *host)
     except TypeError:  # something cannot be hashed, or is wrong, which is then said again
-        known, checked = _checked(*call)
+        shapes, checked = _checked(facts, *host)
     for name, array in (("query", query), ("value", value)):
         if array.shape[-1] > MOST_HEAD_DIM:
             raise ValueError(
                 f"{name} must have a head_dim of at most 2**16 on a GPU, got "
                 f"{name}.shape={array.shape}: fastattn.attention computes it on the CPU"
             )
-    dropout_p, seed = dropout(dropout_p, seed)
-    _, _, slopes, logits, offset, lengths, scale, softcap, left, right, *_ = checked
+    dropout_p, seed = dropout(options.dropout_p, options.seed)
+    lengths, offsets = checked.kv_lengths, checked.query_offset
+    scale, softcap = checked.scale, checked.softcap
     if query.dtype != "float64":
         scale = within_float32(scale)
         softcap = max(softcap, LEAST) if softcap else softcap
-    return Options(
-        known,
+    return DeviceOptions(
+        shapes,
         on_gpu.get("mask"),
         on_gpu.get("bias"),
-        on_gpu.get("alibi_slopes", slopes),
-        on_gpu.get("sinks", logits),
+        on_gpu.get("alibi_slopes", checked.alibi_slopes),
+        on_gpu.get("sinks", checked.sinks),
         on_gpu.get("kv_lengths", _unlike(lengths)),
-        on_gpu.get("query_offset", _unlike(offset)),
-        known.kv_len if lengths is None or not lengths.size else int(lengths.flat[0]),
-        0 if offset is None or not offset.size else int(offset.flat[0]),
-        WIDEST if left < 0 else left,
-        WIDEST if right < 0 else right,
+        on_gpu.get("query_offset", _unlike(offsets)),
+        shapes.kv_len if lengths is None or not lengths.size else int(lengths.flat[0]),
+        0 if offsets is None or not offsets.size else int(offsets.flat[0]),
+        WIDEST if checked.left < 0 else checked.left,
+        WIDEST if checked.right < 0 else checked.right,
         scale,
         softcap,
         dropout_p,
         seed,
     )
+
+
+def _is_on_gpu(x: Any) -> bool:
+    return not isinstance(x, int | float | list | np.ndarray) and library_of(x).on_gpu
 
 
 def _unlike(numbers: Any) -> Any:
@@ -163,39 +147,40 @@ def stand_in(shape: Shape, dtype: str) -> Any:
     return np.broadcast_to(np.zeros((), kind), shape)
 
 
-def _checked(
-    arrays: tuple[tuple[str, Shape, str], ...],
-    scale: Any,
-    is_causal: Any,
-    window: Any,
-    softcap: Any,
-    *small: Any,
-) -> tuple[Sizes, tuple[Any, ...]]:
-    """Ask the rules about a call with these arrays on the GPU and these small ones on the host."""
-    given = {name: x for name, x in zip(SMALL, small, strict=True) if x is not None}
-    given.update((name, stand_in(shape, dtype)) for name, shape, dtype in arrays)
-    _, _, _, known, arguments = check(
-        given["query"],
-        given["key"],
-        given["value"],
-        given.get("mask"),
-        given.get("bias"),
-        scale,
-        is_causal,
-        given.get("query_offset"),
-        window,
-        softcap,
-        given.get("alibi_slopes"),
-        given.get("sinks"),
-        given.get("kv_lengths"),
-        0.0,
-        None,
-    )
-    return known, arguments
+def _checked(arrays: tuple[tuple[str, Shape, str], ...], *host: Any) -> tuple[Sizes, CallOptions]:
+    """Ask the rules about a call with these arrays on the GPU and these options of the host."""
+    given = {name: stand_in(shape, dtype) for name, shape, dtype in arrays}
+    query, key, value = (given.pop(name) for name in ("query", "key", "value"))
+    return check(query, key, value, Options(*host)._replace(**given))[3:]
 
 
 # typed: True is not 1 to the rules.
 _remembered = functools.lru_cache(maxsize=1024, typed=True)(_checked)
+
+
+def question(
+    query: DeviceArray,
+    key: DeviceArray,
+    value: DeviceArray,
+    options: DeviceOptions,
+    capability: tuple[int, int],
+) -> _choose.Question:
+    """Return what the choice of a kernel depends on."""
+    kv_heads = key.shape[-3] if len(key.shape) > 2 else 1
+    sides = [side for side in (options.left, options.right) if side != WIDEST]
+    return _choose.Question(
+        query.dtype,
+        key.dtype,
+        query.shape[-1],
+        value.shape[-1],
+        options.shapes.q_len,
+        options.shapes.kv_len,
+        max(1, options.shapes.q_heads // max(1, kv_heads)),
+        options.only_simt,
+        options.scale,
+        max(abs(options.offset), *sides, 0) > FAR,
+        capability,
+    )
 
 
 # --- The call in kernels' form -------------------------------------------------------------------
@@ -218,9 +203,9 @@ class Problem(NamedTuple):
     sinks: DeviceArray | None  # (heads,)
     lengths: DeviceArray | None  # (batch,), of any integers
     offsets: DeviceArray | None
-    options: Options
+    options: DeviceOptions
     first_batch: int  # the number of element 0 in the whole batch
-    more: tuple[Any, ...] = ()  # arrays of a gradient: as out, or as lse
+    more: Any = ()  # a named tuple of a gradient's arrays: as out, or as lse
 
     @property
     def batch(self) -> int:
@@ -239,38 +224,38 @@ def problems(
     value: DeviceArray,
     out: DeviceArray,
     lse: DeviceArray,
-    asked: Options,
-    more: tuple[DeviceArray | None, ...] = (),
+    options: DeviceOptions,
+    more: Any = (),
 ) -> Iterator[Problem]:
     """Yield the call's launches: one, unless some batch axes broadcast so that they do not join.
 
-    more: other arrays with the batch axes of out, and heads, that follow the others.
+    more: a named tuple of other arrays with the batch axes of out, and heads.
     """
-    batch_shape, known = asked.known.batch_shape, asked.known
-    ndim = len(batch_shape)
-    pairs = (*batch_shape, max(known.q_heads, 1), known.q_len, known.kv_len)
+    shapes = options.shapes
+    batch_shape, ndim = shapes.batch_shape, len(shapes.batch_shape)
+    pairs = (*batch_shape, max(shapes.q_heads, 1), shapes.q_len, shapes.kv_len)
     spread: list[Any] = [
         None if x is None else broadcast(x, (*batch_shape, *x.shape[len(x.shape) - kept :]))
         for x, kept in (
             *((with_heads(x), 3) for x in (query, key, value, out)),
             (with_row_heads(lse), 2),
-            (asked.mask and broadcast(asked.mask, pairs), 3),
-            (asked.bias and broadcast(asked.bias, pairs), 3),
-            (asked.alibi_slopes, 1),
-            (asked.lengths, 0),
-            (asked.offsets, 0),
+            (options.mask and broadcast(options.mask, pairs), 3),
+            (options.bias and broadcast(options.bias, pairs), 3),
+            (options.alibi_slopes, 1),
+            (options.lengths, 0),
+            (options.offsets, 0),
             *((x, 0 if x is None else len(x.shape) - ndim) for x in more),
         )
     ]
     axes = joined(batch_shape, [x.strides[:ndim] for x in spread if x is not None])
     for place, first in axes.steps():
-        parts: list[Any] = [
-            None if x is None else part(x, batch_shape, axes, place) for x in spread
+        views: list[Any] = [
+            None if x is None else view_at(x, batch_shape, axes, place) for x in spread
         ]
-        q, k, v, o, stats, mask, bias, slopes, lengths, offsets, *others = parts
+        q, k, v, o, stats, mask, bias, slopes, lengths, offsets, *others = views
         yield Problem(
-            q, k, v, o, stats, mask, bias, slopes, asked.sinks, lengths, offsets, asked, first,
-            tuple(others),
+            q, k, v, o, stats, mask, bias, slopes, options.sinks, lengths, offsets, options, first,
+            more._make(others) if more else (),
         )  # fmt: skip
 
 
@@ -325,8 +310,8 @@ def joined(batch_shape: Shape, strides: list[Shape]) -> Axes:
     return Axes(tuple(sizes[:first]), math.prod(sizes[first:]))
 
 
-def part(array: DeviceArray, batch_shape: Shape, axes: Axes, place: Shape) -> DeviceArray:
-    """Return a view of a part of an array whose first axes are the batch axes: one axis of them."""
+def view_at(array: DeviceArray, batch_shape: Shape, axes: Axes, place: Shape) -> DeviceArray:
+    """Return a view of what one launch reads of an array: its batch axes have become one."""
     kept = [i for i, size in enumerate(batch_shape) if size != 1]
     outer = zip(kept, place, strict=False)
     pointer = array.pointer + sum(array.strides[i] * n for i, n in outer) * item_bytes(array.dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A call that was made before, with arrays of the same layout: its launches, without questions.
 
-The first such call is noted on a `Tape` while it goes its way: what memory it takes, what it
-launches, and where in the arguments the addresses of its arrays stand. `Tape.play` does the same
+A `Tape` notes what the first such call does: which memory it takes, which kernels it launches, and
+where the addresses of its arrays stand among their arguments. `Tape.play` does the same
 with other addresses, in a tenth of the time of the checks and views. Called by `_attention.py`.
 """
 
@@ -63,7 +63,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.arrays = 0  # so far: those given, then those made
-        self.rooms: list[tuple[tuple[int, ...], str, bool]] = []
+        self.results: list[tuple[tuple[int, ...], str, bool]] = []
         self.launches: list[Launch] = []
 
     def given(self, array: DeviceArray) -> DeviceArray:
@@ -71,9 +71,9 @@ class Tape:
         self.arrays += 1
         return array._replace(pointer=Address(array.pointer, self.arrays - 1))
 
-    def room(self, array: DeviceArray, is_result: bool) -> DeviceArray:
-        """Note that memory was taken, and return it likewise."""
-        self.rooms.append((array.shape, array.dtype, is_result))
+    def taken(self, array: DeviceArray, is_result: bool) -> DeviceArray:
+        """Note memory that was taken for a result, or on the way to one; return it likewise."""
+        self.results.append((array.shape, array.dtype, is_result))
         return self.given(array)
 
     def launch(self, function: Any, blocks: int, arguments: tuple[Any, ...]) -> None:
@@ -91,11 +91,11 @@ class Tape:
     def play(self, inputs: Sequence[DeviceArray], stream: int) -> list[DeviceArray]:
         """Launch the same for other arrays; return the memory that was taken for it."""
         query = inputs[0]
-        rooms = [
+        results = [
             _arrays.empty(query, shape, dtype, stream, is_result)
-            for shape, dtype, is_result in self.rooms
+            for shape, dtype, is_result in self.results
         ]
-        pointers = [x.pointer for x in (*inputs, *rooms)]
+        pointers = [x.pointer for x in (*inputs, *results)]
         for function, blocks, arguments, addresses, maps in self.launches:
             given = list(arguments)
             for i, number, offset in addresses:
@@ -103,7 +103,7 @@ class Tape:
             for i, number, offset, made_of in maps:
                 given[i] = _driver.tensor_map(pointers[number] + offset, *made_of[1:])
             function.launch((blocks,), stream, tuple(given))
-        return rooms
+        return results
 
 
 tapes: dict[Any, Tape] = {}

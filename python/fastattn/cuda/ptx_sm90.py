@@ -8,13 +8,13 @@ them (mbarrier), and what warpgroups that do different work need (setmaxnreg, na
 A wgmma statement covers a whole loop over k: fence, one wgmma per 16 of k, commit. Its result is
 not there before `wgmma_wait`, which therefore takes the accumulators as operands.
 
-Matrices in shared memory are panels of 128-byte rows (64 values of 16 bits), swizzled as TMA's
-128-byte mode writes them, each panel on a multiple of 1024 bytes. Two ways to read one:
+Matrices in shared memory are boxes of 128-byte rows (64 values of 16 bits), swizzled as TMA's
+128-byte mode writes them, each box on a multiple of 1024 bytes. Two ways to read one:
 
 * k runs along the 128 bytes (K-major, the usual way for queries and keys): 16 of k are 32 bytes
-  further, 64 of k one panel further; `descriptor()`.
+  further, 64 of k one box further; `descriptor()`.
 * k runs down the rows (MN-major, `a_trans` or `b_trans`, the usual way for values): 16 of k are
-  2048 bytes further; columns beyond 64 lie one panel further, `descriptor(leading=panel bytes)`.
+  2048 bytes further; columns beyond 64 lie one box further, `descriptor(leading=box bytes)`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def descriptor(leading: int = 16, stride: int = 1024) -> int:
     Parameters
     ----------
     leading : int
-        Bytes from one panel of 64 columns to the next, where k runs down the rows (MN-major); not
+        Bytes from one box of 64 columns to the next, where k runs down the rows (MN-major); not
         used for a K-major matrix.
     stride : int
         Bytes from one group of 8 rows to the next.

@@ -26,7 +26,7 @@ def check_axes(ndim: int, axes: str, **tensors: Any) -> None:
 def kernel_options(
     softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, alibi_slopes: Any
 ) -> dict[str, Any]:
-    """Return flash-attn's words in those of `fastattn.attention`."""
+    """Return the options of `fastattn.attention` that flash-attn's arguments mean."""
     left, right = window_sides(window_size)
     return {
         "scale": softmax_scale,

@@ -12,46 +12,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def dense(
-    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], dropout_p: float, seed: Any
-) -> tuple[Tensor, Tensor]:
+def dense(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return out and lse of tensors of shape (batch, length, heads, head_dim)."""
     check_axes(4, "(batch, length, heads, head_dim)", q=q, k=k, v=v)
     out, lse = fastattn.torch.attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
         **options,
         query_offset=k.shape[1] - q.shape[1],
-        dropout_p=dropout_p,
-        seed=seed,
         return_lse=True,
     )
     return out.transpose(1, 2), lse
 
 
 def packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_starts: Tensor,
-    kv_starts: Tensor,
-    options: dict[str, Any],
-    dropout_p: float,
-    seed: Any,
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, kv_starts: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Return out and lse of sequences, packed one after the other."""
-    result: tuple[Tensor, Tensor] = fastattn.torch.varlen_attention(
-        q,
-        k,
-        v,
-        q_starts,
-        kv_starts,
-        **options,
-        query_offset=kv_starts.diff() - q_starts.diff(),
-        dropout_p=dropout_p,
-        seed=seed,
-        return_lse=True,
+    offset = kv_starts.diff() - q_starts.diff()
+    return fastattn.torch.varlen_attention(
+        q, k, v, q_starts, kv_starts, **options, query_offset=offset, return_lse=True
     )
-    return result
 
 
 def packed_arguments(

@@ -23,8 +23,7 @@ from fastattn.flash_attn._arguments import (
 )
 from fastattn.flash_attn._calls import dense, packed, packed_arguments
 from fastattn.flash_attn._rotary import rows_at, turned
-from fastattn.torch._attention import drawn_seed
-from fastattn.torch._kernel import pool_of_caller
+from fastattn.torch._tensors import drawn_dropout, lse_dtype, pool_of_caller
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,8 +95,7 @@ def flash_attn_func(
     torch.Size([1, 5, 2, 8])
     """
     options = kernel_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    out, lse = dense(q, k, v, options, dropout_p, drawn_seed(dropout_p))
-    return _answer(out, lse, return_attn_probs)
+    return _results(dense(q, k, v, options | drawn_dropout(dropout_p)), return_attn_probs)
 
 
 def flash_attn_kvpacked_func(
@@ -115,19 +113,8 @@ def flash_attn_kvpacked_func(
     """Do what `flash_attn_func` does, with kv of shape (batch, kv_len, 2, kv_heads, head_dim)."""
     check_axes(5, "(batch, length, 2, heads, head_dim)", kv=kv)
     k, v = unpacked("kv", kv, 2, 2)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    options = kernel_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _results(dense(q, k, v, options | drawn_dropout(dropout_p)), return_attn_probs)
 
 
 def flash_attn_qkvpacked_func(
@@ -144,19 +131,8 @@ def flash_attn_qkvpacked_func(
     """Do what `flash_attn_func` does, with qkv of shape (batch, length, 3, heads, head_dim)."""
     check_axes(5, "(batch, length, 3, heads, head_dim)", qkv=qkv)
     q, k, v = unpacked("qkv", qkv, 2, 3)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    options = kernel_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _results(dense(q, k, v, options | drawn_dropout(dropout_p)), return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -203,8 +179,7 @@ return_attn_probs
     """
     options = kernel_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     call = packed_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table)
-    out, lse = packed(q, *call, options, dropout_p, drawn_seed(dropout_p))
-    return _answer(out, lse, return_attn_probs)
+    return _results(packed(q, *call, options | drawn_dropout(dropout_p)), return_attn_probs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -226,23 +201,9 @@ def flash_attn_varlen_kvpacked_func(
     """Do what `flash_attn_varlen_func` does, with kv of shape (total_k, 2, kv_heads, head_dim)."""
     check_axes(4, "(total, 2, heads, head_dim)", kv=kv)
     k, v = unpacked("kv", kv, 1, 2)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    options = kernel_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    call = packed_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, None)
+    return _results(packed(q, *call, options | drawn_dropout(dropout_p)), return_attn_probs)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -261,23 +222,9 @@ def flash_attn_varlen_qkvpacked_func(
     """Do what `flash_attn_varlen_func` does, with qkv of shape (total, 3, heads, head_dim)."""
     check_axes(4, "(total, 3, heads, head_dim)", qkv=qkv)
     q, k, v = unpacked("qkv", qkv, 1, 3)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    options = kernel_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    call = packed_arguments(q, k, v, cu_seqlens, cu_seqlens, None)
+    return _results(packed(q, *call, options | drawn_dropout(dropout_p)), return_attn_probs)
 
 
 def flash_attn_with_kvcache(
@@ -432,7 +379,9 @@ def flash_attn_with_kvcache(
     return (out, lse) if return_softmax_lse else out
 
 
-def _answer(out: Tensor, lse: Tensor, return_attn_probs: bool) -> Any:
+def _results(results: tuple[Tensor, Tensor], return_attn_probs: bool) -> Any:
+    """Return out, and with it lse and an empty S_dmask if asked for."""
+    out, lse = results
     return (out, lse, out.new_empty(0)) if return_attn_probs else out
 
 
@@ -466,7 +415,7 @@ def _row_by_row(
     """Return out and lse of sequences whose keys are some rows of a cache, without a copy."""
     batch, heads, q_len, _ = query.shape
     out = query.new_empty((batch, heads, q_len, value.shape[-1]))
-    lse = query.new_empty((batch, heads, q_len), dtype=_lse_dtype(query))
+    lse = query.new_empty((batch, heads, q_len), dtype=lse_dtype(query.dtype))
     for i, row in enumerate(rows.tolist()):
         own = dict(options)
         for name in ("mask", "kv_lengths", "query_offset"):
@@ -478,7 +427,3 @@ def _row_by_row(
             query[i], key[row], value[row], **own, return_lse=True
         )
     return out, lse
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32

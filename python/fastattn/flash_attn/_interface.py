@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import fastattn
 from fastattn.flash_attn._arguments import check_axes, kernel_options
 from fastattn.flash_attn._calls import dense, packed, packed_arguments
 from fastattn.flash_attn._functions import (
@@ -25,9 +26,14 @@ from fastattn.flash_attn._functions import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,  # noqa: F401 (_install.py looks for all names here)
 )
-from fastattn.torch._attention import drawn_seed
-from fastattn.torch._kernel import calls, pool_of_caller
-from fastattn.torch._tensors import array_of, small_array_of, tensor_of
+from fastattn.torch._tensors import (
+    array_of,
+    drawn_dropout,
+    lse_dtype,
+    pool_of_caller,
+    small_array_of,
+    tensor_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,9 +62,9 @@ def _flash_attn_forward(
     """
     sides = (window_size_left, window_size_right)
     options = kernel_options(softmax_scale, causal, sides, softcap, alibi_slopes)
-    seed = drawn_seed(dropout_p)
+    options |= drawn_dropout(dropout_p)
     with torch.no_grad():
-        return _with_state(*dense(q, k, v, options, dropout_p, seed), seed)
+        return _with_state(*dense(q, k, v, options), options["seed"])
 
 
 def _flash_attn_varlen_forward(
@@ -90,15 +96,15 @@ def _flash_attn_varlen_forward(
     """
     sides = (window_size_left, window_size_right)
     options = kernel_options(softmax_scale, causal, sides, softcap, alibi_slopes)
-    seed = drawn_seed(dropout_p)
+    options |= drawn_dropout(dropout_p)
     with torch.no_grad():
         k, v, q_starts, kv_starts = packed_arguments(
             q, k, v, cu_seqlens_q, cu_seqlens_k, block_table
         )
         if leftpad_k is not None or seqused_k is not None:
             k, v, kv_starts = _used_alone(k, v, kv_starts, leftpad_k, seqused_k)
-        result = packed(q, k, v, q_starts, kv_starts, options, dropout_p, seed)
-    return _with_state(*result, seed)
+        result = packed(q, k, v, q_starts, kv_starts, options)
+    return _with_state(*result, options["seed"])
 
 
 def _flash_attn_backward(
@@ -269,12 +275,12 @@ def _gradients(
     """Return the gradients by query, key and value."""
     if dropout_p > 0 and rng_state is None:
         raise ValueError("rng_state must be given with dropout_p: that of the forward")
+    arrays = arrays | {"softmax_lse": softmax_lse}
     options = {name: small_array_of(name, x) for name, x in options.items()}
     seed = int(rng_state[0]) if dropout_p > 0 and rng_state is not None else None
     with pool_of_caller:
-        grads = calls.attention_backward(
+        grads = fastattn.attention_backward(
             *(array_of(name, x) for name, x in arrays.items()),
-            array_of("softmax_lse", softmax_lse),
             **options,
             dropout_p=dropout_p,
             seed=seed,
@@ -296,8 +302,8 @@ def _write(wanted: dict[str, Tensor | None], grads: list[Tensor]) -> None:
 
 
 def _sums(dout: Tensor, out: Tensor) -> Tensor:
-    """Return the sums over the last axis of dout * out, in at least float32."""
-    wide = torch.promote_types(out.dtype, torch.float32)
+    """Return the sums over the last axis of dout * out, in the dtype of lse."""
+    wide = lse_dtype(out.dtype)
     with torch.no_grad():
         sums: Tensor = (dout.to(wide) * out.to(wide)).sum(-1)
     return sums

@@ -20,7 +20,7 @@ from fastattn.flash_attn._functions import (
     flash_attn_with_kvcache,
 )
 from fastattn.flash_attn._rotary import RotaryEmbedding
-from fastattn.torch._attention import drawn_seed
+from fastattn.torch._tensors import drawn_dropout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,8 +206,7 @@ def _masked(
     kept: Tensor | None,
     offset: Any = 0,
 ) -> Tensor:
-    dropout_p = module._dropout_p()
-    out: Tensor = fastattn.torch.attention(
+    out = fastattn.torch.attention(
         q,
         k,
         v,
@@ -215,8 +214,7 @@ def _masked(
         scale=module.softmax_scale,
         is_causal=causal,
         query_offset=offset if causal else None,
-        dropout_p=dropout_p,
-        seed=drawn_seed(dropout_p),
+        **drawn_dropout(module._dropout_p()),
     )
     return out.transpose(1, 2)
 

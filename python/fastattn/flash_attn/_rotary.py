@@ -228,7 +228,7 @@ class RotaryEmbedding(torch.nn.Module):
         return 1.0 / self.base ** (pairs / self.dim)
 
     def _update_cos_sin_cache(self, seqlen: int, device: Any = None, dtype: Any = None) -> None:
-        """Make the table longer, or anew for another device or dtype, where that is needed."""
+        """Make the table again if it is too short, or of another device or dtype."""
         there = self._cos_cached
         if (
             there is not None
@@ -299,7 +299,7 @@ class RotaryEmbedding(torch.nn.Module):
 
 
 def rows_at(cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of cos and sin of these positions, all of which they must have."""
+    """Return the rows of cos and sin at these positions; refuse a position without a row."""
     if not torch.compiler.is_compiling() and positions.numel():
         first, last = int(positions.min()), int(positions.max())
         if not 0 <= first <= last < len(cos):

@@ -7,11 +7,8 @@ of torch's own, under the modules of torch.nn too. Tensors are read where they l
 torch.compile and torch.export work. What differs from torch is in a table in docs/torch.md.
 """
 
-from fastattn.torch._attention import (
-    attention,
-    scaled_dot_product_attention,
-    varlen_attention,
-)
+from fastattn.torch._attention import attention, varlen_attention
 from fastattn.torch._patch import Patch, patch
+from fastattn.torch._sdpa import scaled_dot_product_attention
 
 __all__ = ["Patch", "attention", "patch", "scaled_dot_product_attention", "varlen_attention"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of `fastattn.cuda`, called with tensors: where `_kernel.py` sends those on a GPU."""
+"""The kernels of GPUs, called with tensors."""
 
 from __future__ import annotations
 
@@ -8,61 +8,50 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastattn.torch import _kernel, _tensors
+from fastattn.torch._options import BackwardCall, Gradients, keywords
+from fastattn.torch._tensors import small_array_of
 
 if TYPE_CHECKING:
-    from fastattn.torch._kernel import Options
+    from fastattn._options import Options
+    from fastattn.torch._options import Starts
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, options: Options, return_lse: bool
+    query: Tensor, key: Tensor, value: Tensor, options: Options, starts: Starts, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return out, and lse if asked for."""
     from fastattn import cuda
 
-    results = cuda.attention(query, key, value, **_keywords(options), return_lse=return_lse)
+    _refuse_packed(starts)
+    named = keywords(options, starts, _detached, _numbers)
+    results = cuda.attention(query, key, value, **named, return_lse=return_lse)
     return results if return_lse else (results, None)
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_lse: Tensor | None,
-    options: Options,
-    wants_dbias: bool,
-    wants_dsinks: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients by query, key, value, bias and sinks; None for what is not wanted."""
+def backward(call: BackwardCall) -> Gradients:
+    """Return the gradients."""
     from fastattn import cuda
 
-    dq, dk, dv, *rest = cuda.attention_backward(
-        *(x.detach() for x in (grad_out, query, key, value, out, lse)),
-        **_keywords(options),
-        grad_lse=None if grad_lse is None else grad_lse.detach(),
-        return_dbias=wants_dbias,
-        return_dsinks=wants_dsinks,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    dsinks = rest.pop().to(options[2]) if wants_dsinks else None
-    return dq, dk, dv, rest.pop() if wants_dbias else None, dsinks
+    _refuse_packed(call.starts)
+    named = call.keywords(_detached, _numbers)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return call.gradients(cuda.attention_backward(**named, deterministic=deterministic))
 
 
-def _keywords(options: Options) -> dict[str, Any]:
-    """Return the options as fastattn.cuda's functions take them."""
-    if _kernel.is_packed(options):
+def _refuse_packed(starts: Starts) -> None:
+    if starts:
         raise NotImplementedError(
             "varlen_attention has no kernel for GPUs: pad the sequences and give kv_lengths to "
             "fastattn.torch.attention, or bring the tensors to the CPU"
         )
-    return _kernel.keywords(options, lambda _name, x: x.detach(), _small)
 
 
-def _small(name: str, x: Any) -> Any:
-    """Return numbers without their gradient; those on the CPU as an array."""
+def _detached(_name: str, x: Tensor) -> Tensor:
+    return x.detach()
+
+
+def _numbers(name: str, x: Any) -> Any:
+    """Return a tensor on a GPU without its gradient, and one on the CPU as an array."""
     if not isinstance(x, Tensor):
         return x
-    return x.detach() if x.is_cuda else _tensors.small_array_of(name, x.detach())
+    return x.detach() if x.is_cuda else small_array_of(name, x.detach())

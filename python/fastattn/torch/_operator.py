@@ -12,19 +12,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastattn._options import Options
 from fastattn.torch import _kernel
+from fastattn.torch._options import STARTS, BackwardCall, Gradients
+from fastattn.torch._tensors import lse_dtype, result_like
 
 if TYPE_CHECKING:
-    from fastattn.torch._kernel import Options
+    from fastattn.torch._options import Starts
 
-TENSORS = (
-    "Tensor? mask, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, Tensor? query_offset, "
-    "Tensor? kv_lengths, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv"
-)
-NUMBERS = (
-    "float? scale, bool is_causal, bool has_window, SymInt? left, SymInt? right, float? softcap, "
-    "float dropout_p"
-)
+# The operators' arguments beside query, key and value. Their order stays: saved programs have it.
+TENSORS = ("mask", "bias", "sinks", "alibi_slopes", "query_offset", "kv_lengths", "seed", *STARTS)
+ARGUMENTS = dict.fromkeys(TENSORS, "Tensor?") | {
+    "scale": "float?",
+    "is_causal": "bool",
+    "has_window": "bool",
+    "left": "SymInt?",
+    "right": "SymInt?",
+    "softcap": "float?",
+    "dropout_p": "float",
+}
+OPTIONS = ", ".join(f"{kind} {name}" for name, kind in ARGUMENTS.items())
 OPERANDS = "Tensor query, Tensor key, Tensor value"
 SIGNED = 2**63
 NO_SECOND = (
@@ -35,39 +42,48 @@ NO_SECOND = (
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, options: Options
+    query: Tensor, key: Tensor, value: Tensor, options: Options, starts: Starts
 ) -> tuple[Tensor, Tensor | None]:
     """Return out and lse, by the operator."""
-    out, lse = torch.ops.fastattn.attention(query, key, value, *_arguments(options))
+    out, lse = torch.ops.fastattn.attention(query, key, value, *_arguments(options, starts))
     return out, lse
 
 
-def gradients(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_lse: Tensor | None,
-    options: Options,
-    *wanted: bool,
-) -> tuple[Tensor | None, ...]:
+def gradients(call: BackwardCall) -> Gradients:
     """Return what `_kernel.backward` does, by the operator."""
-    saved = (grad_out, query, key, value, out, lse, grad_lse)
-    *grads, dbias, dsinks = torch.ops.fastattn.attention_backward(
-        *saved, *_arguments(options), *wanted
+    *arrays, options, starts, wants_dbias, wants_dsinks = call
+    dq, dk, dv, dbias, dsinks = torch.ops.fastattn.attention_backward(
+        *arrays, *_arguments(options, starts), wants_dbias, wants_dsinks
     )
-    return *grads, dbias if wanted[0] else None, dsinks if wanted[1] else None
+    return Gradients(dq, dk, dv, dbias if wants_dbias else None, dsinks if wants_dsinks else None)
 
 
-def _arguments(options: Options) -> Options:
-    """Return the options as the operators take them."""
-    mask, bias, sinks, slopes, offset, lengths, seed, *starts = options[: _kernel.MAY_BE_TENSORS]
-    if isinstance(seed, int) and seed >= SIGNED:
-        seed -= 2 * SIGNED
-    small = (sinks, slopes, offset, lengths, seed, *starts)
-    return (mask, bias, *map(_as_tensor, small), *options[_kernel.MAY_BE_TENSORS :])
+def _arguments(options: Options, starts: Starts) -> list[Any]:
+    """Return the options and the starts as the operators take them."""
+    named = dict(zip(STARTS, starts or (None, None), strict=True)) | options._asdict()
+    left, right = (None, None) if options.window is None else options.window
+    named |= {"has_window": options.window is not None, "left": left, "right": right}
+    if isinstance(options.seed, int) and options.seed >= SIGNED:
+        named["seed"] = options.seed - 2 * SIGNED
+    tensors = [_as_tensor(named[name]) for name in TENSORS]
+    return tensors + [named[name] for name in ARGUMENTS if name not in TENSORS]
+
+
+def _named(arguments: tuple[Any, ...]) -> tuple[Options, Starts]:
+    """Return the options and the starts that the operators were given."""
+    named = dict(zip(ARGUMENTS, arguments, strict=True))
+    starts = tuple(named.pop(name) for name in STARTS)
+    has_window, left, right = (named.pop(name) for name in ("has_window", "left", "right"))
+    options = Options(**named, window=(left, right) if has_window else None)
+    return options, starts if any(x is not None for x in starts) else ()
+
+
+def _backward_call(arguments: tuple[Any, ...]) -> BackwardCall:
+    """Return by name what the operator of the gradients was given."""
+    first = BackwardCall._fields.index("options")
+    last = first + len(ARGUMENTS)
+    options, starts = _named(arguments[first:last])
+    return BackwardCall._make((*arguments[:first], options, starts, *arguments[last:]))
 
 
 def _as_tensor(x: Any) -> Tensor | None:
@@ -81,35 +97,15 @@ def _as_tensor(x: Any) -> Tensor | None:
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _kernel.forward(query, key, value, options, True)
+    out, lse = _kernel.forward(query, key, value, *_named(options), return_lse=True)
     assert lse is not None
     return out, lse
 
 
-def _backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_lse: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    *rest, wants_dbias, wants_dsinks = options
-    grads = _kernel.backward(
-        grad_out,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        grad_lse,
-        tuple(rest),
-        wants_dbias,
-        wants_dsinks,
-    )
-    return tuple(query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = _backward_call(arguments)
+    grads = _kernel.backward(call)
+    return tuple(call.query.new_empty(0) if x is None else x.contiguous() for x in grads)
 
 
 # What the operators return, without their values.
@@ -118,7 +114,8 @@ def _backward(
 def _forward_fake(
     query: Tensor, key: Tensor, value: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    if _kernel.is_packed(options):
+    _, starts = _named(options)
+    if starts:
         total, heads, _ = query.shape
         rows, shape = (heads, total), (total, heads, value.shape[-1])
     else:
@@ -129,25 +126,15 @@ def _forward_fake(
         shape = (*rows, value.shape[-1])
     if query.stride(-1) != 1:
         query = query.contiguous()
-    out = _kernel.result_like(query, shape)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, query.new_empty(rows, dtype=wide)
+    return result_like(query, shape), query.new_empty(rows, dtype=lse_dtype(query.dtype))
 
 
-def _backward_fake(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_lse: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    *rest, wants_dbias, wants_dsinks = options
-    bias, sinks = rest[1:3]
-    wanted = (query, key, value, bias if wants_dbias else None, sinks if wants_dsinks else None)
-    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call = _backward_call(arguments)
+    bias = call.options.bias if call.wants_dbias else None
+    sinks = call.options.sinks if call.wants_dsinks else None
+    wanted = (call.query, call.key, call.value, bias, sinks)
+    return tuple(call.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
 
 
 # Autograd.
@@ -155,15 +142,16 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, *options = inputs
-    ctx.save_for_backward(query, key, value, *output, *options[: _kernel.MAY_BE_TENSORS])
-    ctx.numbers = options[_kernel.MAY_BE_TENSORS :]
+    ctx.save_for_backward(query, key, value, *output, *options[: len(TENSORS)])
+    ctx.numbers = options[len(TENSORS) :]
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     query, key, value, out, lse, *tensors = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    dq, dk, dv, dbias, dsinks = torch.ops.fastattn.attention_backward(
+    names = ("query", "key", "value", *ARGUMENTS)
+    wanted = dict(zip(names, ctx.needs_input_grad, strict=True))
+    grads = torch.ops.fastattn.attention_backward(
         torch.zeros_like(out) if grad_out is None else grad_out,
         query,
         key,
@@ -173,11 +161,11 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         grad_lse,
         *tensors,
         *ctx.numbers,
-        needs[4],
-        needs[5],
+        wanted["bias"],
+        wanted["sinks"],
     )
-    rest = (None,) * (len(tensors) + len(ctx.numbers) - 3)
-    return dq, dk, dv, None, dbias if needs[4] else None, dsinks if needs[5] else None, *rest
+    found = dict(zip(Gradients._fields, grads, strict=True))
+    return tuple(found[name] if wanted[name] and name in found else None for name in names)
 
 
 def _no_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -209,7 +197,7 @@ attention_operator = torch.library.custom_op(
     _forward,
     mutates_args=(),
     device_types=("cpu", "cuda"),
-    schema=f"({OPERANDS}, {TENSORS}, {NUMBERS}) -> (Tensor, Tensor)",
+    schema=f"({OPERANDS}, {OPTIONS}) -> (Tensor, Tensor)",
 )
 attention_operator.register_fake(_forward_fake)
 attention_operator.register_autograd(_autograd, setup_context=_setup_context)
@@ -219,9 +207,8 @@ backward_operator = torch.library.custom_op(
     _backward,
     mutates_args=(),
     device_types=("cpu", "cuda"),
-    schema=f"(Tensor grad_out, {OPERANDS}, Tensor out, Tensor lse, Tensor? grad_lse, {TENSORS}, "
-    f"{NUMBERS}, bool wants_dbias, bool wants_dsinks) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_out, {OPERANDS}, Tensor out, Tensor lse, Tensor? grad_lse, {OPTIONS}, "
+    "bool wants_dbias, bool wants_dsinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 backward_operator.register_fake(_backward_fake)
 backward_operator.register_autograd(_no_autograd)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ours in the place of torch.nn.functional.scaled_dot_product_attention, for a while."""
+"""Ours in the place of torch.nn.functional.scaled_dot_product_attention, until it is closed."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from torch.utils._device import DeviceContext
 
 from fastattn._arrays import overridden
 from fastattn._report import Report
-from fastattn.torch import _attention, _tensors
+from fastattn.torch import _sdpa, _tensors
+from fastattn.torch._autograd import unobserved
+from fastattn.torch._sdpa import Call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-Call = tuple[Any, ...]  # the arguments of torch's function, in its order
 ERRORS = (TypeError, ValueError, NotImplementedError)  # of ours
 
 _lock = threading.RLock()
@@ -156,11 +157,9 @@ class Patch:
         return self._call_found(call)
 
     def _call_found(self, call: Call) -> Any:
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = call
-        if self._in_force and _tensors.is_causal_bias(attn_mask):  # it would look for torch's own
-            attn_mask, is_causal = _tensors.causal_mask(attn_mask, is_causal, query.device)
-        tensors = (query, key, value, attn_mask)
-        return self._found(*tensors, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if self._in_force:  # it would look for torch's own by name
+            call = _sdpa.without_causal_bias(call)
+        return _sdpa.asked_of(self._found, call)
 
     def _offer(self, seen: tuple[Any, ...], call: Call) -> Any:
         """Let modes and classes of tensors see a call, by torch's protocol.
@@ -192,7 +191,7 @@ class Patch:
         return self._offer(seen, call)
 
     def _count(self, why: str) -> bool:
-        """Count a call that is left for that reason; "": one that is traced and answered."""
+        """Count a call that is left for a reason; of "", one that is traced and answered."""
         with self._counting:
             self._counts[why] = self._counts.get(why, 0) + 1
         return True
@@ -267,10 +266,10 @@ class _Replacement:
         enable_gqa: bool = False,
     ) -> Any:
         """Compute what torch's own function does, under `fastattn.torch.patch`."""
-        call = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        call = Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         patched = self._patched
         if torch.compiler.is_compiling():
-            seen = _attention.overridable(query, key, value, attn_mask)
+            seen = _sdpa.overridable(call)
             if torch.compiler.is_dynamo_compiling():
                 why = _foreign_type(*seen)
                 if (why and has_torch_function(seen)) or not _only_default_device():
@@ -281,15 +280,15 @@ class _Replacement:
             if why:
                 _refuse_garbage(call)
             self._count_traced(why)
-            return patched._call_found(call) if why else _attention.called_as_torch(*call)
+            return patched._call_found(call) if why else _sdpa.attended(call)
         if not patched._in_force:
             return patched._call_found(call)
         try:
-            out = _attention.quickly(*call)
+            out = _sdpa.fast_path(*call)
         except ERRORS as error:
             return patched._leave(call, f"{type(error).__name__}: {error}")
         if out is None:
-            seen = _attention.overridable(query, key, value, attn_mask)
+            seen = _sdpa.overridable(call)
             if has_torch_function(seen):
                 return patched._offer(seen, call)
             why = _foreign(*seen)
@@ -299,7 +298,7 @@ class _Replacement:
             if why:
                 return patched._leave(call, why)
             try:
-                out = _attention.called_as_torch(*call)
+                out = _sdpa.attended(call)
             except ERRORS as error:
                 return patched._leave(call, f"{type(error).__name__}: {error}")
         patched._answered += 1
@@ -312,14 +311,14 @@ def _only_default_device() -> bool:
 
 def _named(call: Call) -> dict[str, Any]:
     """Return what torch's function takes by name alone, without what says nothing."""
-    named = {"scale": call[6], "enable_gqa": call[7]}
+    named = {"scale": call.scale, "enable_gqa": call.enable_gqa}
     return {name: x for name, x in named.items() if x is not None and x is not False}
 
 
 def _foreign(*tensors: Any) -> str:
-    """Say what in torch must see its own operators, "" if nothing."""
+    """Return why torch must see its own operators, "" if it need not."""
     why = _foreign_type(*tensors)
-    return why or ("" if _attention.unobserved() else "a transform or mode is active")
+    return why or ("" if unobserved() else "a transform or mode is active")
 
 
 def _foreign_type(*tensors: Any) -> str:
@@ -330,7 +329,7 @@ def _foreign_type(*tensors: Any) -> str:
 
 
 def _reason(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> str:
-    """Say what ours cannot do with the tensors, or may not do, "" if nothing."""
+    """Return why ours cannot, or may not, answer for these tensors, "" if it can."""
     for x, dtypes in (
         (query, _tensors.FLOATS),
         (key, _tensors.FLOATS),
@@ -352,7 +351,7 @@ def _reason(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None 
 
 def _refuse_garbage(call: Call) -> None:
     """Refuse what torch's own kernel answers from memory that is not the tensors', or at random."""
-    query, key, value, *_, scale, _ = call
+    query, key, value, scale = call.query, call.key, call.value, call.scale
     for x in (query, key, value):
         if not isinstance(x, Tensor) or overridden(torch, type(x)) or x.is_nested:
             return

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors as NumPy arrays, and back, without a copy, by the rules of `_arrays.py`.
+"""What a drop-in needs to call the kernels with tensors: the door for the drop-ins beside this one.
 
-Of bfloat16, the bits are passed on, so that ml_dtypes is not needed.
+`fastattn.flash_attn` and `fastattn.transformers` import from this module, and from no other private
+one of `fastattn.torch`: tensors as NumPy arrays and back, without a copy, by the rules of
+`_arrays.py`; the seed of a call's dropout; the threads that a call runs in. Arrays of bfloat16 hold
+its bits, so that ml_dtypes is not needed.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
+from fastattn import _core
 from fastattn._arrays import (
     BFLOAT16_BITS,
     array_of_tensor,
@@ -28,10 +33,11 @@ ORDINARY = PLAIN | {type(None), int, float, list, tuple, np.ndarray}  # as argum
 CAUSAL_BIAS = ("torch.nn.attention.bias", "CausalBias")  # a module that takes seconds to import
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MASKS = (torch.bool, *FLOATS)
+MOST_SEEDS = 2**63 - 1  # torch's generator draws from no more
 
 
 def array_of(name: str, x: Tensor) -> NDArray[Any]:
-    """Return the array that a tensor's memory is, whatever gradients it requires.
+    """Return the array that shares a tensor's memory, whether or not the tensor requires grad.
 
     Raises
     ------
@@ -52,12 +58,12 @@ def array_of(name: str, x: Tensor) -> NDArray[Any]:
 
 
 def tensor_of(array: NDArray[Any]) -> Tensor:
-    """Return the tensor that an array's memory is."""
+    """Return the tensor that shares an array's memory."""
     return tensor_of_array(torch, array)
 
 
 def small_array_of(name: str, x: Any) -> Any:
-    """Return what is given as one number per batch element or head; float64 if it is bfloat16."""
+    """Return a tensor of numbers per head or sequence as an array, bfloat16 as float64."""
     if not isinstance(x, Tensor):
         return x
     array = array_of(name, x)
@@ -91,23 +97,44 @@ def check_class(name: str, x: Tensor) -> None:
 
 
 def is_causal_bias(x: Any) -> bool:
-    """Tell whether x is torch's own name for a causal mask: a tensor with nothing in its memory."""
+    """Tell whether x is torch's CausalBias, a tensor that stands for a mask and has no numbers."""
     return type(x) not in PLAIN and (type(x).__module__, type(x).__name__) == CAUSAL_BIAS
 
 
-def causal_offset(bias: Any) -> int:
-    """Return where the first query stands, by torch's rule."""
-    if bias.variant.name == "UPPER_LEFT":
-        return 0
-    return int(bias.seq_len_kv - bias.seq_len_q)
+def result_like(query: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor for the result: laid out like query, as torch's own function does."""
+    return torch.empty_like(query) if query.shape == shape else query.new_empty(shape)
 
 
-def causal_mask(bias: Any, is_causal: bool, device: torch.device) -> tuple[Tensor | None, bool]:
-    """Return the attn_mask and is_causal by which torch's function is told what a CausalBias is."""
-    if is_causal:
-        raise ValueError("attn_mask must not be a CausalBias together with is_causal=True")
-    offset = causal_offset(bias)
-    if offset == 0:
-        return None, True
-    every = torch.ones(bias.seq_len_q, bias.seq_len_kv, dtype=torch.bool, device=device)
-    return every.tril(offset), False
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of lse for a query of `dtype`, which is what the kernels compute in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def drawn_dropout(dropout_p: float) -> dict[str, Any]:
+    """Return the options of dropout, with a seed from torch's default generator where one counts.
+
+    Without dropout none is drawn.
+    """
+    seed: int | Tensor | None = None
+    if dropout_p > 0:
+        seed = torch.randint(MOST_SEEDS, (), device="cpu")
+        if not (torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0):
+            seed = int(seed)
+    return {"dropout_p": dropout_p, "seed": seed}
+
+
+class _PoolOfCaller:
+    """Calls inside a with statement run in the calling thread's own pool of threads.
+
+    torch's operators use that pool too: a second one would make them slow (cpp/parallel.h).
+    """
+
+    def __enter__(self) -> None:
+        _core.use_pool_of_caller(True)
+
+    def __exit__(self, *error: object) -> None:
+        _core.use_pool_of_caller(False)
+
+
+pool_of_caller = _PoolOfCaller()

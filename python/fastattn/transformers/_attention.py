@@ -14,7 +14,7 @@ from transformers.utils import output_capturing
 
 import fastattn
 import fastattn.torch
-from fastattn.torch._attention import drawn_seed
+from fastattn.torch._tensors import drawn_dropout
 from fastattn.transformers._mask import Pattern
 
 
@@ -76,10 +76,7 @@ def attention(
             is_causal = getattr(module, "is_causal", False)
         seen = {"is_causal": True, "query_offset": 0} if is_causal and query.shape[2] > 1 else {}
     seen.update(bias=position_bias, scale=scaling, softcap=softcap, sinks=s_aux)
-    if dropout > 0 and module.training:
-        dropped = {"dropout_p": dropout, "seed": drawn_seed(dropout)}
-    else:
-        dropped = {}
+    dropped = drawn_dropout(dropout) if dropout > 0 and module.training else {}
     out = fastattn.torch.attention(query, key, value, **seen, **dropped)
     weights = _weights(query, key, seen) if output_attentions or _collected() else None
     return out.transpose(1, 2).contiguous(), weights
@@ -91,7 +88,7 @@ def _refuse(
     s_aux: Tensor | None,
     others: dict[str, Any],
 ) -> None:
-    """Refuse what would change the result, and is not done here."""
+    """Refuse arguments that would change the result, and that are not supported."""
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor, not {type(attention_mask).__name__}")
     for name, what in (

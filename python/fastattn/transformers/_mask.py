@@ -251,7 +251,7 @@ def mask(
 def _keys_seen(
     attention_mask: Tensor | None, kv_offset: int, kv_length: int, needed: int
 ) -> dict[str, Any]:
-    """Return the keyword that says which keys are padding; none if only such from `needed` on."""
+    """Return the option that hides padding; none if all keys before `needed` are tokens."""
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is None:
         return {}
@@ -279,7 +279,7 @@ AND, WINDOW, WINDOW_BOTH_WAYS, CHUNKS = _codes(
 def _known(
     mask_function: Callable[..., Any], end: int
 ) -> tuple[bool, int | None, int | None] | None:
-    """Return is_causal and both sides of the window, if they are all that a function says.
+    """Return is_causal and the sides of the window that a function means; None if it means more.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 """The kernels, in Python: each module answers for one way to use the chip.
 
 `simt` is the one to read first: plain Numba, every argument, any dtype. `mma` and `wgmma` use the
-tensor cores of sm_80 and of sm_90a, `decode` cuts long keys into pieces for few queries. A factory
+tensor cores of sm_80 and of sm_90a, `decode` cuts long keys into splits for few queries. A factory
 in each returns a `Kernel`, specialised for a dtype and a head_dim, which `_build.py` compiles and
 `_driver.py` launches.
 """
@@ -13,10 +13,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+# What the kernels can do: `_choose.py` reads it here, without importing Numba.
+LEAST_CAPABILITY = (7, 5)  # Turing: CUDA 13 writes code for nothing older
+TENSOR_CORES = (8, 0)  # Ampere: mma.sync of bfloat16, asynchronous copies
+HOPPER = (9, 0)  # TMA and wgmma
+MMA_HEAD_DIMS = (64, 96, 128, 256)  # of `decode` too
+MMA_GRADIENT_HEAD_DIMS = (64, 128)
+WGMMA_HEAD_DIMS = (64, 128)  # and of its gradients
 # The tensor-core kernels count positions in 32 bits: their sums with a side of a window must fit.
 MOST_LENGTH = 2**28  # of queries, and of keys
 MOST_OFFSET = 2**29
-UNLIMITED = 2**30  # a side of a window that no position reaches
+WIDEST = 2**30  # a side of a window that no position reaches
+BOX_COLUMNS = 64  # of a tensor map's box: 128 bytes, which TMA swizzles
+PADDING = 128  # what gradients read of each row is there for a multiple of so many
+
+
+def padded(q_len: int) -> int:
+    """Return how many rows delta and lse2 have, which `simt_backward.prepare` makes."""
+    return -(-q_len // PADDING) * PADDING
 
 
 @dataclass(frozen=True)
@@ -30,4 +44,4 @@ class Kernel:
     shared_bytes: int = 0  # of dynamic shared memory
     blocks_per_sm: int = 1  # that registers must leave room for
     tensor_maps: tuple[int, ...] = ()  # which arguments are tensor maps, passed by value
-    needs: tuple[int, int] = (7, 5)  # the least compute capability
+    needs: tuple[int, int] = LEAST_CAPABILITY

@@ -4,7 +4,7 @@
 `copy` makes an array whose rows are aligned of one whose rows are not, and the other way round;
 `convert` makes int64 of integers; `write` puts numbers that the host has into device memory. These
 travel as arguments of the launch, so that the host need not wait and a graph may capture it.
-Called by `_forward.py` and `_backward.py`.
+Called by `_launch.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numba import cuda
 from numba.cuda import types
 
 from fastattn.cuda.kernels import Kernel
+from fastattn.cuda.kernels.elements import accumulator, array, element
 
 THREADS = 128
 NUMBERS = 32  # that one launch of `write` takes
@@ -50,12 +51,9 @@ def add(target_dtype: str, source_dtype: str) -> Kernel:
 
     Its grid has `blocks` for the elements of target, of two axes.
     """
-    from fastattn.cuda.kernels.simt import accumulator, element
-
     number = accumulator(source_dtype)
     zero = number(0)
-    target_element, source_element = element(target_dtype), element(source_dtype)
-    narrow, widen = target_element.narrow, source_element.widen
+    narrow, widen = element(target_dtype).narrow, element(source_dtype).widen
 
     def add_up(target, source):
         i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
@@ -69,10 +67,7 @@ def add(target_dtype: str, source_dtype: str) -> Kernel:
     return Kernel(
         f"fastattn_add_{target_dtype}_{source_dtype}",
         add_up,
-        (
-            types.Array(target_element.stored, 2, "A"),
-            types.Array(source_element.stored, 3, "A"),
-        ),
+        (array(target_dtype, 2), array(source_dtype, 3)),
         THREADS,
     )
 

@@ -36,7 +36,7 @@ import numpy as np
 from numba import cuda
 
 from fastattn.cuda import ptx
-from fastattn.cuda.kernels import MOST_OFFSET, Kernel
+from fastattn.cuda.kernels import MOST_OFFSET, TENSOR_CORES, Kernel
 from fastattn.cuda.kernels.rows import (
     LN2,
     LOWEST,
@@ -189,7 +189,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
     multiply, pair = ptx.multiply[dtype], ptx.pack[dtype]
     s_do, o_do = scores(row_tiles, 2), sums(row_tiles, head_dim // 8)
     mask, softcap, softmax, scale_sums = s_do.mask, s_do.softcap, s_do.softmax, o_do.multiply
-    # A group of copies for each tile of keys and each of values: all but the oldest may be away.
+    # One commit for each tile of keys and each of values: all but the oldest may be away.
     wait_oldest, wait_all = ptx.wait_copies[2 * stages - 1], ptx.wait_copies[0]
 
     @device_function
@@ -199,7 +199,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
 
     @device_function
     def copy_tile(target, source, stride, key, first, end):
-        """Copy this lane's part of rows key, key + copy_rows, ...
+        """Copy this lane's columns of rows key, key + copy_rows, ...
 
         Instead of those before first and from end on, which no row of the block sees, the nearest
         that one does: what is hidden may be NaN, and 0 * NaN would be seen.
@@ -209,11 +209,11 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
             copy_row(target + i32(i * copy_rows * row_bytes), source + i64(row) * stride * i64(2))
 
     @device_function
-    def place(row, head, q_len, group, splits, part):
+    def place(row, head, q_len, group, splits, own_split):
         """Return where the partial result of a row is, `head` being the first of its group."""
         query_number = quotient(row, group)
         own_head = head + i64(row - query_number * group)
-        return (own_head * i64(q_len) + i64(query_number)) * i64(splits) + i64(part)
+        return (own_head * i64(q_len) + i64(query_number)) * i64(splits) + i64(own_split)
 
     def attend(
         query, key, value, partial_out, partial_lse, flags, lengths, offsets,
@@ -236,7 +236,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
         row_begin = (block - number * row_blocks) * i32(rows_at_once)
         row_end = minimum(row_begin + i32(rows_at_once), rows)
         block = quotient(number, splits)
-        part = number - block * splits
+        own_split = number - block * splits
         batch = quotient(block, kv_heads)
         kv_head = block - batch * kv_heads
         head = i64(batch) * i64(heads) + i64(kv_head * group)
@@ -245,10 +245,10 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
         first_query = quotient(row_begin, group)
         last_query = quotient(row_end - i32(1), group)
         # Keys of this split that some row may see.
-        first = maximum(first_key(first_query, offset, left), part * i32(SPLIT))
-        end = minimum(end_key(last_query, offset, right, length), (part + i32(1)) * i32(SPLIT))
+        first = maximum(first_key(first_query, offset, left), own_split * i32(SPLIT))
+        end = minimum(end_key(last_query, offset, right, length), (own_split + i32(1)) * i32(SPLIT))
 
-        if flags != i64(0) and both(part == i32(0), row_begin == i32(0)):
+        if flags != i64(0) and both(own_split == i32(0), row_begin == i32(0)):
             # Here, so that `combine`, a block per row, need only set them.
             flag_tiles = quotient(q_len + i32(FLAG_ROWS - 1), i32(FLAG_ROWS))
             flag = flags + head * i64(flag_tiles) * i64(4)
@@ -259,7 +259,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
                 at += i32(THREADS)
         if first >= end:
             row = minimum(row_begin + thread, row_end - i32(1))
-            at = place(row, head, q_len, group, splits, part)
+            at = place(row, head, q_len, group, splits, own_split)
             writes = row_begin + thread < row_end
             store_float32_if(writes, partial_lse + at * i64(4), f32(LOWEST))
             return
@@ -304,7 +304,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
         probs = cuda.local.array(probs_count, dtype=np.int32)
         highest = cuda.local.array(row_count, dtype=np.float32)
         total = cuda.local.array(row_count, dtype=np.float32)
-        shrink = cuda.local.array(row_count, dtype=np.float32)
+        rescale = cuda.local.array(row_count, dtype=np.float32)
         row_first = cuda.local.array(row_count, dtype=np.int32)
         row_last = cuda.local.array(row_count, dtype=np.int32)
         for i in range(sum_count):
@@ -347,8 +347,8 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
             if softcapped:
                 softcap(s, cap_factor)
             mask(s, row_first, row_last, start + own_column)
-            softmax(s, highest, total, shrink, scale)
-            scale_sums(acc, shrink)
+            softmax(s, highest, total, rescale, scale)
+            scale_sums(acc, rescale)
 
             wait_oldest()
             sync_warp()  # the values are here
@@ -415,7 +415,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
                     result[e] = result[e] * inverse
                 writes = row_begin + row < row_end
                 row = minimum(row_begin + row, row_end - i32(1))
-                at = place(row, head, q_len, group, splits, part)
+                at = place(row, head, q_len, group, splits, own_split)
                 out_to = partial_out + (at * i64(head_dim) + i64(quad << i32(2))) * i64(4)
                 store_float32_4_if(writes, out_to, result, 0)
                 logarithm = (level + lg2(whole)) * f32(LN2)
@@ -432,7 +432,7 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
         threads=THREADS,
         shared_bytes=query_at + rows_at_once * row_bytes,
         blocks_per_sm=3 if row_tiles == 1 and head_dim <= 128 else 2,
-        needs=(8, 0),
+        needs=TENSOR_CORES,
     )
 
 
@@ -491,12 +491,12 @@ def combine(dtype: str, head_dim: int) -> Kernel:
         out_from = partial_out + (i64(number) * i64(splits) * i64(head_dim) + i64(lane)) * i64(4)
 
         top = f32(LOWEST)
-        part = i32(0)
-        while part < splits:
-            own = part + lane
+        begin = i32(0)
+        while begin < splits:
+            own = begin + lane
             found = load_float32_if(own < splits, lse_from + i64(own) * i64(4), f32(LOWEST))
             top = maximum(top, found)
-            part += i32(32)
+            begin += i32(32)
         for i in range(5):
             top = maximum(top, exchange(top, 1 << i))
         level = select(top == f32(LOWEST), f32(0), top)
@@ -507,10 +507,10 @@ def combine(dtype: str, head_dim: int) -> Kernel:
         for j in range(columns):
             acc[j] = f32(0)
         whole = f32(0)
-        part = warp
-        while part < splits:
+        begin = warp
+        while begin < splits:
             for i in range(ahead):
-                own = part + i32(i * WARPS)
+                own = begin + i32(i * WARPS)
                 found = load_float32_if(own < splits, lse_from + i64(own) * i64(4), f32(LOWEST))
                 weights[i] = ex2((found - level) * f32(1 / LN2))
                 at = out_from + i64(own) * i64(head_dim * 4)
@@ -522,7 +522,7 @@ def combine(dtype: str, head_dim: int) -> Kernel:
                 whole += weights[i]
                 for j in range(columns):
                     acc[j] += weights[i] * terms[i * columns + j]
-            part += i32(ahead * WARPS)
+            begin += i32(ahead * WARPS)
         sum_to = shared + warp * i32(warp_bytes) + (lane << i32(2))
         for j in range(columns):
             store_shared_float32(sum_to + i32(j * 128), acc[j])
@@ -560,5 +560,5 @@ def combine(dtype: str, head_dim: int) -> Kernel:
         signature=COMBINE_SIGNATURE,
         threads=THREADS,
         shared_bytes=WARPS * warp_bytes,
-        needs=(8, 0),
+        needs=TENSOR_CORES,
     )

@@ -21,7 +21,7 @@ import numpy as np
 from numba import cuda
 
 from fastattn.cuda import ptx
-from fastattn.cuda.kernels import MOST_OFFSET, Kernel
+from fastattn.cuda.kernels import MOST_OFFSET, TENSOR_CORES, Kernel
 from fastattn.cuda.kernels.rows import (
     LN2,
     LOWEST,
@@ -227,7 +227,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         other = cuda.local.array(4, dtype=np.int32)
         highest = cuda.local.array(row_count, dtype=np.float32)
         total = cuda.local.array(row_count, dtype=np.float32)
-        shrink = cuda.local.array(row_count, dtype=np.float32)
+        rescale = cuda.local.array(row_count, dtype=np.float32)
         first = cuda.local.array(row_count, dtype=np.int32)
         last = cuda.local.array(row_count, dtype=np.int32)
         for i in range(o_count):
@@ -274,8 +274,8 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                         first[m * 2 + h] = first_key(row, offset, left)
                         last[m * 2 + h] = end_key(row, offset, right, length)
                 mask(s, first, last, start + own_column)
-            softmax(s, highest, total, shrink, scale)
-            scale_sums(acc, shrink)
+            softmax(s, highest, total, rescale, scale)
+            scale_sums(acc, rescale)
 
             wait_all_but_one()  # the values are here
             cuda.syncthreads()
@@ -309,12 +309,12 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                 at = m * 2 + h
                 whole = row_sum(total[at])
                 empty = whole == f32(0)
-                shrink[at] = select(empty, f32(0), rcp(whole))
+                rescale[at] = select(empty, f32(0), rcp(whole))
                 row = own_row + i32(m * 16 + h * 8)
                 logarithm = (product(highest[at], scale) + lg2(whole)) * f32(LN2)
                 writes = both(row < q_len, own_column == i32(0))
                 store_float32_if(writes, lse_from + i64(row) * i64(4), logarithm)
-        scale_sums(acc, shrink)
+        scale_sums(acc, rescale)
         for m in range(row_tiles):
             for h in range(2):
                 row = own_row + i32(m * 16 + h * 8)
@@ -339,5 +339,5 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         signature=SIGNATURE,
         threads=threads,
         shared_bytes=v_at + 2 * k_bytes,
-        needs=(8, 0),
+        needs=TENSOR_CORES,
     )

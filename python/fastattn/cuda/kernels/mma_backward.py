@@ -31,7 +31,7 @@ import numpy as np
 from numba import cuda
 
 from fastattn.cuda import ptx
-from fastattn.cuda.kernels import MOST_OFFSET, Kernel
+from fastattn.cuda.kernels import MOST_OFFSET, PADDING, TENSOR_CORES, Kernel
 from fastattn.cuda.kernels.rows import (
     device_function,
     end_key,
@@ -64,7 +64,7 @@ from fastattn.cuda.ptx import (
     store_int32_if,
 )
 
-ROWS = 128  # of a block; the rows of lse2 and delta are padded to as many
+ROWS = PADDING  # of a block
 WARPS = ROWS // 16
 THREADS = WARPS * 32
 # Rows of a tile in shared memory, by head_dim: as many as registers have room for scores of.
@@ -391,7 +391,7 @@ def dkdv(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         signature=DKDV_SIGNATURE,
         threads=THREADS,
         shared_bytes=2 * max(own_bytes, stage_bytes),
-        needs=(8, 0),
+        needs=TENSOR_CORES,
     )
 
 
@@ -535,5 +535,5 @@ def dq(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         signature=DQ_SIGNATURE,
         threads=THREADS,
         shared_bytes=2 * max(own_bytes, stage_bytes),
-        needs=(8, 0),
+        needs=TENSOR_CORES,
     )

@@ -68,9 +68,9 @@ def scores(row_tiles: int, tiles: int) -> SimpleNamespace:
         Hide what is not within first[r] <= column of the element < end[r], r = m * 2 + h.
     softcap(s, factor)
         Replace s by tanh(s * scale / softcap), factor being 2 * log2(e) * scale / softcap.
-    softmax(s, highest, total, shrink, scale)
-        Replace s by 2 ** (s * scale - highest * scale) for a running maximum, of s, and sum; shrink
-        becomes what earlier sums must be multiplied by. scale > 0.
+    softmax(s, highest, total, rescale, scale)
+        Replace s by 2 ** (s * scale - highest * scale) for a running maximum, of s, and sum;
+        rescale becomes what earlier sums must be multiplied by. scale > 0.
     """
 
     @device_function
@@ -99,7 +99,7 @@ def scores(row_tiles: int, tiles: int) -> SimpleNamespace:
             s[i] = select(y < f32(0.1), series, far)
 
     @device_function
-    def softmax(s, highest, total, shrink, scale):
+    def softmax(s, highest, total, rescale, scale):
         for m in range(row_tiles):
             for h in range(2):
                 top = highest[m * 2 + h]
@@ -112,14 +112,14 @@ def scores(row_tiles: int, tiles: int) -> SimpleNamespace:
                 top = maximum(top, exchange(top, 2))
                 highest[m * 2 + h] = top
                 after = select(top == f32(LOWEST), f32(0), product(top, scale))
-                shrink[m * 2 + h] = ex2(before - after)
+                rescale[m * 2 + h] = ex2(before - after)
                 tile_total = f32(0)
                 for j in range(tiles):
                     for e in range(2):
                         at = (m * tiles + j) * 4 + h * 2 + e
                         s[at] = ex2(s[at] * scale - after)
                         tile_total += s[at]
-                total[m * 2 + h] = total[m * 2 + h] * shrink[m * 2 + h] + tile_total
+                total[m * 2 + h] = total[m * 2 + h] * rescale[m * 2 + h] + tile_total
 
     return SimpleNamespace(mask=mask, softcap=softcap, softmax=softmax)
 

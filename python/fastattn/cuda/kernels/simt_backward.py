@@ -24,43 +24,38 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import namedtuple
 from typing import Any
 
 import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from fastattn.cuda.kernels import Kernel
-from fastattn.cuda.kernels.simt import (
+from fastattn.cuda.kernels import Kernel, padded
+from fastattn.cuda.kernels.elements import accumulator, array, device, element, integers
+from fastattn.cuda.kernels.simt_tiles import (
     ACROSS,
     DOWN,
     EACH,
-    FARTHEST,
     KEYS,
     PITCH,
     ROWS,
     SLICE,
     THREADS,
     Given,
-    accumulator,
-    array,
     bucket,
-    device,
-    element,
     finiteness,
-    integers,
     is_flagged,
     keys_of_row,
     loader,
     multiply,
-    one_within,
     random_words,
     rows_of,
     scoring,
     symbol,
+    window_of,
 )
 
-PADDING = 128  # delta and lse2 have a multiple of this many rows
 PREPARED_ROWS = 32  # of a block of `prepare`
 LANES = SLICE  # threads of `prepare` that share a row
 
@@ -70,10 +65,11 @@ UNSEEN, DROPPED, KEPT = 0, 1, 2
 # With grad_lse, a sink counts as at most this much above lse; see `prepare`.
 HIGHEST_SINK = 64 * math.log(2)
 
-
-def padded(q_len: int) -> int:
-    """Return how many rows delta and lse2 have."""
-    return -(-q_len // PADDING) * PADDING
+# What the kernels read: arrays of all heads, or of one.
+Inputs = namedtuple("Inputs", "query key value grad_out delta lse2")
+Work = namedtuple("Work", "states probs dscores")  # of a thread's pairs
+Tiles = namedtuple("Tiles", "queries keys")  # slices, in shared memory
+Place = namedtuple("Place", "batch head first start window")  # of a tile: its first row and key
 
 
 # --- What each row needs -------------------------------------------------------------------------
@@ -122,7 +118,7 @@ def prepare(
     widen_sink = None if sinks is None else element(sinks).widen
 
     def prepare_rows(delta, lse2, sink_terms, out, grad_out, lse, grad_lse, sinks):
-        parts = cuda.shared.array((PREPARED_ROWS, PITCH), float_dtype)
+        partials = cuda.shared.array((PREPARED_ROWS, PITCH), float_dtype)
         heads, q_len, columns = out.shape[1], out.shape[2], out.shape[3]
         blocks = delta.shape[2] // PREPARED_ROWS
         block = cuda.blockIdx.x
@@ -132,12 +128,12 @@ def prepare(
         thread = cuda.threadIdx.x
         lane = thread % LANES
         for r in range(thread // LANES, PREPARED_ROWS, THREADS // LANES):
-            part = zero
+            partial = zero
             if first + r < q_len:
                 for column in range(lane, columns, LANES):
                     x = number(widen(grad_out[batch, head, first + r, column]))
-                    part += x * number(widen(out[batch, head, first + r, column]))
-            parts[r, lane] = part
+                    partial += x * number(widen(out[batch, head, first + r, column]))
+            partials[r, lane] = partial
         cuda.syncthreads()
         if thread >= PREPARED_ROWS:
             return
@@ -149,7 +145,7 @@ def prepare(
             if row_lse != -infinite:
                 dot = zero
                 for n in range(LANES):
-                    dot += parts[thread, n]
+                    dot += partials[thread, n]
                 row_delta = dot
                 share = one  # of the probability that is the keys', inverted
                 if sinks is not None:
@@ -214,19 +210,19 @@ def sinks_gradient(query_dtype: str, sinks: str) -> Kernel:
     stored = np.float64 if sinks == "float64" else np.float32
 
     def add_terms(dsinks, sink_terms):
-        parts = cuda.shared.array(THREADS, float_dtype)
+        partials = cuda.shared.array(THREADS, float_dtype)
         head = cuda.blockIdx.x
         thread = cuda.threadIdx.x
-        part = zero
+        partial = zero
         for batch in range(sink_terms.shape[0]):
             for row in range(thread, sink_terms.shape[2], THREADS):
-                part += sink_terms[batch, head, row]
-        parts[thread] = part
+                partial += sink_terms[batch, head, row]
+        partials[thread] = partial
         cuda.syncthreads()
         if thread == 0:
             total = zero
             for n in range(THREADS):
-                total += parts[n]
+                total += partials[n]
             dsinks[head] = narrow(stored(total))
 
     return Kernel(
@@ -240,11 +236,24 @@ def sinks_gradient(query_dtype: str, sinks: str) -> Kernel:
 # --- The gradients of the scores of a tile -------------------------------------------------------
 
 
-def _types_read(given: Given) -> tuple[Any, ...]:
-    """Return Numba's types of query, key, value, grad_out, delta, lse2, mask, ..., first_batch."""
+def _inputs(given: Given) -> Any:
+    """Return Numba's type of `Inputs`."""
     numbers = types.Array(accumulator(given.query), 3, "A")
     query, key = array(given.query, 4), array(given.key, 4)
-    return (query, key, key, query, numbers, numbers, *given.types)
+    return types.NamedTuple(Inputs(query, key, key, query, numbers, numbers), Inputs)
+
+
+@device
+def of_head(inputs, batch, head, kv_head):
+    """Return the inputs of a head."""
+    return Inputs(
+        inputs.query[batch, head],
+        inputs.key[batch, kv_head],
+        inputs.value[batch, kv_head],
+        inputs.grad_out[batch, head],
+        inputs.delta[batch, head],
+        inputs.lse2[batch, head],
+    )
 
 
 @functools.cache
@@ -255,112 +264,83 @@ def _tile_gradients(given: Given, to_bias: bool) -> Any:
     """
     number = accumulator(given.query)
     zero, one, log2e = number(0), number(1), number(math.log2(math.e))
-    has_mask, has_dropout = given.has_mask, given.dropout
+    hides_pairs, has_softcap, has_dropout = given.hides_pairs, given.softcap, given.dropout
     load_query, load_key = loader(given.query, given.query), loader(given.key, given.query)
     is_hidden, with_added = scoring(given)
 
     @device
-    def tile_gradients(
-        states,
-        probs,
-        dscores,
-        queries,
-        keys,
-        q,
-        k,
-        v,
-        do,
-        delta,
-        lse2,
-        mask,
-        bias,
-        alibi_slopes,
-        batch,
-        head,
-        first,
-        start,
-        length,
-        offset,
-        left,
-        right,
-        scale,
-        softcap,
-        dropped,
-        seed_low,
-        seed_high,
-        kept_scale,
-        first_batch,
-    ):
-        """Fill states, probs (as value's gradient needs them) and dscores.
+    def tile_gradients(work, tiles, inputs, call, place):
+        """Fill the work for a tile: probs as value's gradient needs them. The inputs are of a head.
 
-        Return False if no thread of the block has a pair that is seen; then they are not filled.
+        Return False if no thread of the block has a pair that is seen; then it is not filled.
         """
+        states, probs, dscores = work
+        queries, keys = tiles
+        batch, head, first, start, window = place
+        query, key, value, grad_out = inputs.query, inputs.key, inputs.value, inputs.grad_out
         thread = cuda.threadIdx.x
         rows_each = queries.shape[0] // DOWN
         row0, key0 = thread // ACROSS * rows_each, thread % ACROSS * EACH
         any_seen = 0
         for i in range(rows_each):
             row = first + row0 + i
-            low, high = keys_of_row(row, offset, left, right, length)
-            words = random_words(
-                (start + key0) // EACH, row + offset, head, batch + first_batch, seed_low, seed_high
-            )
+            low, high = keys_of_row(row, window)
+            position = row + window.offset
+            words = random_words(call, batch, head, position, (start + key0) // EACH)
             for j in range(EACH):
-                key = start + key0 + j
+                key_index = start + key0 + j
                 state = UNSEEN
                 if (
-                    row < q.shape[0]
-                    and low <= key
-                    and key < high
-                    and not is_hidden(mask, bias, batch, head, row, key)
+                    row < query.shape[0]
+                    and low <= key_index
+                    and key_index < high
+                    and not is_hidden(call, batch, head, row, key_index)
                 ):
                     state = KEPT
-                    if has_dropout and words[j] < dropped:
+                    if has_dropout and words[j] < call.dropped:
                         state = DROPPED
                 states[i * EACH + j] = state
                 any_seen |= state
-        if has_mask and cuda.syncthreads_or(types.int32(any_seen)) == 0:
+        if hides_pairs and cuda.syncthreads_or(types.int32(any_seen)) == 0:
             return False
 
         # dscores is grad_out . value until it becomes what its name says.
         for n in range(rows_each * EACH):
             probs[n] = zero
             dscores[n] = zero
-        for column in range(0, q.shape[1], SLICE):
+        for column in range(0, query.shape[1], SLICE):
             cuda.syncthreads()
-            load_query(queries, q, first, column, thread)
-            load_key(keys, k, start, column, thread)
+            load_query(queries, query, first, column, thread)
+            load_key(keys, key, start, column, thread)
             cuda.syncthreads()
-            multiply(probs, queries, keys, row0, key0, min(SLICE, q.shape[1] - column))
-        for column in range(0, v.shape[1], SLICE):
+            multiply(probs, queries, keys, row0, key0, min(SLICE, query.shape[1] - column))
+        for column in range(0, value.shape[1], SLICE):
             cuda.syncthreads()
-            load_query(queries, do, first, column, thread)
-            load_key(keys, v, start, column, thread)
+            load_query(queries, grad_out, first, column, thread)
+            load_key(keys, value, start, column, thread)
             cuda.syncthreads()
-            multiply(dscores, queries, keys, row0, key0, min(SLICE, v.shape[1] - column))
+            multiply(dscores, queries, keys, row0, key0, min(SLICE, value.shape[1] - column))
 
         for i in range(rows_each):
             row = first + row0 + i
             for j in range(EACH):
                 n = i * EACH + j
                 if states[n] != UNSEEN:
-                    score = probs[n] * scale
+                    score = probs[n] * call.scale
                     slope = one
-                    if softcap is not None:
-                        tanh = number(math.tanh(score / softcap))
-                        score = softcap * tanh
+                    if has_softcap:
+                        tanh = number(math.tanh(score / call.softcap))
+                        score = call.softcap * tanh
                         slope = one - tanh * tanh
-                    key = start + key0 + j
-                    score = with_added(
-                        score, mask, bias, alibi_slopes, batch, head, row, key, row + offset
-                    )
-                    prob = number(math.exp2(score * log2e - lse2[batch, head, row]))
-                    dprob = dscores[n] * kept_scale
+                    key_index, position = start + key0 + j, row + window.offset
+                    score = with_added(score, call, batch, head, row, key_index, position)
+                    prob = number(math.exp2(score * log2e - inputs.lse2[row]))
+                    dprob = dscores[n] * call.kept_scale
                     if states[n] == DROPPED:
                         dprob = zero
-                    dscore = prob * (dprob - delta[batch, head, row])
+                    dscore = prob * (dprob - inputs.delta[row])
                     dscores[n] = dscore if to_bias else dscore * slope
-                    probs[n] = prob * kept_scale
+                    probs[n] = prob * call.kept_scale
         return True
 
     return tile_gradients
@@ -386,12 +366,11 @@ def query_gradient(given: Given, head_dim: int, *, flags: bool = False) -> Kerne
     Kernel
         For a grid of `simt.forward_blocks`. Its arguments::
 
-            dq                            (batch, heads, q_len, head_dim), written
-            flags, rows_per_flag          as in `simt.forward`
-            query, key, value, grad_out   as in `simt.forward`; grad_out like out
-            delta, lse2                   as `prepare` wrote them
-
-        and those of `Given.types`.
+            dq                       (batch, heads, q_len, head_dim), written
+            flags, rows_per_flag     as in `simt.forward`
+            inputs                   `Inputs`: query, key and value as in `simt.forward`, grad_out
+                                     like out, delta and lse2 as `prepare` wrote them
+            call                     `Call`
     """
     return _query_gradient(given, bucket(head_dim), flags)
 
@@ -410,45 +389,21 @@ def _query_gradient(given: Given, columns: int, has_flags: bool) -> Kernel:
     is_part_finite = finiteness(given.query)
     tile_gradients = _tile_gradients(given, False)
 
-    def add_keys(
-        dq,
-        flags,
-        rows_per_flag,
-        query,
-        key,
-        value,
-        grad_out,
-        delta,
-        lse2,
-        mask,
-        bias,
-        alibi_slopes,
-        lengths,
-        offsets,
-        length,
-        offset,
-        left,
-        right,
-        scale,
-        softcap,
-        dropped,
-        seed_low,
-        seed_high,
-        kept_scale,
-        first_batch,
-    ):
-        queries = cuda.shared.array((rows, PITCH), float_dtype)
-        keys = cuda.shared.array((KEYS, PITCH), float_dtype)
+    def add_keys(dq, flags, rows_per_flag, inputs, call):
+        tiles = Tiles(
+            cuda.shared.array((rows, PITCH), float_dtype),
+            cuda.shared.array((KEYS, PITCH), float_dtype),
+        )
         tile_dscores = cuda.shared.array((rows, KEYS), float_dtype)
         tile_states = cuda.shared.array((rows, KEYS), np.uint8)
         stale = cuda.shared.array((rows, ACROSS), np.uint8)
 
-        batches, heads, q_len = query.shape[0], query.shape[1], query.shape[2]
-        tiles = (q_len + rows - 1) // rows
+        batches, heads, q_len, head_dim = inputs.query.shape
+        row_tiles = (q_len + rows - 1) // rows
         block = cuda.blockIdx.x
         head = block % heads
         batch = block // heads % batches
-        first = (tiles - 1 - block // (heads * batches)) * rows
+        first = (row_tiles - 1 - block // (heads * batches)) * rows
         end = min(first + rows, q_len)
         thread = cuda.threadIdx.x
         lane = thread % ACROSS
@@ -456,60 +411,30 @@ def _query_gradient(given: Given, columns: int, has_flags: bool) -> Kernel:
         if flags is not None and not is_flagged(flags[batch, head], rows_per_flag, first, end):
             return
 
-        kv_head = head // (heads // key.shape[1])
-        q, do = query[batch, head], grad_out[batch, head]
-        k, v = key[batch, kv_head], value[batch, kv_head]
-        length = one_within(lengths, length, batch, 0, key.shape[2])
-        offset = one_within(offsets, offset, batch, -FARTHEST, FARTHEST)
-        first_key = keys_of_row(first, offset, left, right, length)[0]
-        end_key = keys_of_row(end - 1, offset, left, right, length)[1]
+        own = of_head(inputs, batch, head, head // (heads // inputs.key.shape[1]))
+        window = window_of(call, batch, inputs.key.shape[2])
+        first_key = keys_of_row(first, window)[0]
+        end_key = keys_of_row(end - 1, window)[1]
 
-        states = cuda.local.array(scores_each, np.int32)
-        probs = cuda.local.array(scores_each, float_dtype)
-        dscores = cuda.local.array(scores_each, float_dtype)
+        work = Work(
+            cuda.local.array(scores_each, np.int32),
+            cuda.local.array(scores_each, float_dtype),
+            cuda.local.array(scores_each, float_dtype),
+        )
         tile_sums = cuda.local.array(scores_each, float_dtype)
         sums = cuda.local.array(sums_each, float_dtype)
         for n in range(sums_each):
             sums[n] = zero
         for start in range(first_key // KEYS * KEYS, end_key, KEYS):
-            if tile_gradients(
-                states,
-                probs,
-                dscores,
-                queries,
-                keys,
-                q,
-                k,
-                v,
-                do,
-                delta,
-                lse2,
-                mask,
-                bias,
-                alibi_slopes,
-                batch,
-                head,
-                first,
-                start,
-                length,
-                offset,
-                left,
-                right,
-                scale,
-                softcap,
-                dropped,
-                seed_low,
-                seed_high,
-                kept_scale,
-                first_batch,
-            ):
+            place = Place(batch, head, first, start, window)
+            if tile_gradients(work, tiles, own, call, place):
                 for n in range(scores_each):
-                    tile_dscores[row0 + n // EACH, key0 + n % EACH] = dscores[n]
-                    tile_states[row0 + n // EACH, key0 + n % EACH] = states[n]
+                    tile_dscores[row0 + n // EACH, key0 + n % EACH] = work.dscores[n]
+                    tile_states[row0 + n // EACH, key0 + n % EACH] = work.states[n]
                 for chunk in range(chunks):
-                    if chunk * SLICE < k.shape[1]:
+                    if chunk * SLICE < head_dim:
                         cuda.syncthreads()
-                        load_key(keys, k, start, chunk * SLICE, thread)
+                        load_key(tiles.keys, own.key, start, chunk * SLICE, thread)
                         cuda.syncthreads()
                         for n in range(scores_each):
                             tile_sums[n] = zero
@@ -518,7 +443,7 @@ def _query_gradient(given: Given, columns: int, has_flags: bool) -> Kernel:
                                 if tile_states[row0 + i, key_index] != UNSEEN:
                                     dscore = tile_dscores[row0 + i, key_index]
                                     for c in range(EACH):
-                                        product = dscore * keys[key_index, key0 + c]
+                                        product = dscore * tiles.keys[key_index, key0 + c]
                                         tile_sums[i * EACH + c] += product
                         for n in range(scores_each):
                             sums[chunk * scores_each + n] += tile_sums[n]
@@ -534,16 +459,16 @@ def _query_gradient(given: Given, columns: int, has_flags: bool) -> Kernel:
             row = first + row0 + i
             wanted = row < q_len
             if flags is not None:
-                parts = 0
+                any_stale = 0
                 for n in range(ACROSS):
-                    parts |= stale[row0 + i, n]
-                wanted = wanted and parts != 0
+                    any_stale |= stale[row0 + i, n]
+                wanted = wanted and any_stale != 0
             if wanted:
                 for chunk in range(chunks):
                     for c in range(EACH):
                         column = chunk * SLICE + key0 + c
-                        if column < q.shape[1]:
-                            total = sums[chunk * scores_each + i * EACH + c] * scale
+                        if column < head_dim:
+                            total = sums[chunk * scores_each + i * EACH + c] * call.scale
                             dq[batch, head, row, column] = narrow(total)
 
     return Kernel(
@@ -553,7 +478,8 @@ def _query_gradient(given: Given, columns: int, has_flags: bool) -> Kernel:
             array(given.query, 4),
             integers(has_flags, 3, types.int32),
             types.int64,
-            *_types_read(given),
+            _inputs(given),
+            given.call,
         ),
         threads=THREADS,
     )
@@ -585,8 +511,8 @@ def key_value_gradients(
             flags                 int32 (batch, kv_heads, tiles of rows_per_flag keys)
             rows_per_flag         int64
 
-        and the rest of those of `query_gradient`. With flags, a row of dk and one of dv are stored
-        each if they are not finite.
+        and the inputs and call of `query_gradient`. With flags, a row of dk, and one of dv, is
+        stored if it is not finite.
     """
     return _key_value_gradients(given, bucket(head_dim), bucket(value_head_dim), flags)
 
@@ -624,43 +550,19 @@ def _key_value_gradients(given: Given, columns: int, value_columns: int, has_fla
                     for c in range(EACH):
                         tile_sums[i * EACH + c] += factor * row_slice[r, column0 + c]
 
-    def add_queries(
-        dk,
-        dv,
-        flags,
-        rows_per_flag,
-        query,
-        key,
-        value,
-        grad_out,
-        delta,
-        lse2,
-        mask,
-        bias,
-        alibi_slopes,
-        lengths,
-        offsets,
-        length,
-        offset,
-        left,
-        right,
-        scale,
-        softcap,
-        dropped,
-        seed_low,
-        seed_high,
-        kept_scale,
-        first_batch,
-    ):
-        queries = cuda.shared.array((rows, PITCH), float_dtype)
-        keys = cuda.shared.array((KEYS, PITCH), float_dtype)
+    def add_queries(dk, dv, flags, rows_per_flag, inputs, call):
+        tiles = Tiles(
+            cuda.shared.array((rows, PITCH), float_dtype),
+            cuda.shared.array((KEYS, PITCH), float_dtype),
+        )
         tile_probs = cuda.shared.array((rows, KEYS), float_dtype)
         tile_dscores = cuda.shared.array((rows, KEYS), float_dtype)
         tile_states = cuda.shared.array((rows, KEYS), np.uint8)
         stale = cuda.shared.array((2, KEYS, ACROSS), np.uint8)  # of dk and of dv
 
-        batches, kv_heads, kv_len = key.shape[0], key.shape[1], key.shape[2]
-        q_len, group = query.shape[2], query.shape[1] // kv_heads
+        batches, kv_heads, kv_len, head_dim = inputs.key.shape
+        q_len, value_head_dim = inputs.query.shape[2], inputs.value.shape[3]
+        group = inputs.query.shape[1] // kv_heads
         block = cuda.blockIdx.x
         kv_head = block % kv_heads
         batch = block // kv_heads % batches
@@ -668,24 +570,24 @@ def _key_value_gradients(given: Given, columns: int, value_columns: int, has_fla
         thread = cuda.threadIdx.x
         lane = thread % ACROSS
         row0, pair_key0 = thread // ACROSS * rows_each, lane * EACH  # of this thread's pairs
-        key0, column0 = thread // ACROSS * keys_each, lane * EACH  # of its parts of dk and dv
+        key0, column0 = thread // ACROSS * keys_each, lane * EACH  # of its sums of dk and dv
         if flags is not None:
             end = min(start + KEYS, kv_len)
             if not is_flagged(flags[batch, kv_head], rows_per_flag, start, end):
                 return
 
-        k, v = key[batch, kv_head], value[batch, kv_head]
-        length = one_within(lengths, length, batch, 0, kv_len)
-        offset = one_within(offsets, offset, batch, -FARTHEST, FARTHEST)
+        window = window_of(call, batch, kv_len)
         # The rows whose windows reach the tile.
-        first_row = max(0, start - offset - right)
-        end_row = min(q_len, start + KEYS - offset + left)
-        if start >= length:
+        first_row = max(0, start - window.offset - window.right)
+        end_row = min(q_len, start + KEYS - window.offset + window.left)
+        if start >= window.length:
             end_row = 0
 
-        states = cuda.local.array(scores_each, np.int32)
-        probs = cuda.local.array(scores_each, float_dtype)
-        dscores = cuda.local.array(scores_each, float_dtype)
+        work = Work(
+            cuda.local.array(scores_each, np.int32),
+            cuda.local.array(scores_each, float_dtype),
+            cuda.local.array(scores_each, float_dtype),
+        )
         tile_sums = cuda.local.array(tile_sums_each, float_dtype)
         dk_sums = cuda.local.array(dk_each, float_dtype)
         dv_sums = cuda.local.array(dv_each, float_dtype)
@@ -694,67 +596,44 @@ def _key_value_gradients(given: Given, columns: int, value_columns: int, has_fla
         for n in range(dv_each):
             dv_sums[n] = zero
         for head in range(kv_head * group, kv_head * group + group):
-            q, do = query[batch, head], grad_out[batch, head]
+            own = of_head(inputs, batch, head, kv_head)
             for first in range(first_row // rows * rows, end_row, rows):
-                if tile_gradients(
-                    states,
-                    probs,
-                    dscores,
-                    queries,
-                    keys,
-                    q,
-                    k,
-                    v,
-                    do,
-                    delta,
-                    lse2,
-                    mask,
-                    bias,
-                    alibi_slopes,
-                    batch,
-                    head,
-                    first,
-                    start,
-                    length,
-                    offset,
-                    left,
-                    right,
-                    scale,
-                    softcap,
-                    dropped,
-                    seed_low,
-                    seed_high,
-                    kept_scale,
-                    first_batch,
-                ):
+                place = Place(batch, head, first, start, window)
+                if tile_gradients(work, tiles, own, call, place):
                     for n in range(scores_each):
                         i, j = row0 + n // EACH, pair_key0 + n % EACH
-                        tile_probs[i, j] = probs[n]
-                        tile_dscores[i, j] = dscores[n]
-                        tile_states[i, j] = states[n]
+                        tile_probs[i, j] = work.probs[n]
+                        tile_dscores[i, j] = work.dscores[n]
+                        tile_states[i, j] = work.states[n]
                     for chunk in range(chunks):
-                        if chunk * SLICE < k.shape[1]:
+                        if chunk * SLICE < head_dim:
                             cuda.syncthreads()
-                            load_query(queries, q, first, chunk * SLICE, thread)
+                            load_query(tiles.queries, own.query, first, chunk * SLICE, thread)
                             cuda.syncthreads()
                             multiply_transposed(
                                 tile_sums,
                                 tile_dscores,
                                 tile_states,
                                 DROPPED,
-                                queries,
+                                tiles.queries,
                                 key0,
                                 column0,
                             )
                             for n in range(tile_sums_each):
                                 dk_sums[chunk * tile_sums_each + n] += tile_sums[n]
                     for chunk in range(value_chunks):
-                        if chunk * SLICE < v.shape[1]:
+                        if chunk * SLICE < value_head_dim:
                             cuda.syncthreads()
-                            load_query(queries, do, first, chunk * SLICE, thread)
+                            load_query(tiles.queries, own.grad_out, first, chunk * SLICE, thread)
                             cuda.syncthreads()
                             multiply_transposed(
-                                tile_sums, tile_probs, tile_states, KEPT, queries, key0, column0
+                                tile_sums,
+                                tile_probs,
+                                tile_states,
+                                KEPT,
+                                tiles.queries,
+                                key0,
+                                column0,
                             )
                             for n in range(tile_sums_each):
                                 dv_sums[chunk * tile_sums_each + n] += tile_sums[n]
@@ -775,24 +654,24 @@ def _key_value_gradients(given: Given, columns: int, value_columns: int, has_fla
             dk_wanted = row < kv_len
             dv_wanted = row < kv_len
             if flags is not None:
-                dk_parts, dv_parts = 0, 0
+                dk_stale, dv_stale = 0, 0
                 for n in range(ACROSS):
-                    dk_parts |= stale[0, key0 + i, n]
-                    dv_parts |= stale[1, key0 + i, n]
-                dk_wanted = dk_wanted and dk_parts != 0
-                dv_wanted = dv_wanted and dv_parts != 0
+                    dk_stale |= stale[0, key0 + i, n]
+                    dv_stale |= stale[1, key0 + i, n]
+                dk_wanted = dk_wanted and dk_stale != 0
+                dv_wanted = dv_wanted and dv_stale != 0
             if dk_wanted:
                 for chunk in range(chunks):
                     for c in range(EACH):
                         column = chunk * SLICE + column0 + c
-                        if column < k.shape[1]:
-                            total = dk_sums[chunk * tile_sums_each + i * EACH + c] * scale
+                        if column < head_dim:
+                            total = dk_sums[chunk * tile_sums_each + i * EACH + c] * call.scale
                             dk[batch, kv_head, row, column] = narrow(total)
             if dv_wanted:
                 for chunk in range(value_chunks):
                     for c in range(EACH):
                         column = chunk * SLICE + column0 + c
-                        if column < v.shape[1]:
+                        if column < value_head_dim:
                             total = dv_sums[chunk * tile_sums_each + i * EACH + c]
                             dv[batch, kv_head, row, column] = narrow(total)
 
@@ -804,7 +683,8 @@ def _key_value_gradients(given: Given, columns: int, value_columns: int, has_fla
             array(given.key, 4),
             integers(has_flags, 3, types.int32),
             types.int64,
-            *_types_read(given),
+            _inputs(given),
+            given.call,
         ),
         threads=THREADS,
     )
@@ -826,8 +706,8 @@ def bias_gradient(given: Given) -> Kernel:
     -------
     Kernel
         For a grid of `bias_blocks`. Its arguments are dbias, of bias's dtype, with 4 axes that are
-        1 where they were broadcast (bias itself is passed with strides of 0), and those of
-        `query_gradient` from query on.
+        1 where they were broadcast (bias itself is passed with strides of 0), and
+        `query_gradient`'s inputs and call.
     """
     number = accumulator(given.query)
     float_dtype = np.dtype(number.name)
@@ -840,37 +720,15 @@ def bias_gradient(given: Given) -> Kernel:
     stored = np.float64 if given.bias == "float64" else np.float32
     tile_gradients = _tile_gradients(given, True)
 
-    def add_pairs(
-        dbias,
-        query,
-        key,
-        value,
-        grad_out,
-        delta,
-        lse2,
-        mask,
-        bias,
-        alibi_slopes,
-        lengths,
-        offsets,
-        length,
-        offset,
-        left,
-        right,
-        scale,
-        softcap,
-        dropped,
-        seed_low,
-        seed_high,
-        kept_scale,
-        first_batch,
-    ):
-        queries = cuda.shared.array((rows, PITCH), float_dtype)
-        keys = cuda.shared.array((KEYS, PITCH), float_dtype)
+    def add_pairs(dbias, inputs, call):
+        tiles = Tiles(
+            cuda.shared.array((rows, PITCH), float_dtype),
+            cuda.shared.array((KEYS, PITCH), float_dtype),
+        )
         tile_sums = cuda.shared.array((rows, KEYS), float_dtype)
 
-        batches, heads, q_len = query.shape[0], query.shape[1], query.shape[2]
-        kv_len, group = key.shape[2], query.shape[1] // key.shape[1]
+        batches, heads, q_len, _ = inputs.query.shape
+        kv_len, group = inputs.key.shape[2], heads // inputs.key.shape[1]
         own_batches, own_heads, own_rows, own_keys = dbias.shape
         row_tiles = (own_rows + rows - 1) // rows
         key_tiles = (own_keys + KEYS - 1) // KEYS
@@ -882,64 +740,34 @@ def bias_gradient(given: Given) -> Kernel:
         thread = cuda.threadIdx.x
         row0, key0 = thread // ACROSS * rows_each, thread % ACROSS * EACH
 
-        # What the block goes along: its own part of an axis, or all of one that was broadcast.
+        # What the block walks: its own tile of an axis, or all of one that was broadcast.
         end_batch = own_batch + 1 if own_batches == batches else batches
         end_head = own_head + 1 if own_heads == heads else heads
         end_row = min(own_first + rows, q_len) if own_rows == q_len else q_len
         end_start = min(own_start + KEYS, kv_len) if own_keys == kv_len else kv_len
 
-        states = cuda.local.array(scores_each, np.int32)
-        probs = cuda.local.array(scores_each, float_dtype)
-        dscores = cuda.local.array(scores_each, float_dtype)
+        work = Work(
+            cuda.local.array(scores_each, np.int32),
+            cuda.local.array(scores_each, float_dtype),
+            cuda.local.array(scores_each, float_dtype),
+        )
         sums = cuda.local.array(scores_each, float_dtype)
         for n in range(scores_each):
             sums[n] = zero
         for batch in range(own_batch, end_batch):
-            length_here = one_within(lengths, length, batch, 0, kv_len)
-            offset_here = one_within(offsets, offset, batch, -FARTHEST, FARTHEST)
+            window = window_of(call, batch, kv_len)
             for head in range(own_head, end_head):
-                q, do = query[batch, head], grad_out[batch, head]
-                k, v = key[batch, head // group], value[batch, head // group]
+                own = of_head(inputs, batch, head, head // group)
                 for first in range(own_first, end_row, rows):
-                    last = min(first + rows, q_len) - 1
-                    first_key = keys_of_row(first, offset_here, left, right, length_here)[0]
-                    end_key = keys_of_row(last, offset_here, left, right, length_here)[1]
+                    first_key = keys_of_row(first, window)[0]
+                    end_key = keys_of_row(min(first + rows, q_len) - 1, window)[1]
                     for start in range(own_start, end_start, KEYS):
+                        place = Place(batch, head, first, start, window)
                         reached = start < end_key and start + KEYS > first_key
-                        if reached and tile_gradients(
-                            states,
-                            probs,
-                            dscores,
-                            queries,
-                            keys,
-                            q,
-                            k,
-                            v,
-                            do,
-                            delta,
-                            lse2,
-                            mask,
-                            bias,
-                            alibi_slopes,
-                            batch,
-                            head,
-                            first,
-                            start,
-                            length_here,
-                            offset_here,
-                            left,
-                            right,
-                            scale,
-                            softcap,
-                            dropped,
-                            seed_low,
-                            seed_high,
-                            kept_scale,
-                            first_batch,
-                        ):
+                        if reached and tile_gradients(work, tiles, own, call, place):
                             for n in range(scores_each):
-                                if states[n] != UNSEEN:
-                                    sums[n] += dscores[n]
+                                if work.states[n] != UNSEEN:
+                                    sums[n] += work.dscores[n]
 
         # Of an axis that was broadcast, the tile's rows or columns become one.
         for n in range(scores_each):
@@ -960,7 +788,7 @@ def bias_gradient(given: Given) -> Kernel:
     return Kernel(
         name=given.name("simt_bias_gradient"),
         function=add_pairs,
-        signature=(array(given.bias, 4), *_types_read(given)),
+        signature=(array(given.bias, 4), _inputs(given), given.call),
         threads=THREADS,
     )
 

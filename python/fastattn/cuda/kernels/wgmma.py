@@ -21,12 +21,13 @@ statements.
 from __future__ import annotations
 
 import functools
+from collections import namedtuple  # Numba does not know typing.NamedTuple
 from typing import NamedTuple
 
 import numpy as np
 from numba import cuda
 
-from fastattn.cuda.kernels import MOST_OFFSET, Kernel
+from fastattn.cuda.kernels import BOX_COLUMNS, HOPPER, MOST_OFFSET, Kernel
 from fastattn.cuda.kernels.rows import (
     LN2,
     LOWEST,
@@ -95,6 +96,18 @@ TILES = {64: Tile(192, 128, 160, 32), 128: Tile(128, 128, 224, 56)}
 STAGE_BITS = 1
 STAGES = 2**STAGE_BITS  # of key tiles, and of value tiles, in shared memory
 L2_BYTES = 32 * 2**20  # of keys and values that stay in the L2 cache of 50 MiB
+
+# What all threads know: the call, its results, and where a block begins its walk over the tiles.
+Call = namedtuple(
+    "Call",
+    "lengths offsets q_len kv_len heads group left right length offset pairs section "
+    "scale cap_factor",
+)
+Results = namedtuple("Results", "out lse flags o_batch o_head o_row")
+Walk = namedtuple("Walk", "first tiles q_tiles blocks")
+# A tile of queries, its first and its last tile of keys, and what one row knows of its softmax.
+QueryTile = namedtuple("QueryTile", "pair number batch head first_row length offset begin last")
+Softmax = namedtuple("Softmax", "highest total rescale first last")
 
 SIGNATURE = (*(i64,) * 8, *(i32,) * 8, *(i64,) * 3, i32, i32, f32, f32)
 
@@ -191,12 +204,11 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
     """
     tile_shape = TILES[head_dim]
     q_tile, k_tile = tile_shape.queries, tile_shape.keys
-    groups = q_tile // 64
-    threads = 128 * (groups + 1)
-    last_group = groups - 1
-    panels = head_dim // 64  # of 128 bytes of each row
-    q_panel, k_panel = q_tile * 128, k_tile * 128
-    q_bytes, k_bytes = q_panel * panels, k_panel * panels
+    multipliers = q_tile // 64  # warpgroups
+    threads = 128 * (multipliers + 1)
+    boxes = head_dim // BOX_COLUMNS
+    q_box, k_box = q_tile * 128, k_tile * 128
+    q_bytes, k_bytes = q_box * boxes, k_box * boxes
     # ---- shared memory, from a multiple of 1024 bytes
     k_at = q_bytes
     v_at = k_at + STAGES * k_bytes
@@ -223,8 +235,8 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         f"multiply_keys_{kind}",
         k_tile,
         dtype,
-        [k // 4 * q_panel + k % 4 * 32 for k in range(head_dim // 16)],
-        [k // 4 * k_panel + k % 4 * 32 for k in range(head_dim // 16)],
+        [k // 4 * q_box + k % 4 * 32 for k in range(head_dim // 16)],
+        [k // 4 * k_box + k % 4 * 32 for k in range(head_dim // 16)],
     )
     multiply_values = wgmma_registers(
         f"multiply_values_{kind}",
@@ -236,27 +248,40 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
     wait_scores = wgmma_wait(f"wait_scores_{kind}", 0, f"f{s_count}")
     wait_scores_only = wgmma_wait(f"wait_scores_only_{kind}", 1, f"f{s_count}")
     wait_sums = wgmma_wait(f"wait_sums_{kind}", 0, f"f{o_count}", f"r{p_count}")
-    rows_descriptor, values_descriptor = descriptor(), descriptor(leading=k_panel)
+    rows_descriptor, values_descriptor = descriptor(), descriptor(leading=k_box)
     take, give = (
         take_registers[tile_shape.more_registers],
         give_registers[tile_shape.fewer_registers],
     )
 
     @device_function
-    def tile_of(tile, q_tiles, pairs, section, q_len, heads):
-        """Return pair, query tile, batch element, head, first row and last row."""
-        pair, row_tile = placed(tile, q_tiles, pairs, section)
-        batch = quotient(pair, heads)
-        first_row = row_tile * i32(q_tile)
-        last_row = minimum(first_row + i32(q_tile), q_len) - i32(1)
-        return pair, row_tile, batch, pair - batch * heads, first_row, last_row
+    def tile_of(tile, q_tiles, call):
+        """Return the query tile that a block comes to."""
+        pair, number = placed(tile, q_tiles, call.pairs, call.section)
+        batch = quotient(pair, call.heads)
+        head = pair - batch * call.heads
+        first_row = number * i32(q_tile)
+        last_row = minimum(first_row + i32(q_tile), call.q_len) - i32(1)
+        length = own_number(call.lengths, batch, call.length, i32(0), call.kv_len)
+        offset = own_number(call.offsets, batch, call.offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
+        begin = i32(first_key(first_row, offset, call.left) // i32(k_tile))
+        end = end_key(last_row, offset, call.right, length) + i32(k_tile - 1)
+        last = i32(end // i32(k_tile)) - i32(1)
+        return QueryTile(pair, number, batch, head, first_row, length, offset, begin, last)
 
     @device_function
-    def key_tiles(first_row, last_row, offset, left, right, length):
-        """Return the first and the last key tile that any of the rows sees."""
-        begin = i32(first_key(first_row, offset, left) // i32(k_tile))
-        end = end_key(last_row, offset, right, length) + i32(k_tile - 1)
-        return begin, i32(end // i32(k_tile)) - i32(1)
+    def prepare_barriers(shared):
+        """Make the barriers; done by one thread."""
+        mbarrier_init(shared + i32(q_full), 1)
+        mbarrier_init(shared + i32(q_empty), multipliers)
+        for i in range(STAGES):
+            mbarrier_init(shared + i32(k_full + 8 * i), 1)
+            mbarrier_init(shared + i32(k_empty + 8 * i), multipliers)
+            mbarrier_init(shared + i32(v_full + 8 * i), 1)
+            mbarrier_init(shared + i32(v_empty + 8 * i), multipliers)
+        store_shared_int32(shared + i32(found_at), i32(0))
+        store_shared_int32(shared + i32(found_at + 4), i32(0))
+        fence_mbarrier_init()
 
     @device_function
     def load(shared, at, tensor_map, n, head, batch, turn, full, empty):
@@ -265,236 +290,233 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         barrier = shared + i32(full) + (stage << i32(3))
         mbarrier_wait(shared + i32(empty) + (stage << i32(3)), parity_of(turn) ^ i32(1))
         mbarrier_expect(barrier, k_bytes)
-        for p in range(panels):
-            target = shared + i32(at + p * k_panel) + stage * i32(k_bytes)
-            tma_load_4d(target, tensor_map, p * 64, n * i32(k_tile), head, batch, barrier)
+        for p in range(boxes):
+            target = shared + i32(at + p * k_box) + stage * i32(k_bytes)
+            tma_load_4d(target, tensor_map, p * BOX_COLUMNS, n * i32(k_tile), head, batch, barrier)
+
+    @device_function
+    def load_tiles(shared, query, key, value, call, walk):
+        """Load what a block's tiles need: the work of the loading warpgroup."""
+        thread = i32(cuda.threadIdx.x)
+        turn = i32(0)  # how many key tiles there have been
+        q_parity = i32(0)  # of how many query tiles there have been
+        tile = walk.first
+        to_next = i32((walk.blocks - tile) * i32(2) - i32(1))
+        while tile < walk.tiles:
+            own = tile_of(tile, walk.q_tiles, call)
+            if elect(both(thread == i32(0), own.last >= own.begin)):
+                mbarrier_wait(shared + i32(q_empty), q_parity ^ i32(1))
+                mbarrier_expect(shared + i32(q_full), q_bytes)
+                for p in range(boxes):
+                    target, column = shared + i32(p * q_box), p * BOX_COLUMNS
+                    barrier = shared + i32(q_full)
+                    tma_load_4d(target, query, column, own.first_row, own.head, own.batch, barrier)
+                q_parity ^= i32(1)
+                kv_head = quotient(own.head, call.group)
+                # In the order of use: keys of tile n before values of tile n + 1.
+                n = own.last
+                while n >= own.begin - i32(1):
+                    if n >= own.begin:
+                        load(shared, k_at, key, n, kv_head, own.batch, turn, k_full, k_empty)
+                    if n < own.last:
+                        before = turn - i32(1)
+                        following = n + i32(1)
+                        load(
+                            shared, v_at, value, following, kv_head, own.batch, before,
+                            v_full, v_empty,
+                        )  # fmt: skip
+                    n = i32(n - i32(1))
+                    turn = i32(turn + i32(1))
+                turn = i32(turn - i32(1))
+            tile = i32(tile + to_next)
+            to_next = i32(walk.blocks * i32(2) - to_next)
+
+    @device_function
+    def release(shared, empty, stage, own_thread):
+        """Say that this warpgroup has read what lies in a stage."""
+        if elect(own_thread == i32(0)):
+            mbarrier_arrive(shared + i32(empty) + (stage << i32(3)))
+
+    @device_function
+    def weigh(s, softmax_of, n, own, own_row, own_column, all_from, all_to, call):
+        """Replace the scores of key tile n by probabilities."""
+        if softcapped:
+            softcap(s, call.cap_factor)
+        start = i32(n * i32(k_tile))
+        if start < all_from or start + i32(k_tile) > all_to:
+            for h in range(2):
+                row = own.first_row + own_row + i32(h * 8)
+                softmax_of.first[h] = first_key(row, own.offset, call.left)
+                softmax_of.last[h] = end_key(row, own.offset, call.right, own.length)
+            mask(s, softmax_of.first, softmax_of.last, start + own_column)
+        softmax(s, softmax_of.highest, softmax_of.total, softmax_of.rescale, call.scale)
+
+    @device_function
+    def store_tile(acc, softmax_of, own, own_row, own_column, lane, call, results):
+        """Divide a tile's sums by those of the probabilities, and store them and lse."""
+        words = cuda.local.array(o_words, dtype=np.int32)
+        four = cuda.local.array(4, dtype=np.int32)
+        lse_at = results.lse + (i64(own.pair) * i64(call.q_len)) * i64(4)
+        for h in range(2):
+            whole = row_sum(softmax_of.total[h])
+            softmax_of.rescale[h] = select(whole == f32(0), f32(0), rcp(whole))
+            row = own.first_row + own_row + i32(h * 8)
+            logarithm = (product(softmax_of.highest[h], call.scale) + lg2(whole)) * f32(LN2)
+            writes = both(row < call.q_len, own_column == i32(0))
+            store_float32_if(writes, lse_at + i64(row) * i64(4), logarithm)
+        scale_sums(acc, softmax_of.rescale)
+        round_sums(acc, 0, words)
+        out_at = results.out
+        out_at += (i64(own.batch) * results.o_batch + i64(own.head) * results.o_head) * i64(2)
+        out_at += i64((lane & i32(3)) << i32(4))
+        for h in range(2):
+            row = own.first_row + own_row + i32(h * 8)
+            row_at = out_at + i64(row) * results.o_row * i64(2)
+            for j in range(0, o_tiles, 4):
+                quad_transposed(words, j * 2 + h, lane, four)
+                store_16_if(row < call.q_len, row_at + i64(j * 16), four, 0)
+
+    @device_function
+    def store_flag(acc, shared, sees, own_multiplier, own_thread, q_parity, flag_at):
+        """Store whether any row of the tile is not finite, once all warpgroups know."""
+        if sees:
+            bad = select(not_finite(acc) == f32(0), i32(0), i32(1))
+            found = named_or(own_multiplier + i32(alone), 128, bad)
+            # Whoever comes last writes. Another warpgroup may be at the next tile already, which
+            # counts in the other word, but not at the one after: its queries do not come before all
+            # have multiplied the next one's.
+            if elect(own_thread == i32(0)):
+                word = shared + i32(found_at) + (q_parity << i32(2))
+                own_count = (found << i32(8)) + i32(1)
+                count = add_shared_int32(word, own_count) + own_count
+                if (count & i32(255)) == i32(multipliers):
+                    add_shared_int32(word, -count)
+                    store_int32(flag_at, minimum(count >> i32(8), i32(1)))
+        elif elect(both(own_multiplier == i32(0), own_thread == i32(0))):
+            store_int32(flag_at, i32(0))
+
+    @device_function
+    def multiply_tiles(shared, own_multiplier, call, results, walk):
+        """Compute a block's tiles: the work of a multiplying warpgroup."""
+        own_order = own_multiplier + i32(order)
+        next_order = own_order + i32(1)
+        if own_multiplier == i32(multipliers - 1):
+            next_order = i32(order)
+            named_arrive(next_order, 256)  # the first warpgroup begins
+        own_thread = i32(cuda.threadIdx.x) & i32(127)
+        lane = own_thread & i32(31)
+        multiplier_row = own_multiplier * i32(64)
+        own_row = multiplier_row + ((own_thread >> i32(5)) << i32(4)) + (lane >> i32(2))
+        own_column = (lane & i32(3)) << i32(1)
+        s = cuda.local.array(s_count, dtype=np.float32)
+        acc = cuda.local.array(o_count, dtype=np.float32)
+        p = cuda.local.array(p_count, dtype=np.int32)  # s, rounded to pairs
+        softmax_of = Softmax(
+            cuda.local.array(2, dtype=np.float32),
+            cuda.local.array(2, dtype=np.float32),
+            cuda.local.array(2, dtype=np.float32),
+            cuda.local.array(2, dtype=np.int32),
+            cuda.local.array(2, dtype=np.int32),
+        )
+        q_at = i64(rows_descriptor) | i64((shared + multiplier_row * i32(128)) >> i32(4))
+        keys_at = i64(rows_descriptor) | i64((shared + i32(k_at)) >> i32(4))
+        values_at = i64(values_descriptor) | i64((shared + i32(v_at)) >> i32(4))
+
+        turn = i32(0)  # how many key tiles there have been
+        q_parity = i32(0)  # of how many query tiles there have been
+        tile = walk.first
+        to_next = i32((walk.blocks - tile) * i32(2) - i32(1))
+        while tile < walk.tiles:
+            own = tile_of(tile, walk.q_tiles, call)
+            n = own.last
+            sees = n >= own.begin
+            first_row = own.first_row + multiplier_row
+            all_from = first_key(first_row + i32(63), own.offset, call.left)
+            all_to = end_key(first_row, own.offset, call.right, own.length)
+            for h in range(2):
+                softmax_of.highest[h] = f32(LOWEST)
+                softmax_of.total[h] = f32(0)
+            for i in range(o_count):
+                acc[i] = f32(0)
+            if sees:
+                # ---- the first key tile: there are no values to multiply yet
+                mbarrier_wait(shared + i32(q_full), q_parity)
+                stage = stage_of(turn)
+                mbarrier_wait(shared + i32(k_full) + (stage << i32(3)), parity_of(turn))
+                multiply_keys(s, 0, q_at, keys_at + i64(stage * i32(k_bytes >> 4)))
+                wait_scores(s, 0)
+                release(shared, k_empty, stage, own_thread)
+                weigh(s, softmax_of, n, own, own_row, own_column, all_from, all_to, call)
+                to_pairs(s, 0, p)
+                n = i32(n - i32(1))
+                while n >= own.begin:
+                    # ---- scores of this key tile, and the sums of the one before
+                    v_stage, v_parity = stage, parity_of(turn)
+                    turn = i32(turn + i32(1))
+                    stage = stage_of(turn)
+                    mbarrier_wait(shared + i32(k_full) + (stage << i32(3)), parity_of(turn))
+                    named_sync(own_order, 256)
+                    multiply_keys(s, 0, q_at, keys_at + i64(stage * i32(k_bytes >> 4)))
+                    mbarrier_wait(shared + i32(v_full) + (v_stage << i32(3)), v_parity)
+                    at = values_at + i64(v_stage * i32(k_bytes >> 4))
+                    multiply_values(acc, 0, p, 0, at)
+                    named_arrive(next_order, 256)
+                    wait_scores_only(s, 0)
+                    release(shared, k_empty, stage, own_thread)
+                    weigh(s, softmax_of, n, own, own_row, own_column, all_from, all_to, call)
+                    wait_sums(acc, 0, p, 0)
+                    release(shared, v_empty, v_stage, own_thread)
+                    scale_sums(acc, softmax_of.rescale)
+                    to_pairs(s, 0, p)
+                    n = i32(n - i32(1))
+                # ---- the last values; the queries are not needed any more
+                release(shared, q_empty, i32(0), own_thread)
+                mbarrier_wait(shared + i32(v_full) + (stage << i32(3)), parity_of(turn))
+                multiply_values(acc, 0, p, 0, values_at + i64(stage * i32(k_bytes >> 4)))
+                wait_sums(acc, 0, p, 0)
+                release(shared, v_empty, stage, own_thread)
+                turn = i32(turn + i32(1))
+            store_tile(acc, softmax_of, own, own_row, own_column, lane, call, results)
+            if results.flags != i64(0):
+                flag_at = results.flags + i64(own.pair * walk.q_tiles + own.number) * i64(4)
+                store_flag(acc, shared, sees, own_multiplier, own_thread, q_parity, flag_at)
+            if sees:
+                q_parity ^= i32(1)
+            tile = i32(tile + to_next)
+            to_next = i32(walk.blocks * i32(2) - to_next)
+        if own_multiplier == i32(0):
+            named_sync(order, 256)  # the last warpgroup's last turn is over
 
     def attend(
         query, key, value, out, lse, flags, lengths, offsets,
         q_len, kv_len, heads, group, left, right, length, offset,
         o_batch, o_head, o_row, pairs, section, scale, cap_factor,
     ):  # fmt: skip
+        call = Call(
+            lengths, offsets, q_len, kv_len, heads, group, left, right, length, offset,
+            pairs, section, scale, cap_factor,
+        )  # fmt: skip
+        results = Results(out, lse, flags, o_batch, o_head, o_row)
         own = shared_address(cuda.shared.array(0, dtype=np.int32))
         shared = uniform(i32(own + i32(1023)) & i32(-1024))
         thread = i32(cuda.threadIdx.x)
         warpgroup = uniform(thread >> i32(7))
         q_tiles = i32((q_len + i32(q_tile - 1)) // i32(q_tile))
-        tiles = pairs * q_tiles
         # Every second round goes backwards through the blocks: tiles get shorter, and so each block
         # has some of the longer and some of the shorter ones.
-        blocks = i32(cuda.gridDim.x)
-        tile = i32(cuda.blockIdx.x)
-        to_next = i32((blocks - tile) * i32(2) - i32(1))
-
+        walk = Walk(i32(cuda.blockIdx.x), pairs * q_tiles, q_tiles, i32(cuda.gridDim.x))
         if elect(thread == i32(0)):
             tma_prefetch(query)
             tma_prefetch(key)
             tma_prefetch(value)
-            mbarrier_init(shared + i32(q_full), 1)
-            mbarrier_init(shared + i32(q_empty), groups)
-            for i in range(STAGES):
-                mbarrier_init(shared + i32(k_full + 8 * i), 1)
-                mbarrier_init(shared + i32(k_empty + 8 * i), groups)
-                mbarrier_init(shared + i32(v_full + 8 * i), 1)
-                mbarrier_init(shared + i32(v_empty + 8 * i), groups)
-            store_shared_int32(shared + i32(found_at), i32(0))
-            store_shared_int32(shared + i32(found_at + 4), i32(0))
-            fence_mbarrier_init()
+            prepare_barriers(shared)
         cuda.syncthreads()
-        turn = i32(0)  # how many key tiles there have been
-        q_parity = i32(0)  # of how many query tiles there have been
-
         if warpgroup == i32(0):
-            # ---- the loading thread
             give()
-            while tile < tiles:
-                _, _, batch, head, first_row, last_row = tile_of(
-                    tile, q_tiles, pairs, section, q_len, heads
-                )
-                own_length = own_number(lengths, batch, length, i32(0), kv_len)
-                own_offset = own_number(offsets, batch, offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
-                begin, n = key_tiles(first_row, last_row, own_offset, left, right, own_length)
-                if elect(both(thread == i32(0), n >= begin)):
-                    mbarrier_wait(shared + i32(q_empty), q_parity ^ i32(1))
-                    mbarrier_expect(shared + i32(q_full), q_bytes)
-                    for p in range(panels):
-                        target = shared + i32(p * q_panel)
-                        barrier = shared + i32(q_full)
-                        tma_load_4d(target, query, p * 64, first_row, head, batch, barrier)
-                    q_parity ^= i32(1)
-                    kv_head = quotient(head, group)
-                    # In the order of use: keys of tile n before values of tile n + 1.
-                    highest_tile = n
-                    while n >= begin - i32(1):
-                        if n >= begin:
-                            load(shared, k_at, key, n, kv_head, batch, turn, k_full, k_empty)
-                        if n < highest_tile:
-                            before = turn - i32(1)
-                            following = n + i32(1)
-                            load(
-                                shared,
-                                v_at,
-                                value,
-                                following,
-                                kv_head,
-                                batch,
-                                before,
-                                v_full,
-                                v_empty,
-                            )
-                        n = i32(n - i32(1))
-                        turn = i32(turn + i32(1))
-                    turn = i32(turn - i32(1))
-                tile = i32(tile + to_next)
-                to_next = i32(blocks * i32(2) - to_next)
+            load_tiles(shared, query, key, value, call, walk)
         else:
-            # ---- the multiplying warpgroups
             take()
-            own_group = warpgroup - i32(1)
-            own_order = own_group + i32(order)
-            next_order = own_order + i32(1)
-            if own_group == i32(last_group):
-                next_order = i32(order)
-                named_arrive(next_order, 256)  # the first warpgroup begins
-            own_thread = thread & i32(127)
-            lane = thread & i32(31)
-            group_row = own_group * i32(64)
-            own_row = group_row + ((own_thread >> i32(5)) << i32(4)) + (lane >> i32(2))
-            own_column = (lane & i32(3)) << i32(1)
-            s = cuda.local.array(s_count, dtype=np.float32)
-            acc = cuda.local.array(o_count, dtype=np.float32)
-            p = cuda.local.array(p_count, dtype=np.int32)  # s, rounded to pairs
-            words = cuda.local.array(o_words, dtype=np.int32)
-            four = cuda.local.array(4, dtype=np.int32)
-            highest = cuda.local.array(2, dtype=np.float32)
-            total = cuda.local.array(2, dtype=np.float32)
-            shrink = cuda.local.array(2, dtype=np.float32)
-            first = cuda.local.array(2, dtype=np.int32)
-            last = cuda.local.array(2, dtype=np.int32)
-            q_at = i64(rows_descriptor) | i64((shared + group_row * i32(128)) >> i32(4))
-            keys_at = i64(rows_descriptor) | i64((shared + i32(k_at)) >> i32(4))
-            values_at = i64(values_descriptor) | i64((shared + i32(v_at)) >> i32(4))
-
-            while tile < tiles:
-                pair, row_tile, batch, head, first_row, last_row = tile_of(
-                    tile, q_tiles, pairs, section, q_len, heads
-                )
-                own_length = own_number(lengths, batch, length, i32(0), kv_len)
-                own_offset = own_number(offsets, batch, offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
-                begin, n = key_tiles(first_row, last_row, own_offset, left, right, own_length)
-                sees = n >= begin
-                group_first = first_row + group_row
-                all_from = first_key(group_first + i32(63), own_offset, left)
-                all_to = end_key(group_first, own_offset, right, own_length)
-                for h in range(2):
-                    highest[h] = f32(LOWEST)
-                    total[h] = f32(0)
-                for i in range(o_count):
-                    acc[i] = f32(0)
-                if sees:
-                    # ---- the first key tile: there are no values to multiply yet
-                    mbarrier_wait(shared + i32(q_full), q_parity)
-                    stage = stage_of(turn)
-                    mbarrier_wait(shared + i32(k_full) + (stage << i32(3)), parity_of(turn))
-                    multiply_keys(s, 0, q_at, keys_at + i64(stage * i32(k_bytes >> 4)))
-                    wait_scores(s, 0)
-                    if elect(own_thread == i32(0)):
-                        mbarrier_arrive(shared + i32(k_empty) + (stage << i32(3)))
-                    if softcapped:
-                        softcap(s, cap_factor)
-                    start = i32(n * i32(k_tile))
-                    if start < all_from or start + i32(k_tile) > all_to:
-                        for h in range(2):
-                            row = first_row + own_row + i32(h * 8)
-                            first[h] = first_key(row, own_offset, left)
-                            last[h] = end_key(row, own_offset, right, own_length)
-                        mask(s, first, last, start + own_column)
-                    softmax(s, highest, total, shrink, scale)
-                    to_pairs(s, 0, p)
-                    n = i32(n - i32(1))
-                    while n >= begin:
-                        # ---- scores of this key tile, and the sums of the one before
-                        v_stage, v_parity = stage, parity_of(turn)
-                        turn = i32(turn + i32(1))
-                        stage = stage_of(turn)
-                        mbarrier_wait(shared + i32(k_full) + (stage << i32(3)), parity_of(turn))
-                        named_sync(own_order, 256)
-                        multiply_keys(s, 0, q_at, keys_at + i64(stage * i32(k_bytes >> 4)))
-                        mbarrier_wait(shared + i32(v_full) + (v_stage << i32(3)), v_parity)
-                        at = values_at + i64(v_stage * i32(k_bytes >> 4))
-                        multiply_values(acc, 0, p, 0, at)
-                        named_arrive(next_order, 256)
-                        wait_scores_only(s, 0)
-                        if elect(own_thread == i32(0)):
-                            mbarrier_arrive(shared + i32(k_empty) + (stage << i32(3)))
-                        if softcapped:
-                            softcap(s, cap_factor)
-                        start = i32(n * i32(k_tile))
-                        if start < all_from or start + i32(k_tile) > all_to:
-                            for h in range(2):
-                                row = first_row + own_row + i32(h * 8)
-                                first[h] = first_key(row, own_offset, left)
-                                last[h] = end_key(row, own_offset, right, own_length)
-                            mask(s, first, last, start + own_column)
-                        softmax(s, highest, total, shrink, scale)
-                        wait_sums(acc, 0, p, 0)
-                        if elect(own_thread == i32(0)):
-                            mbarrier_arrive(shared + i32(v_empty) + (v_stage << i32(3)))
-                        scale_sums(acc, shrink)
-                        to_pairs(s, 0, p)
-                        n = i32(n - i32(1))
-                    # ---- the last values; the queries are not needed any more
-                    if elect(own_thread == i32(0)):
-                        mbarrier_arrive(shared + i32(q_empty))
-                    mbarrier_wait(shared + i32(v_full) + (stage << i32(3)), parity_of(turn))
-                    multiply_values(acc, 0, p, 0, values_at + i64(stage * i32(k_bytes >> 4)))
-                    wait_sums(acc, 0, p, 0)
-                    if elect(own_thread == i32(0)):
-                        mbarrier_arrive(shared + i32(v_empty) + (stage << i32(3)))
-                    turn = i32(turn + i32(1))
-
-                # ---- divide, and store
-                lse_at = lse + (i64(pair) * i64(q_len)) * i64(4)
-                for h in range(2):
-                    whole = row_sum(total[h])
-                    shrink[h] = select(whole == f32(0), f32(0), rcp(whole))
-                    row = first_row + own_row + i32(h * 8)
-                    logarithm = (product(highest[h], scale) + lg2(whole)) * f32(LN2)
-                    writes = both(row < q_len, own_column == i32(0))
-                    store_float32_if(writes, lse_at + i64(row) * i64(4), logarithm)
-                scale_sums(acc, shrink)
-                round_sums(acc, 0, words)
-                out_at = out + (i64(batch) * o_batch + i64(head) * o_head) * i64(2)
-                out_at += i64((lane & i32(3)) << i32(4))
-                for h in range(2):
-                    row = first_row + own_row + i32(h * 8)
-                    row_at = out_at + i64(row) * o_row * i64(2)
-                    for j in range(0, o_tiles, 4):
-                        quad_transposed(words, j * 2 + h, lane, four)
-                        store_16_if(row < q_len, row_at + i64(j * 16), four, 0)
-                if flags != i64(0):
-                    flag_at = flags + i64(pair * q_tiles + row_tile) * i64(4)
-                    if sees:
-                        bad = select(not_finite(acc) == f32(0), i32(0), i32(1))
-                        found = named_or(own_group + i32(alone), 128, bad)
-                        # Whoever comes last writes. Another warpgroup may be at the next tile
-                        # already, which counts in the other word, but not at the one after: its
-                        # queries do not come before all have multiplied the next one's.
-                        if elect(own_thread == i32(0)):
-                            word = shared + i32(found_at) + (q_parity << i32(2))
-                            own_count = (found << i32(8)) + i32(1)
-                            count = add_shared_int32(word, own_count) + own_count
-                            if (count & i32(255)) == i32(groups):
-                                add_shared_int32(word, -count)
-                                store_int32(flag_at, minimum(count >> i32(8), i32(1)))
-                    elif elect(thread == i32(128)):
-                        store_int32(flag_at, i32(0))
-                if sees:
-                    q_parity ^= i32(1)
-                tile = i32(tile + to_next)
-                to_next = i32(blocks * i32(2) - to_next)
-            if own_group == i32(0):
-                named_sync(order, 256)  # the last warpgroup's last turn is over
+            multiply_tiles(shared, warpgroup - i32(1), call, results, walk)
 
     name = f"fastattn_wgmma_{dtype}_{head_dim}" + ("_softcap" if softcapped else "")
     attend.__name__ = name
@@ -505,5 +527,5 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         threads=threads,
         shared_bytes=shared_bytes,
         tensor_maps=(0, 1, 2),
-        needs=(9, 0),
+        needs=HOPPER,
     )

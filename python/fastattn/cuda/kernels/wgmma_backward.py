@@ -36,7 +36,15 @@ import numpy as np
 from numba import cuda
 
 from fastattn.cuda import ptx
-from fastattn.cuda.kernels import MOST_OFFSET, Kernel
+from fastattn.cuda.kernels import (
+    BOX_COLUMNS,
+    HOPPER,
+    MOST_OFFSET,
+    PADDING,
+    TENSOR_CORES,
+    Kernel,
+    padded,
+)
 from fastattn.cuda.kernels.rows import (
     LOWEST,
     device_function,
@@ -48,7 +56,6 @@ from fastattn.cuda.kernels.rows import (
     scores,
     sums,
 )
-from fastattn.cuda.kernels.simt_backward import PADDING, padded
 from fastattn.cuda.kernels.wgmma import (
     L2_BYTES,
     STAGES,
@@ -97,8 +104,7 @@ from fastattn.cuda.ptx_sm90 import (
 
 KEYS = 128  # of a block
 QUERIES = 64  # of a step
-ROWS = 128  # of a block of `round_dq`
-PANEL = 64  # columns of a box of a tensor map: 128 bytes
+ROWS = PADDING  # of a block of `round_dq`
 COMPUTING = 2  # warpgroups, KEYS / COMPUTING keys each: a product has 64 rows
 SIGNATURE = (*(i64,) * 12, *(i32,) * 10, *(i64,) * 6, *(f32,) * 3)
 ROUND_SIGNATURE = (i64, i64, i64, i32, i32, i64, i64, i64)
@@ -157,9 +163,9 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
         scale * log2(e), 0 and scale. softcapped: softcap * log2(e), 2 * log2(e) * scale / softcap
         and scale.
     """
-    panels = head_dim // PANEL
-    q_panel, k_panel = QUERIES * 128, KEYS * 128  # bytes
-    q_bytes, k_bytes = q_panel * panels, k_panel * panels
+    boxes = head_dim // BOX_COLUMNS
+    q_box, k_box = QUERIES * 128, KEYS * 128  # bytes
+    q_bytes, k_bytes = q_box * boxes, k_box * boxes
     ds_bytes = KEYS * QUERIES * 2 if with_dq else 0
     row_bytes = QUERIES * 4  # of lse2, or delta, of a tile
     # Shared memory: keys, values, then two each of queries, grad_out, dS, the rows' numbers.
@@ -173,40 +179,46 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
     tile_free = tile_here + 8 * STAGES
     shared_bytes = tile_free + 8 * STAGES + 1024  # to begin on a multiple of 1024
 
-    # A product for dQ has a panel of columns, since half of a swizzled panel is no operand: of two
-    # panels, each warpgroup takes one and all keys; of one, each takes its own 64 keys.
-    own_panel = panels == COMPUTING
-    dq_keys = KEYS if own_panel else KEYS // COMPUTING
-    own_keys_at = k_panel if own_panel else dq_keys * 128  # the second warpgroup's, in keys
-    own_ds_at = 0 if own_panel else dq_keys * 128
-    own_dq_at = PANEL if own_panel else 0  # columns
+    # A product for dQ has a box of columns, since half of a swizzled box is no operand: of two
+    # boxes, each warpgroup takes one and all keys; of one, each takes its own 64 keys.
+    own_box = boxes == COMPUTING
+    dq_keys = KEYS if own_box else KEYS // COMPUTING
+    own_keys_at = k_box if own_box else dq_keys * 128  # the second warpgroup's, in keys
+    own_ds_at = 0 if own_box else dq_keys * 128
+    own_dq_at = BOX_COLUMNS if own_box else 0  # columns
     s_count, o_count, dq_count, pair_count = (
         QUERIES // 2,
         head_dim // 2,
-        PANEL // 2,
+        BOX_COLUMNS // 2,
         QUERIES // 4,
     )
-    s_tiles, o_tiles, dq_tiles = QUERIES // 8, head_dim // 8, PANEL // 8
+    s_tiles, o_tiles, dq_tiles = QUERIES // 8, head_dim // 8, BOX_COLUMNS // 8
     kind = f"{dtype}_{head_dim}"
     # P of capped scores takes the registers that dP would wait in.
     dp_later = softcapped and head_dim == 128
 
-    def along(panel: int) -> list[int]:
-        """Return the steps over columns, in panels of 64."""
-        return [k % 4 * 32 + k // 4 * panel for k in range(head_dim // 16)]
+    def along(box: int) -> list[int]:
+        """Return the steps over columns, in boxes of 64."""
+        return [k % 4 * 32 + k // 4 * box for k in range(head_dim // 16)]
 
     def down(rows: int) -> list[int]:
-        """Return the steps down the rows of a panel."""
+        """Return the steps down the rows of a box."""
         return [k * 2048 for k in range(rows // 16)]
 
     times_queries = wgmma_shared(
-        f"times_queries_{kind}", QUERIES, dtype, along(k_panel), along(q_panel)
+        f"times_queries_{kind}", QUERIES, dtype, along(k_box), along(q_box)
     )
     add_product = wgmma_registers(
         f"add_product_{kind}", head_dim, dtype, down(QUERIES), b_trans=True
     )
     times_keys = wgmma_shared(
-        f"times_keys_{kind}", PANEL, dtype, down(dq_keys), down(dq_keys), a_trans=True, b_trans=True
+        f"times_keys_{kind}",
+        BOX_COLUMNS,
+        dtype,
+        down(dq_keys),
+        down(dq_keys),
+        a_trans=True,
+        b_trans=True,
     )
     s_array, o_array, pairs = f"f{s_count}", f"f{o_count}", f"r{pair_count}"
     wait_dk_scores = wgmma_wait(
@@ -216,9 +228,9 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
     wait_dv_dq = wgmma_wait(f"wait_dv_dq_{kind}", 1, o_array, pairs, f"f{dq_count}")
     wait_dv = wgmma_wait(f"wait_dv_{kind}", 1, o_array, pairs)
     wait_dk = wgmma_wait(f"wait_dk_{kind}", 0, o_array, pairs)
-    # K-major; MN-major with columns in panels of queries, or of keys.
-    along_rows, down_queries, down_keys = descriptor(), descriptor(q_panel), descriptor(k_panel)
-    down_ds = descriptor()  # one panel
+    # K-major; MN-major with columns in boxes of queries, or of keys.
+    along_rows, down_queries, down_keys = descriptor(), descriptor(q_box), descriptor(k_box)
+    down_ds = descriptor()  # one box
 
     pair = ptx.pack[dtype]
     softcap = scores(1, s_tiles).softcap
@@ -304,11 +316,13 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
             give_up()
             if elect(thread == i32(COMPUTING * 128)):
                 mbarrier_expect(shared + i32(keys_here), 2 * k_bytes)
-                for p in range(panels):
-                    to = shared + i32(p * k_panel)
+                for p in range(boxes):
+                    to = shared + i32(p * k_box)
                     here = shared + i32(keys_here)
-                    tma_load_4d(to, key, p * PANEL, first_key, kv_head, item, here)
-                    tma_load_4d(to + i32(v_at), value, p * PANEL, first_key, kv_head, item, here)
+                    tma_load_4d(to, key, p * BOX_COLUMNS, first_key, kv_head, item, here)
+                    tma_load_4d(
+                        to + i32(v_at), value, p * BOX_COLUMNS, first_key, kv_head, item, here
+                    )
                 before = item * kv_heads * group  # heads of other batch elements
                 rows = (q_len + i32(PADDING - 1)) & i32(-PADDING)
                 while head < end_head:
@@ -319,11 +333,11 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
                         shared + i32(tile_free) + stage * i32(8), parity_of(turn) ^ i32(1)
                     )
                     mbarrier_expect(here, 2 * q_bytes + 2 * row_bytes)
-                    for p in range(panels):
-                        to = shared + i32(q_at + p * q_panel) + stage * i32(q_bytes)
-                        tma_load_4d(to, query, p * PANEL, row, head - before, item, here)
+                    for p in range(boxes):
+                        to = shared + i32(q_at + p * q_box) + stage * i32(q_bytes)
+                        tma_load_4d(to, query, p * BOX_COLUMNS, row, head - before, item, here)
                         to += i32(do_at - q_at)
-                        tma_load_4d(to, grad_out, p * PANEL, row, head - before, item, here)
+                        tma_load_4d(to, grad_out, p * BOX_COLUMNS, row, head - before, item, here)
                     at = (i64(head) * i64(rows) + i64(row)) * i64(4)
                     to = shared + i32(rows_at) + stage * i32(2 * row_bytes)
                     bulk_load(to, lse2 + at, row_bytes, here)
@@ -494,7 +508,7 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
         threads=(COMPUTING + 1) * 128,
         shared_bytes=shared_bytes,
         tensor_maps=(0, 1, 2, 3),
-        needs=(9, 0),
+        needs=HOPPER,
     )
 
 
@@ -555,5 +569,9 @@ def round_dq(dtype: str, head_dim: int) -> Kernel:
     name = f"fastattn_round_dq_{dtype}_{head_dim}"
     round_rows.__name__ = name
     return Kernel(
-        name=name, function=round_rows, signature=ROUND_SIGNATURE, threads=threads, needs=(8, 0)
+        name=name,
+        function=round_rows,
+        signature=ROUND_SIGNATURE,
+        threads=threads,
+        needs=TENSOR_CORES,
     )

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The table of one variant. CMakeLists.txt compiles this file once per instruction set, and the
+// rest of the folder with it: query_tile.h has the algorithm, row_block.h its rows in blocks,
+// decode.h the way for few queries, backward.h the gradients.
+#include "kernel.h"
+
+#include "backward.h"
+#include "decode.h"
+#include "partials.h"
+#include "probes.h"
+#include "row_block.h"
+
+namespace fastattn {
+namespace {
+
+template <class T>
+constexpr Functions functions = {
+    .query_tile = Layout<T>::tile_rows,
+    .key_tile = int(kKeyTile),
+    .scratch_bytes = scratch_bytes<T>,
+    .attend = attend<T>,
+    .count = count_tiles<T>,
+    .decode = {.most_rows = kMostDecodeRows,
+               .scratch_bytes = decode_scratch_bytes<T>,
+               .attend = decode<T>,
+               .partial_bytes = Partials<T>::bytes,
+               .merge = merge_partials<T>,
+               .finish = finish_partials<T>},
+    .gradients = gradients<T>,
+    .fma = run_fma<T>,
+};
+
+}  // namespace
+
+extern const Kernel FASTATTN_KERNEL;
+const Kernel FASTATTN_KERNEL = {FASTATTN_ISA_NAME, functions<float>, functions<double>,
+                                run_fma<float, kMultipliesPairs>, read_bytes};
+
+}  // namespace fastattn

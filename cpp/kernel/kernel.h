@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The door to this folder: the table that every instruction-set variant fills, and what its
+// functions are given. attention.cpp, decode.cpp, backward.cpp and limits.cpp call through it;
+// kernel.cpp fills it, once per variant.
+//
+// This folder holds the code that is compiled once per instruction set, with that set's flags. An
+// inline function that is compiled twice with different flags is merged by the linker, and an old
+// CPU then meets an illegal instruction. Hence five rules for the folder:
+//   1. everything is in an anonymous namespace, headers included;
+//   2. no containers, no <algorithm>, no <cmath>, no OpenMP, no exceptions;
+//   3. no vector constants with static storage;
+//   4. no link-time optimisation;
+//   5. each object exports one symbol, its table. tests/test_build.py asks nm.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention.h"
+#include "scratch.h"
+
+namespace fastattn {
+
+// One query row: a lane of a query tile.
+struct Row {
+    const void* query;
+    void* out;
+    void* lse;             // null: not asked for
+    const void* mask;      // the row's first element; null: none
+    const void* bias;      // likewise
+    const int64_t* pages;  // which page of the pool holds keys [0, page_keys), and so on; or null
+    int64_t begin, end;    // the keys that causality, window and length leave; begin <= end
+    int64_t position;      // of the query among the keys, for ALiBi and dropout
+    double slope;          // ALiBi
+    double sink;           // -inf: none
+    // Modulo 2**32, for dropout.
+    uint32_t head, batch;
+};
+
+// A pair's probability counts, times scale, iff its random number (dropout.h) is larger than
+// last_dropped; without `drops`, every pair's does.
+struct Dropout {
+    bool drops = false;
+    uint32_t last_dropped = 0;
+    uint64_t seed = 0;
+    double scale = 1;
+};
+
+// Asked once per key tile; true: stop, the result is not wanted any more.
+struct Stop {
+    bool (*requested)(void* context);
+    void* context;
+};
+
+// A row per key: of a key or value head, or of its scales.
+struct KeyRows {
+    const void* data;
+    int64_t stride, page_stride;  // from one key, one page to the next; in elements
+};
+
+// A row block: rows that share one key and value head, and are worked on in query tiles. A key tile
+// is brought to the near caches once for all of them; how many there are changes no bit of a
+// result. Rows may have different pages in DecodeFunctions::attend() alone.
+struct Block {
+    const Row* rows;
+    int row_count;  // 1 or more; the last query tile may be less than full
+    KeyRows key, value;
+    KeyRows key_scale, value_scale;  // float, of int8 keys and values
+    int64_t page_keys;
+    int64_t head_dim, value_head_dim, kv_len;
+    Dtype query_dtype, kv_dtype;  // of query and out, of key and value
+    Dtype mask_dtype, bias_dtype;
+    int64_t mask_stride, bias_stride;  // from one key to the next
+    double scale, softcap;
+    bool alibi;
+    Dropout dropout;
+    void* scratch;  // scratch_bytes() of the function called, aligned
+    Stop stop;
+};
+
+constexpr int64_t kSplitKeys = 1024;  // keys of a split; whole key tiles
+constexpr int kMostTogether = 64;     // rows that attend to a split together
+
+struct TileCounts {
+    int64_t skipped, edge, computed;  // tiles
+    int64_t pairs;
+};
+
+// What the gradients of a row need beside it, and where they go.
+struct GradientRow {
+    const void* grad_out;  // of the query's type
+    const void* grad_lse;  // of the arithmetic's; null: 0
+    void* dq;              // of the query's type
+    void* dbias;           // of the arithmetic's, the row's first element; null: none
+    void* delta;           // takes sum(out * grad_out); null: not asked for
+};
+
+// Some rows and some keys, to be differentiated.
+struct GradientBlock {
+    Block block;  // of GradientFunctions::block_rows() rows at most
+    const GradientRow* gradients;
+    int64_t begin, end;    // the keys, a key block; it begins with a whole key tile
+    KeyRows dk, dv;        // of all keys; of the keys' type
+    int64_t dbias_stride;  // from one key to the next
+    void* query_sums;      // query_sums_bytes()
+};
+
+// The backward pass over a key block that stays near while all row blocks that see it pass by. It
+// begins with begin_keys(). Then, for each row block, differentiate() leaves in scratch memory what
+// add_query_sums() adds to what the key blocks before gave. finish_keys() ends it.
+struct GradientFunctions {
+    int (*block_rows)(const Block&);
+    size_t (*scratch_bytes)(const Block&, int64_t keys);
+    size_t (*query_sums_bytes)(const Block&);
+    void (*begin_keys)(const GradientBlock&);
+    void (*differentiate)(const GradientBlock&);
+    void (*add_query_sums)(const GradientBlock&, bool first);  // first: no key block was before
+    void (*store_query_sums)(const GradientBlock&);
+    void (*finish_keys)(const GradientBlock&);
+};
+
+// Decoding: the rows' intervals leave one split of the keys, and the result is a partial for each
+// row, one after the other. What a partial holds depends on no other row.
+struct DecodeFunctions {
+    int most_rows;  // of a sequence; Functions::attend() is faster where there are more
+    size_t (*scratch_bytes)(const Block&);
+    void (*attend)(const Block&, void* partials);
+    size_t (*partial_bytes)(const Block&);                 // of one row
+    void (*merge)(const Block&, void* into, void* later);  // in the order of the keys
+    void (*finish)(const Block&, void* partials);          // stores the result
+};
+
+// The functions for arithmetic in one type; float32's take half precision too.
+struct Functions {
+    int query_tile, key_tile;
+    size_t (*scratch_bytes)(const Block&);         // looks at the sizes and row_count alone
+    void (*attend)(const Block&, void* partials);  // null: it stores the result instead
+    void (*count)(const Block&, TileCounts&);
+    DecodeFunctions decode;
+    GradientFunctions gradients;
+    double (*fma)(int64_t rounds);  // multiplies and adds in registers, returns the FLOPs
+};
+
+struct Kernel {
+    const char* isa;
+    Functions float32, float64;
+    double (*fma_bfloat16)(int64_t rounds);           // in pairs, if the variant multiplies them
+    double (*read)(const void* data, int64_t bytes);  // reads every cache line
+};
+
+#define FASTATTN_VARIANT(name, features) extern const Kernel kernel_##name;
+#include "variants.inc"
+#undef FASTATTN_VARIANT
+
+// The variant in use (dispatch.cpp).
+const Kernel& kernel();
+
+}  // namespace fastattn

@@ -1,0 +1,732 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The algorithm: a query tile against all the keys that it sees, key tile after key tile, with the
+// running softmax of FlashAttention-2 (Dao 2023, algorithm 1). Used by row_block.h.
+//
+// Queries lie along the vector lanes: the scores are S^T = K Q^T and the output O^T = V^T P^T. Keys
+// and values are then read where they lie, as scalars that are broadcast; only the query tile is
+// transposed; row maximum, exp2 and row sum are plain vertical code; and one micro-kernel,
+// multiply(), serves both products.
+//
+// Names in the paper: row_max is m, row_sum is l, acc is O. Scores are in base 2: log2(e) is folded
+// into the query.
+//
+// Every lane is on its own: no bit of a row's result depends on the rows beside it, on keys that
+// the row does not see, or on whether a tile of such keys was skipped. What makes it true: a masked
+// score is -inf, whose exp2 is exactly 0, and a tile that leaves the maximum alone rescales by
+// exactly 1.
+#pragma once
+
+#include "dropout.h"
+#include "elements.h"
+#include "factors.h"
+#include "kernel.h"
+#include "multiply.h"
+#include "partials.h"
+#include "scores.h"
+#include "vec.h"
+
+namespace fastattn {
+namespace {
+
+// Sums stay short, for accuracy. A sum over keys is over one key tile, then over this many keys,
+// and then over all of these sums. A sum over head_dim is in parts of this depth.
+constexpr int64_t kKeysPerSum = 64 * kKeyTile;
+constexpr int64_t kDepth = 512;
+static_assert(kPageKeys % kKeyTile == 0);
+
+// Calls visit<First, Last>(begin, end) for the keys of a tile between one cut and the next, with
+// the vectors that may see them (ScorePasses::find_cuts).
+template <int Columns, int Index = 0, class Visit>
+[[gnu::always_inline]] inline void between_cuts(const int64_t (&cuts)[2 * Columns],
+                                                const Visit& visit) {
+    constexpr int first = Index < Columns ? 0 : Index - Columns + 1;
+    constexpr int last = Index < Columns ? Index + 1 : Columns;
+    if (cuts[Index] < cuts[Index + 1]) {
+        visit.template operator()<first, last>(cuts[Index], cuts[Index + 1]);
+    }
+    if constexpr (Index + 2 < 2 * Columns) between_cuts<Columns, Index + 1>(cuts, visit);
+}
+
+// The scratch memory that the query tiles of a row block use in turn.
+template <class T>
+struct Shared {
+    T* scores;   // (keys, `width` lanes) S^T, then P^T; of this, pairs fill half the rows
+    T* staging;  // (keys, value_head_dim or lanes) rows of a mask, or values to use instead
+    T* key;      // (keys, head_dim) and
+    T* value;    // (keys, value_head_dim): of a narrower type, widened; or values, in pairs
+    int64_t key_tile = -1, value_tile = -1;  // the key tiles that they are of
+    bool fetches = false;                    // reading keys takes longer than their use
+    int64_t fetched = -1;  // the key tile at which values, and keys to come, were fetched
+
+    Shared(const Block& block, int64_t width, Scratch& scratch) {
+        constexpr int lanes = Vec<T>::lanes;
+        const int64_t keys = block.kv_len < kKeyTile ? block.kv_len + block.kv_len % 2 : kKeyTile;
+        const int64_t columns = block.value_head_dim > lanes ? block.value_head_dim : lanes;
+        const bool prepares = block.kv_dtype != kDtype<T>;
+        scores = scratch.take<T>(keys * width);
+        staging = scratch.take<T>(Vec<T>::padded(keys) * columns);
+        key = scratch.take<T>(prepares ? Vec<T>::padded(keys * block.head_dim) : 0);
+        value = scratch.take<T>(prepares ? Vec<T>::padded(keys * block.value_head_dim) : 0);
+    }
+};
+
+// The scratch memory of one query tile: matrices of `width` columns, a lane for each row.
+template <class T>
+struct Matrices {
+    T* const query;  // (head_dim) transposed and scaled
+    T* const acc;    // (value_head_dim) O^T of the current kKeysPerSum keys
+    T* const total;  // (value_head_dim) O^T of those before, where there are some
+
+    Matrices(const Block& block, int64_t width, Scratch& scratch)
+        : query(scratch.take<T>(block.head_dim * width)),
+          acc(scratch.take<T>(block.value_head_dim * width)),
+          total(scratch.take<T>(block.kv_len > kKeysPerSum ? block.value_head_dim * width : 0)) {}
+};
+
+// Whether the products are those of pairs: not for an odd head_dim, whose last would be half one.
+template <class T>
+bool in_pairs(const Block& block) {
+    return kMultipliesPairs && sizeof(T) == 4 && block.query_dtype == Dtype::kBFloat16 &&
+           block.kv_dtype == Dtype::kBFloat16 && block.head_dim % 2 == 0;
+}
+
+// Rows that fill up to Columns vectors, and what is known of them after the key tiles so far.
+//
+// In pairs, the query, keys, probabilities and values that are multiplied are bfloat16, and all
+// sums are float: a key's row is pairs already, values are laid out in pairs of keys once for all
+// query tiles. The scale, which the query has no bits for, goes to the scores.
+template <class T, bool InPairs, int Columns>
+class QueryTile {
+    using V = Vec<T>;
+    using Operand = Factor<T, InPairs>;
+    using Element = typename Operand::Element;
+    static constexpr int lanes = V::lanes;
+    static constexpr int width = Columns * lanes;  // rows, and lanes that have none
+
+    const Block block;       // the query tile's rows alone
+    const int rows_to_come;  // behind them, in the row block
+    const int64_t head_dim, value_head_dim;
+    const ScorePasses<T, Columns> passes;
+
+    // In scratch memory: see Matrices and Shared.
+    T* const query;
+    T* const acc;
+    T* const total;
+    T* const scores;
+    T* const staging;
+    Shared<T>* const shared;
+
+    // Of the key tile. In pairs, the stride of the values is that of a pair's row, halved.
+    const Element *tile_key, *tile_value;
+    int64_t key_stride, value_stride;
+
+    V row_max[Columns], row_sum[Columns], total_sum[Columns], total_max[Columns];
+    V tile_max[Columns], rescale[Columns];
+    int64_t cuts[2 * Columns];  // of the key tile: see ScorePasses::find_cuts
+    int64_t acc_index;          // which kKeysPerSum keys acc is about
+    bool has_started = false, has_total = false;
+
+    V score_scale[Columns];     // what load_query() left out of the query
+    bool scale_scores = false;  // some lane's is not 1
+    const bool scales_late;     // in pairs: in the step that subtracts the maximum, in every tile
+
+    static Block some_rows(Block b, int first, int count) {
+        b.rows += first;
+        b.row_count = count;
+        return b;
+    }
+
+   public:
+    // Rows [first, first + count) of a row block.
+    QueryTile(const Block& whole, int first, int count, const Matrices<T>& matrices,
+              Shared<T>* in_turn)
+        : block(some_rows(whole, first, count)),
+          rows_to_come(whole.row_count - first - count),
+          head_dim(block.head_dim),
+          value_head_dim(block.value_head_dim),
+          passes(block),
+          query(matrices.query),
+          acc(matrices.acc),
+          total(matrices.total),
+          scores(in_turn->scores),
+          staging(in_turn->staging),
+          shared(in_turn),
+          acc_index(passes.begin / kKeysPerSum),
+          scales_late(!passes.changes_scores() && query_scale<T>(block) != 0) {}
+
+    // Query tiles are made in scratch memory and need no end.
+    static void* operator new(size_t, void* where) { return where; }
+
+    size_t rows() const { return size_t(block.row_count); }
+    int64_t begin() const { return passes.begin; }
+    int64_t end() const { return passes.end; }
+
+    void attend_tile(int64_t tile) {
+        Span keys = passes.span(tile);
+        if (keys.size() <= 0) return;
+        const Seen seen = passes.classify(keys);
+        if (seen == Seen::kNone) return;
+        if (!has_started) start();
+        if (tile / kKeysPerSum != acc_index) {
+            close_sums();
+            acc_index = tile / kKeysPerSum;
+        }
+        find_keys(tile);
+        attend(keys, seen, tile);
+    }
+
+    // Stores the result; or, where `partials` is not null, the rows' partials there.
+    void finish(void* partials) {
+        if (!has_started) start();
+        if (has_total) close_sums();
+        const T* const sum = has_total ? total : acc;
+        const V* const sums = has_total ? total_sum : row_sum;
+        if (partials == nullptr) return store(sum, sums);
+        for (int c = 0; c < Columns; ++c) {
+            store_partials(sum, sums, Partials<T>(block, partials), c);
+        }
+    }
+
+    // Without a mask or bias, only the outer two tiles on either side may be unlike the others: the
+    // rows' intervals differ by less than a tile.
+    void count(TileCounts& counts) const {
+        static_assert(width + micro_rows(Columns) <= kKeyTile);
+        const bool visit_all = block.rows->mask != nullptr || block.rows->bias != nullptr;
+        const int64_t tiles = (block.kv_len + kKeyTile - 1) / kKeyTile;
+        const int64_t first = begin() / kKeyTile, last = (end() + kKeyTile - 1) / kKeyTile;
+        int64_t computed = 0;
+        for (int64_t tile = first, alike; tile < last; tile += alike) {
+            alike = visit_all || tile != first + 2 || tile >= last - 2 ? 1 : last - 2 - tile;
+            Span keys = passes.span(tile * kKeyTile);
+            const Seen seen = passes.classify(keys);
+            if (seen == Seen::kNone) continue;
+            computed += alike;
+            if (seen == Seen::kSome) counts.edge += alike;
+            counts.pairs += alike * keys.size() * block.row_count;
+        }
+        counts.computed += computed;
+        counts.skipped += tiles - computed;
+    }
+
+   private:
+    // As late as can be: the query comes from memory while the query tiles before it compute.
+    void start() {
+        for (int i = 0; i < rows_to_come && i < width; ++i) {
+            prefetch(static_cast<const T*>(block.rows[block.row_count + i].query),
+                     query_items(head_dim));
+        }
+        load_query();
+        for (int i = 0; i < block.row_count; ++i) {
+            prefetch<1>(static_cast<const T*>(block.rows[i].out), query_items(value_head_dim));
+        }
+        clear(acc);
+        for (int c = 0; c < Columns; ++c) {
+            row_max[c] = -kInfinity<T>;
+            row_sum[c] = T(0);
+        }
+        has_started = true;
+    }
+
+    // As many T as so many elements of the query fill.
+    int64_t query_items(int64_t count) const {
+        return block.query_dtype == kDtype<T> ? count : (count + 1) / 2;
+    }
+
+    // Keys are read where they lie, or else prepared once for all query tiles.
+    void find_keys(int64_t tile) {
+        if constexpr (InPairs) {
+            tile_key = row_of<BFloat16>(block, block.key, tile), key_stride = block.key.stride;
+        } else {
+            with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
+                const From* const key = row_of<From>(block, block.key, tile);
+                if constexpr (sizeof(From) == sizeof(T)) {
+                    tile_key = key, key_stride = block.key.stride;
+                } else {
+                    tile_key = shared->key, key_stride = head_dim;
+                    if (shared->key_tile == tile) return;
+                    shared->key_tile = tile;
+                    const int64_t keys = keys_of(tile);
+                    widen(key, block.key.stride, keys, head_dim, shared->key);
+                    if constexpr (sizeof(From) == 1) {
+                        multiply_rows(block.key_scale, tile, keys, head_dim, shared->key);
+                    }
+                }
+            });
+        }
+    }
+
+    // Likewise values.
+    void find_values(int64_t tile) {
+        const int64_t keys = keys_of(tile);
+        if constexpr (InPairs) {
+            tile_value = reinterpret_cast<const BFloat16*>(shared->value);
+            value_stride = value_head_dim;
+            if (shared->value_tile == tile) return;
+            shared->value_tile = tile;
+            const auto* value = row_of<BFloat16>(block, block.value, tile);
+            auto* to = reinterpret_cast<BFloat16*>(shared->value);
+            for (int64_t j = 0; j < keys; j += 2, to += 2 * value_head_dim) {
+                const BFloat16* const first = value + j * block.value.stride;
+                store_pairs(first, j + 1 < keys ? first + block.value.stride : nullptr,
+                            value_head_dim, to);
+            }
+        } else {
+            with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
+                const From* const value = row_of<From>(block, block.value, tile);
+                if constexpr (sizeof(From) == sizeof(T)) {
+                    tile_value = value, value_stride = block.value.stride;
+                } else {
+                    tile_value = shared->value, value_stride = value_head_dim;
+                    if (shared->value_tile == tile) return;
+                    shared->value_tile = tile;
+                    widen(value, block.value.stride, keys, value_head_dim, shared->value);
+                    if constexpr (sizeof(From) == 1) {
+                        multiply_rows(block.value_scale, tile, keys, value_head_dim, shared->value);
+                    }
+                }
+            });
+        }
+    }
+
+    int64_t keys_of(int64_t tile) const {
+        return block.kv_len - tile < kKeyTile ? block.kv_len - tile : kKeyTile;
+    }
+
+    // Some rows of keys or values, to be near when they are read.
+    void fetch(const KeyRows& rows, int64_t begin, int64_t end, int64_t columns) const {
+        if (begin >= end) return;
+        with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
+            const From* row = row_of<From>(block, rows, begin);
+            for (; begin < end; ++begin, row += rows.stride) fastattn::prefetch(row, columns);
+        });
+    }
+
+    // By the scales of quantized keys or values.
+    void multiply_rows(const KeyRows& scales, int64_t tile, int64_t rows, int64_t columns,
+                       T* matrix) const {
+        const float* const scale = row_of<float>(block, scales, tile);
+        for (int64_t j = 0; j < rows; ++j) {
+            const T factor = T(scale[j * scales.stride]);
+            for (int64_t d = 0; d < columns; ++d) matrix[j * columns + d] *= factor;
+        }
+    }
+
+    void clear(T* matrix) const {
+        for (int64_t i = 0; i < value_head_dim * width; i += lanes) V(T(0)).store(matrix + i);
+    }
+
+    // query = (scale * log2(e) * Q)^T; lanes without a row are 0. With softcap, tanh comes between
+    // the scale and the change of base. A row that the scale would take out of range keeps it for
+    // its scores.
+    void load_query() {
+        const T scale = query_scale<T>(block);
+        for (int c = 0; c < Columns; ++c) {
+            if constexpr (InPairs) {
+                load_rows<BFloat16>(c, T(scale < 0 ? -1 : 1));
+                score_scale[c] = scale < 0 ? -scale : scale;
+                continue;
+            }
+            with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {
+                const auto too_large = load_rows<Element>(c, scale);
+                score_scale[c] = select<T>(too_large, V(scale), V(T(1)));
+                if (!any<T>(too_large)) return;
+                load_rows<Element>(c, select<T>(too_large, V(T(1)), V(scale)));
+                scale_scores = true;
+            });
+        }
+    }
+
+    // Loads one vector of rows, times scale; returns which of them that took out of range.
+    template <class Element>
+    typename V::Mask load_rows(int c, V scale) const {
+        const Row* const rows = block.rows + c * lanes;
+        const int rows_here = block.row_count - c * lanes;
+        typename V::Mask too_large = {};
+        for (int64_t d = 0; d < head_dim; d += lanes) {
+            const int64_t n = head_dim - d < lanes ? head_dim - d : lanes;
+            V square[lanes];
+            if (n == lanes && rows_here >= lanes) {
+#pragma GCC unroll 16
+                for (int i = 0; i < lanes; ++i) {
+                    square[i] = load(static_cast<const Element*>(rows[i].query) + d);
+                }
+            } else {
+                for (int i = 0; i < lanes; ++i) {
+                    T some[lanes] = {};
+                    for (int k = 0; i < rows_here && k < n; ++k) {
+                        some[k] = added<T>(static_cast<const Element*>(rows[i].query)[d + k]);
+                    }
+                    square[i] = V::load(some);
+                }
+            }
+            transpose<T>(square);
+            for (int k = 0; k < n; k += Operand::size) {
+                const V scaled = scale * square[k];
+                T* const to = query + (d + k) / Operand::size * width + c * lanes;
+                if constexpr (InPairs) {
+                    const Pairs pairs = to_pairs(scaled, scale * square[k + 1]);
+                    __builtin_memcpy(to, &pairs, sizeof pairs);
+                } else {
+                    too_large |= is_finite<T>(square[k]) & ~is_finite<T>(scaled);
+                    scaled.store(to);
+                }
+            }
+        }
+        return too_large;
+    }
+
+    void attend(Span keys, Seen seen, int64_t tile) {
+        passes.find_cuts(keys, cuts);
+        passes.prefetch(keys);
+        const bool fetches = shared->fetches && shared->fetched != tile;
+        shared->fetched = tile;
+        compute_scores(tile_key + (keys.begin - tile) * key_stride, fetches ? &keys : nullptr);
+        find_values(tile);
+        const Element* value = tile_value + (keys.begin - tile) * value_stride;
+        int64_t stride = value_stride;
+        if (!InPairs && scale_scores) apply_score_scale(keys);
+        const bool drops = block.dropout.drops;
+        bool any_left_out = drops;
+        if (seen == Seen::kSome) {
+            passes.apply(scores, keys, staging);
+            any_left_out |= find_tile_max(keys);
+        }
+        if (any_left_out && set_nonfinite_apart(keys)) {
+            value = reinterpret_cast<const Element*>(staging);
+            stride = value_head_dim;
+        }
+        if (InPairs && scales_late) {
+            for (int c = 0; c < Columns; ++c) tile_max[c] = score_scale[c] * tile_max[c];
+            softmax<true>(keys);
+        } else {
+            softmax<false>(keys);
+        }
+        if (drops) drop_pairs(keys);
+        const bool whole = cuts[Columns - 1] == 0 && cuts[Columns] == keys.size();
+        const Span next = fetches ? passes.span(tile + kKeyTile) : Span{0, 0};
+        in_steps<micro_rows(Columns)>(0, value_head_dim, [&]<int Rows>(int64_t d) {
+            if (next.size() > 0) {
+                fetch(block.key, next.begin + next.size() * d / value_head_dim,
+                      next.begin + next.size() * (d + Rows) / value_head_dim, head_dim);
+            }
+            if (whole) {
+                V sum[Rows][Columns] = {};
+                multiply_values<0, Columns>(d, value, stride, 0, keys.size(), sum);
+                add_to_acc(d, sum);
+            } else {
+                add_between_cuts<Rows>(d, value, stride);
+            }
+        });
+    }
+
+    // sum += P^T V of the keys [begin, end), counted from the first; begin is even.
+    template <int First, int Last, int Rows>
+    [[gnu::always_inline]] void multiply_values(int64_t d, const Element* value, int64_t stride,
+                                                int64_t begin, int64_t end,
+                                                V (&sum)[Rows][Columns]) const {
+        constexpr int64_t size = Operand::size;
+        multiply<First, Last, InPairs>(value + begin * stride + d * size, size, stride * size,
+                                       scores + begin / size * width, width,
+                                       (end - begin + size - 1) / size, sum);
+    }
+
+    template <int Rows>
+    [[gnu::always_inline]] void add_to_acc(int64_t d, const V (&sum)[Rows][Columns]) const {
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+            for (int c = 0; c < Columns; ++c) {
+                T* out = acc + (d + r) * width + c * lanes;
+                fma(V::load(out), rescale[c], sum[r][c]).store(out);
+            }
+        }
+    }
+
+    // Out of line, so that the common case keeps its sums in registers.
+    template <int Rows>
+    [[gnu::noinline]] void add_between_cuts(int64_t d, const Element* value, int64_t stride) const {
+        V sum[Rows][Columns] = {};
+        between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
+            multiply_values<First, Last>(d, value, stride, begin, end, sum);
+        });
+        add_to_acc(d, sum);
+    }
+
+    // to_fetch: keys whose values are to be brought near meanwhile; null: none.
+    void compute_scores(const Element* key, const Span* to_fetch) {
+        for (int64_t d = 0; d < head_dim; d += kDepth) {
+            const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
+            V largest[Columns];
+            for (int c = 0; c < Columns; ++c) largest[c] = -kInfinity<T>;
+            between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
+                in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
+                    if (to_fetch != nullptr && d == 0) {
+                        fetch(block.value, to_fetch->begin + j, to_fetch->begin + j + Rows,
+                              value_head_dim);
+                    }
+                    V sum[Rows][Columns] = {};
+                    multiply<First, Last, InPairs>(key + j * key_stride + d, key_stride,
+                                                   Operand::size, query + d / Operand::size * width,
+                                                   width, depth / Operand::size, sum);
+#pragma GCC unroll 16
+                    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+                        for (int c = 0; c < Columns; ++c) {
+                            T* const score = scores + (j + r) * width + c * lanes;
+                            if (d > 0) sum[r][c] = V::load(score) + sum[r][c];
+                            if (InPairs && !scales_late && d + depth == head_dim) {
+                                sum[r][c] = score_scale[c] * sum[r][c];
+                            }
+                            if (c < First || c >= Last) sum[r][c] = -kInfinity<T>;
+                            sum[r][c].store(score);
+                            largest[c] = max(sum[r][c], largest[c]);
+                        }
+                    }
+                });
+            });
+            for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
+        }
+    }
+
+    void apply_score_scale(Span keys) {
+        for (int64_t i = 0; i < keys.size() * width; i += width) {
+            for (int c = 0; c < Columns; ++c) {
+                T* const score = scores + i + c * lanes;
+                (score_scale[c] * V::load(score)).store(score);
+            }
+        }
+        find_tile_max(keys);
+    }
+
+    // True: some score is that of a hidden pair.
+    bool find_tile_max(Span keys) {
+        const V lowest = -kInfinity<T>;
+        typename V::Mask hidden = {};
+        V largest[Columns];
+        for (int c = 0; c < Columns; ++c) largest[c] = lowest;
+        for (int64_t i = 0; i < keys.size() * width; i += width) {
+            for (int c = 0; c < Columns; ++c) {
+                const V score = V::load(scores + i + c * lanes);
+                hidden |= score == lowest;
+                largest[c] = max(score, largest[c]);
+            }
+        }
+        for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
+        return any<T>(hidden);
+    }
+
+    // scores = P^T = exp2(S^T - row_max); a NaN score makes a NaN. Scaled: they are still to be.
+    template <bool Scaled>
+    void softmax(Span keys) {
+        V offset[Columns], sum[Columns];
+        for (int c = 0; c < Columns; ++c) {
+            const V largest = max(tile_max[c], row_max[c]);
+            // Nothing seen yet: -inf - 0, not -inf - -inf.
+            offset[c] = select<T>(largest == V(-kInfinity<T>), V(T(0)), largest);
+            rescale[c] = exp2(row_max[c] - offset[c]);
+            row_max[c] = largest;
+            sum[c] = T(0);
+        }
+        const auto prob = [&](const T* score, int c) {
+            const V x = V::load(score + c * lanes);
+            if constexpr (Scaled) {
+                return exp2<InPairs>(fma(x, score_scale[c], V(T(0)) - offset[c]));
+            } else {
+                return exp2<InPairs>(x - offset[c]);
+            }
+        };
+        T* row = scores;
+        if constexpr (InPairs) {
+            T* to = scores;
+            for (int64_t j = 0; j < keys.size(); j += 2, row += 2 * width, to += width) {
+#pragma GCC unroll 4
+                for (int c = 0; c < Columns; ++c) {
+                    const V first = prob(row, c);
+                    const V second = j + 1 < keys.size() ? prob(row + width, c) : V(T(0));
+                    sum[c] = sum[c] + (first + second);
+                    const Pairs pairs = to_pairs(first, second);
+                    __builtin_memcpy(to + c * lanes, &pairs, sizeof pairs);
+                }
+            }
+        } else {
+            for (int64_t j = 0; j < keys.size(); ++j, row += width) {
+#pragma GCC unroll 4
+                for (int c = 0; c < Columns; ++c) {
+                    const V p = prob(row, c);
+                    sum[c] = sum[c] + p;
+                    p.store(row + c * lanes);
+                }
+            }
+        }
+        for (int c = 0; c < Columns; ++c) row_sum[c] = fma(row_sum[c], rescale[c], sum[c]);
+    }
+
+    KeptOfRows<T> kept(int c) const {
+        return {block.dropout, block.rows + c * lanes, block.row_count - c * lanes};
+    }
+
+    [[gnu::noinline]] typename V::Mask kept_rows(int c, int64_t key) const {
+        typename V::Mask mask = {};
+        kept(c).each_key({key, key + 1}, [&](int64_t, typename V::Mask of) { mask = of; });
+        return mask;
+    }
+
+    [[gnu::noinline]] void drop_pairs(Span keys) const {
+        for (int c = 0; c < Columns; ++c) drop<InPairs>(scores + c * lanes, width, keys, kept(c));
+    }
+
+    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it, or
+    // drops it. If the tile holds any, it is copied to `staging` with zeros for them, and they are
+    // added to the rows that see them, here.
+    bool set_nonfinite_apart(Span keys) {
+        const Element* value = tile_value + keys.begin % kKeyTile * value_stride;
+        int64_t stride = value_stride;
+        if constexpr (InPairs) {
+            value = row_of<Element>(block, block.value, keys.begin);
+            stride = block.value.stride;
+        }
+        bool found = false;
+        const auto check = [&](int64_t first, int64_t last) {
+            found |= !all_finite(value + (first - keys.begin) * stride, stride, last - first);
+        };
+        if (block.dropout.drops) {
+            check(keys.begin, keys.end);
+        } else {
+            passes.hidden_keys(keys, check);
+        }
+        if (!found) return false;
+        Element* const to = reinterpret_cast<Element*>(staging);
+        for (int64_t j = 0; j < keys.size(); ++j) {
+            const Element* from = value + j * stride;
+            for (int64_t d = 0; d < value_head_dim; ++d) {
+                constexpr int64_t size = Operand::size;
+                const T x = added<T>(from[d]);
+                const bool finite = x - x == 0;
+                Element* const place = to + (j / size * value_head_dim + d) * size;
+                place[j % size] = finite ? from[d] : Element{};
+                if (j + 1 == keys.size() && j % size + 1 < size) place[j % size + 1] = Element{};
+                if (finite) continue;
+                for (int c = 0; c < Columns; ++c) {
+                    auto left_out = V::load(scores + j * width + c * lanes) == V(-kInfinity<T>);
+                    if (block.dropout.drops) left_out |= ~kept_rows(c, keys.begin + j);
+                    T* const sum = acc + d * width + c * lanes;
+                    select<T>(left_out, V::load(sum), V::load(sum) + V(x)).store(sum);
+                }
+            }
+        }
+        return true;
+    }
+
+    bool all_finite(const Element* row, int64_t stride, int64_t rows) const {
+        typename V::Mask bad = {};
+        bool rest_finite = true;
+        for (; rows > 0; --rows, row += stride) {
+            int64_t d = 0;
+            for (; d + lanes <= value_head_dim; d += lanes) {
+                bad |= ~is_finite<T>(load(row + d));
+            }
+            for (; d < value_head_dim; ++d) {
+                const T x = added<T>(row[d]);
+                rest_finite &= x - x == 0;
+            }
+        }
+        return rest_finite && !any<T>(bad);
+    }
+
+    // total += acc, and new sums begin.
+    void close_sums() {
+        if (!has_total) {
+            clear(total);
+            for (int c = 0; c < Columns; ++c) {
+                total_sum[c] = T(0);
+                total_max[c] = -kInfinity<T>;
+            }
+        }
+        for (int c = 0; c < Columns; ++c) {
+            const V offset = select<T>(row_max[c] == V(-kInfinity<T>), V(T(0)), row_max[c]);
+            const V total_rescale = exp2(total_max[c] - offset);
+            for (int64_t i = c * lanes; i < value_head_dim * width; i += width) {
+                fma(V::load(total + i), total_rescale, V::load(acc + i)).store(total + i);
+            }
+            total_sum[c] = fma(total_sum[c], total_rescale, row_sum[c]);
+            total_max[c] = row_max[c];
+            row_sum[c] = T(0);
+        }
+        clear(acc);
+        has_total = true;
+    }
+
+    // out = sum / row_sum, and lse = log(row_sum) + max. A sink is one more term of the
+    // denominator.
+    void store(const T* sum, const V* sums) const {
+        for (int c = 0; c < Columns; ++c) {
+            T sink[lanes], largest[lanes], denominator[lanes];
+            for (int i = 0; i < lanes; ++i) {
+                const int row = c * lanes + i;
+                sink[i] =
+                    T(row < block.row_count ? block.rows[row].sink * kLog2e : -__builtin_inf());
+            }
+            const V peak = max(row_max[c], V::load(sink));
+            const V offset = select<T>(peak == V(-kInfinity<T>), V(T(0)), peak);
+            const V sum_rescale = exp2(row_max[c] - offset);
+            const V all = fma(sums[c], sum_rescale, exp2(V::load(sink) - offset));
+            const V share = select<T>(all == V(T(0)), V(T(0)), sum_rescale / all);
+            const V factor = V(T(block.dropout.scale)) * share;
+            row_max[c].store(largest);
+            sums[c].store(denominator);
+            with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {
+                store_out<Element>(sum + c * lanes, factor, c * lanes);
+            });
+            for (int i = 0; i < lanes && c * lanes + i < block.row_count; ++i) {
+                const Row& row = block.rows[c * lanes + i];
+                if (row.lse == nullptr) continue;
+                *static_cast<T*>(row.lse) =
+                    T(double(largest[i]) * kLn2 + __builtin_log(double(denominator[i])));
+            }
+        }
+    }
+
+    template <class Element>
+    void store_out(const T* sum, V factor, int first_row) const {
+        // Adding 0 turns -0 into 0: which one a sum of zeros is depends on skipped tiles.
+        transpose_rows(
+            sum, first_row,
+            [&](int row, int64_t d, V x) {
+                Element* const out = static_cast<Element*>(block.rows[row].out);
+                store_some(x, value_head_dim - d, out + d);
+            },
+            [&](V x) { return fma(x, factor, V(T(0))); });
+    }
+
+    void store_partials(const T* sum, const V* sums, const Partials<T>& partials, int c) const {
+        for (int i = 0; i < lanes && c * lanes + i < block.row_count; ++i) {
+            partials.row_max(c * lanes + i) = row_max[c].v[i];
+            partials.row_sum(c * lanes + i) = sums[c].v[i];
+        }
+        transpose_rows(
+            sum + c * lanes, c * lanes,
+            [&](int row, int64_t d, V x) { x.store(partials.acc(row) + d); },
+            [](V x) { return x; });
+    }
+
+    // Gives put(row, d, x) `lanes` rows of a matrix like acc, where x is of columns d on.
+    template <class Put, class Change>
+    void transpose_rows(const T* matrix, int first_row, const Put& put,
+                        const Change& change) const {
+        for (int64_t d = 0; d < value_head_dim; d += lanes) {
+            V square[lanes];
+            for (int k = 0; k < lanes; ++k) {
+                const bool inside = k < value_head_dim - d;
+                square[k] = inside ? change(V::load(matrix + (d + k) * width)) : V(T(0));
+            }
+            transpose<T>(square);
+            for (int i = 0; i < lanes && first_row + i < block.row_count; ++i) {
+                put(first_row + i, d, square[i]);
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace fastattn

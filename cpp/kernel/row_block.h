@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A row block against all the keys that its rows see: each key tile is brought near once, for all
+// query tiles in turn (query_tile.h). Called by attention.cpp and decode.cpp through the table in
+// kernel.cpp.
+#pragma once
+
+#include "elements.h"
+#include "factors.h"
+#include "kernel.h"
+#include "multiply.h"
+#include "partials.h"
+#include "query_tile.h"
+#include "vec.h"
+
+namespace fastattn {
+namespace {
+
+// The query tiles of a row block, and its scratch memory.
+template <class T>
+struct Layout {
+    static constexpr int tile_rows = kColumns * Vec<T>::lanes;
+    using FullTile = QueryTile<T, false, kColumns>;  // as large as one in pairs
+
+    const int full, last_rows;  // query tiles of tile_rows rows; rows of the last query tile
+    Scratch scratch;
+    void* const tiles;  // the full ones
+    Shared<T> shared;
+
+    Layout(const Block& block, void* memory)
+        : full((block.row_count - 1) / tile_rows),
+          last_rows(block.row_count - full * tile_rows),
+          scratch(memory),
+          tiles(scratch.take<FullTile>(full)),
+          shared(block, width(0), scratch) {}
+
+    // Those of query tile `index`; to be called for one after the other.
+    Matrices<T> matrices(const Block& block, int index) { return {block, width(index), scratch}; }
+
+   private:
+    int64_t width(int index) const { return index < full ? tile_rows : Vec<T>::padded(last_rows); }
+};
+
+template <class T>
+size_t scratch_bytes(const Block& block) {
+    Layout<T> layout(block, nullptr);
+    for (int i = 0; i <= layout.full; ++i) layout.matrices(block, i);
+    return layout.scratch.used();
+}
+
+// Calls use(each_tile), where each_tile(visit) calls visit(query tile) for the full ones and then
+// for the last one.
+template <class T, bool InPairs, class Use>
+void with_query_tiles(const Block& block, bool fetches, const Use& use) {
+    using FullTile = QueryTile<T, InPairs, kColumns>;
+    static_assert(sizeof(FullTile) == sizeof(typename Layout<T>::FullTile));
+    constexpr int tile_rows = Layout<T>::tile_rows;
+    Layout<T> layout(block, block.scratch);
+    layout.shared.fetches = fetches;
+    FullTile* const tiles = static_cast<FullTile*>(layout.tiles);
+    const int full = layout.full;
+    for (int i = 0; i < full; ++i) {
+        new (tiles + i)
+            FullTile(block, i * tile_rows, tile_rows, layout.matrices(block, i), &layout.shared);
+    }
+    with_columns<T>(layout.last_rows, [&]<int Columns>() {
+        QueryTile<T, InPairs, Columns> last(block, full * tile_rows, layout.last_rows,
+                                            layout.matrices(block, full), &layout.shared);
+        use([&](const auto& visit) {
+            for (int i = 0; i < full; ++i) visit(tiles[i]);
+            visit(last);
+        });
+    });
+}
+
+template <class T, bool InPairs>
+void attend_in_tiles(const Block& block, void* partials) {
+    with_query_tiles<T, InPairs>(block, partials != nullptr, [&](const auto& each_tile) {
+        int64_t begin = block.kv_len, end = 0;
+        each_tile([&](auto& tile) {
+            if (tile.begin() < begin) begin = tile.begin();
+            if (tile.end() > end) end = tile.end();
+        });
+        for (int64_t key = begin / kKeyTile * kKeyTile; key < end; key += kKeyTile) {
+            if (block.stop.requested(block.stop.context)) return;
+            each_tile([&](auto& tile) { tile.attend_tile(key); });
+        }
+        char* here = static_cast<char*>(partials);
+        each_tile([&](auto& tile) {
+            tile.finish(here);
+            if (partials != nullptr) here += tile.rows() * Partials<T>::bytes(block);
+        });
+    });
+}
+
+template <class T>
+void attend(const Block& block, void* partials) {
+    if constexpr (kMultipliesPairs && sizeof(T) == 4) {
+        if (in_pairs<T>(block)) return attend_in_tiles<T, true>(block, partials);
+    }
+    attend_in_tiles<T, false>(block, partials);
+}
+
+template <class T>
+void count_tiles(const Block& block, TileCounts& counts) {
+    with_query_tiles<T, false>(block, false, [&](const auto& each_tile) {
+        each_tile([&](const auto& tile) { tile.count(counts); });
+    });
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,355 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What happens to a tile of scores between the two products: softcap, bias, mask, ALiBi, and the
+// edges that causality, window and length cut. Each is a pass of its own over the tile, so that
+// they all compose, and a tile that needs none is left alone. Called by query_tile.h and
+// backward.h; decode.h, dropout.h and partials.h use the smaller functions alone.
+#pragma once
+
+#include "elements.h"
+#include "kernel.h"
+#include "vec.h"
+
+namespace fastattn {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+// With softcap, tanh comes between the scale and the change of base.
+template <class T>
+T query_scale(const Block& block) {
+    return nearest_finite<T>(block.softcap != 0 ? block.scale / block.softcap
+                                                : block.scale * kLog2e);
+}
+
+struct Span {
+    int64_t begin, end;  // keys
+    int64_t size() const { return end - begin; }
+};
+
+// How many of a tile's pairs are seen; kAll also says that its scores need no pass.
+enum class Seen { kNone, kSome, kAll };
+
+// Finds out whether `count` elements of a row hold a hidden one, a seen one.
+template <class Element>
+void look(const Element* from, int64_t stride, int64_t count, bool& any_hidden, bool& any_seen) {
+    constexpr int64_t most = 64;  // an early answer, and loops that are vectorised whole
+    for (; count > 0 && !(any_hidden && any_seen); from += most * stride, count -= most) {
+        const int64_t n = count < most ? count : most;
+        int hidden = 0;
+        if (stride == 1) {
+            for (int64_t j = 0; j < n; ++j) hidden += hides(from[j]);
+        } else {
+            for (int64_t j = 0; j < n; ++j) hidden += hides(from[j * stride]);
+        }
+        any_hidden |= hidden > 0;
+        any_seen |= hidden < n;
+    }
+}
+
+// Some elements of a row of a mask or bias, in T.
+template <class T>
+void stage(const void* row, Dtype dtype, int64_t stride, Span keys, T* to) {
+    with_element(dtype, [&](auto* element) {
+        const auto* from = static_cast<decltype(element)>(row) + keys.begin * stride;
+        const int64_t count = keys.size();
+        if (stride == 1) {
+            for (int64_t j = 0; j < count; ++j) to[j] = added<T>(from[j]);
+        } else {
+            for (int64_t j = 0; j < count; ++j) to[j] = added<T>(from[j * stride]);
+        }
+    });
+}
+
+// score + x * factor. Only -inf hides, and what is finite stays finite: a row whose every key has a
+// huge negative bias is still the mean of what it sees.
+template <class T>
+Vec<T> bounded_sum(Vec<T> score, Vec<T> x, Vec<T> factor) {
+    const Vec<T> hidden = -kInfinity<T>, zero = T(0), sum = fma(x, factor, score);
+    const Vec<T> bounded = min(Vec<T>(-kLowest<T>), max(Vec<T>(kLowest<T>), sum));
+    const auto finite = fma(x, zero, score * zero) == zero;
+    return select<T>((x == hidden) | (score == hidden), hidden, select<T>(finite, bounded, sum));
+}
+
+template <class T>
+void add_to_scores(T* scores, Vec<T> array) {
+    bounded_sum(Vec<T>::load(scores), array, Vec<T>(T(kLog2e))).store(scores);
+}
+
+// A mask or a bias, as the rows of a query tile see it.
+template <class T, int Columns>
+class RowArray {
+    using V = Vec<T>;
+    static constexpr int lanes = V::lanes, width = Columns * lanes;
+
+    const void* rows[width];  // element [row][0]; lanes without a row repeat the block's last
+    const Dtype dtype;
+    const int64_t stride;
+    bool one_row = true;  // for all
+
+   public:
+    const bool given;
+
+    RowArray(const Block& block, const void* Row::* array, Dtype type, int64_t key_stride)
+        : dtype(type), stride(key_stride), given(block.rows[0].*array != nullptr) {
+        if (!given) return;
+        for (int i = 0; i < width; ++i) {
+            rows[i] = block.rows[i < block.row_count ? i : block.row_count - 1].*array;
+            one_row &= rows[i] == rows[0];
+        }
+    }
+
+    // Which pairs the array leaves. A float array changes what it does not hide: never kAll.
+    Seen classify(Span keys) const {
+        if (!given) return Seen::kAll;
+        return with_element(dtype, [&](auto* element) {
+            bool any_hidden = dtype != Dtype::kBool, any_seen = false;
+            for (int i = 0; i < width && !(any_hidden && any_seen); ++i) {
+                if (i > 0 && rows[i] == rows[i - 1]) continue;
+                const auto* row = static_cast<decltype(element)>(rows[i]);
+                look(row + keys.begin * stride, stride, keys.size(), any_hidden, any_seen);
+            }
+            return !any_seen ? Seen::kNone : any_hidden ? Seen::kSome : Seen::kAll;
+        });
+    }
+
+    // The keys without those at either end that the array hides from all rows, such as padding; in
+    // whole steps of the micro-kernel.
+    Span narrowed(Span keys) const {
+        if (!given || !one_row) return keys;
+        return with_element(dtype, [&](auto* element) {
+            const auto* row = static_cast<decltype(element)>(rows[0]);
+            constexpr int64_t step = micro_rows(Columns);
+            int64_t begin = keys.begin, end = keys.end;
+            while (begin < end && hides(row[begin * stride])) ++begin;
+            while (begin < end && hides(row[(end - 1) * stride])) --end;
+            begin -= (begin - keys.begin) % step;
+            end += (keys.end - end) % step;
+            if (end < keys.end) end += (end - begin) % 2;  // whole pairs
+            return Span{begin, end};
+        });
+    }
+
+    // Rows may lie far apart: they are asked for long before add_to() needs them.
+    void prefetch(Span keys) const {
+        if (!given || stride != 1) return;
+        with_element(dtype, [&](auto* element) {
+            for (int i = 0; i < width; ++i) {
+                if (i > 0 && rows[i] == rows[i - 1]) continue;
+                const auto* row = static_cast<decltype(element)>(rows[i]);
+                fastattn::prefetch(row + keys.begin, keys.size());
+            }
+        });
+    }
+
+    // scores += log2(e) * the array. staging: (lanes, keys.size() rounded up to lanes).
+    void add_to(T* scores, Span keys, T* staging) const {
+        const int64_t count = keys.size(), pitch = V::padded(count);
+        const bool as_it_is = stride == 1 && dtype == kDtype<T>;
+        const int64_t direct = as_it_is ? count / lanes * lanes : 0;  // keys that need no staging
+        for (int c = 0; c < Columns; ++c) {
+            const void* const* here = rows + c * lanes;
+            bool same = true;
+            for (int i = 1; i < lanes; ++i) same &= here[i] == here[0];
+            T* column = scores + c * lanes;
+            if (same) {
+                stage(here[0], dtype, stride, keys, staging);
+                for (int64_t j = 0; j < count; ++j)
+                    add_to_scores(column + j * width, V(staging[j]));
+                continue;
+            }
+            for (int i = 0; i < lanes && direct < count; ++i) {
+                stage<T>(here[i], dtype, stride, {keys.begin + direct, keys.end},
+                         staging + i * pitch + direct);
+            }
+            for (int64_t first = 0; first < count; first += lanes) {
+                V square[lanes];
+#pragma GCC unroll 16
+                for (int i = 0; i < lanes; ++i) {
+                    square[i] =
+                        V::load(first < direct ? static_cast<const T*>(here[i]) + keys.begin + first
+                                               : staging + i * pitch + first);
+                }
+                transpose<T>(square);
+                const int64_t n = count - first < lanes ? count - first : lanes;
+                for (int64_t j = 0; j < n; ++j)
+                    add_to_scores(column + (first + j) * width, square[j]);
+            }
+        }
+    }
+};
+
+// All that stands between the scores of a query tile and its softmax.
+template <class T, int Columns>
+class ScorePasses {
+    using V = Vec<T>;
+    static constexpr int lanes = V::lanes, width = Columns * lanes;
+
+    const Block& block;
+    const RowArray<T, Columns> mask, bias;
+    int64_t inner_begin = 0, inner_end;             // the keys inside every row's interval
+    int64_t first_key[Columns], last_key[Columns];  // inside the interval of some row of a vector
+
+   public:
+    int64_t begin, end = 0;  // the keys inside some row's interval
+
+    explicit ScorePasses(const Block& b)
+        : block(b),
+          mask(b, &Row::mask, b.mask_dtype, b.mask_stride),
+          bias(b, &Row::bias, b.bias_dtype, b.bias_stride),
+          inner_end(b.kv_len),
+          begin(b.kv_len) {
+        for (int c = 0; c < Columns; ++c) {
+            first_key[c] = block.kv_len;
+            last_key[c] = 0;
+        }
+        for (int i = 0; i < block.row_count; ++i) {
+            const Row& row = block.rows[i];
+            if (row.begin < first_key[i / lanes]) first_key[i / lanes] = row.begin;
+            if (row.end > last_key[i / lanes]) last_key[i / lanes] = row.end;
+            if (row.begin > inner_begin) inner_begin = row.begin;
+            if (row.end < inner_end) inner_end = row.end;
+            if (row.begin >= row.end) continue;
+            if (row.begin < begin) begin = row.begin;
+            if (row.end > end) end = row.end;
+        }
+        // An edge that must be cut anyway moves out to a whole step of the micro-kernel, but not to
+        // another tile, of which a page may lack.
+        constexpr int64_t step = micro_rows(Columns);
+        if (begin < inner_begin) {
+            const int64_t tile = begin / kKeyTile * kKeyTile;
+            begin = begin / step * step > tile ? begin / step * step : tile;
+        }
+        if (end > inner_end) {
+            int64_t most = (end + kKeyTile - 1) / kKeyTile * kKeyTile;
+            if (most > block.kv_len) most = block.kv_len;
+            end = (end + step - 1) / step * step;
+            if (end > most) end = most;
+        }
+        // Keys may be worked on in pairs, counted from the first of all.
+        begin -= begin % 2;
+        if (end < block.kv_len) end += end % 2;
+    }
+
+    // Not only by hiding some of them: then no tile is plain.
+    bool changes_scores() const {
+        const bool float_mask = mask.given && block.mask_dtype != Dtype::kBool;
+        return float_mask || bias.given || block.softcap != 0 || block.alibi;
+    }
+
+    // Calls visit(first, last) for the keys of a tile that may be hidden from some row.
+    template <class Visit>
+    void hidden_keys(Span keys, const Visit& visit) const {
+        if (mask.given || bias.given) return visit(keys.begin, keys.end);
+        const int64_t head = clamp(inner_begin, keys), tail = clamp(inner_end, keys);
+        visit(keys.begin, head);
+        visit(tail > head ? tail : head, keys.end);
+    }
+
+    // The keys of a tile that some row's interval holds.
+    Span span(int64_t tile) const {
+        const int64_t last = tile + kKeyTile;
+        return {tile > begin ? tile : begin, last < end ? last : end};
+    }
+
+    // Positions grow with the rows: the first keys of a tile may matter to the first vectors alone,
+    // the last ones to the last. cuts: where the next vector comes in, then where one drops out.
+    void find_cuts(Span keys, int64_t (&cuts)[2 * Columns]) const {
+        constexpr int64_t step = micro_rows(Columns);
+        const int64_t count = keys.size();
+        cuts[0] = 0;
+        cuts[2 * Columns - 1] = count;
+        for (int c = 1; c < Columns; ++c) {
+            const int64_t in = (clamp(first_key[c], keys) - keys.begin) / step * step;
+            int64_t out = (clamp(last_key[c - 1], keys) - keys.begin + step - 1) / step * step;
+            if (out > count) out = count;
+            cuts[c] = in;
+            cuts[Columns - 1 + c] = out;
+        }
+        bool ordered = true;
+        for (int i = 1; i < 2 * Columns; ++i) ordered &= cuts[i - 1] <= cuts[i];
+        for (int c = 1; c < Columns && !ordered; ++c) {  // a window narrower than the block
+            cuts[c] = 0;
+            cuts[Columns - 1 + c] = count;
+        }
+    }
+
+    // Takes off `keys` what is hidden from all rows at either end, as far as that is plain to see.
+    Seen classify(Span& keys) const {
+        const Seen by_mask = mask.classify(keys);
+        if (by_mask == Seen::kNone) return Seen::kNone;
+        const Seen by_bias = bias.classify(keys);
+        if (by_bias == Seen::kNone) return Seen::kNone;
+        if (by_mask == Seen::kSome) keys = mask.narrowed(keys);
+        if (by_bias == Seen::kSome) keys = bias.narrowed(keys);
+        const bool plain = by_mask == Seen::kAll && by_bias == Seen::kAll && block.softcap == 0 &&
+                           !block.alibi && keys.begin >= inner_begin && keys.end <= inner_end;
+        return plain ? Seen::kAll : Seen::kSome;
+    }
+
+    void prefetch(Span keys) const {
+        bias.prefetch(keys);
+        mask.prefetch(keys);
+    }
+
+    // scores: (keys, width), scale (or scale / softcap) applied, in base 2 (with softcap: not yet).
+    void apply(T* scores, Span keys, T* staging) const {
+        const int64_t count = keys.size();
+        if (block.softcap != 0) {
+            const V cap = T(block.softcap * kLog2e);
+            for (int64_t i = 0; i < count * width; i += lanes) {
+                (cap * tanh(V::load(scores + i))).store(scores + i);
+            }
+        }
+        if (bias.given) bias.add_to(scores, keys, staging);
+        if (mask.given) mask.add_to(scores, keys, staging);
+        if (block.alibi) add_alibi(scores, keys);
+        if (keys.begin < inner_begin || keys.end > inner_end) cut_edges(scores, keys);
+    }
+
+   private:
+    const Row& row_of_lane(int lane) const {
+        return block.rows[lane < block.row_count ? lane : block.row_count - 1];
+    }
+
+    void add_alibi(T* scores, Span keys) const {
+        T slope[width], first[width];  // first: key keys.begin as seen from the query
+        for (int i = 0; i < width; ++i) {
+            const Row& row = row_of_lane(i);
+            slope[i] = T(-row.slope * kLog2e);
+            first[i] = T(keys.begin - row.position);
+        }
+        for (int64_t j = 0; j < keys.size(); ++j, scores += width) {
+            for (int c = 0; c < width; c += lanes) {
+                const V distance = abs(V::load(first + c) + V(T(j)));
+                bounded_sum(V::load(scores + c), distance, V::load(slope + c)).store(scores + c);
+            }
+        }
+    }
+
+    void cut_edges(T* scores, Span keys) const {
+        T low[width], high[width];  // each row's interval, counted from keys.begin
+        for (int i = 0; i < width; ++i) {
+            const Row& row = row_of_lane(i);
+            low[i] = T(clamp(row.begin, keys) - keys.begin);
+            high[i] = T(clamp(row.end, keys) - keys.begin);
+        }
+        hidden_keys(keys, [&](int64_t first, int64_t last) {
+            for (int64_t j = first - keys.begin; j < last - keys.begin; ++j) {
+                const V key = T(j);
+                for (int c = 0; c < width; c += lanes) {
+                    const auto seen = (key >= V::load(low + c)) & (key < V::load(high + c));
+                    T* score = scores + j * width + c;
+                    select<T>(seen, V::load(score), V(-kInfinity<T>)).store(score);
+                }
+            }
+        });
+    }
+
+    static int64_t clamp(int64_t key, Span keys) {
+        return key < keys.begin ? keys.begin : key < keys.end ? key : keys.end;
+    }
+};
+
+}  // namespace
+}  // namespace fastattn

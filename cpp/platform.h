@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the operating system and the processor are asked for, and nobody else asks them: a port to
+// another system changes platform.h and platform.cpp, and how threads are made in parallel.cpp.
+// Called by src/ and by all of cpp/ but the kernel.
+#pragma once
+
+#include <cfenv>
+#include <cstddef>
+
+namespace fastattn {
+
+int process_id();
+int thread_id();                 // of the calling thread; no other one of the system has it
+bool is_main_thread();           // the one that the process began with
+bool thread_exists(int thread);  // in this process, by its thread_id()
+void yield();                    // lets another thread have the CPU
+[[noreturn]] void sleep_forever();
+
+// In a loop that waits for another thread: leaves the core to its sibling for a moment.
+inline void pause_core() {
+#if defined(__SSE2__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// Null: there is no memory. The alignment is a power of two, and bytes a multiple of it.
+void* allocate_aligned(size_t alignment, size_t bytes);
+void free_aligned(void* memory);
+
+// The memory, which nothing has touched yet, would better be in large pages.
+void prefer_large_pages(void* memory, size_t bytes);
+
+// The CPUs that the process's control groups let it use by their quota, rounded up; 0: no quota.
+int cpu_quota();
+
+// Whether the CPU has a feature, and the system keeps its registers; the name is a literal, as in
+// the compiler's -m<name>.
+#define FASTATTN_CPU_HAS(feature) (__builtin_cpu_supports(feature) != 0)
+
+// The default floating-point modes, while it lives. A result does not depend on those of the
+// caller, or of the thread that made this one: subnormal numbers flushed to zero, say.
+class DefaultModes {
+#if defined(__SSE__)
+   public:
+    DefaultModes() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(0x1f80); }
+    ~DefaultModes() { __builtin_ia32_ldmxcsr(saved_); }
+
+   private:
+    unsigned saved_;
+#else
+   public:
+    DefaultModes() {
+        std::fegetenv(&saved_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultModes() { std::fesetenv(&saved_); }
+
+   private:
+    std::fenv_t saved_;
+#endif
+};
+
+}  // namespace fastattn

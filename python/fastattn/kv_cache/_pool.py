@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pages does a sequence read? `PagePool` reserves, shares, copies, writes and frees them.
+
+The kernel reads keys and values where they lie in the pool (src/calls.cpp).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastattn._arguments import MOST_ELEMENTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from fastattn.kv_cache._int8 import Quantised
+
+    Array = NDArray[Any]
+    Rows = slice | NDArray[np.int64]  # which rows of the table
+
+NONE = -1  # no page; in a file: no limit
+
+
+class PagePool:
+    """Pages of keys and values, and a table with one row of pages for each sequence.
+
+    The table's first `rows` rows are those of sequences. The sequence of row r has the tokens at
+    positions begins[r]..lengths[r] - 1; position p lies in page ``table[r, p // page_size]``.
+    Between any two calls:
+
+    - A row names pages in the columns begins[r] // page_size up to lengths[r] / page_size, rounded
+      up. All other entries of the table, and all other tokens of a page, mean nothing.
+    - counts[page] says how many entries name a page; those that none names are in `free`.
+    - A page that several rows name is never written: the row that appends copies it first.
+
+    An append writes first and becomes visible last, by the new length: if it raises in between, no
+    sequence has changed.
+    """
+
+    def __init__(self, arrays: list[Array], fixed: bool) -> None:
+        pages, _, self.page_size, _ = arrays[0].shape
+        self.arrays = arrays  # key, value; for int8 also their scales
+        self.fixed = fixed  # there will be no other pages than these
+        self.counts = np.zeros(pages, np.int64)
+        self.free = list(range(pages - 1, -1, -1))  # the last one is taken next
+        self.rows = 0
+        self.table = np.full((1, 1), NONE, np.int64)
+        self.lengths = np.zeros(1, np.int64)
+        self.begins = np.zeros(1, np.int64)
+
+    def pages_of(self, lengths: Any) -> Any:
+        """Return how many pages the tokens fill, the last one perhaps in part."""
+        return -(-lengths // self.page_size)
+
+    def named(self, begins: Array, lengths: Array, columns: int) -> NDArray[np.bool_]:
+        """Tell of each entry of a table with these columns whether it names a page."""
+        column = np.arange(columns)
+        first, last = begins // self.page_size, self.pages_of(lengths)
+        named: NDArray[np.bool_] = (column >= first[:, None]) & (column < last[:, None])
+        return named
+
+    # Rows.
+
+    def take_rows(self, table: Array, named: Array, begins: Array, lengths: Array) -> None:
+        """Take the rows of a table, where none are yet; `named` tells which entries are pages."""
+        n, columns = table.shape
+        self.counts = np.bincount(table[named].astype(np.int64), minlength=len(self.counts))
+        self.free = np.flatnonzero(self.counts == 0)[::-1].tolist()
+        self.rows = n
+        self.table = np.full((max(n, 1), max(columns, 1)), NONE, np.int64)
+        self.table[:n, :columns][named] = table[named]
+        self.lengths, self.begins = (np.resize(x, max(n, 1)) for x in (lengths, begins))
+
+    def add_row(self, prefix: int = 0, begin: int = 0, end: int = 0) -> None:
+        """Add a row that shares the tokens begin..end - 1 of the row `prefix`."""
+        n = self.rows
+        if n == len(self.table):
+            self._resize_table(2 * n, self.table.shape[1])
+        self.table[n] = NONE
+        columns = slice(begin // self.page_size, self.pages_of(end))
+        pages = self.table[n, columns] = self.table[prefix, columns]
+        np.add.at(self.counts, pages, 1)
+        self.lengths[n], self.begins[n] = end, begin
+        self.rows += 1
+
+    def remove_row(self, row: int) -> None:
+        """Remove a row; those behind it move up."""
+        n, here = self.rows, slice(row, row + 1)
+        self._drop(here, self.begins[here] // self.page_size, self.pages_of(self.lengths[here]))
+        for x in (self.table, self.lengths, self.begins):
+            x[row : n - 1] = x[row + 1 : n]
+        self.rows -= 1
+
+    def truncate(self, rows: Rows, lengths: Array) -> None:
+        """Give up the tokens behind these lengths."""
+        self._drop(rows, self.pages_of(lengths), self.pages_of(self.lengths[rows]))
+        self.lengths[rows] = lengths
+
+    def evict(self, rows: Rows, begins: Array) -> None:
+        """Give up the tokens before these begins."""
+        self._drop(rows, self.begins[rows] // self.page_size, begins // self.page_size)
+        self.begins[rows] = begins
+
+    def reorder(self, indices: Array) -> None:
+        """Let each row become a copy of row indices[row]; pages are shared, not copied."""
+        n, columns = self.rows, self.table.shape[1]
+        named = self.named(self.begins[:n], self.lengths[:n], columns)
+        before = self.table[:n][named]
+        table = self.table[indices]
+        np.add.at(self.counts, table[named[indices]], 1)
+        self.table[:n] = table
+        self.lengths[:n], self.begins[:n] = self.lengths[indices], self.begins[indices]
+        self._release(before)
+
+    # Appending.
+
+    def append(self, rows: Rows, counts: Array, sources: Sequence[Array | Quantised]) -> None:
+        """Append the first counts[i] tokens of each source's element i to row i of rows."""
+        starts = self.lengths[rows]
+        ends = starts + counts
+        held, wanted = self.pages_of(starts), self.pages_of(ends)
+        new = int((wanted - held).sum())
+        column, offset = np.divmod(starts, self.page_size)
+        self._resize_table(len(self.table), int(wanted.max()))
+        number = np.arange(len(counts)) if isinstance(rows, slice) else rows
+        inside = np.flatnonzero((offset > 0) & (counts > 0))  # these write to a page that they have
+        shared = inside[self.counts[self.table[number[inside], column[inside]]] > 1]
+        self._reserve(new + self._copies_needed(self.table[number[shared], column[shared]]))
+        for i in shared:
+            self._copy_shared_page(number[i], column[i], offset[i])
+        taken = self.free[len(self.free) - new :][::-1]
+        used = 0
+        for i in np.flatnonzero(wanted > held) if new else ():
+            self.table[number[i], held[i] : wanted[i]] = taken[used : used + wanted[i] - held[i]]
+            used += wanted[i] - held[i]
+        self._write(self.table[rows], starts, counts, sources)
+        if new:
+            self.counts[taken] = 1
+            del self.free[-new:]
+        self.lengths[rows] = ends
+
+    def _resize_table(self, rows: int, columns: int) -> None:
+        """Let the table have this many rows, and at least this many columns."""
+        before = self.table.shape
+        if columns > before[1]:
+            columns = max(columns, 2 * before[1])
+        elif rows == before[0]:
+            return
+        table = np.full((rows, max(columns, before[1])), NONE, np.int64)
+        table[: before[0], : before[1]] = self.table
+        lengths, begins = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        lengths[: before[0]], begins[: before[0]] = self.lengths, self.begins
+        self.table, self.lengths, self.begins = table, lengths, begins
+
+    def _copies_needed(self, shared: Array) -> int:
+        """Return how many copies it takes to write once to each of these pages."""
+        if not shared.size:
+            return 0
+        pages, writers = np.unique(shared, return_counts=True)
+        return int(np.minimum(writers, self.counts[pages] - 1).sum())
+
+    def _copy_shared_page(self, row: int, column: int, offset: int) -> None:
+        """Let a row have a page for itself, with the first `offset` tokens of the shared one."""
+        page = self.table[row, column]
+        if self.counts[page] == 1:  # the other rows of this append have their copies already
+            return
+        new = self.free[-1]
+        for x in self.arrays:
+            x[new, :, :offset] = x[page, :, :offset]
+        self.free.pop()
+        self.counts[page] -= 1
+        self.counts[new] = 1
+        self.table[row, column] = new
+
+    def _write(
+        self, pages: Array, starts: Array, counts: Array, sources: Sequence[Array | Quantised]
+    ) -> None:
+        """Write the first counts[b] tokens of element b, in the fewest steps: by tokens or pages.
+
+        They go to the positions from starts[b] in the row of pages ``pages[b]``.
+        """
+        most = int(counts.max())
+        if most < len(counts):
+            for token in range(most):
+                batch = np.flatnonzero(counts > token)
+                column, offset = np.divmod(starts[batch] + token, self.page_size)
+                page = pages[batch, column]
+                for x, source in zip(self.arrays, sources, strict=True):
+                    x[page, :, offset] = source[batch, :, token]
+            return
+        for b, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
+            token = 0
+            while token < count:
+                column, offset = divmod(start + token, self.page_size)
+                stop = min(token + self.page_size - offset, count)
+                page, place = pages[b, column], slice(offset, offset + stop - token)
+                for x, source in zip(self.arrays, sources, strict=True):
+                    x[page, :, place] = source[b, :, token:stop]
+                token = stop
+
+    # Pages, used and free.
+
+    def fix(self, pages: int) -> None:
+        """Let the pool grow to this many pages, and never further."""
+        if pages < len(self.counts):
+            raise ValueError(
+                f"it must have no more pages than its limit allows, got {len(self.counts)} "
+                f"where it allows {pages}"
+            )
+        self._grow(pages)
+        self.fixed = True
+
+    def _reserve(self, pages: int) -> None:
+        """Let at least this many pages be free."""
+        missing = pages - len(self.free)
+        if missing <= 0:
+            return
+        before = len(self.counts)
+        if self.fixed:
+            raise MemoryError(
+                f"pages must be enough for what is appended, which needs {pages} more, "
+                f"got pages={before}, {len(self.free)} of them free"
+            )
+        self._grow(max(2 * before, before + missing))
+
+    def _grow(self, pages: int) -> None:
+        """Let the pool have this many pages; those that it has stay as they are."""
+        before = len(self.counts)
+        if pages * max(math.prod(x.shape[1:]) for x in self.arrays) >= MOST_ELEMENTS:
+            raise MemoryError(f"no room for a pool of {pages} pages")
+        arrays = [np.empty((pages, *x.shape[1:]), x.dtype) for x in self.arrays]
+        counts = np.zeros(pages, np.int64)
+        free = [*range(pages - 1, before - 1, -1), *self.free]
+        for new, old in zip([*arrays, counts], [*self.arrays, self.counts], strict=True):
+            new[:before] = old
+        self.arrays, self.counts, self.free = arrays, counts, free
+
+    def _drop(self, rows: Rows, first: Array, last: Array) -> None:
+        """Let rows no longer name their pages in the columns first..last - 1."""
+        number = np.arange(len(self.table))[rows]
+        for i in np.flatnonzero(first < last):
+            entries = self.table[number[i], first[i] : last[i]]
+            self._release(entries)
+            entries[:] = NONE
+
+    def _release(self, pages: Array) -> None:
+        """Count one entry less for each time that a page is listed; free those with none left."""
+        np.subtract.at(self.counts, pages, 1)
+        distinct = np.unique(pages)
+        self.free.extend(distinct[self.counts[distinct] == 0][::-1].tolist())

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fastattn promises, by the part that promises it; docs/contract.md has the list.
+
+api           arguments, arrays of other libraries, errors, what is said of calls and the contract
+attention     results, gradients, dropout, merging, packed sequences: against the definition
+cache         the key-value caches
+torch, flash_attn, transformers, jax    the drop-ins, each in the folder of its name
+cuda          the kernels of GPUs, in emulators and compiled, and a GPU that is none
+machine       what was built, threads, memory, imports
+programs      the benchmark, the examples, the fuzzers, the GPU's first visit: whatever is run
+fuzz, sweeps, sanitizers.py    programs that run for as long as one likes
+support       what tests of several folders share
+"""

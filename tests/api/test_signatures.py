@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every public call that takes options shows those of its table, and each of them arrives."""
+
+import importlib
+import inspect
+
+import numpy as np
+import pytest
+
+import fastattn
+from fastattn._options import NO_OPTIONS, AttentionOptions, Options, ScoreOptions, WeightOptions
+
+ALL = tuple(Options._fields)
+OF_WEIGHTS = tuple(name for name in ALL if name not in ("dropout_p", "seed"))
+OF_CACHES = tuple(name for name in OF_WEIGHTS if name not in ("query_offset", "kv_lengths"))
+PACKED = ("cu_seqlens_q", "cu_seqlens_kv")
+OPERANDS = ("query", "key", "value")
+SAVED = ("grad_out", *OPERANDS, "out", "lse")
+OF_GRADIENTS = ("grad_lse", "return_dbias", "return_dsinks")
+RESULTS = ("return_lse", "out")
+CAUSAL = {"is_causal": True}
+# By name, what stands before the options, the options, what stands after them, and the defaults
+# that differ from those of `attention`.
+DOORS = {
+    "attention": (OPERANDS, ALL, RESULTS, {}),
+    "varlen_attention": ((*OPERANDS, *PACKED), ALL, RESULTS, {}),
+    "attention_backward": (SAVED, ALL, (*PACKED, *OF_GRADIENTS), {}),
+    "attention_weights": (("query", "key"), OF_WEIGHTS, (), {}),
+    "explain": (OPERANDS, ALL, (), {}),
+    "KVCache.attend": (("self", "query"), OF_CACHES, RESULTS, CAUSAL),
+    "PagedKVCache.attend": (("self", "query"), OF_CACHES, ("sequences", *RESULTS), CAUSAL),
+    "reference.attention": (OPERANDS, ALL, (*RESULTS, "compute_dtype", "batch_index"), {}),
+    "reference.varlen_attention": (
+        (*OPERANDS, *PACKED),
+        ALL,
+        ("return_lse", "compute_dtype"),
+        {},
+    ),
+    "reference.attention_backward": (SAVED, ALL, (*PACKED, *OF_GRADIENTS, "compute_dtype"), {}),
+    "reference.attention_weights": (("query", "key"), OF_WEIGHTS, ("compute_dtype",), {}),
+    "torch.attention": (OPERANDS, ALL, RESULTS, {}),
+    "torch.varlen_attention": ((*OPERANDS, *PACKED), ALL, RESULTS, {}),
+    "cuda.attention": (OPERANDS, ALL, RESULTS, {}),
+    "cuda.attention_backward": (SAVED, ALL, (*OF_GRADIENTS, "deterministic"), {}),
+    "cuda.explain": (OPERANDS, ALL, (), {}),
+}
+# The signatures of other libraries, whose options have other names: of each of ours, theirs.
+OTHERS = {
+    "scaled_dot_product_attention": {"mask": "attn_mask"},
+    "torch.scaled_dot_product_attention": {"mask": "attn_mask"},
+    "jax.dot_product_attention": {
+        "query_offset": None,
+        "window": "local_window_size",
+        "kv_lengths": "key_value_seq_lengths",
+    },
+}
+WITHOUT = {  # what these have not got
+    "scaled_dot_product_attention": set(ALL) - {"mask", "scale", "is_causal", "dropout_p"},
+    "torch.scaled_dot_product_attention": set(ALL) - {"mask", "scale", "is_causal", "dropout_p"},
+    "jax.dot_product_attention": {"softcap", "alibi_slopes", "sinks", "dropout_p", "seed"},
+}
+
+
+def call_named(name):
+    """Return a public call of fastattn; skip the test if its framework is not installed."""
+    first, *rest = name.split(".")
+    if first in ("torch", "jax", "cuda"):
+        if first != "cuda":
+            pytest.importorskip(first)
+        found = importlib.import_module(f"fastattn.{first}")
+    else:
+        found = getattr(fastattn, first)
+    for each in rest:
+        found = getattr(found, each)
+    return found
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_signature(name):
+    before, options, after, defaults = DOORS[name]
+    parameters = inspect.signature(call_named(name)).parameters
+    kinds = inspect.Parameter
+    assert tuple(parameters) == (*before, *options, *after)
+    for each, parameter in parameters.items():
+        assert parameter.kind == (
+            kinds.POSITIONAL_OR_KEYWORD if each in before else kinds.KEYWORD_ONLY
+        )
+    for option in options:
+        assert parameters[option].default == defaults.get(option, getattr(NO_OPTIONS, option))
+        assert parameters[option].annotation not in (kinds.empty, "Any")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_signature_of_others(name):
+    parameters = inspect.signature(call_named(name)).parameters
+    theirs = {option: OTHERS[name].get(option, option) for option in set(ALL) - WITHOUT[name]}
+    assert {x for x in theirs.values() if x is not None} <= set(parameters)
+    assert not WITHOUT[name] & set(parameters)
+
+
+def test_tables():
+    assert tuple(x for x in ALL if x in ScoreOptions.__annotations__) == OF_CACHES
+    assert tuple(x for x in ALL if x in WeightOptions.__annotations__) == OF_WEIGHTS
+    assert set(AttentionOptions.__annotations__) == set(ALL)
+
+
+def arguments_of(name):
+    """Return a call that has no fault, and its arguments before the options."""
+    x = np.ones((2, 3, 4), np.float32)
+    if name.endswith("KVCache.attend"):
+        cache = getattr(fastattn, name.split(".")[0])
+        cache = cache(1, 2, 4) if cache is fastattn.KVCache else cache(2, 4)
+        if isinstance(cache, fastattn.PagedKVCache):
+            cache.add()
+        cache.append(x[None], x[None])
+        return cache.attend, (x[None],)
+    if name.startswith("torch."):
+        torch = pytest.importorskip("torch")
+        x = torch.ones((2, 3, 4))
+    starts = [0, 2]
+    lse = np.zeros((2, 3), np.float32)
+    given = {"self": None, "lse": lse, **dict.fromkeys(PACKED, starts)}
+    return call_named(name), tuple(given.get(each, x) for each in DOORS[name][0])
+
+
+CHECKED = [name for name in DOORS if not name.startswith(("reference", "cuda"))]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_each_option_arrives(name):
+    """None is lost on the way: a wrong one is refused by its name."""
+    call, arguments = arguments_of(name)
+    call(*arguments)
+    for option in DOORS[name][1]:
+        wrong = {"dropout_p": 2.0, "seed": -1}.get(option, "wrong")
+        with pytest.raises((TypeError, ValueError), match=f"^{option} must be"):
+            call(*arguments, **{option: wrong})
+
+
+@pytest.mark.parametrize("name", [name for name in DOORS if not name.startswith("cuda")])
+def test_unknown_option(name):
+    """It is refused in the words of Python, under the name of the call."""
+    call, arguments = arguments_of(name)
+    called = name.removeprefix("reference.").removeprefix("torch.")
+    options = DOORS[name][1]
+    for wrong in ("maks", *(x for x in ALL if x not in options)):
+        with pytest.raises(TypeError) as error:
+            call(*arguments, **{wrong: None})
+        words = f"{called}() got an unexpected keyword argument {wrong!r}"
+        assert str(error.value) == words

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads and forks beside torch's pool: each in a process of its own."""
+
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastattn
+import fastattn.torch as ft
+from tests.support.child import run, start
+from tests.torch.problems import rand
+
+
+def big(heads=8, length=512):
+    return rand(1, heads, length, 64, dtype=torch.float32, seed=0)
+
+
+def in_fork(check):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)
+        right = False
+        try:
+            right = bool(check())
+        finally:
+            os._exit(0 if right else 1)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return {0: "ok", 1: "wrong", -signal.SIGALRM: "hang"}.get(status, f"exit status {status}")
+
+
+class Dataset(torch.utils.data.Dataset):
+    def __init__(self, query, expected):
+        self.query, self.expected = query, expected
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        signal.alarm(20)
+        out = ft.scaled_dot_product_attention(*[self.query] * 3)
+        return float(np.abs(out.numpy() - self.expected.numpy()).max())
+
+
+def use_pool_and_fork():
+    """Use torch's pool and ours on this thread, and fork: neither hangs where the other would."""
+    torch.set_num_threads(4)
+    fastattn.set_num_threads(4)
+    query = big().requires_grad_()
+
+    def attends():
+        out = ft.scaled_dot_product_attention(query, query, query)
+        return np.array_equal(out.detach().numpy(), expected.numpy())  # torch's operators hang
+
+    def gradients_are_there():
+        out = ft.scaled_dot_product_attention(query, query.detach(), query.detach())
+        return np.isfinite(torch.autograd.grad(out, query, grad_out)[0].numpy()).all()
+
+    expected = ft.scaled_dot_product_attention(query, query, query).detach()
+    grad_out = torch.ones_like(expected)
+    query.detach().sqrt()
+    numpy = query.detach().numpy()
+    report = {
+        "fork": in_fork(attends),
+        "twice": in_fork(lambda: attends() and attends() and in_fork(attends) == "ok"),
+        "gradients": in_fork(gradients_are_there),
+        "torch": in_fork(lambda: query.detach().sqrt() is not None),
+        "numpy": in_fork(
+            lambda: np.array_equal(fastattn.attention(numpy, numpy, numpy), expected.numpy())
+        ),
+    }
+    loader = torch.utils.data.DataLoader(
+        Dataset(query.detach(), expected), num_workers=2, multiprocessing_context="fork"
+    )
+    assert report.pop("torch") == "hang"  # or the rest shows nothing
+    report["DataLoader"] = "ok" if sum(float(x) for x in loader) == 0 else "wrong"
+    report["parent"] = "ok" if attends() else "wrong"
+    return report
+
+
+@pytest.mark.promise("fork-never-hangs")
+@pytest.mark.parametrize("imports", [("torch", "fastattn"), ("fastattn", "torch")], ids=str)
+def test_forks(imports):
+    report = run(use_pool_and_fork, imports=imports, timeout=120)
+    assert set(report.values()) == {"ok"}, report
+
+
+def fork_in_a_handler():
+    """Fork in a signal handler during a call that runs in the calling thread's pool."""
+    fastattn.set_num_threads(2)
+    query = big(8, 4096)
+    expected = ft.scaled_dot_product_attention(query, query, query)
+    children = []
+
+    def fork(*_):
+        children.append(os.fork())
+        if children[-1] == 0:
+            signal.alarm(20)
+
+    signal.signal(signal.SIGUSR1, fork)
+    sender = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
+    sender.start()
+    right = False
+    while not children:
+        out = ft.scaled_dot_product_attention(query, query, query)
+        right = np.array_equal(out.numpy(), expected.numpy())  # torch's operators hang
+    if children[0] == 0:
+        os._exit(0 if right else 1)
+    status = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
+    return [right, status]
+
+
+@pytest.mark.promise("fork-never-hangs")
+def test_fork_in_a_signal_handler():
+    assert run(fork_in_a_handler) == [True, 0]
+
+
+def wait_for_interrupt():
+    """Start a call of minutes in this thread's pool; say when, and when it was interrupted."""
+    query = rand(1, 1, 1024, 64, dtype=torch.float32).expand(1, 4096, -1, -1)
+    key = rand(1, 1, 32768, 64, dtype=torch.float32).expand(1, 4096, -1, -1)
+    print("ready", flush=True)
+    try:
+        ft.scaled_dot_product_attention(query, key, key[..., :1])
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    small = big()
+    assert ft.scaled_dot_product_attention(small, small, small).isfinite().all()
+
+
+@pytest.mark.promise("interrupt-within-a-second")
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_interrupt(threads):
+    with start(wait_for_interrupt, env={"FASTATTN_NUM_THREADS": threads}) as process:
+        watchdog = threading.Timer(60, process.kill)
+        watchdog.start()
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        sent = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "interrupted\n"
+        assert time.monotonic() - sent < 1
+        assert process.wait() == 0
+        watchdog.cancel()
+
+
+def count_pools():
+    """Return the threads that torch's operators add, and those that ours adds to these."""
+
+    def tasks():
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    torch.set_num_threads(3)
+    before = tasks()
+    query = big()
+    query.sqrt()
+    torch_has = tasks() - before
+    for _ in range(3):
+        ft.scaled_dot_product_attention(query, query, query)
+    both_have = tasks() - before
+    fastattn.attention(*[query.numpy()] * 3)
+    with Path("/proc/self/maps").open() as maps:
+        runtimes = {line.split()[-1] for line in maps if re.search(r"lib[gi]?omp|gomp", line)}
+    return [torch_has, both_have, tasks() - before > both_have, len(runtimes)]
+
+
+@pytest.mark.promise("torchs-pool-is-shared", "one-openmp-runtime")
+@pytest.mark.parametrize("imports", [("torch", "fastattn"), ("fastattn", "torch")], ids=str)
+def test_torchs_pool_is_ours(imports):
+    env = {"OMP_NUM_THREADS": "3"}
+    assert run(count_pools, imports=imports, env=env) == [2, 2, True, 1]
+
+
+def attend_in_threads():
+    """Call and differentiate from many threads at once."""
+    fastattn.set_num_threads(4)
+    query = big(4, 384).requires_grad_()
+    out = ft.scaled_dot_product_attention(query, query, query)
+    (expected,) = torch.autograd.grad(out.sum(), query)
+    wrong = []
+
+    def keep_attending():
+        for _ in range(5):
+            mine = ft.scaled_dot_product_attention(query, query, query)
+            (grad,) = torch.autograd.grad(mine.sum(), query)
+            if not (torch.equal(mine, out) and torch.equal(grad, expected)):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=keep_attending) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(wrong)
+
+
+@pytest.mark.promise("concurrent-callers-share-one-team")
+def test_threads():
+    assert run(attend_in_threads) == 0
+
+
+@pytest.mark.promise("bitwise-threads")
+def test_thread_counts_change_no_bit(threads):
+    query = big(4, 300)
+    mask = rand(300, 300) > -0.5
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(ft.scaled_dot_product_attention(query, query, query, attn_mask=mask))
+    assert all(torch.equal(result, results[0]) for result in results)

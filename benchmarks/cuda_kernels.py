@@ -20,6 +20,7 @@ from pathlib import Path
 from fastattn import cuda
 from fastattn.cuda import _build
 from fastattn.cuda.kernels import decode, mma, mma_backward, simt, wgmma, wgmma_backward
+from fastattn.cuda.kernels.simt_tiles import Given
 
 DTYPE = "bfloat16"
 AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)
@@ -42,7 +43,7 @@ def kernels():
     for head_dim in decode.ROW_TILES:
         yield "decode, 16 rows", head_dim, decode.split(DTYPE, head_dim, 1), (AMPERE, HOPPER)
     for head_dim in (64, 128):
-        kernel = simt.forward(simt.Given("float32", "float32"), head_dim)
+        kernel = simt.forward(Given("float32", "float32"), head_dim)
         yield "simt, float32", head_dim, kernel, (AMPERE,)
 
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Who does which part of a call with many queries: cuts each sequence into blocks of query rows
-// that share a key and value head, gives each thread its scratch memory, and lets the kernel
-// attend. Called by src/calls.cpp; calls the kernel's table (kernel.h) through parallel_for.
+// Who does which part of a call with many queries: cuts each sequence into row blocks, which share
+// a key and value head, gives each thread its scratch memory, and lets the kernel
+// attend. Called by src/; calls the kernel's table (kernel/kernel.h) through parallel_for.
 // Sequences that are decoded go to decode.cpp.
 #include "attention.h"
 
@@ -71,7 +71,7 @@ class Blocks {
                             });
     }
 
-    // Of sequences that are all alike in length.
+    // All sequences must be of the same lengths.
     Plan plan() const {
         const TileCounts counts = items() == 0 ? TileCounts{} : count();
         Plan plan;
@@ -117,12 +117,12 @@ class Blocks {
         return functions_.scratch_bytes(block);
     }
 
-    // Counts one of each batch elements, heads and blocks that are alike, as often as it occurs.
+    // Of batch elements, heads and blocks that are alike, it visits one and counts it for all.
     TileCounts count() const {
         const int64_t batches = call_.batches;
         const int64_t some_batches = batches_are_alike(batches) ? 1 : batches;
         const int64_t some_heads = heads_are_alike() ? 1 : args_.kv_heads;
-        // The first is the one that may be less than full.
+        // The first of them is the last of the rows, which may be less than full.
         const int64_t some_blocks = blocks_are_alike() ? std::min<int64_t>(blocks_, 2) : blocks_;
         require_quick(double(some_batches) * double(some_heads) * double(some_blocks));
 
@@ -182,7 +182,7 @@ class Blocks {
     }
 
     // Late blocks first: under a causal mask they are the long ones, and what ends last is short.
-    // memory: of scratch_bytes_.
+    // memory: scratch_bytes_ of it.
     Block block(int64_t item, char* memory, const Stop& stop) const {
         const int64_t head = item / blocks_ % args_.kv_heads;
         if (!call_.packed()) {

@@ -70,8 +70,7 @@ struct GradientArgs {
 
 // What a call does, counted instead of computed.
 struct Plan {
-    bool decodes =
-        false;  // splits of the keys are attended to; the counts are of query tiles all the same
+    bool decodes = false;  // the keys are cut into splits; the counts below are of query tiles
     int query_tile = 0, key_tile = 0, threads = 0;
     int64_t tiles = 0, tiles_skipped = 0, tiles_edge = 0;
     int64_t pairs_computed = 0;  // (query, key) pairs inside the tiles that are computed

@@ -80,7 +80,7 @@ class Backward {
     struct Head {
         Sequence sequence;
         int64_t kv_head;
-        int64_t first_row_block, row_blocks;  // of the chain's
+        int64_t first_row_block, row_blocks;  // among those of the chain
     };
     // Heads that share the gradient of a bias, and are worked on one after the other; or one head.
     struct Chain {
@@ -178,7 +178,7 @@ class Backward {
     void begin_again() {
         for (size_t i = 0; i < slots_ * size_t(most_row_blocks_); ++i) turns_[i] = 0;
         for (size_t i = 0; i < chains_.size(); ++i) done_[i] = 0;
-        if (args_.dbias.data == nullptr) return;  // the one result that is added to
+        if (args_.dbias.data == nullptr) return;  // other results are overwritten
         const int64_t bytes = args_.dbias.dtype == Dtype::kFloat64 ? 8 : 4;
         for (const Head& head : heads_) {
             const Sequence& s = head.sequence;
@@ -193,7 +193,7 @@ class Backward {
         }
     }
 
-    // False: the call is to stop.
+    // False: the call must stop.
     template <class Reached>
     static bool wait(const Stop& stop, const Reached& reached) {
         while (!reached()) {
@@ -304,8 +304,8 @@ class Backward {
     int threads_ = 1;
 
     std::atomic<int64_t>* turns_ =
-        nullptr;  // of each row block in flight: how many key blocks had it
-    std::atomic<int64_t>* done_ = nullptr;  // of each chain: how many key blocks are done, or kLeft
+        nullptr;  // for a row block in flight: key blocks that added to it
+    std::atomic<int64_t>* done_ = nullptr;  // for a chain: key blocks that are done, or kLeft
     char* sums_ = nullptr;
 };
 

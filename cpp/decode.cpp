@@ -23,7 +23,7 @@ constexpr size_t kCarriedBytes = 2 << 20;  // of what is merged so far
 constexpr size_t kWaitingBytes = 4 << 20;  // of partials that are not merged yet
 constexpr int64_t kMostTasks = 1 << 16;    // in a list
 
-// Places for partials in memory: for each head the same, one after the other, each of some rows.
+// Places for partials in memory, one after the other. Each holds some rows; each head has the same.
 class Places {
     std::vector<size_t> first_rows_;  // of each place, among the rows of a head
     size_t rows_ = 0;                 // of a head
@@ -58,7 +58,7 @@ struct Task {
     int first, count;  // in Tasks::order
 };
 
-// As many sequences as are worked on at a time.
+// The sequences that are worked on at a time.
 struct Slice {
     std::vector<Member> members;
     Places carried;  // of each member
@@ -122,7 +122,7 @@ class Decode {
         return tasks;
     }
 
-    // For the rows of a task and for the kernel, of one thread.
+    // One thread's memory, for any of the tasks.
     size_t scratch_bytes(const Tasks& tasks) const {
         return std::max(scratch_bytes(tasks.most_rows, false),
                         scratch_bytes(tasks.most_rows_in_tiles, true));
@@ -267,8 +267,8 @@ class Decode {
         return false;
     }
 
-    // 0: the same keys, and as many queries. Sequences whose first pages are the same are
-    // neighbours.
+    // 0: both have the same keys, and as many queries. Sorting by it makes neighbours of sequences
+    // whose first pages are the same.
     int64_t compare(const Member& a, const Member& b, int64_t split) const {
         const auto mine = place(a), other = place(b);
         if (mine != other) return mine < other ? -1 : 1;
@@ -305,7 +305,7 @@ class Decode {
         return block;
     }
 
-    // memory: of scratch_bytes(); partials: of the task's rows.
+    // memory: scratch_bytes() of it; partials: where those of the task's rows go.
     void attend_task(const Slice& slice, const Tasks& tasks, int64_t item, char* memory,
                      char* partials, const Stop& stop) const {
         const int64_t kv_head = item / int64_t(tasks.list.size());
@@ -338,7 +338,7 @@ class Decode {
         }
     }
 
-    // Adds the partials of a task to what is carried of all heads. memory: of scratch_bytes().
+    // Adds the partials of a task to what is carried. memory: scratch_bytes() of it.
     void merge_task(const Slice& slice, const Tasks& tasks, int64_t item, char* partials,
                     char* carried, char* memory) const {
         const size_t kv_head = size_t(item) / tasks.list.size();

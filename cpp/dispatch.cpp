@@ -15,7 +15,7 @@ namespace {
 
 struct Variant {
     const Kernel* kernel;
-    std::string missing;  // the CPU features that it needs and that are not here
+    std::string missing;  // the CPU features that it needs and this CPU lacks
 };
 
 std::vector<Variant> detect() {

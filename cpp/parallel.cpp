@@ -2,13 +2,13 @@
 //
 // parallel_for over OpenMP. libgomp ties a pool of threads to the thread that enters a parallel
 // region and hangs in a forked child that enters one on a thread whose pool stayed in the parent.
-// So no caller enters a region: an owner thread does, made when first needed, and made anew
-// after a fork. The caller is a worker beside that team: it begins at once, while the others wake,
-// and looks every 50 ms whether the user wants to stop. libgomp also ends the process that cannot
-// have another thread: the owner tries that out before.
+// So no caller enters a region: an owner thread does, which is made when it is first needed, and
+// anew after a fork. The caller is a worker beside that team: it begins at once, while the others
+// wake, and looks every 50 ms whether the user wants to stop. libgomp also ends a process that
+// cannot have another thread: the owner tries that out before.
 //
-// Except for callers whose thread has a pool anyway (use_pool_of_caller): they enter regions, of
-// 50 ms at most, and look between two of them. A signal handler that forks then does so outside.
+// Callers whose thread has a pool anyway (use_pool_of_caller) do enter regions, of 50 ms at most,
+// and look between two of them. A signal handler that forks then does so outside.
 #include "parallel.h"
 
 #include <omp.h>
@@ -44,7 +44,7 @@ constexpr double kTeamSeconds = 0;  // small calls have a team, too: there is mo
 #else
 constexpr double kTeamSeconds = 10e-6;  // what waking a team costs
 #endif
-// Whatever the usual size is: libgomp puts some 200 bytes there for every thread that it makes.
+// In bytes, whatever the default is: libgomp puts some 200 there for every thread that it makes.
 constexpr size_t kOwnerStack = 2 << 20;
 
 struct Job {
@@ -73,7 +73,7 @@ void work(Job& job, int worker, const Stop& stop,
     }
 }
 
-// The caller at work. Ctrl-C: asked from inside the kernel, between two key tiles.
+// The caller at work. It is asked about Ctrl-C inside the kernel, between two key tiles.
 struct Caller {
     Job& job;
     Interrupt interrupt;
@@ -117,7 +117,7 @@ void run_team(int threads, const Work& body) {
 #endif
 }
 
-// stack: in bytes, 0 for the usual size. False: the thread could not be made.
+// stack: in bytes; 0: the default. False: the thread could not be made.
 bool make_thread(pthread_t& thread, size_t stack, void* (*run)(void*), void* argument) {
     pthread_attr_t attributes;
     if (pthread_attr_init(&attributes) != 0) return false;
@@ -127,7 +127,7 @@ bool make_thread(pthread_t& thread, size_t stack, void* (*run)(void*), void* arg
     return made;
 }
 
-// The stack size that libgomp takes from the environment for its threads; 0: the usual one.
+// The stack size that libgomp takes from the environment for its threads; 0: the default.
 size_t openmp_stack() {
     const char* text = std::getenv("OMP_STACKSIZE");
     if (text == nullptr) text = std::getenv("GOMP_STACKSIZE");
@@ -159,8 +159,8 @@ void* wait_at_gate(void* argument) {
     return nullptr;
 }
 
-// How many of so many more threads like libgomp's the process can have, beside what memory libgomp
-// then needs. They are made, exist all at once, and are gone from the kernel's count in the end.
+// Makes threads like libgomp's, all at once, and ends them: how many of the `wanted` ones can the
+// process have, beside the memory that libgomp then needs? The system counts none of them any more.
 int try_threads(int wanted) {
     const std::unique_ptr<char[]> records(new (std::nothrow) char[(64 + size_t(wanted)) << 10]);
     const std::unique_ptr<Probe[]> probes(new (std::nothrow) Probe[size_t(wanted)]);
@@ -240,7 +240,7 @@ class Owner {
     static void* serve_jobs(void* owner) { static_cast<Owner*>(owner)->serve(); }
 
     [[noreturn]] void serve() {
-        omp_set_dynamic(0);  // the team is as large as it is said to be
+        omp_set_dynamic(0);  // libgomp must not make the team smaller
         for (;;) {
             spin_until([&] { return job_.load(std::memory_order_relaxed) != nullptr; });
             std::unique_lock<std::mutex> lock(mutex_);
@@ -261,8 +261,9 @@ class Owner {
         }
     }
 
-    // Sets team_ for the job, to fewer threads than it asks for if they cannot be had. A team stays
-    // as it is for a job of fewer threads: libgomp would end the others and soon make them again.
+    // Sets team_ for the job; to fewer threads than it asks for if the process cannot have them. A
+    // team stays as it is for a job of fewer threads: libgomp would end the others and soon make
+    // them again.
     void resize(const Job& job) {
         if (team_ > job.most_helpers) team_ = job.helpers;
         if (team_ >= job.helpers || Clock::now() < retry_) return;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scratch memory: a piece of memory that is allocated once per call and cut into parts. A layout is
-// said once, as calls of Scratch::take(): they count the bytes first, and cut the memory then. In a
-// build with AddressSanitizer a red zone lies behind each part, and nothing may be touched that is
-// not lent: an overrun from one part into the next is seen there, as one of an array is. Any other
-// build has none of this. Used by all that cut: attention.cpp, decode.cpp, backward.cpp and the
-// kernel, whose rules (kernel/kernel.h) hold here.
+// Scratch memory: it is allocated once per call and cut into parts. A layout is said once, as calls
+// of Scratch::take(), which first count the bytes and then cut the memory. In a build with
+// AddressSanitizer a red zone lies behind each part, and nothing may be touched that is not lent:
+// an overrun from one part into the next is seen there, as one of an array is. Any other build has
+// none of this. Used by all that cut: attention.cpp, decode.cpp, backward.cpp and the kernel, whose
+// rules (kernel/kernel.h) hold here.
 #pragma once
 
 #include <cstddef>

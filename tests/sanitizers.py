@@ -89,12 +89,13 @@ ADDRESS = Sanitizer(
     share=0.6,
     # Not those that measure the process's memory, or have little time for a long call.
     tests=(
-        *("api/test_arguments.py", "api/test_arrays.py", "cache", "machine/test_threads.py"),
+        *("api/test_arguments.py", "api/test_arrays.py", "api/test_dlpack.py"),
+        *("cache", "machine/test_threads.py"),
         *("-k", "not memory and not giants and not fork_in_a_signal_handler"),
     ),
     faults=(
         Fault(
-            "an overrun from one part of scratch memory into the next, few queries",
+            "an overrun from one part of scratch memory into the next, decoding",
             "cpp/kernel/decode.h",
             "for (int64_t d = 0; d < query_pitch; ++d) {",
             "for (int64_t d = 0; d <= query_pitch; ++d) {",

@@ -11,7 +11,7 @@
 //   2. no containers, no <algorithm>, no <cmath>, no OpenMP, no exceptions;
 //   3. no vector constants with static storage;
 //   4. no link-time optimisation;
-//   5. each object exports one symbol, its table. tests/test_build.py asks nm.
+//   5. each object exports one symbol, its table. tests/machine/test_build.py asks nm.
 #pragma once
 
 #include <cstddef>

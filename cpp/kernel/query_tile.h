@@ -210,7 +210,7 @@ class QueryTile {
     }
 
    private:
-    // As late as can be: the query comes from memory while the query tiles before it compute.
+    // Runs as late as it can: the query comes from memory while the query tiles before it compute.
     void start() {
         for (int i = 0; i < rows_to_come && i < width; ++i) {
             prefetch(static_cast<const T*>(block.rows[block.row_count + i].query),
@@ -228,12 +228,12 @@ class QueryTile {
         has_started = true;
     }
 
-    // As many T as so many elements of the query fill.
+    // How many T take as much memory as `count` elements of the query.
     int64_t query_items(int64_t count) const {
         return block.query_dtype == kDtype<T> ? count : (count + 1) / 2;
     }
 
-    // Keys are read where they lie, or else prepared once for all query tiles.
+    // Finds the keys where they lie, or prepares them, once for all query tiles.
     void find_keys(int64_t tile) {
         if constexpr (InPairs) {
             tile_key = row_of<BFloat16>(block, block.key, tile), key_stride = block.key.stride;
@@ -256,7 +256,7 @@ class QueryTile {
         }
     }
 
-    // Likewise values.
+    // Finds or prepares the values likewise.
     void find_values(int64_t tile) {
         const int64_t keys = keys_of(tile);
         if constexpr (InPairs) {
@@ -293,7 +293,7 @@ class QueryTile {
         return block.kv_len - tile < kKeyTile ? block.kv_len - tile : kKeyTile;
     }
 
-    // Some rows of keys or values, to be near when they are read.
+    // Brings some rows of keys or values near.
     void fetch(const KeyRows& rows, int64_t begin, int64_t end, int64_t columns) const {
         if (begin >= end) return;
         with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
@@ -302,7 +302,7 @@ class QueryTile {
         });
     }
 
-    // By the scales of quantized keys or values.
+    // Multiplies rows of quantized keys or values by their scales.
     void multiply_rows(const KeyRows& scales, int64_t tile, int64_t rows, int64_t columns,
                        T* matrix) const {
         const float* const scale = row_of<float>(block, scales, tile);
@@ -337,7 +337,7 @@ class QueryTile {
         }
     }
 
-    // Loads one vector of rows, times scale; returns which of them that took out of range.
+    // Loads one vector of rows, times scale; returns the rows that the scale takes out of range.
     template <class Element>
     typename V::Mask load_rows(int c, V scale) const {
         const Row* const rows = block.rows + c * lanes;
@@ -453,7 +453,7 @@ class QueryTile {
         add_to_acc(d, sum);
     }
 
-    // to_fetch: keys whose values are to be brought near meanwhile; null: none.
+    // to_fetch: the keys whose values it brings near meanwhile; null: none.
     void compute_scores(const Element* key, const Span* to_fetch) {
         for (int64_t d = 0; d < head_dim; d += kDepth) {
             const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
@@ -499,7 +499,7 @@ class QueryTile {
         find_tile_max(keys);
     }
 
-    // True: some score is that of a hidden pair.
+    // True: some pair is hidden.
     bool find_tile_max(Span keys) {
         const V lowest = -kInfinity<T>;
         typename V::Mask hidden = {};
@@ -516,7 +516,7 @@ class QueryTile {
         return any<T>(hidden);
     }
 
-    // scores = P^T = exp2(S^T - row_max); a NaN score makes a NaN. Scaled: they are still to be.
+    // scores = P^T = exp2(S^T - row_max); a NaN score makes a NaN. Scaled: by score_scale first.
     template <bool Scaled>
     void softmax(Span keys) {
         V offset[Columns], sum[Columns];
@@ -576,9 +576,9 @@ class QueryTile {
         for (int c = 0; c < Columns; ++c) drop<InPairs>(scores + c * lanes, width, keys, kept(c));
     }
 
-    // A probability of 0 does not keep a NaN or Inf of a value from a row that must not see it, or
-    // drops it. If the tile holds any, it is copied to `staging` with zeros for them, and they are
-    // added to the rows that see them, here.
+    // A probability of 0 times a NaN or Inf is NaN, also in a row that must not see that value, or
+    // that drops it. If the key tile holds such values, they are added here to the rows that see
+    // them, and `staging` takes a copy of the tile with zeros for them.
     bool set_nonfinite_apart(Span keys) {
         const Element* value = tile_value + keys.begin % kKeyTile * value_stride;
         int64_t stride = value_stride;
@@ -710,7 +710,7 @@ class QueryTile {
             [](V x) { return x; });
     }
 
-    // Gives put(row, d, x) `lanes` rows of a matrix like acc, where x is of columns d on.
+    // Calls put(row, d, x) for `lanes` rows of a matrix like acc; x holds the columns from d on.
     template <class Put, class Change>
     void transpose_rows(const T* matrix, int first_row, const Put& put,
                         const Change& change) const {

@@ -22,9 +22,9 @@ struct Layout {
     static constexpr int tile_rows = kColumns * Vec<T>::lanes;
     using FullTile = QueryTile<T, false, kColumns>;  // as large as one in pairs
 
-    const int full, last_rows;  // query tiles of tile_rows rows; rows of the last query tile
+    const int full, last_rows;  // how many query tiles are full, and the rows of the last one
     Scratch scratch;
-    void* const tiles;  // the full ones
+    void* const tiles;  // where the full ones are made
     Shared<T> shared;
 
     Layout(const Block& block, void* memory)
@@ -34,7 +34,7 @@ struct Layout {
           tiles(scratch.take<FullTile>(full)),
           shared(block, width(0), scratch) {}
 
-    // Those of query tile `index`; to be called for one after the other.
+    // Cuts the matrices of query tile `index`: called for one after the other.
     Matrices<T> matrices(const Block& block, int index) { return {block, width(index), scratch}; }
 
    private:

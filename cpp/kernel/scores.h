@@ -27,7 +27,7 @@ struct Span {
     int64_t size() const { return end - begin; }
 };
 
-// How many of a tile's pairs are seen; kAll also says that its scores need no pass.
+// Which of a tile's pairs are seen. kAll also says that the scores need no pass.
 enum class Seen { kNone, kSome, kAll };
 
 // Finds out whether `count` elements of a row hold a hidden one, a seen one.
@@ -99,7 +99,7 @@ class RowArray {
         }
     }
 
-    // Which pairs the array leaves. A float array changes what it does not hide: never kAll.
+    // Which pairs the array leaves. Never kAll for a float array, which changes what it leaves.
     Seen classify(Span keys) const {
         if (!given) return Seen::kAll;
         return with_element(dtype, [&](auto* element) {
@@ -231,7 +231,7 @@ class ScorePasses {
         if (end < block.kv_len) end += end % 2;
     }
 
-    // Not only by hiding some of them: then no tile is plain.
+    // Whether scores change other than by being hidden: then no tile is plain.
     bool changes_scores() const {
         const bool float_mask = mask.given && block.mask_dtype != Dtype::kBool;
         return float_mask || bias.given || block.softcap != 0 || block.alibi;
@@ -274,7 +274,7 @@ class ScorePasses {
         }
     }
 
-    // Takes off `keys` what is hidden from all rows at either end, as far as that is plain to see.
+    // Also takes keys off either end that are plainly hidden from all rows.
     Seen classify(Span& keys) const {
         const Seen by_mask = mask.classify(keys);
         if (by_mask == Seen::kNone) return Seen::kNone;

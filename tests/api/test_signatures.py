@@ -30,12 +30,7 @@ DOORS = {
     "KVCache.attend": (("self", "query"), OF_CACHES, RESULTS, CAUSAL),
     "PagedKVCache.attend": (("self", "query"), OF_CACHES, ("sequences", *RESULTS), CAUSAL),
     "reference.attention": (OPERANDS, ALL, (*RESULTS, "compute_dtype", "batch_index"), {}),
-    "reference.varlen_attention": (
-        (*OPERANDS, *PACKED),
-        ALL,
-        ("return_lse", "compute_dtype"),
-        {},
-    ),
+    "reference.varlen_attention": ((*OPERANDS, *PACKED), ALL, ("return_lse", "compute_dtype"), {}),
     "reference.attention_backward": (SAVED, ALL, (*PACKED, *OF_GRADIENTS, "compute_dtype"), {}),
     "reference.attention_weights": (("query", "key"), OF_WEIGHTS, ("compute_dtype",), {}),
     "torch.attention": (OPERANDS, ALL, RESULTS, {}),

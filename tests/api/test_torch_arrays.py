@@ -162,14 +162,7 @@ def test_bfloat16_without_ml_dtypes(torch, monkeypatch):
     def results():
         out, lse = fastattn.attention(*arrays, bias=bias, sinks=sinks, return_lse=True)
         grads = fastattn.attention_backward(
-            out,
-            *arrays,
-            out,
-            lse,
-            bias=bias,
-            sinks=sinks,
-            return_dbias=True,
-            return_dsinks=True,
+            out, *arrays, out, lse, bias=bias, sinks=sinks, return_dbias=True, return_dsinks=True
         )
         return (out, lse, *grads)
 

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of results share: problems with every argument, layouts, and marks."""
 
-import functools
-
 import ml_dtypes
 import numpy as np
 import pytest
 
 from fastattn import attention
-from tests.support.problems import DTYPES, HALVES, make_problem
+from tests.support.problems import DTYPES, HALVES, covering_cases, make_problem
 
 INF = np.inf
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
-both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 # bfloat16 may be multiplied in pairs, which no other dtype is.
 every_arithmetic = pytest.mark.parametrize(
     "dtype", [*DTYPES, ml_dtypes.bfloat16], ids=lambda dtype: dtype.__name__
@@ -44,39 +41,7 @@ LEVELS = {
     "kv_lengths": (None, "one", "each"),
     "dropout_p": (0.0, 0.1, 0.6),
 }
-
-
-@functools.cache
-def covering_cases():
-    """Return cases in which each level of a factor meets each level of every other factor."""
-    names = list(LEVELS)
-    open_pairs = {
-        (a, i, b, j)
-        for a, first in enumerate(names)
-        for b in range(a + 1, len(names))
-        for i in range(len(LEVELS[first]))
-        for j in range(len(LEVELS[names[b]]))
-    }
-    rng = np.random.default_rng(0)
-    cases = []
-    while open_pairs:
-        a, i, b, j = min(open_pairs)
-        case = {a: i, b: j}
-        for factor in rng.permutation(len(names)):
-            if factor in case:
-                continue
-            gains = [
-                sum(
-                    ((c, k, factor, level) if c < factor else (factor, level, c, k)) in open_pairs
-                    for c, k in case.items()
-                )
-                for level in range(len(LEVELS[names[factor]]))
-            ]
-            best = np.flatnonzero(np.array(gains) == max(gains))
-            case[int(factor)] = int(rng.choice(best))
-        open_pairs -= {(c, k, d, m) for c, k in case.items() for d, m in case.items() if c < d}
-        cases.append({name: LEVELS[name][case[c]] for c, name in enumerate(names)})
-    return cases
+CASES = covering_cases(LEVELS)
 
 
 def laid_out(x, layout):

@@ -11,16 +11,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from fastattn import attention, attention_weights, reference
 from tests.attention.problems import (
+    CASES,
     INF,
     LEVELS,
     arguments_of,
-    both_dtypes,
-    covering_cases,
     problem_with_everything,
     with_lse,
 )
 from tests.support.correctness import assert_same_bits, assert_within_gate, attend_within_gate
-from tests.support.problems import make_problem
+from tests.support.problems import both_dtypes, make_problem
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -35,9 +34,9 @@ pytestmark = pytest.mark.usefixtures("isa")
     "four-dtypes",
     "accuracy-gate",
 )
-@pytest.mark.parametrize("number", range(len(covering_cases())))
+@pytest.mark.parametrize("number", range(len(CASES)))
 def test_every_argument_with_every_other(number):
-    operands, options = arguments_of(covering_cases()[number], np.random.default_rng(number))
+    operands, options = arguments_of(CASES[number], np.random.default_rng(number))
     out, lse = attend_within_gate(*operands, **options)
     filled = np.full((*out.shape[:-1], out.shape[-1] + 3), 7, out.dtype)
     into = filled[..., 1:-2]
@@ -52,7 +51,7 @@ def test_the_cases_cover():
     names = list(LEVELS)
     for a, first in enumerate(names):
         for second in names[a + 1 :]:
-            met = {(str(case[first]), str(case[second])) for case in covering_cases()}
+            met = {(str(case[first]), str(case[second])) for case in CASES}
             assert len(met) == len(LEVELS[first]) * len(LEVELS[second])
 
 

@@ -7,7 +7,6 @@ from numpy.lib.stride_tricks import as_strided
 
 from tests.attention.problems import (
     INF,
-    both_dtypes,
     every_arithmetic,
     laid_out,
     misaligned,
@@ -15,7 +14,7 @@ from tests.attention.problems import (
     with_lse,
 )
 from tests.support.correctness import assert_same_bits
-from tests.support.problems import make_problem
+from tests.support.problems import both_dtypes, make_problem
 
 pytestmark = pytest.mark.usefixtures("isa")
 

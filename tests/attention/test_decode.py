@@ -7,9 +7,9 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 from fastattn import attention, explain
-from tests.attention.problems import both_dtypes, every_arithmetic, laid_out, with_lse
+from tests.attention.problems import every_arithmetic, laid_out, with_lse
 from tests.support.correctness import assert_same_bits, assert_within_gate, attend_within_gate
-from tests.support.problems import DTYPES, HALVES, make_problem
+from tests.support.problems import both_dtypes, every_dtype, make_problem
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -33,7 +33,7 @@ def decoding(dtype, q_len=2, kv_len=2700):
 
 
 @pytest.mark.promise("result-is-the-definition", "accuracy-gate")
-@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=lambda dtype: dtype.__name__)
+@every_dtype
 @pytest.mark.parametrize("q_len", [1, 2])
 def test_decode(q_len, dtype):
     operands, options = decoding(dtype, q_len)

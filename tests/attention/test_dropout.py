@@ -14,10 +14,9 @@ from numpy.testing import assert_array_equal
 import fastattn
 from fastattn import attention, dropout_mask, explain, varlen_attention
 from tests.support.correctness import assert_same_bits, assert_within_gate, attend_within_gate
-from tests.support.problems import DTYPES, HALVES, make_problem
+from tests.support.problems import DTYPES, every_dtype, make_problem
 
 pytestmark = pytest.mark.usefixtures("isa")
-every_dtype = pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=lambda dtype: dtype.__name__)
 # bfloat16 may be multiplied in pairs, which no other dtype is.
 every_arithmetic = pytest.mark.parametrize(
     "dtype", [*DTYPES, ml_dtypes.bfloat16], ids=lambda dtype: dtype.__name__
@@ -49,11 +48,7 @@ def assert_drops(query, key, **options):
 @pytest.mark.parametrize("q_len", [1, 4, 16, 17, 70])
 @pytest.mark.parametrize("kv_len", [1, 2, 127, 301])
 def test_the_mask(q_len, kv_len, dtype):
-    for heads, kv_heads, head_dim, batch in [
-        (1, 1, 32, ()),
-        (6, 2, 32, (2, 2)),
-        (4, 1, 7, (3,)),
-    ]:
+    for heads, kv_heads, head_dim, batch in [(1, 1, 32, ()), (6, 2, 32, (2, 2)), (4, 1, 7, (3,))]:
         query, key, _ = make_problem(
             q_len, kv_len, head_dim, heads=heads, kv_heads=kv_heads, batch=batch, dtype=dtype
         )
@@ -68,7 +63,7 @@ def test_the_mask(q_len, kv_len, dtype):
 @every_arithmetic
 @pytest.mark.parametrize("q_len", [2, 30])
 def test_many_keys(q_len, dtype):
-    """Across the stretches of the few-queries form, and the groups of sums of the other."""
+    """Across the splits of decoding, and the sums that query tiles close."""
     query, key, _ = make_problem(q_len, 8400, 32, heads=2, kv_heads=1, dtype=dtype)
     query *= dtype(0.1)
     for columns in (slice(1000, 1064), slice(8150, 8214), slice(8368, 8400)):

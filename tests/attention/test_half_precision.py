@@ -9,7 +9,7 @@ from numpy.testing import assert_array_equal
 from fastattn import attention
 from tests.attention.problems import INF, problem_with_everything, with_lse
 from tests.support.correctness import assert_same_bits, attend_within_gate, in_pairs
-from tests.support.problems import HALVES, make_problem
+from tests.support.problems import every_half, make_problem
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -58,7 +58,7 @@ def test_accuracy_of_bfloat16(kv_len, q_len):
 
 
 @pytest.mark.promise("half-precision-is-float32-inside", "four-dtypes")
-@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
+@every_half
 def test_half_precision_is_float32_rounded_once(dtype):
     """Whichever operand is of half precision: each is widened, and the result rounded."""
     operands, options = problem_with_everything(np.float32)
@@ -79,7 +79,7 @@ def finite_numbers(dtype):
 
 
 @pytest.mark.promise("rounding-is-to-nearest-even")
-@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
+@every_half
 @pytest.mark.parametrize("head_dim", [1, 3, 16, 37])
 def test_every_half_precision_number(head_dim, dtype):
     """Each comes through as itself: a query that sees one key gives its value."""
@@ -94,7 +94,7 @@ def test_every_half_precision_number(head_dim, dtype):
 
 
 @pytest.mark.promise("rounding-is-to-nearest-even")
-@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
+@every_half
 def test_rounding_to_half_precision(dtype):
     """To the nearest number, and to the even one of two, as NumPy and ml_dtypes round."""
     numbers = finite_numbers(dtype)

@@ -7,9 +7,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 from fastattn import attention, reference
-from tests.attention.problems import FLOATS, INF, both_dtypes, misaligned, with_lse
+from tests.attention.problems import FLOATS, INF, misaligned, with_lse
 from tests.support.correctness import assert_same_bits, attend_within_gate
-from tests.support.problems import make_problem
+from tests.support.problems import both_dtypes, make_problem
 
 pytestmark = pytest.mark.usefixtures("isa")
 

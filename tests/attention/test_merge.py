@@ -9,9 +9,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from fastattn import attention, merge
 from tests.support.correctness import assert_same_bits, assert_within_gate
-from tests.support.problems import DTYPES, make_problem
+from tests.support.problems import both_dtypes, make_problem
 
-both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 EDGES = (0, 1, 100, 100, 128, 300)
 
 
@@ -84,12 +83,7 @@ def test_rows_that_see_different_parts(dtype):
     query, key, value = make_problem(20, 300, heads=2, dtype=dtype)
     parts = [
         attention(
-            query,
-            key[:, a:b],
-            value[:, a:b],
-            is_causal=True,
-            query_offset=90 - a,
-            return_lse=True,
+            query, key[:, a:b], value[:, a:b], is_causal=True, query_offset=90 - a, return_lse=True
         )
         for a, b in itertools.pairwise((0, 90, 100, 105, 300))
     ]

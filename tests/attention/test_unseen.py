@@ -4,9 +4,9 @@
 import numpy as np
 import pytest
 
-from tests.attention.problems import INF, both_dtypes, every_arithmetic, with_lse
+from tests.attention.problems import INF, every_arithmetic, with_lse
 from tests.support.correctness import assert_same_bits, assert_within_gate
-from tests.support.problems import make_problem
+from tests.support.problems import both_dtypes, make_problem
 
 pytestmark = pytest.mark.usefixtures("isa")
 

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import fastattn
 from fastattn import attention, reference, varlen_attention
 from tests.support.correctness import assert_same_bits
-from tests.support.problems import DTYPES, HALVES
+from tests.support.problems import every_dtype
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -79,7 +79,7 @@ OPTIONS = {
 
 
 @pytest.mark.promise("packed-sequences-are-alone")
-@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=lambda dtype: dtype.__name__)
+@every_dtype
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_sequence_is_alone(name, dtype):
     options, options_of = OPTIONS[name]

@@ -2,7 +2,7 @@
 """Calls of the kernels of `fastattn.cuda.kernels.simt` in Numba's simulator, on NumPy arrays.
 
 The simulator is chosen by an environment variable when numba is imported, so these functions run in
-processes of their own: test_cuda_simt.py sends them to a pool whose workers begin with `start`.
+processes of their own: test_simt.py sends them to a pool whose workers begin with `start`.
 """
 
 import contextlib
@@ -11,6 +11,8 @@ import threading
 import warnings
 
 import numpy as np
+
+from fastattn._options import Options
 
 UNLIMITED = 2**62
 
@@ -93,48 +95,32 @@ def launch(kernel, blocks, *arguments, threads=in_turn):
 class Problem:
     """The arguments of a call of attention in the form that the kernels take."""
 
-    def __init__(
-        self,
-        query,
-        key,
-        value,
-        *,
-        mask=None,
-        bias=None,
-        scale=None,
-        is_causal=False,
-        query_offset=None,
-        window=None,
-        softcap=None,
-        alibi_slopes=None,
-        sinks=None,
-        kv_lengths=None,
-        dropout_p=0.0,
-        seed=0,
-    ):
+    def __init__(self, query, key, value, **options):
+        options = Options(**{"seed": 0} | options)
         self.query, self.key, self.value = query, key, value
         self.batch, self.heads, self.q_len, head_dim = query.shape
         self.kv_heads, self.kv_len = key.shape[1:3]
         pairs = (self.batch, self.heads, self.q_len, self.kv_len)
-        self.bias_shape = None if bias is None else np.shape(bias)
-        self.mask = None if mask is None else np.broadcast_to(mask, pairs)
-        self.bias = None if bias is None else np.broadcast_to(bias, pairs)
-        self.slopes = alibi_slopes
-        if alibi_slopes is not None:
-            self.slopes = np.broadcast_to(alibi_slopes, (self.batch, self.heads))
-        self.sinks = sinks
+        self.bias_shape = None if options.bias is None else np.shape(options.bias)
+        self.mask = None if options.mask is None else np.broadcast_to(options.mask, pairs)
+        self.bias = None if options.bias is None else np.broadcast_to(options.bias, pairs)
+        self.slopes = options.alibi_slopes
+        if options.alibi_slopes is not None:
+            self.slopes = np.broadcast_to(options.alibi_slopes, (self.batch, self.heads))
+        self.sinks = options.sinks
         number = np.float64 if query.dtype == np.float64 else np.float32
         self.number = number
-        self.scale = number(head_dim**-0.5 if scale is None else scale)
-        self.softcap = None if softcap is None else number(softcap)
-        left, right = (UNLIMITED if side is None else side for side in window or (None, None))
-        self.window = (left, min(right, 0) if is_causal else right)
-        self.lengths, self.length = self.each_or_all(kv_lengths, self.kv_len)
-        self.offsets, self.offset = self.each_or_all(query_offset, 0)
-        self.dropout = dropout_p != 0
-        self.dropped = round(dropout_p * 2**32)
-        self.seed = (seed % 2**32, seed >> 32)
-        self.kept_scale = number(1 / (1 - dropout_p) if dropout_p < 1 else 1)
+        self.scale = number(head_dim**-0.5 if options.scale is None else options.scale)
+        self.softcap = None if options.softcap is None else number(options.softcap)
+        sides = options.window or (None, None)
+        left, right = (UNLIMITED if side is None else side for side in sides)
+        self.window = (left, min(right, 0) if options.is_causal else right)
+        self.lengths, self.length = self.each_or_all(options.kv_lengths, self.kv_len)
+        self.offsets, self.offset = self.each_or_all(options.query_offset, 0)
+        self.dropout = options.dropout_p != 0
+        self.dropped = round(options.dropout_p * 2**32)
+        self.seed = (options.seed % 2**32, options.seed >> 32)
+        self.kept_scale = number(1 / (1 - options.dropout_p) if options.dropout_p < 1 else 1)
 
     def each_or_all(self, x, usual):
         """Return an array with one for each batch element, or one for all."""

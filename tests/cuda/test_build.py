@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do kernels become machine code? Compiling without a GPU; what is refused."""
+# ruff: noqa: E501 - the tables have a line per case
 
 import dataclasses
 import inspect
@@ -77,16 +78,8 @@ def test_without_anything_of_cuda():
             "fastattn.cuda needs a GPU of compute capability 7.5 (Turing) or later, got one of "
             "7.0: fastattn.attention computes on the CPU",
         ),
-        (
-            (8, 0),
-            (7, 5),
-            "asked needs a GPU of compute capability 8.0 or later, got one of 7.5",
-        ),
-        (
-            (9, 0),
-            (10, 0),
-            "asked needs a GPU of compute capability 9.0 itself, got one of 10.0",
-        ),
+        ((8, 0), (7, 5), "asked needs a GPU of compute capability 8.0 or later, got one of 7.5"),
+        ((9, 0), (10, 0), "asked needs a GPU of compute capability 9.0 itself, got one of 10.0"),
     ],
 )
 def test_gpus_without_the_instructions(needs, capability, message):
@@ -114,23 +107,11 @@ def test_arguments_are_taken_apart_as_numba_does():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"signature": ("int64", "float16")},
-            "argument 1 of asked must be a number (int32, uint32, int64, float32, float64), an "
-            "array, a tuple or none, not float16",
-        ),
-        (
-            {"tensor_maps": (1,)},
-            "argument 1 of asked is a tensor map: it must be declared int64, and stand before "
-            "arrays and tuples",
-        ),
-        (
-            {"signature": (array(1), "int64"), "tensor_maps": (1,)},
-            "argument 1 of asked is a tensor map: it must be declared int64, and stand before "
-            "arrays and tuples",
-        ),
+        ({"signature": ("int64", "float16")}, "argument 1 of asked must be a number (int32, uint32, int64, float32, float64), an array, a tuple or none, not float16"),
+        ({"tensor_maps": (1,)}, "argument 1 of asked is a tensor map: it must be declared int64, and stand before arrays and tuples"),
+        ({"signature": (array(1), "int64"), "tensor_maps": (1,)}, "argument 1 of asked is a tensor map: it must be declared int64, and stand before arrays and tuples"),
     ],
-)
+)  # fmt: skip
 def test_arguments_that_cannot_be_passed(fields, message):
     with pytest.raises(TypeError) as error:
         _build.build(Asked(**fields), (8, 0))

@@ -87,6 +87,7 @@ def test_sources_and_versions_are_in_the_key(monkeypatch, tmp_path):
     (copy / "kernels").mkdir(parents=True)
     for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("kernels/*.py")):
         (copy / path.relative_to(PACKAGE)).write_text(path.read_text())
+    (tmp_path / "_arguments.py").write_text((PACKAGE.parent / "_arguments.py").read_text())
     monkeypatch.setattr(_cache, "__file__", str(copy / "_cache.py"))
 
     def key():
@@ -95,11 +96,17 @@ def test_sources_and_versions_are_in_the_key(monkeypatch, tmp_path):
 
     assert key() == before
     seen = {before}
-    for name in ("kernels/__init__.py", "kernels/mma.py", "ptx.py", "_build.py"):
+    for name in (
+        "kernels/__init__.py",
+        "kernels/mma.py",
+        "ptx.py",
+        "_build.py",
+        "../_arguments.py",
+    ):
         with (copy / name).open("a") as file:
             file.write("# changed\n")
         seen.add(key())
-    assert len(seen) == 5
+    assert len(seen) == 6
     (copy / "_driver.py").write_text("")  # decides nothing about the code
     assert key() in seen
     _cache._sources.cache_clear()
@@ -108,7 +115,7 @@ def test_sources_and_versions_are_in_the_key(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(_cache, "_versions", lambda changed=changed: changed)
             seen.add(_cache.key(Asked(), (8, 0)))
-    assert len(seen) == 5 + len(_cache.PACKAGES) + 2
+    assert len(seen) == 6 + len(_cache.PACKAGES) + 2
 
 
 def test_versions_of_packages_that_are_not_there(monkeypatch):

@@ -34,10 +34,7 @@ FORWARD = {
     "turing": (PLAIN._replace(capability=(7, 5)), ("simt",)),
     "float32": (PLAIN._replace(query_dtype="float32", key_dtype="float32"), ("simt",)),
     "few queries": (PLAIN._replace(q_len=1), ("decode", "wgmma", "mma", "simt")),
-    "few queries, ampere": (
-        PLAIN._replace(q_len=1, capability=(8, 0)),
-        ("decode", "mma", "simt"),
-    ),
+    "few queries, ampere": (PLAIN._replace(q_len=1, capability=(8, 0)), ("decode", "mma", "simt")),
     "mask": (PLAIN._replace(given=("mask",)), ("simt",)),
 }
 BACKWARD = {

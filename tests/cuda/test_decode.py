@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("numba.cuda", reason="needs the extra `cuda`")
 
 from fastattn.cuda._build import build
-from fastattn.cuda.kernels import WIDEST, decode
+from fastattn.cuda.kernels import MOST_SIDE, decode
 from tests.cuda import cases, sass
 from tests.cuda import emulator as emulator
 from tests.cuda.cases import DTYPES, problem, with_fault
@@ -31,20 +31,9 @@ class Result:
 
 
 def attend(
-    query,
-    key,
-    value,
-    *,
-    is_causal=False,
-    window=(None, None),
-    query_offset=0,
-    kv_lengths=None,
-    softcap=None,
-    scale=None,
-    on_device=False,
-    padded=False,
-    module=decode,
-):
+    query, key, value, *, is_causal=False, window=(None, None), query_offset=0, kv_lengths=None,
+    softcap=None, scale=None, on_device=False, padded=False, module=decode,
+):  # fmt: skip
     """Run both kernels as the call does, 4-D arrays alone.
 
     on_device: offsets are read by the kernel. padded: rows have NaN around them, and heads lie
@@ -54,7 +43,7 @@ def attend(
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     group = heads // kv_heads
-    left, right = (WIDEST if side is None else side for side in window)
+    left, right = (MOST_SIDE if side is None else side for side in window)
     right = 0 if is_causal else right
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     scale_log2, cap_factor = scale / math.log(2), 0.0

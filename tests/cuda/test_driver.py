@@ -214,22 +214,11 @@ def test_loading_is_no_part_of_a_capture(gpu):
 @pytest.mark.parametrize(
     ("failure", "advice"),
     [
-        (
-            "CUDA_ERROR_NO_BINARY_FOR_GPU",
-            "the driver takes no such code for this GPU: update the NVIDIA driver "
-            "(https://www.nvidia.com/drivers), and empty fastattn's cache",
-        ),
-        (
-            "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
-            "update the NVIDIA driver (https://www.nvidia.com/drivers), or install an older "
-            "nvidia-nvvm",
-        ),
-        (
-            "CUDA_ERROR_INVALID_IMAGE",
-            "update the NVIDIA driver (https://www.nvidia.com/drivers), and empty fastattn's cache",
-        ),
+        ("CUDA_ERROR_NO_BINARY_FOR_GPU", "the driver takes no such code for this GPU: update the NVIDIA driver (https://www.nvidia.com/drivers), and empty fastattn's cache"),
+        ("CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "update the NVIDIA driver (https://www.nvidia.com/drivers), or install an older nvidia-nvvm"),
+        ("CUDA_ERROR_INVALID_IMAGE", "update the NVIDIA driver (https://www.nvidia.com/drivers), and empty fastattn's cache"),
     ],
-)
+)  # fmt: skip
 def test_code_that_the_driver_does_not_take(gpu, failure, advice):
     gpu.fails["cuLibraryLoadData"] = failure
     for _ in range(2):  # and nothing is remembered

@@ -356,19 +356,11 @@ def test_arrays_of_jax_are_answered_in_kind(gpu, jax):
 @pytest.mark.parametrize(
     ("attributes", "kind", "message"),
     [
-        (
-            {"deleted": True},
-            ValueError,
-            "key must hold numbers, got an array that was deleted or donated",
-        ),
-        (
-            {"platform": ["gpu", "gpu"]},
-            TypeError,
-            "key must be on one GPU, got an array on gpu:0, gpu:1",
-        ),
+        ({"deleted": True}, ValueError, "key must hold numbers, got an array that was deleted or donated"),
+        ({"platform": ["gpu", "gpu"]}, TypeError, "key must be on one GPU, got an array on gpu:0, gpu:1"),
         ({"platform": "cpu"}, TypeError, "key must be on one GPU, got an array on cpu:0"),
     ],
-)
+)  # fmt: skip
 def test_arrays_of_jax_that_are_refused(gpu, jax, attributes, kind, message):
     x = JaxArray(np.zeros(3, np.float32))
     for name, value in attributes.items():

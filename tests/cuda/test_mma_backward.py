@@ -5,24 +5,22 @@
 import contextlib
 import math
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.attention.test_backward import Formula, grads_of
-from tests.support.correctness import EXTRA_ULPS, assert_same_bits
-from tests.support.problems import HALVES, make_problem
+from tests.support.correctness import assert_same_bits
+from tests.support.gradients import gradient_errors, grads_of
+from tests.support.problems import every_half, make_problem
 
 pytest.importorskip("numba.cuda")
 
-from fastattn import attention, reference
+from fastattn import attention
 from fastattn.cuda import _build
-from fastattn.cuda.kernels import WIDEST, mma_backward
+from fastattn.cuda.kernels import MOST_SIDE, mma_backward
 from tests.cuda import emulator, sass
 from tests.cuda.cases import spilled, with_fault
 
 PADDED = 128  # the rows of lse2 and delta
-every_half = pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
 every_dim = pytest.mark.parametrize("head_dim", [64, 128])
 
 
@@ -80,7 +78,7 @@ def emulated_backward(
             own.append((0, numbers))
     (lengths, length), (offsets, offset) = own
     left, right = window or (None, None)
-    left, right = (WIDEST if side is None else side for side in (left, right))
+    left, right = (MOST_SIDE if side is None else side for side in (left, right))
     right = min(right, 0) if is_causal else right
     scale = head_dim**-0.5 if scale is None else scale
     factors = [scale, scale * math.log2(math.e), 0.0]
@@ -108,31 +106,10 @@ def emulated_backward(
     )
 
 
-def errors(operands, options, seed=1, **more):
-    """Return each gradient's largest error, and the most that FlashAttention's rule allows.
-
-    The gate of test_backward.py; the plain formula rounds P and dS to the query's dtype.
-    """
-    got = grads_of(operands, options, seed, emulated_backward, **more)
-    truth = grads_of(
-        operands, options, seed, reference.attention_backward, compute_dtype=np.float64
-    )
-    plain = Formula(operands, options, seed, np.float32).gradients(operands[0].dtype)
-    exactly = Formula(operands, options, seed, np.float64)
-    lse = attention(*operands, return_lse=True, **options)[1]
-    score = np.abs(lse[np.isfinite(lse)]).max(initial=exactly.largest_score)
-    eps = np.finfo(np.float32).eps
-    pairs = []
-    for grad, rough, exact, magnitude in zip(got, plain, truth, exactly.magnitudes(), strict=True):
-        assert grad.shape == exact.shape
-        assert grad.dtype == exact.dtype
-        ulp = EXTRA_ULPS * eps + float(ml_dtypes.finfo(grad.dtype).eps)
-        grad, rough, exact = (x.astype(np.float64) for x in (grad, rough, exact))
-        assert np.isfinite(grad).all()
-        error, rough_error = (np.abs(x - exact).max(initial=0) for x in (grad, rough))
-        allowed = 2 * max(rough_error, score * eps * magnitude)
-        pairs.append((error, allowed + ulp * np.abs(exact).max(initial=0)))
-    return pairs
+def errors(operands, options, **more):
+    """Return each gradient's largest error, and the most that is allowed."""
+    got = grads_of(operands, options, backward=emulated_backward, **more)
+    return gradient_errors(got, operands, options, rounded_to=operands[0].dtype)
 
 
 def assert_within_gate(operands, options, **more):

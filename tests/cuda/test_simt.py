@@ -9,23 +9,28 @@ import contextlib
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-import ml_dtypes
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
 import fastattn
 from fastattn import _core, reference
-from tests.attention.test_backward import Formula, grads_of
 from tests.cuda import simt_calls
 from tests.cuda.cases import spilled
-from tests.support.correctness import EXTRA_ULPS, assert_same_bits, assert_within_gate
-from tests.support.problems import DTYPES, HALVES, make_problem
+from tests.support.correctness import assert_same_bits, assert_within_gate
+from tests.support.gradients import gradient_errors, grads_of
+from tests.support.problems import (
+    DTYPES,
+    HALVES,
+    both_dtypes,
+    covering_cases,
+    every_dtype,
+    make_problem,
+)
 
 pytest.importorskip("numba_cuda")
 
 INF, NAN = np.inf, np.nan
-every_dtype = pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=lambda dtype: dtype.__name__)
 
 
 @contextlib.contextmanager
@@ -105,26 +110,8 @@ class Backward:
         return ()
 
     def assert_within_gate(self):
-        """Assert test_backward.py's rule for the gradients of the kernel on the CPU."""
-        operands, options, query = self.operands, self.options, self.operands[0]
-        wide = np.longdouble if query.dtype == np.float64 else np.float64
-        arithmetic = np.promote_types(query.dtype, np.float32)
-        truth = grads_of(operands, options, 1, reference.attention_backward, compute_dtype=wide)
-        plain = Formula(operands, options, 1, arithmetic).gradients(arithmetic)
-        exactly = Formula(operands, options, 1, wide)
-        lse = fastattn.attention(*operands, return_lse=True, **options)[1]
-        score = np.abs(lse[np.isfinite(lse)]).max(initial=exactly.largest_score)
-        eps = np.finfo(arithmetic).eps
-        got = self.future.result()
-        for grad, rough, exact, size in zip(got, plain, truth, exactly.magnitudes(), strict=True):
-            assert grad.shape == exact.shape
-            assert grad.dtype == exact.dtype
-            ulp = EXTRA_ULPS * eps + ml_dtypes.finfo(grad.dtype).eps
-            grad, rough, exact = (x.astype(wide) for x in (grad, rough, exact))
-            assert np.isfinite(grad).all()
-            error, rough_error = (np.abs(x - exact).max(initial=0) for x in (grad, rough))
-            allowed = 2 * max(rough_error, score * eps * size)
-            assert error <= allowed + ulp * np.abs(exact).max(initial=0)
+        for error, allowed in gradient_errors(self.future.result(), self.operands, self.options):
+            assert error <= allowed
 
 
 def assert_all_gradients_within_gate(pool, problems):
@@ -165,36 +152,6 @@ GRADIENT_LEVELS = LEVELS | {
     "kv_len": (31, 40),
     "heads": ((1, 1), (2, 1)),
 }
-
-
-def covering_cases(all_levels):
-    """Return cases in which each level of a factor meets each level of every other factor."""
-    rng = np.random.default_rng(0)
-    names = list(all_levels)
-
-    def pairs_of(case):
-        return {(a, case[a], b, case[b]) for a in names for b in names if a < b}
-
-    counts = {name: len(levels) for name, levels in all_levels.items()}
-    still_open = {
-        (a, i, b, j)
-        for a in names
-        for b in names
-        if a < b
-        for i in range(counts[a])
-        for j in range(counts[b])
-    }
-    cases = []
-    while still_open:
-        a, i, b, j = min(still_open)
-        tries = [
-            {name: int(rng.integers(n)) for name, n in counts.items()} | {a: i, b: j}
-            for _ in range(300)
-        ]
-        best = max(tries, key=lambda case: len(pairs_of(case) & still_open))
-        still_open -= pairs_of(best)
-        cases.append({name: all_levels[name][best[name]] for name in names})
-    return cases
 
 
 def problem_of(case, seed):
@@ -275,7 +232,7 @@ def test_sizes(pool, dtype):
     assert_all_within_gate(pool, problems)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@both_dtypes
 def test_sizes_of_gradients(pool, dtype):
     problems = [(make_problem(*size, heads=1, batch=(1,), dtype=dtype), {}) for size in SIZES]
     assert_all_gradients_within_gate(pool, problems)

@@ -19,7 +19,7 @@ pytest.importorskip("numba_cuda")
 
 from fastattn import reference
 from fastattn.cuda import _build
-from fastattn.cuda.kernels import WIDEST, wgmma
+from fastattn.cuda.kernels import MOST_SIDE, wgmma
 from tests.cuda import emulator, sass
 from tests.cuda.cases import with_fault
 from tests.cuda.emulator_sm90 import Deadlock, Fault, TensorMap, Timing, run
@@ -40,8 +40,8 @@ class Call:
     query: np.ndarray
     key: np.ndarray
     value: np.ndarray
-    left: int = WIDEST
-    right: int = WIDEST
+    left: int = MOST_SIDE
+    right: int = MOST_SIDE
     offset: int = 0
     length: int | None = None
     offsets: list[int] | None = None  # in the device's memory
@@ -81,30 +81,18 @@ class Call:
         factors = (scale * LOG2E, 0)
         if self.softcap is not None:
             factors = (self.softcap * LOG2E, 2 * LOG2E * scale / self.softcap)
+        own = self.lengths, self.offsets
         arguments = (
             TensorMap(self.query, tile.queries),
             TensorMap(self.key, tile.keys),
             TensorMap(self.value, tile.keys),
-            memory.place(stored),
-            memory.place(self.lse),
-            memory.place(self.flags) if self.flagged else 0,
-            *(
-                0 if x is None else memory.place(np.array(x, np.int64))
-                for x in (self.lengths, self.offsets)
-            ),
-            q_len,
-            kv_len,
-            heads,
-            heads // kv_heads,
-            self.left,
-            self.right,
-            kv_len if self.length is None else self.length,
-            self.offset,
-            *(stride // 2 for stride in self.out.strides[:3]),
-            plan.pairs,
-            section or plan.section,
-            *(np.float32(x) for x in factors),
-        )
+            *map(memory.place, (stored, self.lse)), memory.place(self.flags) if self.flagged else 0,
+            *(0 if x is None else memory.place(np.array(x, np.int64)) for x in own),
+            q_len, kv_len, heads, heads // kv_heads, self.left, self.right,
+            kv_len if self.length is None else self.length, self.offset,
+            *(stride // 2 for stride in self.out.strides[:3]), plan.pairs, section or plan.section,
+            *map(np.float32, factors),
+        )  # fmt: skip
         assert len(arguments) == len(kernel.signature)
         run(kernel, blocks, arguments, memory, timing)
         return self
@@ -112,7 +100,7 @@ class Call:
     def options(self):
         """Return the same as arguments of the reference."""
         batch, kv_len = self.key.shape[0], self.key.shape[2]
-        sides = (None if side == WIDEST else side for side in (self.left, self.right))
+        sides = (None if side == MOST_SIDE else side for side in (self.left, self.right))
         lengths = self.lengths or [kv_len if self.length is None else self.length] * batch
         return {
             "window": tuple(sides),
@@ -176,13 +164,7 @@ class Call:
 def call(q_len, kv_len, head_dim=128, heads=1, kv_heads=None, batch=1, dtype="float16", **options):
     """Return a call with random arrays."""
     arrays = make_problem(
-        q_len,
-        kv_len,
-        head_dim,
-        heads=heads,
-        kv_heads=kv_heads,
-        batch=(batch,),
-        dtype=DTYPES[dtype],
+        q_len, kv_len, head_dim, heads=heads, kv_heads=kv_heads, batch=(batch,), dtype=DTYPES[dtype]
     )
     return Call(*arrays, **options)
 
@@ -394,67 +376,57 @@ def loop_without_mask(instructions, products):
 
 # ---- faults: (what is planted, text, its replacement)
 
-RELEASE_V = """if elect(own_thread == i32(0)):
-                            mbarrier_arrive(shared + i32(v_empty) + (v_stage << i32(3)))
-"""
+IN_LOOP = "\n" + " " * 20  # where statements of the loop over key tiles begin
+RELEASE_Q = "release(shared, q_empty, i32(0), own_thread)"
+RELEASE_K = "release(shared, k_empty, stage, own_thread)"
+RELEASE_V = "release(shared, v_empty, v_stage, own_thread)"
+WAIT_S, WAIT_SUMS = "wait_scores_only(s, 0)", "wait_sums(acc, 0, p, 0)"
 FAULTS = {
     "no wait for values": ("mbarrier_wait(shared + i32(v_full) + (v_stage << i32(3)), v_parity)", "pass"),
     "no wait for the last values": ("mbarrier_wait(shared + i32(v_full) + (stage << i32(3)), parity_of(turn))", "pass"),
     "no wait for keys": ("mbarrier_wait(shared + i32(k_full) + (stage << i32(3)), parity_of(turn))", "pass"),
     "no wait for queries": ("mbarrier_wait(shared + i32(q_full), q_parity)", "pass"),
-    "queries' parity stays": ("if sees:\n                    q_parity ^= i32(1)", "if sees:\n                    pass"),
+    "queries' parity stays": ("if sees:\n                q_parity ^= i32(1)", "if sees:\n                pass"),
     "wrong parity": ("i32(turn >> i32(STAGE_BITS)) & i32(1)", "i32(turn >> i32(STAGE_BITS)) & i32(0)"),
-    "turns are not carried over": ("(stage << i32(3)))\n                    turn = i32(turn + i32(1))", "(stage << i32(3)))"),
+    "turns are not carried over": ("stage, own_thread)\n                turn = i32(turn + i32(1))", "stage, own_thread)"),
     "loads do not wait for their place": ("mbarrier_wait(shared + i32(empty) + (stage << i32(3)), parity_of(turn) ^ i32(1))", "pass"),
-    "values released before they were multiplied": (
-        "wait_sums(acc, 0, p, 0)\n                        " + RELEASE_V,
-        RELEASE_V + "                        wait_sums(acc, 0, p, 0)\n",
-    ),
-    "keys released before they were multiplied": (
-        "wait_scores_only(s, 0)\n                        if elect(own_thread == i32(0)):\n"
-        "                            mbarrier_arrive(shared + i32(k_empty) + (stage << i32(3)))\n",
-        "if elect(own_thread == i32(0)):\n"
-        "                            mbarrier_arrive(shared + i32(k_empty) + (stage << i32(3)))\n"
-        "                        wait_scores_only(s, 0)\n",
-    ),
+    "values released before they were multiplied": (WAIT_SUMS + IN_LOOP + RELEASE_V, RELEASE_V + IN_LOOP + WAIT_SUMS),
+    "keys released before they were multiplied": (WAIT_S + IN_LOOP + RELEASE_K, RELEASE_K + IN_LOOP + WAIT_S),
     "queries released before they were multiplied": (
         "mbarrier_wait(shared + i32(q_full), q_parity)\n",
-        "mbarrier_wait(shared + i32(q_full), q_parity)\n"
-        "                    if elect(own_thread == i32(0)):\n"
-        "                        mbarrier_arrive(shared + i32(q_empty))\n",
+        "mbarrier_wait(shared + i32(q_full), q_parity)\n                " + RELEASE_Q + "\n",
     ),
-    "values never released": (RELEASE_V, "pass\n"),
-    "queries never released": ("mbarrier_arrive(shared + i32(q_empty))", "pass"),
+    "values never released": (RELEASE_V, "pass"),
+    "queries never released": (RELEASE_Q, "pass"),
     "too few bytes announced": ("mbarrier_expect(barrier, k_bytes)", "mbarrier_expect(barrier, 64)"),
     "values' boxes not where the descriptor says": ("descriptor(leading=k_box)", "descriptor()"),
     "steps in the swizzled rows": ("k // 4 * k_box + k % 4 * 32", "k // 4 * k_box + k % 4 * 64"),
     "boxes of keys in the wrong order": ("i32(at + p * k_box)", "i32(at + (1 - p) * k_box)"),
     "swizzle not aligned": (" + i32(1023)) & i32(-1024)", ")"),
-    "rows of the first warpgroup": ("group_row * i32(128)", "group_row * i32(0)"),
-    "first key off by one": ("first[h] = first_key(row, own_offset, left)", "first[h] = first_key(row, own_offset, left) + i32(1)"),
-    "last key off by one": ("last[h] = end_key(row, own_offset, right, own_length)", "last[h] = end_key(row, own_offset, right, own_length) + i32(1)"),
+    "rows of the first warpgroup": ("multiplier_row * i32(128)", "multiplier_row * i32(0)"),
+    "first key off by one": ("= first_key(row, own.offset, call.left)", "= first_key(row, own.offset, call.left) + i32(1)"),
+    "last key off by one": ("= end_key(row, own.offset, call.right, own.length)", "= end_key(row, own.offset, call.right, own.length) + i32(1)"),
     "mask moved": ("start + own_column)", "start + own_column + i32(1))"),
     "no mask at the first edge": ("if start < all_from or", "if"),
     "no mask at the last edge": ("or start + i32(k_tile) > all_to", ""),
-    "mask of the wrong rows": ("first_key(group_first + i32(63),", "first_key(group_first,"),
+    "mask of the wrong rows": ("first_key(first_row + i32(63),", "first_key(first_row,"),
     "one key tile too few": ("i32(end // i32(k_tile)) - i32(1)", "i32(end // i32(k_tile)) - i32(2)"),
-    "sums not scaled": ("scale_sums(acc, rescale)\n                        to_pairs", "to_pairs"),
-    "softmax before the wait": ("wait_scores_only(s, 0)", "pass"),
-    "sums before the wait": ("wait_sums(acc, 0, p, 0)\n                        if", "if"),
+    "sums not scaled": ("scale_sums(acc, rows.rescale)" + IN_LOOP, ""),
+    "softmax before the wait": (WAIT_S, "pass"),
+    "sums before the wait": (WAIT_SUMS + IN_LOOP + RELEASE_V, RELEASE_V),
     "probabilities overwritten": (
-        "wait_sums(acc, 0, p, 0)\n                        if",
-        "to_pairs(s, 0, p)\n"
-        "                        wait_sums(acc, 0, p, 0)\n                        if",
+        WAIT_SUMS + IN_LOOP + RELEASE_V,
+        "to_pairs(s, 0, p)" + IN_LOOP + WAIT_SUMS + IN_LOOP + RELEASE_V,
     ),
-    "no turn given": ("named_arrive(next_order, 256)\n                        wait", "wait"),
+    "no turn given": ("named_arrive(next_order, 256)" + IN_LOOP, ""),
     "no first turn": ("named_arrive(next_order, 256)  # the first warpgroup begins", "pass"),
     "last turn not taken": ("named_sync(order, 256)  # the last", "pass  # the last"),
     "stores of other threads": ("i64((lane & i32(3)) << i32(4))", "i64((lane & i32(1)) << i32(4))"),
     "words not exchanged": ("exchange_int32(select(high, xy_right, zw_right), 2)", "xy_right"),
-    "stores beyond the rows": ("store_16_if(row < q_len,", "store_16_if(row < q_len + i32(1),"),
+    "stores beyond the rows": ("store_16_if(row < call.q_len,", "store_16_if(row < call.q_len + i32(1),"),
     "flags counted in one word": ("+ (q_parity << i32(2))", ""),
     "flags kept": ("add_shared_int32(word, -count)", "pass"),
-    "flags of one warpgroup": ("if (count & i32(255)) == i32(groups):", "if True:"),
+    "flags of one warpgroup": ("if (count & i32(255)) == i32(multipliers):", "if True:"),
 }  # fmt: skip
 SCHEDULES = (Timing(), HURRIED, *(Timing(slow=i) for i in range(3)), RANDOM)
 

@@ -3,7 +3,6 @@
 
 import inspect
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +31,7 @@ from tests.flash_attn.problems import (
     tensors,
 )
 from tests.support.child import run
+from tests.support.threads import tasks
 
 
 @pytest.mark.promise("flash-attn-means-flash-attn")
@@ -265,10 +265,6 @@ def test_errors():
 
 def count_threads():
     """Return the threads that torch's operators add, and those that ours add to these."""
-
-    def tasks():
-        return len(list(Path("/proc/self/task").iterdir()))
-
     torch.set_num_threads(3)
     before = tasks()
     q, k, v = (torch.randn(2, 512, 8, 64).requires_grad_() for _ in range(3))

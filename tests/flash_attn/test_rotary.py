@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary embeddings turn what flash-attn's turn, by as much."""
+# ruff: noqa: E501 - the tables have a line per case
 
 import re
 
@@ -32,12 +33,7 @@ def test_rotary(interleaved, offset, inplace):
     gradients_agree(out, expected, [x])
     close(given.detach(), (expected if inplace else x).detach())
     back = rotary.apply_rotary(
-        out,
-        ANGLES.cos(),
-        ANGLES.sin(),
-        OFFSETS[offset],
-        interleaved=interleaved,
-        conjugate=True,
+        out, ANGLES.cos(), ANGLES.sin(), OFFSETS[offset], interleaved=interleaved, conjugate=True
     )
     close(back, x)
 
@@ -162,18 +158,12 @@ def test_rotary_in_half_precision_is_rounded_once():
 ROTARY_ERRORS = {
     "rows": ({"seqlen_offsets": 12}, "must have a row for each position, got 20 rows and position"),
     "negative": ({"seqlen_offsets": -1}, "got 20 rows and position -1"),
-    "each": (
-        {"seqlen_offsets": torch.tensor([0, 12])},
-        "must have a row for each position, got 20 rows and position 20",
-    ),
+    "each": ({"seqlen_offsets": torch.tensor([0, 12])}, "must have a row for each position, got 20 rows and position 20"),
     "offsets": ({"seqlen_offsets": torch.ones(2)}, "seqlen_offsets must be integers of shape (2,)"),
     "axes": ({"cu_seqlens": torch.tensor([0, 9])}, "x must have shape (total, heads, head_dim)"),
-    "wide": (
-        {"cos": torch.ones(20, 5), "sin": torch.ones(20, 5)},
-        "cos and sin must be equally large, with at most head_dim / 2 columns, got cos.shape=",
-    ),
+    "wide": ({"cos": torch.ones(20, 5), "sin": torch.ones(20, 5)}, "cos and sin must be equally large, with at most head_dim / 2 columns, got cos.shape="),
     "table": ({"cos": torch.ones(20)}, "cos must have shape (positions, rotary_dim / 2), got"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ROTARY_ERRORS)

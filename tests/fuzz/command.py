@@ -119,11 +119,7 @@ def smaller(spec):
             yield (
                 {**spec, name: other}
                 if isinstance(spec, dict)
-                else [
-                    *spec[:name],
-                    other,
-                    *spec[name + 1 :],
-                ]
+                else [*spec[:name], other, *spec[name + 1 :]]
             )
         if isinstance(spec, dict) and (name in KEYS_TO_DROP or isinstance(x, dict)):
             yield {key: y for key, y in spec.items() if key != name}

@@ -4,6 +4,7 @@
 A valid problem is drawn, and one of its arguments made wrong. Each fault is a function of what is
 right, which returns the changed arguments, or None where it would not be wrong.
 """
+# ruff: noqa: E501 - the tables have a line per case
 
 import copy
 import io
@@ -444,7 +445,7 @@ def check_cache(r, spec):
     name, arguments = r.one(*calls)
     before = saved(pool)
     refused(getattr(pool, name), copy.copy(arguments), {name: str(arguments)[:200]})
-    assert saved(pool) == before, f"a refused {name} changed the cache: {str(arguments)[:200]}"
+    assert saved(pool) == before, f"a refused {name} changed the cache: {str(arguments)[:200]}"  # fmt: skip
 
 
 def saved(cache):

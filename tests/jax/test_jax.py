@@ -60,14 +60,8 @@ CASES = {
     "causal": {"is_causal": True},
     "key lengths": {"key_value_seq_lengths": LENGTHS},
     "query lengths": {"query_seq_lengths": jnp.array([21, 4], jnp.int32)},
-    "both lengths": {
-        "query_seq_lengths": jnp.array([21, 4], jnp.int32),
-        "key_value_seq_lengths": LENGTHS,
-    },
-    "query lengths and mask": {
-        "query_seq_lengths": jnp.array([21, 4], jnp.int32),
-        "mask": chance(1, 1, Q_LEN, KV_LEN),
-    },
+    "both lengths": {"query_seq_lengths": jnp.array([21, 4], jnp.int32), "key_value_seq_lengths": LENGTHS},
+    "query lengths and mask": {"query_seq_lengths": jnp.array([21, 4], jnp.int32), "mask": chance(1, 1, Q_LEN, KV_LEN)},
     "window": {"local_window_size": (4, 7)},
     "window of one number": {"local_window_size": 3},
     "window and causal": {"local_window_size": (5, 2), "is_causal": True},
@@ -81,7 +75,7 @@ CASES = {
         "key_value_seq_lengths": LENGTHS,
         "local_window_size": (30, 30),
     },
-}
+}  # fmt: skip
 
 
 def differentiable(options):

@@ -21,7 +21,8 @@ import pytest
 
 import fastattn
 from fastattn import _core
-from tests.support.child import run, start
+from tests.support.child import run
+from tests.support.threads import FORK_SECONDS, fork_in_a_handler, in_fork, interrupt, tasks
 
 CPUS = len(os.sched_getaffinity(0))
 NO_QUOTA = {"FASTATTN_CGROUP_ROOT": "/nowhere"}
@@ -36,11 +37,6 @@ def attend(array):
     return fastattn.attention(array, array, array)
 
 
-def tasks():
-    """Return how many threads this process has."""
-    return len(list(Path("/proc/self/task").iterdir()))
-
-
 def in_thread(function):
     """Call the function in a new thread and return what it returns."""
     results = []
@@ -50,22 +46,7 @@ def in_thread(function):
     return results[0]
 
 
-# Forks. A forked process gets this long for calls of milliseconds; then SIGALRM ends it.
-FORK_SECONDS = 20
-
-
-def in_fork(check):
-    """Fork, run check() in the child, and return "ok", "wrong" or what killed it."""
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(FORK_SECONDS)
-        right = False
-        try:
-            right = bool(check())
-        finally:
-            os._exit(0 if right else 1)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return {0: "ok", 1: "wrong", -signal.SIGALRM: "hang"}.get(status, f"exit status {status}")
+# Forks.
 
 
 def attend_in_pool(_):
@@ -367,17 +348,7 @@ def wait_for_interrupt():
 @pytest.mark.promise("interrupt-within-a-second")
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_interrupt(threads):
-    with start(wait_for_interrupt, env={"FASTATTN_NUM_THREADS": threads}) as process:
-        watchdog = threading.Timer(60, process.kill)
-        watchdog.start()
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.5)
-        sent = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "interrupted\n"
-        assert time.monotonic() - sent < 1
-        assert process.wait() == 0
-        watchdog.cancel()
+    interrupt(wait_for_interrupt, threads)
 
 
 def handle_another_signal():
@@ -414,35 +385,10 @@ def bias_gradient(array):
     return fastattn.attention_backward(out, array, array, array, out, lse, **options)[3]
 
 
-def fork_in_a_handler(name, raises, seconds):
-    """Fork during a call, in the thread that waits for the team, which the child does not have."""
+def fork_during(name, raises, seconds):
     query, call = problem(8, 4096), globals()[name]
     expected = call(query)
-    children = []
-
-    def fork(*_):
-        children.append(os.fork())
-        if children[-1] == 0:
-            signal.alarm(FORK_SECONDS)
-            if raises:
-                raise ValueError("in the child")
-
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, fork)
-    main = threading.get_ident()
-    sender = threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGUSR1))
-    sender.start()
-    right = False
-    try:
-        while not children:
-            right = np.array_equal(call(query), expected)
-    except ValueError:
-        right = raises and np.array_equal(call(query), expected)
-    if children[0] == 0:
-        os._exit(0 if right else 1)
-    status = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
-    assert right
-    return status
+    return fork_in_a_handler(lambda: np.array_equal(call(query), expected), seconds, raises)
 
 
 @pytest.mark.promise("fork-never-hangs")
@@ -450,7 +396,7 @@ def fork_in_a_handler(name, raises, seconds):
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_fork_in_a_signal_handler(threads, raises):
     env = {"FASTATTN_NUM_THREADS": threads}
-    assert run(fork_in_a_handler, "attend", raises, 0.1, env=env) == 0
+    assert run(fork_during, "attend", raises, 0.1, env=env) == 0
 
 
 # Some time on, most likely in the backward pass.
@@ -458,7 +404,7 @@ def test_fork_in_a_signal_handler(threads, raises):
 @pytest.mark.parametrize("seconds", [0.4, 0.8])
 def test_fork_in_a_signal_handler_during_gradients(seconds):
     env = {"FASTATTN_NUM_THREADS": "2"}
-    assert run(fork_in_a_handler, "bias_gradient", False, seconds, env=env) == 0
+    assert run(fork_during, "bias_gradient", False, seconds, env=env) == 0
 
 
 def count_ticks(threads):

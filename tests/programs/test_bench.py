@@ -403,7 +403,7 @@ def a_run(floor=Floor()):  # noqa: B008
         "versions": {"fastattn": "1", "torch": "2"},
         "limits": {"float32": 1e12, "float64": 5e11, "bfloat16": 2e12, "read": 3e10},
         "results": [result],
-    }
+    }  # fmt: skip
 
 
 def test_table_of_markdown():
@@ -505,10 +505,7 @@ def test_bench_from_end_to_end(tmp_path):
     kept = tmp_path / "run.json"
     arguments = ("bench", "--case", "tiny", "--libraries", "numpy", "--quick", "--markdown")
     done = subprocess.run(
-        command(*arguments, "--json", str(kept)),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
+        command(*arguments, "--json", str(kept)), capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| case | fastattn | numpy |")

@@ -161,11 +161,7 @@ def modules(dropout=0.0):
     whole = torch.nn.Transformer(16, 4, 2, 2, 32, **options)
     return {
         "MultiheadAttention": (mha, lambda: mha(x, x, x, need_weights=False)[0], 1),
-        "padded": (
-            mha,
-            lambda: mha(x, x, x, key_padding_mask=padding, need_weights=False)[0],
-            1,
-        ),
+        "padded": (mha, lambda: mha(x, x, x, key_padding_mask=padding, need_weights=False)[0], 1),
         "TransformerEncoderLayer": (layer, lambda: layer(x), 1),
         "causal": (layer, lambda: layer(x, src_mask=causal, is_causal=True), 1),
         "TransformerEncoder": (encoder, lambda: encoder(x, src_key_padding_mask=padding), 2),

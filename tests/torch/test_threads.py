@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Threads and forks beside torch's pool: each in a process of its own."""
 
-import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,25 +12,13 @@ import torch
 
 import fastattn
 import fastattn.torch as ft
-from tests.support.child import run, start
+from tests.support.child import run
+from tests.support.threads import fork_in_a_handler, in_fork, interrupt, tasks
 from tests.torch.problems import rand
 
 
 def big(heads=8, length=512):
     return rand(1, heads, length, 64, dtype=torch.float32, seed=0)
-
-
-def in_fork(check):
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(10)
-        right = False
-        try:
-            right = bool(check())
-        finally:
-            os._exit(0 if right else 1)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return {0: "ok", 1: "wrong", -signal.SIGALRM: "hang"}.get(status, f"exit status {status}")
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -91,34 +77,22 @@ def test_forks(imports):
     assert set(report.values()) == {"ok"}, report
 
 
-def fork_in_a_handler():
-    """Fork in a signal handler during a call that runs in the calling thread's pool."""
+def fork_during_a_call():
+    """Fork during a call that runs in the calling thread's pool."""
     fastattn.set_num_threads(2)
     query = big(8, 4096)
     expected = ft.scaled_dot_product_attention(query, query, query)
-    children = []
 
-    def fork(*_):
-        children.append(os.fork())
-        if children[-1] == 0:
-            signal.alarm(20)
-
-    signal.signal(signal.SIGUSR1, fork)
-    sender = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
-    sender.start()
-    right = False
-    while not children:
+    def attends():
         out = ft.scaled_dot_product_attention(query, query, query)
-        right = np.array_equal(out.numpy(), expected.numpy())  # torch's operators hang
-    if children[0] == 0:
-        os._exit(0 if right else 1)
-    status = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
-    return [right, status]
+        return np.array_equal(out.numpy(), expected.numpy())  # torch's operators hang
+
+    return fork_in_a_handler(attends, 0.1)
 
 
 @pytest.mark.promise("fork-never-hangs")
 def test_fork_in_a_signal_handler():
-    assert run(fork_in_a_handler) == [True, 0]
+    assert run(fork_during_a_call) == 0
 
 
 def wait_for_interrupt():
@@ -137,25 +111,11 @@ def wait_for_interrupt():
 @pytest.mark.promise("interrupt-within-a-second")
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_interrupt(threads):
-    with start(wait_for_interrupt, env={"FASTATTN_NUM_THREADS": threads}) as process:
-        watchdog = threading.Timer(60, process.kill)
-        watchdog.start()
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.5)
-        sent = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "interrupted\n"
-        assert time.monotonic() - sent < 1
-        assert process.wait() == 0
-        watchdog.cancel()
+    interrupt(wait_for_interrupt, threads)
 
 
 def count_pools():
     """Return the threads that torch's operators add, and those that ours adds to these."""
-
-    def tasks():
-        return len(list(Path("/proc/self/task").iterdir()))
-
     torch.set_num_threads(3)
     before = tasks()
     query = big()

@@ -126,7 +126,7 @@ ENCODERS = {
             "num_attention_heads": 4,
             "initializer_range": 0.2,
         },
-    ),
+    )
 }
 MIXED = {  # our attention in some of the layers alone
     "bigbird_pegasus": (

@@ -141,9 +141,7 @@ def test_prompt_in_parts(pair, side, static):
         for start, stop in itertools.pairwise((0, 9, 10, 24)):
             with torch.no_grad():
                 out = model(
-                    input_ids=tokens()[:, start:stop],
-                    attention_mask=mask[:, :stop],
-                    cache=cache,
+                    input_ids=tokens()[:, start:stop], attention_mask=mask[:, :stop], cache=cache
                 )
             parts.append(out.logits)
         results.append(torch.cat(parts, 1)[mask.bool()])

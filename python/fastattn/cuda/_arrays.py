@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arguments import FLOAT_NAMES, may_share_memory, overlaps_itself
+from fastattn._arguments import FLOAT_NAMES, may_share_memory, overlaps_itself, whole_number
 from fastattn._arrays import (
     DLPACK_CUDA,
     DLPACK_CUDA_MANAGED,
@@ -95,22 +95,23 @@ def working_on(library: str, query: Any, stream: int | None) -> Iterator[int]:
     Memory that was taken for another stream would be given to others of that stream as soon as it
     is let go of, before the kernels have read it.
     """
+    given = None if stream is None else whole_number("stream", stream)
     current = current_stream(library, query)
-    if stream is None or stream == current:
+    if given is None or given == current:
         yield current
         return
     inside: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    is_default = stream in (_driver.DEFAULT_STREAM, _driver.LEGACY_STREAM)
+    is_default = given in (_driver.DEFAULT_STREAM, _driver.LEGACY_STREAM)
     if library == "torch":
         cuda, device = sys.modules["torch"].cuda, query.device
         inside = cuda.stream(
-            cuda.default_stream(device) if is_default else cuda.ExternalStream(stream, device)
+            cuda.default_stream(device) if is_default else cuda.ExternalStream(given, device)
         )
     elif library == "cupy":
         cuda = sys.modules["cupy"].cuda
-        inside = cuda.Stream.null if is_default else cuda.ExternalStream(stream)
+        inside = cuda.Stream.null if is_default else cuda.ExternalStream(given)
     with inside:
-        yield stream
+        yield given
 
 
 def operands(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn._arguments import boolean, check_like, name_of, wants_gradient, whole_number
+from fastattn._arguments import boolean, check_like, name_of, wants_gradient
 from fastattn._arrays import as_numpy
 from fastattn._options import AttentionOptions, Options, options_of, takes
 from fastattn._report import Report
@@ -101,9 +101,8 @@ def attention(
     >>> out = fastattn.cuda.attention(query, key, value, is_causal=True)
     """
     asked = options_of(attention, options)
-    given = None if stream is None else whole_number("stream", stream)
     library = library_name(query)
-    with working_on(library, query, given) as stream:
+    with working_on(library, query, stream) as stream:
         q, k, v = operands(library, query, key, value, stream)
         tape = None
         layout = layout_of(q, k, v, asked, return_lse) if out is None else None
@@ -137,28 +136,15 @@ def layout_of(
     query: DeviceArray, key: DeviceArray, value: DeviceArray, asked: Options, return_lse: bool
 ) -> Any:
     """Return all that decides what a call does but its arrays' addresses; None if that is much."""
-    (
-        mask,
-        bias,
-        scale,
-        is_causal,
-        query_offset,
-        window,
-        softcap,
-        slopes,
-        sinks,
-        kv_lengths,
-        dropout_p,
-        seed,
-    ) = asked
-    numbers = (scale, is_causal, query_offset, softcap, kv_lengths, dropout_p, return_lse)
-    if any(x is not None for x in (mask, bias, slopes, sinks, seed)):
+    if any(x is not None for x in (asked.mask, asked.bias, asked.alibi_slopes, asked.sinks)):
         return None
-    if window is not None:
-        if type(window) is not tuple:
+    numbers: tuple[Any, ...] = (*asked[2:5], asked.softcap, asked.kv_lengths, asked.dropout_p)
+    if asked.window is not None:
+        if type(asked.window) is not tuple:
             return None
-        numbers = (*numbers, *window)
-    if not all(x is None or isinstance(x, int | float) for x in numbers):
+        numbers = (*numbers, *asked.window)
+    numbers = (*numbers, return_lse)
+    if asked.seed is not None or not all(x is None or isinstance(x, int | float) for x in numbers):
         return None
     return (
         *(query[1:5], key[1:4], value[1:4], query.library),
@@ -236,9 +222,8 @@ kv_lengths, dropout_p, seed
     float32 for each head where dq is not added up in a fixed order.
     """
     asked = options_of(attention_backward, options)
-    given = None if stream is None else whole_number("stream", stream)
     library = library_name(query)
-    with working_on(library, query, given) as stream:
+    with working_on(library, query, stream) as stream:
         q, k, v = operands(library, query, key, value, stream)
         checked = device_options(q, k, v, asked, stream)
         shapes, wide = checked.shapes, wide_dtype(q.dtype)

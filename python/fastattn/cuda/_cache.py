@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Was this kernel built before? Machine code in memory and on disk, so that Numba compiles it once.
 
-Called by `_attention.py` and `_backward.py` for every kernel that they launch; calls `_build.py`
-for what is not there. Files lie in FASTATTN_CACHE_DIR (empty: no files), else in the user's cache
-directory. A file is named by a hash of all that the code depends on, written whole or not at all,
-checked when it is read, and holds what launching takes: `read` needs no Numba.
+Called by `_launch.py` for every kernel that is launched; calls `_build.py` for what is not there.
+Files lie in FASTATTN_CACHE_DIR (empty: no files), else in the user's cache directory. A file is
+named by a hash of all that the code depends on, written whole or not at all, checked when it is
+read, and holds what launching takes: `read` needs no Numba.
 """
 
 from __future__ import annotations
@@ -150,10 +150,11 @@ def _from_disk_or_built(kernel: Kernel, capability: Capability) -> Binary:
 
 @functools.cache
 def _sources() -> str:
-    """Return a hash of every file of this package that can change the code."""
+    """Return a hash of every file that can change the code."""
     here = Path(__file__).parent
-    files = sorted([*here.glob("kernels/*.py"), *here.glob("ptx*.py"), here / "_build.py"])
-    sources = [(x.relative_to(here).as_posix(), x.read_text()) for x in files]
+    files = [*here.glob("kernels/*.py"), *here.glob("ptx*.py"), here / "_build.py"]
+    files.append(here.parent / "_arguments.py")  # whose limits the kernels clamp to
+    sources = [(x.relative_to(here.parent).as_posix(), x.read_text()) for x in sorted(files)]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 

@@ -14,7 +14,7 @@ from fastattn.cuda._arrays import DeviceArray
 from fastattn.cuda._launch import Place, scratch
 from fastattn.cuda._problem import Problem, within_float32
 from fastattn.cuda._recipe import MapOf
-from fastattn.cuda.kernels import BOX_COLUMNS, WIDEST
+from fastattn.cuda.kernels import BOX_COLUMNS, MOST_SIDE
 
 LOG2E = math.log2(math.e)
 MOST_DROPPED = 2**32
@@ -47,15 +47,15 @@ def simt_call(problem: Problem) -> Any:
 
     p, options = problem, problem.options
     return Call(
-        p.mask,
-        p.bias,
-        p.alibi_slopes,
-        p.lengths,
-        p.offsets,
-        options.length,
-        options.offset,
-        options.left,
-        options.right,
+        mask=p.mask,
+        bias=p.bias,
+        alibi_slopes=p.alibi_slopes,
+        lengths=p.lengths,
+        offsets=p.offsets,
+        length=options.length,
+        offset=options.offset,
+        left=options.left,
+        right=options.right,
         scale=options.scale,
         softcap=options.softcap or None,
         dropped=min(round(options.dropout_p * MOST_DROPPED), MOST_DROPPED),
@@ -85,7 +85,7 @@ def counts(problem: Problem) -> tuple[int, ...]:
     """Return q_len, kv_len, heads, group, left, right, length and offset."""
     options = problem.options
     _, heads, q_len, _ = problem.query.shape
-    left, right = min(options.left, WIDEST), min(options.right, WIDEST)
+    left, right = min(options.left, MOST_SIDE), min(options.right, MOST_SIDE)
     kv_len = problem.key.shape[2]
     return q_len, kv_len, heads, problem.group, left, right, options.length, options.offset
 

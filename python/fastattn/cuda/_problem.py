@@ -21,10 +21,10 @@ from fastattn._arrays import BFLOAT16_BITS, library_of
 from fastattn._options import CallOptions, Options
 from fastattn.cuda import _choose
 from fastattn.cuda._arrays import DeviceArray, device_array, item_bytes
+from fastattn.cuda.kernels import MOST_LENGTH
 
 Shape = tuple[int, ...]
 MOST_HEAD_DIM = 2**16  # sums of a thread fit the 512 KiB of local memory that it may have
-FAR = 2**28  # positions and sides beyond are only for kernels that count in 64 bits
 LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 INTEGERS = ("int64", "int32", "int16", "int8", "uint32", "uint16", "uint8")
 PAIR_ARRAYS = {"mask": MASK_NAMES, "bias": FLOAT_NAMES}  # on the GPU, of these dtypes
@@ -178,7 +178,7 @@ def question(
         max(1, options.shapes.q_heads // max(1, kv_heads)),
         options.only_simt,
         options.scale,
-        max(abs(options.offset), *sides, 0) > FAR,
+        max(abs(options.offset), *sides, 0) > MOST_LENGTH,
         capability,
     )
 

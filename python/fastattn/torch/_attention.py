@@ -15,7 +15,7 @@ from torch._C import _is_torch_function_mode_enabled
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn._options import Options, options_of, takes
-from fastattn.torch import _autograd, _operator, _tensors
+from fastattn.torch import _autograd, _tensors
 from fastattn.torch._options import NUMBERS, STARTS, TensorOptions
 from fastattn.torch._tensors import PLAIN
 
@@ -196,8 +196,7 @@ def _called(
     )
     seen = (query, key, value, *starts, mask, bias, offset, slopes, sinks, lengths, out)
     ordinary = ordinary or _tensors.ORDINARY.issuperset(map(type, seen))
-    compiling = torch.compiler.is_compiling()
-    if not compiling and (
+    if not torch.compiler.is_compiling() and (
         _is_torch_function_mode_enabled() if ordinary else has_torch_function(seen)
     ):
         named = options._asdict() | {"return_lse": return_lse, "out": out}
@@ -218,10 +217,7 @@ def _called(
         options = options._replace(mask=None, bias=mask if bias is None else bias + mask)
     if isinstance(slopes, Tensor) and slopes.requires_grad:
         raise ValueError("alibi_slopes must not require grad: they have no gradient here")
-    if compiling:
-        result, lse = _operator.attend(query, key, value, options, starts)
-    else:
-        result, lse = _autograd.attend(query, key, value, options, starts, return_lse, ordinary)
+    result, lse = _autograd.attend(query, key, value, options, starts, return_lse, ordinary)
     if out is not None:
         if _autograd.wants_grad(query, key, value, options.bias, sinks):
             raise ValueError("out must not be given where an argument requires grad")

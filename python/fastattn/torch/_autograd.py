@@ -2,8 +2,8 @@
 """The way of a call through torch: straight, by an autograd function, or by an operator.
 
 A call of which nobody wants more than the result goes straight to the kernels (`_kernel.py`); one
-whose gradients are wanted, through an autograd function; one that a mode or a transform of torch
-watches, through an operator that torch knows (`_operator.py`).
+whose gradients are wanted, through an autograd function; one that torch.compile, torch.export or a
+mode of torch watches, through an operator that torch knows (`_operator.py`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def attend(
     ordinary: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute a call; ordinary: no argument is of another library."""
+    if torch.compiler.is_compiling():
+        return _operator.attend(query, key, value, options, starts)
     if not (unobserved() and (ordinary or _are_plain(query, key, value, *options, *starts))):
         _refuse_transforms(query, key, value)
         return _operator.attend(query, key, value, options, starts)

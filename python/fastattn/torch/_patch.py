@@ -266,10 +266,19 @@ class _Replacement:
         enable_gqa: bool = False,
     ) -> Any:
         """Compute what torch's own function does, under `fastattn.torch.patch`."""
-        call = Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         patched = self._patched
+        if not torch.compiler.is_compiling() and patched._in_force:
+            try:
+                out = _sdpa.fast_path(*given)
+            except ERRORS as error:
+                return patched._leave(Call(*given), f"{type(error).__name__}: {error}")
+            if out is not None:
+                patched._answered += 1
+                return out
+        call = Call(*given)
+        seen = _sdpa.overridable(call)
         if torch.compiler.is_compiling():
-            seen = _sdpa.overridable(call)
             if torch.compiler.is_dynamo_compiling():
                 why = _foreign_type(*seen)
                 if (why and has_torch_function(seen)) or not _only_default_device():
@@ -283,24 +292,18 @@ class _Replacement:
             return patched._call_found(call) if why else _sdpa.attended(call)
         if not patched._in_force:
             return patched._call_found(call)
+        if has_torch_function(seen):
+            return patched._offer(seen, call)
+        why = _foreign(*seen)
+        if why and _offers.is_open and not _is_torch_function_enabled():
+            raise _PassedOn
+        why = why or _reason(*seen)
+        if why:
+            return patched._leave(call, why)
         try:
-            out = _sdpa.fast_path(*call)
+            out = _sdpa.attended(call)
         except ERRORS as error:
             return patched._leave(call, f"{type(error).__name__}: {error}")
-        if out is None:
-            seen = _sdpa.overridable(call)
-            if has_torch_function(seen):
-                return patched._offer(seen, call)
-            why = _foreign(*seen)
-            if why and _offers.is_open and not _is_torch_function_enabled():
-                raise _PassedOn
-            why = why or _reason(*seen)
-            if why:
-                return patched._leave(call, why)
-            try:
-                out = _sdpa.attended(call)
-            except ERRORS as error:
-                return patched._leave(call, f"{type(error).__name__}: {error}")
         patched._answered += 1
         return out
 

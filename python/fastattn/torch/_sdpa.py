@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -92,8 +91,8 @@ def scaled_dot_product_attention(
     if not torch.compiler.is_compiling():
         seen = overridable(call)
         if has_torch_function(seen):
-            offer = partial(handle_torch_function, scaled_dot_product_attention, seen)
-            return asked_of(offer, call)
+            named = {"scale": scale, "enable_gqa": enable_gqa}
+            return handle_torch_function(scaled_dot_product_attention, seen, *call[:6], **named)
     if not _get_flash_sdp_enabled():
         return asked_of(torchs_own, without_causal_bias(call))
     return attended(call)

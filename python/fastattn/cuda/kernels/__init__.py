@@ -2,9 +2,10 @@
 """The kernels, in Python: each module answers for one way to use the chip.
 
 `simt` is the one to read first: plain Numba, every argument, any dtype. `mma` and `wgmma` use the
-tensor cores of sm_80 and of sm_90a, `decode` cuts long keys into splits for few queries. A factory
-in each returns a `Kernel`, specialised for a dtype and a head_dim, which `_build.py` compiles and
-`_driver.py` launches.
+tensor cores of sm_80 and of sm_90a, `decode` cuts long keys into splits for few queries; of the
+first three, `*_backward` gives the gradients. A factory in each returns a `Kernel`, specialised for
+a dtype and a head_dim, which `_build.py` compiles and `_driver.py` launches. What several kernels
+share is in `elements` and `simt_tiles` (of simt) and in `rows` (of the tensor cores).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ MMA_HEAD_DIMS = (64, 96, 128, 256)  # of `decode` too
 MMA_GRADIENT_HEAD_DIMS = (64, 128)
 WGMMA_HEAD_DIMS = (64, 128)  # and of its gradients
 # The tensor-core kernels count positions in 32 bits: their sums with a side of a window must fit.
-MOST_LENGTH = 2**28  # of queries, and of keys
+MOST_LENGTH = 2**28  # of queries and of keys, and of an offset or a side that the host knows
 MOST_OFFSET = 2**29
-WIDEST = 2**30  # a side of a window that no position reaches
+MOST_SIDE = 2**30  # of a window: no position reaches it
 BOX_COLUMNS = 64  # of a tensor map's box: 128 bytes, which TMA swizzles
 PADDING = 128  # what gradients read of each row is there for a multiple of so many
 

@@ -3,7 +3,7 @@
 
 Two kernels, one after the other. `split` gives each block SPLIT keys of one KV head and all rows
 that share that head; it leaves a partial result, normalised, with its lse. `combine` merges the
-partial results of a row in a fixed order. Called by `_attention.py`; the form of FlashDecoding
+partial results of a row in a fixed order. Called by `_forward.py`; the form of FlashDecoding
 [1]_. Read `mma.py` first: products and softmax are as there, `rows.py` has the softmax.
 
 Rows are the queries times the heads of a KV head's group: row r is query r // group and head

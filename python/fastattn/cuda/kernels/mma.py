@@ -6,7 +6,7 @@ Tiles of keys and values pass through shared memory, two of each: while one is m
 is on its way. A warp keeps its sums, running maxima and probabilities in registers: what one
 product leaves is laid out as the other's factor, so that the scores never leave the warp.
 
-Read `simt.py` first. Called by `_attention.py`; `rows.py` has the softmax, `ptx.py` the statements.
+Read `simt.py` first. Called by `_forward.py`; `rows.py` has the softmax, `ptx.py` the statements.
 
 .. [1] T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
    2023, https://arxiv.org/abs/2307.08691

@@ -65,7 +65,7 @@ UNSEEN, DROPPED, KEPT = 0, 1, 2
 # With grad_lse, a sink counts as at most this much above lse; see `prepare`.
 HIGHEST_SINK = 64 * math.log(2)
 
-# What the kernels read: arrays of all heads, or of one.
+# What the kernels read: of all heads, or of one; delta and lse2 always of all.
 Inputs = namedtuple("Inputs", "query key value grad_out delta lse2")
 Work = namedtuple("Work", "states probs dscores")  # of a thread's pairs
 Tiles = namedtuple("Tiles", "queries keys")  # slices, in shared memory
@@ -245,15 +245,10 @@ def _inputs(given: Given) -> Any:
 
 @device
 def of_head(inputs, batch, head, kv_head):
-    """Return the inputs of a head."""
-    return Inputs(
-        inputs.query[batch, head],
-        inputs.key[batch, kv_head],
-        inputs.value[batch, kv_head],
-        inputs.grad_out[batch, head],
-        inputs.delta[batch, head],
-        inputs.lse2[batch, head],
-    )
+    """Return the inputs, the first four of a head alone."""
+    query, grad_out = inputs.query[batch, head], inputs.grad_out[batch, head]
+    key, value = inputs.key[batch, kv_head], inputs.value[batch, kv_head]
+    return Inputs(query, key, value, grad_out, inputs.delta, inputs.lse2)
 
 
 @functools.cache
@@ -270,7 +265,7 @@ def _tile_gradients(given: Given, to_bias: bool) -> Any:
 
     @device
     def tile_gradients(work, tiles, inputs, call, place):
-        """Fill the work for a tile: probs as value's gradient needs them. The inputs are of a head.
+        """Fill the work for a tile: probs as value's gradient needs them. The inputs are a head's.
 
         Return False if no thread of the block has a pair that is seen; then it is not filled.
         """
@@ -334,11 +329,11 @@ def _tile_gradients(given: Given, to_bias: bool) -> Any:
                         slope = one - tanh * tanh
                     key_index, position = start + key0 + j, row + window.offset
                     score = with_added(score, call, batch, head, row, key_index, position)
-                    prob = number(math.exp2(score * log2e - inputs.lse2[row]))
+                    prob = number(math.exp2(score * log2e - inputs.lse2[batch, head, row]))
                     dprob = dscores[n] * call.kept_scale
                     if states[n] == DROPPED:
                         dprob = zero
-                    dscore = prob * (dprob - inputs.delta[row])
+                    dscore = prob * (dprob - inputs.delta[batch, head, row])
                     dscores[n] = dscore if to_bias else dscore * slope
                     probs[n] = prob * call.kept_scale
         return True
@@ -432,7 +427,7 @@ def _query_gradient(given: Given, columns: int, has_flags: bool) -> Kernel:
                     tile_dscores[row0 + n // EACH, key0 + n % EACH] = work.dscores[n]
                     tile_states[row0 + n // EACH, key0 + n % EACH] = work.states[n]
                 for chunk in range(chunks):
-                    if chunk * SLICE < head_dim:
+                    if chunk * SLICE < own.key.shape[1]:
                         cuda.syncthreads()
                         load_key(tiles.keys, own.key, start, chunk * SLICE, thread)
                         cuda.syncthreads()

@@ -11,7 +11,7 @@ turns, so that one multiplies while the others are at their softmax.
 The grid is one block per multiprocessor. Each takes one tile after the other; stages and phases of
 the barriers go on from tile to tile, so that the next tile's loads run while this one ends.
 
-Read `mma.py` first. Called by `_attention.py`; `rows.py` has the softmax, `ptx_sm90.py` the
+Read `mma.py` first. Called by `_forward.py`; `rows.py` has the softmax, `ptx_sm90.py` the
 statements.
 
 .. [1] J. Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and
@@ -104,10 +104,10 @@ Call = namedtuple(
     "scale cap_factor",
 )
 Results = namedtuple("Results", "out lse flags o_batch o_head o_row")
-Walk = namedtuple("Walk", "first tiles q_tiles blocks")
+Walk = namedtuple("Walk", "tile to_next tiles q_tiles blocks")
 # A tile of queries, its first and its last tile of keys, and what one row knows of its softmax.
 QueryTile = namedtuple("QueryTile", "pair number batch head first_row length offset begin last")
-Softmax = namedtuple("Softmax", "highest total rescale first last")
+Rows = namedtuple("Rows", "highest total rescale first last")
 
 SIGNATURE = (*(i64,) * 8, *(i32,) * 8, *(i64,) * 3, i32, i32, f32, f32)
 
@@ -295,13 +295,11 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
             tma_load_4d(target, tensor_map, p * BOX_COLUMNS, n * i32(k_tile), head, batch, barrier)
 
     @device_function
-    def load_tiles(shared, query, key, value, call, walk):
+    def load_tiles(shared, thread, query, key, value, call, walk):
         """Load what a block's tiles need: the work of the loading warpgroup."""
-        thread = i32(cuda.threadIdx.x)
         turn = i32(0)  # how many key tiles there have been
         q_parity = i32(0)  # of how many query tiles there have been
-        tile = walk.first
-        to_next = i32((walk.blocks - tile) * i32(2) - i32(1))
+        tile, to_next = walk.tile, walk.to_next
         while tile < walk.tiles:
             own = tile_of(tile, walk.q_tiles, call)
             if elect(both(thread == i32(0), own.last >= own.begin)):
@@ -338,7 +336,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
             mbarrier_arrive(shared + i32(empty) + (stage << i32(3)))
 
     @device_function
-    def weigh(s, softmax_of, n, own, own_row, own_column, all_from, all_to, call):
+    def weigh(s, rows, n, own, own_row, own_column, all_from, all_to, call):
         """Replace the scores of key tile n by probabilities."""
         if softcapped:
             softcap(s, call.cap_factor)
@@ -346,25 +344,25 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         if start < all_from or start + i32(k_tile) > all_to:
             for h in range(2):
                 row = own.first_row + own_row + i32(h * 8)
-                softmax_of.first[h] = first_key(row, own.offset, call.left)
-                softmax_of.last[h] = end_key(row, own.offset, call.right, own.length)
-            mask(s, softmax_of.first, softmax_of.last, start + own_column)
-        softmax(s, softmax_of.highest, softmax_of.total, softmax_of.rescale, call.scale)
+                rows.first[h] = first_key(row, own.offset, call.left)
+                rows.last[h] = end_key(row, own.offset, call.right, own.length)
+            mask(s, rows.first, rows.last, start + own_column)
+        softmax(s, rows.highest, rows.total, rows.rescale, call.scale)
 
     @device_function
-    def store_tile(acc, softmax_of, own, own_row, own_column, lane, call, results):
+    def store_tile(acc, rows, own, own_row, own_column, lane, call, results):
         """Divide a tile's sums by those of the probabilities, and store them and lse."""
         words = cuda.local.array(o_words, dtype=np.int32)
         four = cuda.local.array(4, dtype=np.int32)
         lse_at = results.lse + (i64(own.pair) * i64(call.q_len)) * i64(4)
         for h in range(2):
-            whole = row_sum(softmax_of.total[h])
-            softmax_of.rescale[h] = select(whole == f32(0), f32(0), rcp(whole))
+            whole = row_sum(rows.total[h])
+            rows.rescale[h] = select(whole == f32(0), f32(0), rcp(whole))
             row = own.first_row + own_row + i32(h * 8)
-            logarithm = (product(softmax_of.highest[h], call.scale) + lg2(whole)) * f32(LN2)
+            logarithm = (product(rows.highest[h], call.scale) + lg2(whole)) * f32(LN2)
             writes = both(row < call.q_len, own_column == i32(0))
             store_float32_if(writes, lse_at + i64(row) * i64(4), logarithm)
-        scale_sums(acc, softmax_of.rescale)
+        scale_sums(acc, rows.rescale)
         round_sums(acc, 0, words)
         out_at = results.out
         out_at += (i64(own.batch) * results.o_batch + i64(own.head) * results.o_head) * i64(2)
@@ -377,41 +375,42 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                 store_16_if(row < call.q_len, row_at + i64(j * 16), four, 0)
 
     @device_function
-    def store_flag(acc, shared, sees, own_multiplier, own_thread, q_parity, flag_at):
+    def store_flag(acc, shared, sees, thread, warpgroup, q_parity, flag_at):
         """Store whether any row of the tile is not finite, once all warpgroups know."""
         if sees:
             bad = select(not_finite(acc) == f32(0), i32(0), i32(1))
-            found = named_or(own_multiplier + i32(alone), 128, bad)
+            found = named_or(warpgroup - i32(1) + i32(alone), 128, bad)
             # Whoever comes last writes. Another warpgroup may be at the next tile already, which
             # counts in the other word, but not at the one after: its queries do not come before all
             # have multiplied the next one's.
-            if elect(own_thread == i32(0)):
+            if elect((thread & i32(127)) == i32(0)):
                 word = shared + i32(found_at) + (q_parity << i32(2))
                 own_count = (found << i32(8)) + i32(1)
                 count = add_shared_int32(word, own_count) + own_count
                 if (count & i32(255)) == i32(multipliers):
                     add_shared_int32(word, -count)
                     store_int32(flag_at, minimum(count >> i32(8), i32(1)))
-        elif elect(both(own_multiplier == i32(0), own_thread == i32(0))):
+        elif elect(thread == i32(128)):
             store_int32(flag_at, i32(0))
 
     @device_function
-    def multiply_tiles(shared, own_multiplier, call, results, walk):
+    def multiply_tiles(shared, thread, warpgroup, call, results, walk):
         """Compute a block's tiles: the work of a multiplying warpgroup."""
+        own_multiplier = warpgroup - i32(1)
         own_order = own_multiplier + i32(order)
         next_order = own_order + i32(1)
         if own_multiplier == i32(multipliers - 1):
             next_order = i32(order)
             named_arrive(next_order, 256)  # the first warpgroup begins
-        own_thread = i32(cuda.threadIdx.x) & i32(127)
-        lane = own_thread & i32(31)
+        own_thread = thread & i32(127)
+        lane = thread & i32(31)
         multiplier_row = own_multiplier * i32(64)
         own_row = multiplier_row + ((own_thread >> i32(5)) << i32(4)) + (lane >> i32(2))
         own_column = (lane & i32(3)) << i32(1)
         s = cuda.local.array(s_count, dtype=np.float32)
         acc = cuda.local.array(o_count, dtype=np.float32)
         p = cuda.local.array(p_count, dtype=np.int32)  # s, rounded to pairs
-        softmax_of = Softmax(
+        rows = Rows(
             cuda.local.array(2, dtype=np.float32),
             cuda.local.array(2, dtype=np.float32),
             cuda.local.array(2, dtype=np.float32),
@@ -424,8 +423,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
 
         turn = i32(0)  # how many key tiles there have been
         q_parity = i32(0)  # of how many query tiles there have been
-        tile = walk.first
-        to_next = i32((walk.blocks - tile) * i32(2) - i32(1))
+        tile, to_next = walk.tile, walk.to_next
         while tile < walk.tiles:
             own = tile_of(tile, walk.q_tiles, call)
             n = own.last
@@ -434,8 +432,8 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
             all_from = first_key(first_row + i32(63), own.offset, call.left)
             all_to = end_key(first_row, own.offset, call.right, own.length)
             for h in range(2):
-                softmax_of.highest[h] = f32(LOWEST)
-                softmax_of.total[h] = f32(0)
+                rows.highest[h] = f32(LOWEST)
+                rows.total[h] = f32(0)
             for i in range(o_count):
                 acc[i] = f32(0)
             if sees:
@@ -446,7 +444,7 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                 multiply_keys(s, 0, q_at, keys_at + i64(stage * i32(k_bytes >> 4)))
                 wait_scores(s, 0)
                 release(shared, k_empty, stage, own_thread)
-                weigh(s, softmax_of, n, own, own_row, own_column, all_from, all_to, call)
+                weigh(s, rows, n, own, own_row, own_column, all_from, all_to, call)
                 to_pairs(s, 0, p)
                 n = i32(n - i32(1))
                 while n >= own.begin:
@@ -463,10 +461,10 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                     named_arrive(next_order, 256)
                     wait_scores_only(s, 0)
                     release(shared, k_empty, stage, own_thread)
-                    weigh(s, softmax_of, n, own, own_row, own_column, all_from, all_to, call)
+                    weigh(s, rows, n, own, own_row, own_column, all_from, all_to, call)
                     wait_sums(acc, 0, p, 0)
                     release(shared, v_empty, v_stage, own_thread)
-                    scale_sums(acc, softmax_of.rescale)
+                    scale_sums(acc, rows.rescale)
                     to_pairs(s, 0, p)
                     n = i32(n - i32(1))
                 # ---- the last values; the queries are not needed any more
@@ -476,10 +474,10 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
                 wait_sums(acc, 0, p, 0)
                 release(shared, v_empty, stage, own_thread)
                 turn = i32(turn + i32(1))
-            store_tile(acc, softmax_of, own, own_row, own_column, lane, call, results)
+            store_tile(acc, rows, own, own_row, own_column, lane, call, results)
             if results.flags != i64(0):
                 flag_at = results.flags + i64(own.pair * walk.q_tiles + own.number) * i64(4)
-                store_flag(acc, shared, sees, own_multiplier, own_thread, q_parity, flag_at)
+                store_flag(acc, shared, sees, thread, warpgroup, q_parity, flag_at)
             if sees:
                 q_parity ^= i32(1)
             tile = i32(tile + to_next)
@@ -502,9 +500,13 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         thread = i32(cuda.threadIdx.x)
         warpgroup = uniform(thread >> i32(7))
         q_tiles = i32((q_len + i32(q_tile - 1)) // i32(q_tile))
+        tiles = pairs * q_tiles
         # Every second round goes backwards through the blocks: tiles get shorter, and so each block
         # has some of the longer and some of the shorter ones.
-        walk = Walk(i32(cuda.blockIdx.x), pairs * q_tiles, q_tiles, i32(cuda.gridDim.x))
+        blocks = i32(cuda.gridDim.x)
+        tile = i32(cuda.blockIdx.x)
+        to_next = i32((blocks - tile) * i32(2) - i32(1))
+        walk = Walk(tile, to_next, tiles, q_tiles, blocks)
         if elect(thread == i32(0)):
             tma_prefetch(query)
             tma_prefetch(key)
@@ -513,10 +515,10 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
         cuda.syncthreads()
         if warpgroup == i32(0):
             give()
-            load_tiles(shared, query, key, value, call, walk)
+            load_tiles(shared, thread, query, key, value, call, walk)
         else:
             take()
-            multiply_tiles(shared, warpgroup - i32(1), call, results, walk)
+            multiply_tiles(shared, thread, warpgroup, call, results, walk)
 
     name = f"fastattn_wgmma_{dtype}_{head_dim}" + ("_softcap" if softcapped else "")
     attend.__name__ = name

@@ -31,6 +31,7 @@ Read `mma.py` first. Called by `_backward.py`; what it reads of rows, lse2 and d
 from __future__ import annotations
 
 import functools
+from collections import namedtuple  # Numba does not know typing.NamedTuple
 
 import numpy as np
 from numba import cuda
@@ -106,6 +107,17 @@ KEYS = 128  # of a block
 QUERIES = 64  # of a step
 ROWS = PADDING  # of a block of `round_dq`
 COMPUTING = 2  # warpgroups, KEYS / COMPUTING keys each: a product has 64 rows
+# What all threads know: the call, its results, and the block's keys with the queries that see them.
+Call = namedtuple(
+    "Call",
+    "lengths offsets q_len kv_len batch kv_heads group section left right length offset "
+    "scale_log2 cap_factor scale",
+)
+Results = namedtuple("Results", "dq dk dv flags dk_batch dk_head dk_row dv_batch dv_head dv_row")
+KeyTile = namedtuple(
+    "KeyTile",
+    "number item kv_head length offset first_key from_tile to_tile head end_head",
+)
 SIGNATURE = (*(i64,) * 12, *(i32,) * 10, *(i64,) * 6, *(f32,) * 3)
 ROUND_SIGNATURE = (i64, i64, i64, i32, i32, i64, i64, i64)
 
@@ -266,36 +278,252 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
                 quad_transposed(words, j * 2 + h, lane, four)
                 store_16_if(own_row < end, row_to + i64(j * 16), four, 0)
 
+    @device_function
+    def tile_of(block, call):
+        """Return a block's keys: of a section, the tiles that most queries see come first."""
+        k_tiles = quotient(call.kv_len + i32(KEYS - 1), i32(KEYS))
+        pair_number, k_tile = placed(block, k_tiles, call.batch * call.kv_heads, call.section)
+        if call.right <= call.left:
+            k_tile = k_tiles - i32(1) - k_tile
+        item = quotient(pair_number, call.kv_heads)
+        kv_head = pair_number - item * call.kv_heads
+        length = own_number(call.lengths, item, call.length, i32(0), call.kv_len)
+        offset = own_number(call.offsets, item, call.offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
+
+        # Which tiles of queries see any of them, in each head of the group.
+        first_key = k_tile * i32(KEYS)
+        end_key = minimum(first_key + i32(KEYS), length)
+        from_tile = quotient(maximum(first_key - offset - call.right, i32(0)), i32(QUERIES))
+        last_row = maximum(minimum(end_key - offset + call.left, call.q_len), i32(0))
+        to_tile = quotient(last_row + i32(QUERIES - 1), i32(QUERIES))
+        head = pair_number * call.group  # counted from the first batch element's
+        end_head = head + call.group
+        if end_key <= first_key or to_tile <= from_tile:
+            end_head = head
+        number = pair_number * k_tiles + k_tile
+        return KeyTile(
+            number, item, kv_head, length, offset, first_key, from_tile, to_tile, head, end_head
+        )
+
+    @device_function
+    def prepare_barriers(shared):
+        """Make the barriers; done by one thread."""
+        mbarrier_init(shared + i32(keys_here), 1)
+        for i in range(STAGES):
+            mbarrier_init(shared + i32(tile_here + 8 * i), 1)
+            mbarrier_init(shared + i32(tile_free + 8 * i), COMPUTING)
+        fence_mbarrier_init()
+
+    @device_function
+    def load_tiles(shared, query, key, value, grad_out, lse2, delta, call, own):
+        """Load a block's keys, and the tiles of queries that see them: one thread's work."""
+        tile, head = own.from_tile, own.head
+        turn = i32(0)  # how many tiles there have been
+        mbarrier_expect(shared + i32(keys_here), 2 * k_bytes)
+        for p in range(boxes):
+            to = shared + i32(p * k_box)
+            here = shared + i32(keys_here)
+            tma_load_4d(to, key, p * BOX_COLUMNS, own.first_key, own.kv_head, own.item, here)
+            tma_load_4d(
+                to + i32(v_at), value, p * BOX_COLUMNS, own.first_key, own.kv_head, own.item, here
+            )
+        before = own.item * call.kv_heads * call.group  # heads of other batch elements
+        rows = (call.q_len + i32(PADDING - 1)) & i32(-PADDING)
+        while head < own.end_head:
+            stage = stage_of(turn)
+            here = shared + i32(tile_here) + stage * i32(8)
+            row = tile * i32(QUERIES)
+            mbarrier_wait(shared + i32(tile_free) + stage * i32(8), parity_of(turn) ^ i32(1))
+            mbarrier_expect(here, 2 * q_bytes + 2 * row_bytes)
+            for p in range(boxes):
+                to = shared + i32(q_at + p * q_box) + stage * i32(q_bytes)
+                tma_load_4d(to, query, p * BOX_COLUMNS, row, head - before, own.item, here)
+                to += i32(do_at - q_at)
+                tma_load_4d(to, grad_out, p * BOX_COLUMNS, row, head - before, own.item, here)
+            at = (i64(head) * i64(rows) + i64(row)) * i64(4)
+            to = shared + i32(rows_at) + stage * i32(2 * row_bytes)
+            bulk_load(to, lse2 + at, row_bytes, here)
+            bulk_load(to + i32(row_bytes), delta + at, row_bytes, here)
+            turn += i32(1)
+            tile += i32(1)
+            if tile == own.to_tile:
+                tile = own.from_tile
+                head += i32(1)
+
+    @device_function
+    def store_results(dk_sum, dv_sum, own_key, thread, results, call, own):
+        """Scale and store a thread's sums, and the flag of the block."""
+        for i in range(o_count):
+            dk_sum[i] = dk_sum[i] * call.scale
+        lane = thread & i32(31)
+        columns_of = i64((lane & i32(3)) << i32(4))
+        item, kv_head = i64(own.item), i64(own.kv_head)
+        dk_to = results.dk + (item * results.dk_batch + kv_head * results.dk_head) * i64(2)
+        dv_to = results.dv + (item * results.dv_batch + kv_head * results.dv_head) * i64(2)
+        store_rows(dk_sum, dk_to + columns_of, results.dk_row, own_key, call.kv_len, lane)
+        store_rows(dv_sum, dv_to + columns_of, results.dv_row, own_key, call.kv_len, lane)
+        if results.flags != i64(0):
+            nothing = not_finite(dk_sum) + not_finite(dv_sum)
+            found = named_or(1, COMPUTING * 128, select(nothing == f32(0), i32(0), i32(1)))
+            if elect(thread == i32(0)):
+                store_int32(results.flags + i64(own.number) * i64(4), found)
+
+    @device_function
+    def multiply_tiles(shared, thread, warpgroup, results, call, own):
+        """Compute a block's dk and dv, and its share of dq: the work of a multiplying warpgroup."""
+        length, offset, first_key = own.length, own.offset, own.first_key
+        left, right, q_len = call.left, call.right, call.q_len
+        tile, head = own.from_tile, own.head
+        turn = i32(0)  # how many tiles there have been
+        own_thread = thread & i32(127)
+        lane = thread & i32(31)
+        own_row = ((own_thread >> i32(5)) << i32(4)) + (lane >> i32(2))
+        own_column = (lane & i32(3)) << i32(1)
+        s = cuda.local.array(s_count, dtype=np.float32)  # then P
+        dp = cuda.local.array(s_count, dtype=np.float32)  # then dS
+        dk_sum = cuda.local.array(o_count, dtype=np.float32)
+        dv_sum = cuda.local.array(o_count, dtype=np.float32)
+        dq_partial = cuda.local.array(dq_count, dtype=np.float32)
+        p_pairs = cuda.local.array(pair_count, dtype=np.int32)
+        ds_pairs = cuda.local.array(pair_count, dtype=np.int32)
+        two = cuda.local.array(2, dtype=np.float32)  # numbers of two queries
+        end_query = cuda.local.array(2, dtype=np.int32)
+        for i in range(o_count):
+            dk_sum[i] = f32(0)
+            dv_sum[i] = f32(0)
+
+        own_keys = shared + warpgroup * i32(64 * 128)
+        k_matrix = i64(along_rows) | i64(own_keys >> i32(4))
+        v_matrix = i64(along_rows) | i64((own_keys + i32(v_at)) >> i32(4))
+        q_matrix = i64(along_rows) | i64((shared + i32(q_at)) >> i32(4))
+        q_down = i64(down_queries) | i64((shared + i32(q_at)) >> i32(4))
+        k_down = i64(down_keys) | i64((shared + warpgroup * i32(own_keys_at)) >> i32(4))
+        own_ds = shared + i32(ds_at) + warpgroup * i32(own_ds_at)
+        ds_down = i64(down_ds) | i64(own_ds >> i32(4))
+        to_do = i64((do_at - q_at) >> 4)  # from queries to grad_out
+        in_block = warpgroup * i32(64) + own_row
+        own_key = first_key + in_block
+        ds_write = shared + i32(ds_at) + in_block * i32(128) + own_column * i32(2)
+        ds_write += (in_block & i32(7)) << i32(4)  # swizzled: chunk j is at ds_write ^ 16 j
+        dq_from = results.dq + i64(warpgroup * i32(own_dq_at) + own_column) * i64(4)
+
+        # Which queries see this thread's keys; `row` is to count its first column as column 0.
+        first_query = own_key - offset - right - own_column
+        for h in range(2):
+            own_end = minimum(own_key + i32(h * 8 + 1) - offset + left, q_len)
+            own_end = select(own_key + i32(h * 8) < length, own_end, i32(0))
+            end_query[h] = own_end - own_column
+        # Tiles of queries that see all of this warpgroup's keys need no mask.
+        own_first = first_key + warpgroup * i32(64)
+        whole_from = maximum(own_first + i32(63 + QUERIES - 1) - offset - right, i32(0))
+        whole_from = quotient(whole_from, i32(QUERIES))
+        whole_to = minimum(maximum(own_first + i32(1) - offset + left, i32(0)), q_len)
+        whole_to = quotient(whole_to, i32(QUERIES))
+        if own_first + i32(64) > length:
+            whole_to = i32(0)
+
+        mbarrier_wait(shared + i32(keys_here), 0)
+        while head < own.end_head:
+            row = tile * i32(QUERIES)
+            masked = tile < whole_from or tile >= whole_to
+            stage = stage_of(turn)
+            mbarrier_wait(shared + i32(tile_here) + stage * i32(8), parity_of(turn))
+            in_stage = i64(stage * i32(q_bytes >> 4))
+            times_queries(s, 0, k_matrix, q_matrix + in_stage)
+            if not dp_later:
+                times_queries(dp, 0, v_matrix, q_matrix + in_stage + to_do)
+
+            # The product for dK of the tile before ran until now, and read its queries.
+            wait_dk_scores(dk_sum, 0, ds_pairs, 0, s, 0)
+            if elect(both(own_thread == i32(0), turn > i32(0))):
+                mbarrier_arrive(shared + i32(tile_free) + (stage ^ i32(1)) * i32(8))
+            numbers = shared + i32(rows_at) + stage * i32(2 * row_bytes) + own_column * i32(4)
+            if softcapped:
+                softcap(s, call.cap_factor)
+                if masked:
+                    hide(s, row, first_query, end_query, f32(LOWEST))
+            for j in range(s_tiles):
+                load_shared_float32_2(two, 0, numbers + i32(j * 32))
+                for h in range(2):
+                    at = j * 4 + h * 2
+                    p0 = ex2(s[at] * call.scale_log2 - two[0])
+                    p1 = ex2(s[at + 1] * call.scale_log2 - two[1])
+                    if softcapped:  # P goes to dV; dS wants it times the slope of the cap
+                        p_pairs[j * 2 + h] = pair(p0, p1)
+                        s[at] = p0 - p0 * s[at] * s[at]
+                        s[at + 1] = p1 - p1 * s[at + 1] * s[at + 1]
+                    else:
+                        s[at] = p0
+                        s[at + 1] = p1
+            if not softcapped:
+                if masked:
+                    hide(s, row, first_query, end_query, f32(0))
+                for j in range(s_tiles):
+                    for h in range(2):
+                        at = j * 4 + h * 2
+                        p_pairs[j * 2 + h] = pair(s[at], s[at + 1])
+            if dp_later:
+                times_queries(dp, 0, v_matrix, q_matrix + in_stage + to_do)
+            add_product(dv_sum, 0, p_pairs, 0, q_down + in_stage + to_do)
+
+            wait_dp(dp, 0)
+            for j in range(s_tiles):
+                load_shared_float32_2(two, 0, numbers + i32(row_bytes + j * 32))
+                for h in range(2):
+                    for e in range(2):
+                        at = j * 4 + h * 2 + e
+                        dp[at] = s[at] * (dp[at] - two[e])
+            if masked:  # P is 0 there, but dP may be anything
+                hide(dp, row, first_query, end_query, f32(0))
+            for j in range(s_tiles):
+                for h in range(2):
+                    at = j * 4 + h * 2
+                    ds_pairs[j * 2 + h] = pair(dp[at], dp[at + 1])
+            if with_dq:
+                # Written while the other warpgroup may still read the stage before this one.
+                ds_to = ds_write + stage * i32(ds_bytes)
+                for j in range(s_tiles):
+                    for h in range(2):
+                        at = (ds_to ^ i32(j * 16)) + i32(h * 8 * 128)
+                        store_shared_int32(at, ds_pairs[j * 2 + h])
+                fence_proxy_async()
+                named_sync(1, COMPUTING * 128)
+                times_keys(dq_partial, 0, ds_down + i64(stage * i32(ds_bytes >> 4)), k_down)
+                add_product(dk_sum, 0, ds_pairs, 0, q_down + in_stage)
+                wait_dv_dq(dv_sum, 0, p_pairs, 0, dq_partial, 0)
+                for h in range(2):
+                    # Beyond the last row lie zeros: the last one may have them too.
+                    to_row = minimum(row + own_row + i32(h * 8), q_len - i32(1))
+                    to = i64(head) * i64(q_len) + i64(to_row)
+                    to = dq_from + to * i64(head_dim * 4)
+                    for j in range(dq_tiles):
+                        at = j * 4 + h * 2
+                        x, y = dq_partial[at] * call.scale, dq_partial[at + 1] * call.scale
+                        add_float32_2(to + i64(j * 32), x, y)
+            else:
+                add_product(dk_sum, 0, ds_pairs, 0, q_down + in_stage)
+                wait_dv(dv_sum, 0, p_pairs, 0)
+            turn += i32(1)
+            tile += i32(1)
+            if tile == own.to_tile:
+                tile = own.from_tile
+                head += i32(1)
+        wait_dk(dk_sum, 0, ds_pairs, 0)
+
+        store_results(dk_sum, dv_sum, own_key, thread, results, call, own)
+
     def differentiate(
         query, key, value, grad_out, lse2, delta, dq, dk, dv, flags, lengths, offsets,
         q_len, kv_len, batch, kv_heads, group, section, left, right, length, offset,
         dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
         scale_log2, cap_factor, scale,
     ):  # fmt: skip
-        # ---- which keys: of a section, the tiles that most queries see come first
-        k_tiles = quotient(kv_len + i32(KEYS - 1), i32(KEYS))
-        block = i32(cuda.blockIdx.x)
-        pair_number, k_tile = placed(block, k_tiles, batch * kv_heads, section)
-        if right <= left:
-            k_tile = k_tiles - i32(1) - k_tile
-        item = quotient(pair_number, kv_heads)
-        kv_head = pair_number - item * kv_heads
-        length = own_number(lengths, item, length, i32(0), kv_len)
-        offset = own_number(offsets, item, offset, i32(-MOST_OFFSET), i32(MOST_OFFSET))
-
-        # ---- which tiles of queries see any of them, in each head of the group
-        first_key = k_tile * i32(KEYS)
-        end_key = minimum(first_key + i32(KEYS), length)
-        from_tile = quotient(maximum(first_key - offset - right, i32(0)), i32(QUERIES))
-        last_row = maximum(minimum(end_key - offset + left, q_len), i32(0))
-        to_tile = quotient(last_row + i32(QUERIES - 1), i32(QUERIES))
-        tile = from_tile
-        head = pair_number * group  # counted from the first batch element's
-        end_head = head + group
-        if end_key <= first_key or to_tile <= from_tile:
-            end_head = head
-        turn = i32(0)  # how many tiles there have been
-
+        call = Call(
+            lengths, offsets, q_len, kv_len, batch, kv_heads, group, section, left, right, length,
+            offset, scale_log2, cap_factor, scale,
+        )  # fmt: skip
+        results = Results(dq, dk, dv, flags, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row)
+        own = tile_of(i32(cuda.blockIdx.x), call)
         thread = i32(cuda.threadIdx.x)
         warpgroup = uniform(thread >> i32(7))
         shared = shared_address(cuda.shared.array(0, dtype=np.int32))
@@ -305,198 +533,15 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
             tma_prefetch(key)
             tma_prefetch(value)
             tma_prefetch(grad_out)
-            mbarrier_init(shared + i32(keys_here), 1)
-            for i in range(STAGES):
-                mbarrier_init(shared + i32(tile_here + 8 * i), 1)
-                mbarrier_init(shared + i32(tile_free + 8 * i), COMPUTING)
-            fence_mbarrier_init()
+            prepare_barriers(shared)
         cuda.syncthreads()
-
-        if warpgroup == i32(COMPUTING):  # ---- the one that fetches
+        if warpgroup == i32(COMPUTING):
             give_up()
             if elect(thread == i32(COMPUTING * 128)):
-                mbarrier_expect(shared + i32(keys_here), 2 * k_bytes)
-                for p in range(boxes):
-                    to = shared + i32(p * k_box)
-                    here = shared + i32(keys_here)
-                    tma_load_4d(to, key, p * BOX_COLUMNS, first_key, kv_head, item, here)
-                    tma_load_4d(
-                        to + i32(v_at), value, p * BOX_COLUMNS, first_key, kv_head, item, here
-                    )
-                before = item * kv_heads * group  # heads of other batch elements
-                rows = (q_len + i32(PADDING - 1)) & i32(-PADDING)
-                while head < end_head:
-                    stage = stage_of(turn)
-                    here = shared + i32(tile_here) + stage * i32(8)
-                    row = tile * i32(QUERIES)
-                    mbarrier_wait(
-                        shared + i32(tile_free) + stage * i32(8), parity_of(turn) ^ i32(1)
-                    )
-                    mbarrier_expect(here, 2 * q_bytes + 2 * row_bytes)
-                    for p in range(boxes):
-                        to = shared + i32(q_at + p * q_box) + stage * i32(q_bytes)
-                        tma_load_4d(to, query, p * BOX_COLUMNS, row, head - before, item, here)
-                        to += i32(do_at - q_at)
-                        tma_load_4d(to, grad_out, p * BOX_COLUMNS, row, head - before, item, here)
-                    at = (i64(head) * i64(rows) + i64(row)) * i64(4)
-                    to = shared + i32(rows_at) + stage * i32(2 * row_bytes)
-                    bulk_load(to, lse2 + at, row_bytes, here)
-                    bulk_load(to + i32(row_bytes), delta + at, row_bytes, here)
-                    turn += i32(1)
-                    tile += i32(1)
-                    if tile == to_tile:
-                        tile = from_tile
-                        head += i32(1)
-        else:  # ---- those that compute
+                load_tiles(shared, query, key, value, grad_out, lse2, delta, call, own)
+        else:
             take()
-            own_thread = thread & i32(127)
-            lane = thread & i32(31)
-            own_row = ((own_thread >> i32(5)) << i32(4)) + (lane >> i32(2))
-            own_column = (lane & i32(3)) << i32(1)
-            s = cuda.local.array(s_count, dtype=np.float32)  # then P
-            dp = cuda.local.array(s_count, dtype=np.float32)  # then dS
-            dk_sum = cuda.local.array(o_count, dtype=np.float32)
-            dv_sum = cuda.local.array(o_count, dtype=np.float32)
-            dq_part = cuda.local.array(dq_count, dtype=np.float32)
-            p_pairs = cuda.local.array(pair_count, dtype=np.int32)
-            ds_pairs = cuda.local.array(pair_count, dtype=np.int32)
-            two = cuda.local.array(2, dtype=np.float32)  # numbers of two queries
-            end_query = cuda.local.array(2, dtype=np.int32)
-            for i in range(o_count):
-                dk_sum[i] = f32(0)
-                dv_sum[i] = f32(0)
-
-            own_keys = shared + warpgroup * i32(64 * 128)
-            k_matrix = i64(along_rows) | i64(own_keys >> i32(4))
-            v_matrix = i64(along_rows) | i64((own_keys + i32(v_at)) >> i32(4))
-            q_matrix = i64(along_rows) | i64((shared + i32(q_at)) >> i32(4))
-            q_down = i64(down_queries) | i64((shared + i32(q_at)) >> i32(4))
-            k_down = i64(down_keys) | i64((shared + warpgroup * i32(own_keys_at)) >> i32(4))
-            own_ds = shared + i32(ds_at) + warpgroup * i32(own_ds_at)
-            ds_down = i64(down_ds) | i64(own_ds >> i32(4))
-            to_do = i64((do_at - q_at) >> 4)  # from queries to grad_out
-            in_block = warpgroup * i32(64) + own_row
-            own_key = first_key + in_block
-            ds_write = shared + i32(ds_at) + in_block * i32(128) + own_column * i32(2)
-            ds_write += (in_block & i32(7)) << i32(4)  # swizzled: chunk j is at ds_write ^ 16 j
-            dq_from = dq + i64(warpgroup * i32(own_dq_at) + own_column) * i64(4)
-
-            # Which queries see this thread's keys; `row` is to count its first column as column 0.
-            first_query = own_key - offset - right - own_column
-            for h in range(2):
-                own_end = minimum(own_key + i32(h * 8 + 1) - offset + left, q_len)
-                own_end = select(own_key + i32(h * 8) < length, own_end, i32(0))
-                end_query[h] = own_end - own_column
-            # Tiles of queries that see all of this warpgroup's keys need no mask.
-            own_first = first_key + warpgroup * i32(64)
-            whole_from = maximum(own_first + i32(63 + QUERIES - 1) - offset - right, i32(0))
-            whole_from = quotient(whole_from, i32(QUERIES))
-            whole_to = minimum(maximum(own_first + i32(1) - offset + left, i32(0)), q_len)
-            whole_to = quotient(whole_to, i32(QUERIES))
-            if own_first + i32(64) > length:
-                whole_to = i32(0)
-
-            mbarrier_wait(shared + i32(keys_here), 0)
-            while head < end_head:
-                row = tile * i32(QUERIES)
-                masked = tile < whole_from or tile >= whole_to
-                stage = stage_of(turn)
-                mbarrier_wait(shared + i32(tile_here) + stage * i32(8), parity_of(turn))
-                in_stage = i64(stage * i32(q_bytes >> 4))
-                times_queries(s, 0, k_matrix, q_matrix + in_stage)
-                if not dp_later:
-                    times_queries(dp, 0, v_matrix, q_matrix + in_stage + to_do)
-
-                # The product for dK of the tile before ran until now, and read its queries.
-                wait_dk_scores(dk_sum, 0, ds_pairs, 0, s, 0)
-                if elect(both(own_thread == i32(0), turn > i32(0))):
-                    mbarrier_arrive(shared + i32(tile_free) + (stage ^ i32(1)) * i32(8))
-                numbers = shared + i32(rows_at) + stage * i32(2 * row_bytes) + own_column * i32(4)
-                if softcapped:
-                    softcap(s, cap_factor)
-                    if masked:
-                        hide(s, row, first_query, end_query, f32(LOWEST))
-                for j in range(s_tiles):
-                    load_shared_float32_2(two, 0, numbers + i32(j * 32))
-                    for h in range(2):
-                        at = j * 4 + h * 2
-                        p0 = ex2(s[at] * scale_log2 - two[0])
-                        p1 = ex2(s[at + 1] * scale_log2 - two[1])
-                        if softcapped:  # P goes to dV; dS wants it times the slope of the cap
-                            p_pairs[j * 2 + h] = pair(p0, p1)
-                            s[at] = p0 - p0 * s[at] * s[at]
-                            s[at + 1] = p1 - p1 * s[at + 1] * s[at + 1]
-                        else:
-                            s[at] = p0
-                            s[at + 1] = p1
-                if not softcapped:
-                    if masked:
-                        hide(s, row, first_query, end_query, f32(0))
-                    for j in range(s_tiles):
-                        for h in range(2):
-                            at = j * 4 + h * 2
-                            p_pairs[j * 2 + h] = pair(s[at], s[at + 1])
-                if dp_later:
-                    times_queries(dp, 0, v_matrix, q_matrix + in_stage + to_do)
-                add_product(dv_sum, 0, p_pairs, 0, q_down + in_stage + to_do)
-
-                wait_dp(dp, 0)
-                for j in range(s_tiles):
-                    load_shared_float32_2(two, 0, numbers + i32(row_bytes + j * 32))
-                    for h in range(2):
-                        for e in range(2):
-                            at = j * 4 + h * 2 + e
-                            dp[at] = s[at] * (dp[at] - two[e])
-                if masked:  # P is 0 there, but dP may be anything
-                    hide(dp, row, first_query, end_query, f32(0))
-                for j in range(s_tiles):
-                    for h in range(2):
-                        at = j * 4 + h * 2
-                        ds_pairs[j * 2 + h] = pair(dp[at], dp[at + 1])
-                if with_dq:
-                    # Written while the other warpgroup may still read the stage before this one.
-                    ds_to = ds_write + stage * i32(ds_bytes)
-                    for j in range(s_tiles):
-                        for h in range(2):
-                            at = (ds_to ^ i32(j * 16)) + i32(h * 8 * 128)
-                            store_shared_int32(at, ds_pairs[j * 2 + h])
-                    fence_proxy_async()
-                    named_sync(1, COMPUTING * 128)
-                    times_keys(dq_part, 0, ds_down + i64(stage * i32(ds_bytes >> 4)), k_down)
-                    add_product(dk_sum, 0, ds_pairs, 0, q_down + in_stage)
-                    wait_dv_dq(dv_sum, 0, p_pairs, 0, dq_part, 0)
-                    for h in range(2):
-                        # Beyond the last row lie zeros: the last one may have them too.
-                        to_row = minimum(row + own_row + i32(h * 8), q_len - i32(1))
-                        to = i64(head) * i64(q_len) + i64(to_row)
-                        to = dq_from + to * i64(head_dim * 4)
-                        for j in range(dq_tiles):
-                            at = j * 4 + h * 2
-                            x, y = dq_part[at] * scale, dq_part[at + 1] * scale
-                            add_float32_2(to + i64(j * 32), x, y)
-                else:
-                    add_product(dk_sum, 0, ds_pairs, 0, q_down + in_stage)
-                    wait_dv(dv_sum, 0, p_pairs, 0)
-                turn += i32(1)
-                tile += i32(1)
-                if tile == to_tile:
-                    tile = from_tile
-                    head += i32(1)
-            wait_dk(dk_sum, 0, ds_pairs, 0)
-
-            # ---- what is left: scale, and store
-            for i in range(o_count):
-                dk_sum[i] = dk_sum[i] * scale
-            columns_of = i64((lane & i32(3)) << i32(4))
-            dk_to = dk + (i64(item) * dk_batch + i64(kv_head) * dk_head) * i64(2) + columns_of
-            dv_to = dv + (i64(item) * dv_batch + i64(kv_head) * dv_head) * i64(2) + columns_of
-            store_rows(dk_sum, dk_to, dk_row, own_key, kv_len, lane)
-            store_rows(dv_sum, dv_to, dv_row, own_key, kv_len, lane)
-            if flags != i64(0):
-                nothing = not_finite(dk_sum) + not_finite(dv_sum)
-                found = named_or(1, COMPUTING * 128, select(nothing == f32(0), i32(0), i32(1)))
-                if elect(thread == i32(0)):
-                    store_int32(flags + i64(pair_number * k_tiles + k_tile) * i64(4), found)
+            multiply_tiles(shared, thread, warpgroup, results, call, own)
 
     name = f"fastattn_wgmma_backward_{dtype}_{head_dim}"
     name += ("_softcap" if softcapped else "") + ("" if with_dq else "_without_dq")

@@ -149,7 +149,7 @@ def check_options(
         seed = 0
     else:
         dropout_p, seed = dropout(dropout_p, seed)
-    return CallOptions(
+    return CallOptions(  # by position: names take long
         mask,
         bias,
         alibi_slopes,
@@ -446,7 +446,7 @@ def per_batch(name: str, x: Any, shapes: Sizes, low: int, high: int, default: in
 
 def integers(name: str, x: Any, batch_shape: tuple[int, ...], default: int) -> tuple[Any, int, int]:
     """Return integers that broadcast to the batch shape, the least and the most of them."""
-    if isinstance(x, numbers.Integral) and not isinstance(x, bool):
+    if is_integer(x):
         return x, int(x), int(x)
     kinds = "integers, or an int"
     array = as_array(name, x, kinds)
@@ -485,7 +485,7 @@ def window_sides(window: Any) -> tuple[int, int]:
     for i, side in enumerate((left, right)):
         if side is None:
             continue
-        if not isinstance(side, numbers.Integral) or isinstance(side, bool):
+        if not is_integer(side):
             raise TypeError(
                 f"window must be a pair (left, right) of integers or None, not {window!r}"
             )
@@ -497,6 +497,8 @@ def window_sides(window: Any) -> tuple[int, int]:
 
 def finite_number(name: str, x: Any) -> float:
     """Return x as a float."""
+    if type(x) is float and math.isfinite(x):
+        return x
     if not isinstance(x, numbers.Real) or isinstance(x, bool):
         raise TypeError(f"{name} must be a number, not {type(x).__name__}")
     try:
@@ -516,16 +518,23 @@ def positive_number(name: str, x: Any) -> float:
     return number
 
 
+def is_integer(x: Any) -> bool:
+    """Tell whether x is an integer of Python, NumPy or another library, and no bool."""
+    return type(x) is int or (isinstance(x, numbers.Integral) and not isinstance(x, bool))
+
+
 def whole_number(name: str, x: Any) -> int:
     """Return x as an int."""
-    if not isinstance(x, numbers.Integral) or isinstance(x, bool):
+    if not is_integer(x):
         raise TypeError(f"{name} must be an int, not {type(x).__name__}")
     return int(x)
 
 
 def boolean(name: str, x: Any) -> bool:
     """Return x as a bool."""
-    if not isinstance(x, bool | np.bool_):
+    if type(x) is bool:
+        return x
+    if not isinstance(x, np.bool_):
         raise TypeError(f"{name} must be a bool, not {type(x).__name__}")
     return bool(x)
 

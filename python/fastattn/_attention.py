@@ -192,7 +192,9 @@ def attention(
         if library.on_gpu:
             from fastattn import cuda
 
-            return cuda.attention(query, key, value, return_lse=return_lse, out=out, **options)
+            return cuda.attention(  # type: ignore[no-any-return]
+                query, key, value, return_lse=return_lse, out=out, **options
+            )
         query = library.array("query", query)
     q, k, v, shapes, checked = check(query, key, value, asked)
     if return_lse is not False:

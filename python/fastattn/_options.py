@@ -83,12 +83,11 @@ class CallOptions(NamedTuple):
 
 
 NO_OPTIONS = Options()
-TYPES: dict[str, str] = {
-    name: hint.__forward_arg__
-    for table in (ScoreOptions, WeightOptions, AttentionOptions)
-    for name, hint in table.__annotations__.items()
-}
-ARRAYS = tuple(name for name in Options._fields if "ArrayLike" in TYPES[name])
+ARRAYS = tuple(  # the options that may be arrays
+    name
+    for name in Options._fields
+    if "ArrayLike" in AttentionOptions.__annotations__[name].__forward_arg__
+)
 
 
 def takes(table: type, **defaults: Any) -> Callable[[Call], Call]:
@@ -99,17 +98,14 @@ def takes(table: type, **defaults: Any) -> Callable[[Call], Call]:
         own = list(signature.parameters.values())[:-1]
         kinds = inspect.Parameter
         positional = [x for x in own if x.kind is not kinds.KEYWORD_ONLY]
+        types = table.__annotations__
+        call.defaults = defaults
         call.options = Options(**defaults) if defaults else NO_OPTIONS
-        call.option_names = table.__annotations__.keys()
+        call.lacks = frozenset(Options._fields) - types.keys()
         shown = [
-            kinds(
-                name,
-                kinds.KEYWORD_ONLY,
-                default=getattr(call.options, name),
-                annotation=table.__annotations__[name].__forward_arg__,
-            )
-            for name in Options._fields
-            if name in call.option_names
+            kinds(name, kinds.KEYWORD_ONLY, default=default, annotation=types[name].__forward_arg__)
+            for name, default in call.options._asdict().items()
+            if name in types
         ]
         parameters = [*positional, *shown, *own[len(positional) :]]
         call.__signature__ = signature.replace(parameters=parameters)
@@ -120,10 +116,13 @@ def takes(table: type, **defaults: Any) -> Callable[[Call], Call]:
 
 def options_of(call: Any, given: Mapping[str, Any]) -> Options:
     """Return the options that were given to a call that `takes` some."""
-    options: Options = call.options
     if not given:
+        options: Options = call.options
         return options
-    if not given.keys() <= call.option_names:
-        unknown = next(name for name in given if name not in call.option_names)
-        raise TypeError(f"{call.__qualname__}() got an unexpected keyword argument {unknown!r}")
-    return Options(**given) if options is NO_OPTIONS else options._replace(**given)
+    if call.lacks.isdisjoint(given):
+        try:
+            return Options(**{**call.defaults, **given}) if call.defaults else Options(**given)
+        except TypeError:
+            pass
+    unknown = next(x for x in given if x in call.lacks or x not in Options._fields)
+    raise TypeError(f"{call.__qualname__}() got an unexpected keyword argument {unknown!r}")

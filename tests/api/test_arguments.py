@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.testing import assert_allclose
 
 import fastattn
-from fastattn import _arguments, _attention, _machine, _merge, attention
+from fastattn import _arguments, _inspect, _machine, _merge, _options, _sdpa, attention
 from tests.support.child import run
 from tests.support.correctness import assert_same_bits
 from tests.support.problems import make_problem
@@ -265,6 +265,10 @@ SHAPES_OF_A_PART = (
     "must have an out of shape (..., q_len, value_head_dim) and an lse of shape (..., q_len), got"
 )
 # (a call, the error's type, its text)
+def backward(grad_out, **options):
+    return fastattn.attention_backward(grad_out, *[OUT_0] * 4, LSE_0, **options)
+
+
 OTHER_CASES = [
     (lambda: sdpa(QUERY, KEY, VALUE, np.ones((5, 7), bool), is_causal=True, enable_gqa=True), ValueError, "attn_mask must not be given together with is_causal=True"),
     (lambda: sdpa(QUERY, KEY, VALUE), ValueError, "query, key and value must have equally many heads unless enable_gqa=True, got query.shape=(2, 4, 5, 8), key.shape=(2, 2, 7, 8), value.shape=(2, 2, 7, 3)"),
@@ -314,6 +318,10 @@ OTHER_CASES = [
     (lambda: fastattn.dropout_mask(QUERY, KEY, dropout_p=0.1, seed=1, batch_index=0.5), TypeError, "batch_index must be an int, not float"),
     (lambda: fastattn.explain(QUERY, KEY, VALUE, softcap=-1), ValueError, "softcap must be > 0 (None: off), got softcap=-1"),
     (lambda: fastattn.explain(*[np.broadcast_to(np.float32(1), (2**32, 1))] * 3), ValueError, "batch x q_heads x q_len x kv_len must be below 2**62 for explain, got lengths 4294967296 and 4294967296, 1 heads in all"),
+    (lambda: fastattn.attention(QUERY, KEY, VALUE, maks=None), TypeError, "attention() got an unexpected keyword argument 'maks'"),
+    (lambda: backward(OUT_0.astype(float)), TypeError, "grad_out must have dtype float32, not float64"),
+    (lambda: backward(OUT_0[:1]), ValueError, "grad_out must have shape (2, 3, 4), got grad_out.shape=(1, 3, 4)"),
+    (lambda: backward(OUT_0, return_dbias=True), ValueError, "return_dbias needs bias, got bias=None"),
     (lambda: fastattn.set_num_threads(0), ValueError, "n must be within 1..1024, got n=0"),
     (lambda: fastattn.set_num_threads(-(2**70)), ValueError, f"n must be within 1..1024, got n={-(2**70)}"),
     (lambda: fastattn.set_num_threads(1025), ValueError, "n must be within 1..1024, got n=1025"),
@@ -355,7 +363,7 @@ def test_errors(number):
 
 
 @pytest.mark.promise("error-says-which-rule-and-what")
-@pytest.mark.parametrize("module", [_arguments, _attention, _machine, _merge])
+@pytest.mark.parametrize("module", [_arguments, _inspect, _machine, _merge, _options, _sdpa])
 def test_every_error_is_tested(module):
     source = inspect.getsource(module)
     raises = {
@@ -363,7 +371,7 @@ def test_every_error_is_tested(module):
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Raise) and node.exc is not None  # else it passes one on
     }
-    assert raises or module is _attention
+    assert raises
     seen = set()
     for function, _, _ in ALL_CASES:
         with pytest.raises(Exception) as error:  # noqa: PT011 - which one, test_errors asks

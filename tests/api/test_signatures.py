@@ -35,8 +35,8 @@ DOORS = {
     "reference.attention_weights": (("query", "key"), OF_WEIGHTS, ("compute_dtype",), {}),
     "torch.attention": (OPERANDS, ALL, RESULTS, {}),
     "torch.varlen_attention": ((*OPERANDS, *PACKED), ALL, RESULTS, {}),
-    "cuda.attention": (OPERANDS, ALL, RESULTS, {}),
-    "cuda.attention_backward": (SAVED, ALL, (*OF_GRADIENTS, "deterministic"), {}),
+    "cuda.attention": (OPERANDS, ALL, (*RESULTS, "stream"), {}),
+    "cuda.attention_backward": (SAVED, ALL, (*OF_GRADIENTS, "deterministic", "stream"), {}),
     "cuda.explain": (OPERANDS, ALL, (), {}),
 }
 # The signatures of other libraries, whose options have other names: of each of ours, theirs.

@@ -9,7 +9,7 @@ import torch
 
 import fastattn
 from fastattn import _core
-from fastattn._arguments import finite_number, packed_sizes, sizes
+from fastattn._arguments import boolean, finite_number, packed_sizes, sizes
 from fastattn.torch._options import STARTS, BackwardCall, Gradients, keywords
 from fastattn.torch._tensors import (
     array_of,
@@ -70,6 +70,8 @@ def plain(
     """
     if scale is not None:
         scale = finite_number("scale", scale)
+    if is_causal is not False:
+        is_causal = boolean("is_causal", is_causal)
     if query.is_neg() or key.is_neg() or value.is_neg():  # the memory has the other sign
         return None
     out = torch.empty_like(query)

@@ -476,7 +476,7 @@ def _softmax(
         if options.sinks is not None:
             sink = _array("sinks", options.sinks).astype(dtype)[:, None, None]
             denominator = row_sum + np.exp(sink - row_max)
-        probs = exps / np.where(row_sum == 0, 1, denominator)
+        probs = exps / np.where(row_sum == 0, denominator.dtype.type(1), denominator)
     return probs, np.broadcast_to(seen, probs.shape), lse[..., 0]
 
 
@@ -506,11 +506,12 @@ def _weighted_sum(weights: NDArray[Any], seen: NDArray[Any], values: NDArray[Any
     0 * NaN is NaN: what is not finite reaches the rows that see it, and no others.
     """
     finite = np.isfinite(values)
+    zero = values.dtype.type(0)  # NumPy 1 does not take a plain 0 for bfloat16
     with np.errstate(all="ignore"):
-        result: NDArray[Any] = weights @ np.where(finite, values, 0)
+        result: NDArray[Any] = weights @ np.where(finite, values, zero)
         for j in np.flatnonzero(~finite.all(axis=(*range(values.ndim - 2), -1))):
-            special = np.where(finite[..., j, :], 0, values[..., j, :])
-            result = result + np.where(seen[..., j, None], special[..., None, :], 0)
+            special = np.where(finite[..., j, :], zero, values[..., j, :])
+            result = result + np.where(seen[..., j, None], special[..., None, :], zero)
     return result
 
 

@@ -50,7 +50,7 @@ def marks_of(source):
 def named():
     """Return (file, test, id) of all marks."""
     return [
-        (path.name, test, promise)
+        (str(path.relative_to(TESTS)), test, promise)
         for path in sorted(TESTS.rglob("test_*.py"))
         if path != Path(__file__) and "mark.promise" in (source := path.read_text())
         for test, ids in marks_of(source).items()

@@ -116,7 +116,8 @@ Call = namedtuple(
 Results = namedtuple("Results", "dq dk dv flags dk_batch dk_head dk_row dv_batch dv_head dv_row")
 KeyTile = namedtuple(
     "KeyTile",
-    "number item kv_head length offset first_key from_tile to_tile head end_head",
+    "pair_number k_tile k_tiles item kv_head length offset first_key from_tile to_tile "
+    "head end_head",
 )
 SIGNATURE = (*(i64,) * 12, *(i32,) * 10, *(i64,) * 6, *(f32,) * 3)
 ROUND_SIGNATURE = (i64, i64, i64, i32, i32, i64, i64, i64)
@@ -300,10 +301,10 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
         end_head = head + call.group
         if end_key <= first_key or to_tile <= from_tile:
             end_head = head
-        number = pair_number * k_tiles + k_tile
         return KeyTile(
-            number, item, kv_head, length, offset, first_key, from_tile, to_tile, head, end_head
-        )
+            pair_number, k_tile, k_tiles, item, kv_head, length, offset, first_key,
+            from_tile, to_tile, head, end_head,
+        )  # fmt: skip
 
     @device_function
     def prepare_barriers(shared):
@@ -366,7 +367,8 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
             nothing = not_finite(dk_sum) + not_finite(dv_sum)
             found = named_or(1, COMPUTING * 128, select(nothing == f32(0), i32(0), i32(1)))
             if elect(thread == i32(0)):
-                store_int32(results.flags + i64(own.number) * i64(4), found)
+                flag = own.pair_number * own.k_tiles + own.k_tile
+                store_int32(results.flags + i64(flag) * i64(4), found)
 
     @device_function
     def multiply_tiles(shared, thread, warpgroup, results, call, own):

@@ -10,14 +10,9 @@
 #include "kernel/kernel.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "split.h"
 
 namespace fastattn {
-
-// A sequence of at most so many queries is decoded: its keys are cut into splits (decode.cpp),
-// unless so many heads share a key head that their rows would take much memory. The rows of any
-// other are cut into blocks (attention.cpp). By contract no more than 16: longer queries may be cut
-// anywhere.
-constexpr int64_t kMostQueries = 16, kMostRows = 256;
 
 // One batch element, or one of the sequences that packed arrays hold.
 struct Sequence {

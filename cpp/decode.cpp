@@ -14,6 +14,7 @@
 #include "call.h"
 #include "kernel/kernel.h"
 #include "parallel.h"
+#include "split.h"
 
 namespace fastattn {
 namespace {

@@ -4,7 +4,7 @@
 // again from the rows' lse (Dao 2023, algorithm 2). Called by backward.cpp through the table in
 // kernel.cpp.
 //
-// As in query_tile.h, queries lie along the vector lanes: S^T = K Q^T, dP^T = V dO^T and
+// As in online_softmax.h, queries lie along the vector lanes: S^T = K Q^T, dP^T = V dO^T and
 // dQ^T = K^T dS^T; in dV = P^T dO and dK = dS^T Q the head_dim does. Keys and values are read where
 // they lie; of the rows, both the transposed and the plain matrix are laid out for each row block.
 //

@@ -5,7 +5,7 @@
 // is in registers. The result is partials (partials.h). Called by decode.cpp through the table in
 // kernel.cpp.
 //
-// Names and rules are those of query_tile.h; a row's bits depend on no other row.
+// Names and rules are those of online_softmax.h; a row's bits depend on no other row.
 #pragma once
 
 #include "dropout.h"
@@ -14,6 +14,7 @@
 #include "kernel.h"
 #include "partials.h"
 #include "scores.h"
+#include "split.h"
 #include "vec.h"
 
 namespace fastattn {

@@ -2,7 +2,7 @@
 //
 // Which pairs dropout keeps. The random number of a pair depends on nothing but the seed and what
 // the pair is (key, position, query head and batch element), so that it is the same wherever and
-// however often it is asked for. Called by query_tile.h, decode.h and backward.h.
+// however often it is asked for. Called by online_softmax.h, decode.h and backward.h.
 //
 // The numbers are those of Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as
 // easy as 1, 2, 3", 2011), whose counter is (key / 4, position, head, batch): one call gives those

@@ -2,7 +2,7 @@
 //
 // What the two products of attention multiply: numbers of the arithmetic, or pairs of bfloat16,
 // where there is an instruction that adds the products of two pairs to a float. Called by
-// query_tile.h, decode.h and backward.h.
+// online_softmax.h, decode.h and backward.h.
 #pragma once
 
 #include "elements.h"

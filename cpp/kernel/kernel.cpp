@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The table of one variant. CMakeLists.txt compiles this file once per instruction set, and the
-// rest of the folder with it: query_tile.h has the algorithm, row_block.h its rows in blocks,
+// rest of the folder with it: online_softmax.h has the algorithm, row_block.h its rows in blocks,
 // decode.h the way for few queries, backward.h the gradients.
 #include "kernel.h"
 

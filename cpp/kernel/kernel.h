@@ -79,9 +79,6 @@ struct Block {
     Stop stop;
 };
 
-constexpr int64_t kSplitKeys = 1024;  // keys of a split; whole key tiles
-constexpr int kMostTogether = 64;     // rows that attend to a split together
-
 struct TileCounts {
     int64_t skipped, edge, computed;  // tiles
     int64_t pairs;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The micro-kernel of all products: a block of sums in registers, to which scalars of one matrix
-// times vectors of another are added. Called by query_tile.h and backward.h.
+// times vectors of another are added. Called by online_softmax.h and backward.h.
 #pragma once
 
 #include "factors.h"

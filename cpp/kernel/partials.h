@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Partials: attention over some of the keys, and how it becomes attention over all of them. Written
-// by query_tile.h and decode.h; called by decode.cpp through the table in kernel.cpp.
+// by online_softmax.h and decode.h; called by decode.cpp through the table in kernel.cpp.
 #pragma once
 
 #include "elements.h"

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A row block against all the keys that its rows see: each key tile is brought near once, for all
-// query tiles in turn (query_tile.h). Called by attention.cpp and decode.cpp through the table in
-// kernel.cpp.
+// query tiles in turn (online_softmax.h). Called by attention.cpp and decode.cpp through the table
+// in kernel.cpp.
 #pragma once
 
 #include "elements.h"
 #include "factors.h"
 #include "kernel.h"
 #include "multiply.h"
+#include "online_softmax.h"
 #include "partials.h"
-#include "query_tile.h"
 #include "vec.h"
 
 namespace fastattn {

@@ -2,7 +2,7 @@
 //
 // What happens to a tile of scores between the two products: softcap, bias, mask, ALiBi, and the
 // edges that causality, window and length cut. Each is a pass of its own over the tile, so that
-// they all compose, and a tile that needs none is left alone. Called by query_tile.h and
+// they all compose, and a tile that needs none is left alone. Called by online_softmax.h and
 // backward.h; decode.h, dropout.h and partials.h use the smaller functions alone.
 #pragma once
 

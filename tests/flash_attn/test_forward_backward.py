@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastattn.flash_attn import _activations as activations
-from fastattn.flash_attn import _interface as interface
+from fastattn.flash_attn import _forward_backward as interface
 from fastattn.flash_attn import _norms as norms
 from fastattn.flash_attn import _padding as padding
 from fastattn.flash_attn import _rotary as rotary

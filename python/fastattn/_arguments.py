@@ -66,10 +66,11 @@ def check(
 ) -> tuple[Array, Array, Array, Sizes, CallOptions]:
     """Check every argument that says what to compute."""
     query, key, value = floats("query", query), floats("key", key), floats("value", value)
-    if key.dtype != query.dtype or value.dtype != query.dtype:
-        mixed_dtypes(query.dtype, key.dtype, value.dtype)
+    dtype = query.dtype
+    if key.dtype is not dtype or value.dtype is not dtype:
+        mixed_dtypes(dtype, key.dtype, value.dtype)
     shapes = sizes(query.shape, key.shape, value.shape)
-    return query, key, value, shapes, check_options(shapes, query.dtype, options)
+    return query, key, value, shapes, check_options(shapes, dtype, options)
 
 
 def check_packed(
@@ -77,10 +78,11 @@ def check_packed(
 ) -> tuple[Array, Array, Array, Sizes, CallOptions, tuple[Array, Array]]:
     """Do what `check` does, of packed arrays; the last item is where their sequences start."""
     query, key, value = floats("query", query), floats("key", key), floats("value", value)
-    if key.dtype != query.dtype or value.dtype != query.dtype:
-        mixed_dtypes(query.dtype, key.dtype, value.dtype)
+    dtype = query.dtype
+    if key.dtype is not dtype or value.dtype is not dtype:
+        mixed_dtypes(dtype, key.dtype, value.dtype)
     shapes, q_starts, kv_starts = packed_sizes(query, key, value, cu_seqlens_q, cu_seqlens_kv)
-    checked = check_options(shapes, query.dtype, options)
+    checked = check_options(shapes, dtype, options)
     if options.kv_lengths is not None:
         lengths_within(as_numpy("kv_lengths", options.kv_lengths), np.diff(kv_starts))
     return query, key, value, shapes, checked, (q_starts, kv_starts)
@@ -115,7 +117,7 @@ def check_options(
     if bias is not None:
         bias = pair_array("bias", bias, FLOAT_NAMES, shapes)
     scale = shapes.default.scale if scale is None else finite_number("scale", scale)
-    if is_causal is not False:
+    if is_causal is not False and is_causal is not True:
         is_causal = boolean("is_causal", is_causal)
     if window is not None:
         left, right = window_sides(window)
@@ -149,7 +151,7 @@ def check_options(
         seed = 0
     else:
         dropout_p, seed = dropout(dropout_p, seed)
-    return CallOptions(  # by position: names take long
+    checked = (
         mask,
         bias,
         alibi_slopes,
@@ -163,6 +165,7 @@ def check_options(
         dropout_p,
         seed,
     )
+    return tuple.__new__(CallOptions, checked)  # a call of the class takes long
 
 
 def floats(name: str, x: Any) -> Array:

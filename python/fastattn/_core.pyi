@@ -1,11 +1,11 @@
-from typing import Any
+from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
 from fastattn._backward import GradientArrays
 from fastattn._options import CallOptions
 
-Array = NDArray[Any]
+Array: TypeAlias = NDArray[Any]
 
 __version__: str
 MOST_THREADS: int

@@ -143,6 +143,7 @@ def array_of(x: Any, to_write: bool = False) -> Array:
         "shape": shape,
         "strides": strides,
         "typestr": held.str,
+        "descr": [("", held.str)],  # NumPy 2.1.0 crashes on V2 without it
         "data": ((tensor.data or 0) + tensor.byte_offset, not (to_write and writeable)),
     }
     return np.asarray(_Memory(capsule, interface))

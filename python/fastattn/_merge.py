@@ -74,8 +74,9 @@ def merge(
     with np.errstate(all="ignore"):
         for out, lse in zip(outs, lses, strict=True):
             weight = np.exp(lse - top)
+            # NumPy 1 does not take a plain 0 for bfloat16.
             total += np.where(weight == 0, 0, weight)[..., None] * np.where(
-                (lse == -np.inf)[..., None], 0, out
+                (lse == -np.inf)[..., None], out.dtype.type(0), out
             )
             denominator += weight
         merged_lse = (np.log(denominator) + top).astype(lses[0].dtype)

@@ -99,7 +99,6 @@ def takes(table: type, **defaults: Any) -> Callable[[Call], Call]:
         kinds = inspect.Parameter
         positional = [x for x in own if x.kind is not kinds.KEYWORD_ONLY]
         types = table.__annotations__
-        call.defaults = defaults
         call.options = Options(**defaults) if defaults else NO_OPTIONS
         call.lacks = frozenset(Options._fields) - types.keys()
         shown = [
@@ -116,13 +115,14 @@ def takes(table: type, **defaults: Any) -> Callable[[Call], Call]:
 
 def options_of(call: Any, given: Mapping[str, Any]) -> Options:
     """Return the options that were given to a call that `takes` some."""
+    default: Options = call.options
     if not given:
-        options: Options = call.options
-        return options
-    if call.lacks.isdisjoint(given):
-        try:
-            return Options(**{**call.defaults, **given}) if call.defaults else Options(**given)
-        except TypeError:
-            pass
+        return default
+    try:
+        options = Options(**given) if default is NO_OPTIONS else default._replace(**given)
+        if not call.lacks or call.lacks.isdisjoint(given):
+            return options
+    except (TypeError, ValueError):
+        pass
     unknown = next(x for x in given if x in call.lacks or x not in Options._fields)
     raise TypeError(f"{call.__qualname__}() got an unexpected keyword argument {unknown!r}")

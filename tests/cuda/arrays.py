@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of arrays on a GPU share: arrays of no library, at addresses of the fake driver."""
 
+import numpy as np
+import pytest
+
 from fastattn.cuda._arrays import DeviceArray
 
 INTERFACE = "__cuda_array_interface__"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 STREAM = 77
+needs_versions = pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="this NumPy's capsules have no version"
+)
 
 
 def attribute(**attributes):

@@ -278,8 +278,8 @@ def _addresses(array: DeviceArray) -> NDArray[Any]:
             "version": 3,
             "shape": array.shape,
             "strides": tuple(stride * item for stride in array.strides),
-            "typestr": f"|V{item}",
-            "data": (array.pointer, False),
+            "typestr": f"<u{item}",
+            "data": (array.pointer or item, False),  # NumPy 1 refuses the 0 of an empty array
         }
 
     return np.asarray(Holder())

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Who does which part of a call with many queries: cuts each sequence into row blocks, which share
-// a key and value head, gives each thread its scratch memory, and lets the kernel
-// attend. Called by src/; calls the kernel's table (kernel/kernel.h) through parallel_for.
-// Sequences that are decoded go to decode.cpp.
+// a key and value head, gives each thread its scratch memory, and lets the kernel attend. Called by
+// src/; calls the kernel's table (kernel/kernel.h) through parallel_for. Sequences that are decoded
+// go to decode.cpp.
 #include "attention.h"
 
 #include <algorithm>
@@ -25,7 +25,7 @@ constexpr int kMostQueryTiles = 4, kMostQueryTilesInWindow = 8;
 constexpr size_t kBlockBytes = 384 << 10;  // of one thread
 constexpr size_t kAllBlockBytes = 8 << 20;
 constexpr int64_t kBlocksPerThread = 16;
-constexpr double kMostVisited = 2e7;  // tiles that plan() looks at, in seconds
+constexpr double kMostVisited = 2e7;  // tiles; plan() takes seconds to look at so many
 
 // The row blocks of all sequences, or of those that are not decoded.
 class Blocks {

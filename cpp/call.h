@@ -64,7 +64,7 @@ class Call {
     // Offset of a batch element.
     int64_t offset(const Array& array, int64_t batch) const;
 
-    // Without rows, keys and values: enough to ask for sizes.
+    // Returns a block without rows, keys and values, which is enough to ask for sizes.
     Block shared_block() const;
     void set_keys(Block& block, const Sequence& sequence, int64_t kv_head) const;
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the operating system and the processor are asked for, and nobody else asks them: a port to
-// another system changes platform.h and platform.cpp, and how threads are made in parallel.cpp.
-// Called by src/ and by all of cpp/ but the kernel.
+// All that fastattn asks of the operating system and the processor is asked here: a port changes
+// platform.h, platform.cpp and how parallel.cpp makes threads. One thing is left outside: src/gil.h
+// catches the forced unwinding by which the system ends a thread. Called by src/ and by all of cpp/
+// but the kernel.
 #pragma once
 
 #include <cfenv>
@@ -28,7 +29,7 @@ inline void pause_core() {
 void* allocate_aligned(size_t alignment, size_t bytes);
 void free_aligned(void* memory);
 
-// The memory, which nothing has touched yet, would better be in large pages.
+// Asks for large pages behind memory that nothing has touched yet.
 void prefer_large_pages(void* memory, size_t bytes);
 
 // The CPUs that the process's control groups let it use by their quota, rounded up; 0: no quota.

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// What does a NumPy array look like in memory? See arrays.h.
 #include "arrays.h"
 
 #include <atomic>
@@ -29,7 +31,7 @@ Dtype dtype_of(const py::array& array) {
             if (dtype.num() == py::detail::npy_api::NPY_VOID_ && size == 2 && !dtype.has_fields()) {
                 return Dtype::kBFloat16;
             }
-            static std::atomic<int> bfloat16{-1};  // its number: a name takes long
+            static std::atomic<int> bfloat16{-1};  // its number: comparing names is slow
             if (dtype.num() == bfloat16) return Dtype::kBFloat16;
             if (dtype.attr("name").cast<std::string>() != "bfloat16") break;
             bfloat16 = dtype.num();

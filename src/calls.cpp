@@ -15,7 +15,6 @@
 namespace fastattn {
 
 void run(const AttentionArgs& args) {
-    require(args.out.data != nullptr, "out is missing");
     const bool finished = without_gil([&] { return attention(args, Interrupt{signal_arrived}); });
     if (!finished) throw py::error_already_set();
 }
@@ -212,8 +211,8 @@ Array pool(const py::array& array, const py::array& like, int ndim, int64_t& pag
     return result;
 }
 
-// What a cache knows of its sequences: where the first query stands, how many tokens each has, from
-// which on, and the pages that it reads.
+// What a cache knows of its sequences: the position of the first query, the number of tokens, the
+// first token that is left, and the pages.
 AttentionArgs paged(const Call& call, int64_t kv_len, py::handle positions, py::handle lengths,
                     py::handle begins, const py::array& pages, py::handle key_scale,
                     py::handle value_scale) {

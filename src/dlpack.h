@@ -27,8 +27,7 @@ struct DLTensor {
     int64_t size(int from_end) const { return shape[ndim - 1 - from_end]; }
     int64_t stride(int from_end) const { return strides[ndim - 1 - from_end]; }
 
-    // Of the dtypes that a query may have; none of any other, or elsewhere than in the CPU's
-    // memory.
+    // The dtype, if a query may have it and the tensor lies in the CPU's memory.
     std::optional<Dtype> dtype() const {
         constexpr int kCpu = 1, kFloat = 2, kBFloat = 4;
         if (device_type != kCpu || lanes != 1) return {};
@@ -66,7 +65,8 @@ inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
     return api = found;
 }
 
-// Where the tensor lies, as long as the object lives; nothing if its type does not say, or not so.
+// Where the tensor lies, as long as the object lives. Nothing if the type does not say it, or says
+// it in another version.
 inline std::optional<DLTensor> tensor_of(pybind11::handle object) {
     const DLPackExchangeAPI* const api = exchange_api(Py_TYPE(object.ptr()));
     DLTensor tensor;

@@ -32,8 +32,8 @@ Array array_of(const DLTensor& tensor, Dtype dtype) {
     return array;
 }
 
-// The tensor, if it is as query is, but for heads and rows: of one dtype and as many axes, equal
-// ones but those, no empty one, the last contiguous.
+// Returns the tensor if its dtype, number of axes, batch axes and head_dim are query's, no axis is
+// empty, and the last is contiguous.
 std::optional<DLTensor> tensor_like(py::handle object, const DLTensor& query) {
     const std::optional<DLTensor> x = tensor_of(object);
     if (!x || x->ndim != query.ndim || x->ndim < 3) return {};
@@ -48,7 +48,7 @@ std::optional<DLTensor> tensor_like(py::handle object, const DLTensor& query) {
 
 // The call that tensors make where nothing is special: they are alike as tensor_like() says, out
 // has the shape of query. The first query stands at the first key, so that every one sees a key.
-// lse: None, or one as large. Nothing: something is special.
+// lse: None, or one as large. Returns nothing where something is special.
 std::optional<AttentionArgs> call_of_tensors(py::handle query, py::handle key, py::handle value,
                                              py::handle out, py::handle lse,
                                              const std::optional<double>& scale, bool is_causal,

@@ -14,6 +14,19 @@ hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+NEEDS = {  # by folder
+    "torch": ["torch"],
+    "flash_attn": ["torch"],
+    "transformers": ["torch", "transformers"],
+    "jax": ["jax"],
+}
+
+
+def pytest_collect_file(file_path):
+    """Skip a folder whose framework is not installed."""
+    for module in NEEDS.get(file_path.parent.name, ()):
+        pytest.importorskip(module, exc_type=ImportError)
+
 
 @pytest.fixture(params=_core.supported_isas(), scope="module")
 def isa(request):
@@ -41,3 +54,16 @@ def jax():
     jax = pytest.importorskip("jax", exc_type=ImportError)
     jax.config.update("jax_platforms", "cpu")
     return jax
+
+
+@pytest.fixture
+def core_addresses(monkeypatch):
+    """Return a list that will hold the addresses of query, key, value and out in the core."""
+    seen, core = [], _core.attention
+
+    def attention(*given):
+        seen.extend(x.ctypes.data for x in given[:4])
+        core(*given)
+
+    monkeypatch.setattr(_core, "attention", attention)
+    return seen

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ndarray = np.ndarray
 FLOAT16, FLOAT32, FLOAT64 = map(np.dtype, (np.float16, np.float32, np.float64))
-# And ml_dtypes' bfloat16, once it was met: a name takes long.
+# And ml_dtypes' bfloat16, once it was met: comparing names is slow.
 float_dtypes = {FLOAT16, FLOAT32, FLOAT64, BFLOAT16_BITS}
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 MASK_NAMES = ("bool", *FLOAT_NAMES)
@@ -165,7 +165,7 @@ def check_options(
         dropout_p,
         seed,
     )
-    return tuple.__new__(CallOptions, checked)  # a call of the class takes long
+    return tuple.__new__(CallOptions, checked)  # calling the class is slow
 
 
 def floats(name: str, x: Any) -> Array:
@@ -422,7 +422,10 @@ def logits_per_head(name: str, x: Any, q_heads: int) -> Array:
 
 
 def filled(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return the array broadcast to a shape, as float64; a number is finite in the dtype too."""
+    """Return the array broadcast to a shape, as float64.
+
+    Finite numbers stay finite in the arithmetic of dtype.
+    """
     copy = np.array(np.broadcast_to(widened(array), shape), dtype=np.float64, order="C")
     most = largest_safe(dtype)
     np.clip(copy, -most, most, out=copy, where=copy != -np.inf)

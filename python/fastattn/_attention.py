@@ -7,7 +7,7 @@ work in `_core` (src/calls.cpp).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
 
@@ -17,8 +17,6 @@ from fastattn._arrays import NUMPY, library_of
 from fastattn._options import AttentionOptions, options_of, takes
 
 if TYPE_CHECKING:
-    from typing import Unpack
-
     from numpy.typing import ArrayLike, NDArray
 
 
@@ -42,16 +40,6 @@ def attention(
     out: ArrayLike | None = None,
     **options: Unpack[AttentionOptions],
 ) -> tuple[NDArray[Any], NDArray[Any]]: ...
-@overload
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: bool,
-    out: ArrayLike | None = None,
-    **options: Unpack[AttentionOptions],
-) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
 @takes(AttentionOptions)
 def attention(
     query: ArrayLike,

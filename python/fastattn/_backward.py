@@ -7,7 +7,7 @@ As in `_attention.py`, the rules are in `_arguments.py`, the meaning in `referen
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
@@ -17,8 +17,6 @@ from fastattn._arrays import as_numpy, library_of, rounded_to, widened
 from fastattn._options import AttentionOptions, options_of, takes
 
 if TYPE_CHECKING:
-    from typing import Unpack
-
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     Array = NDArray[Any]

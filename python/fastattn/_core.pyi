@@ -44,7 +44,7 @@ def cache_attention(
     positions: Array,
     lengths: Array,
     begins: Array,
-    table: Array,
+    pages: Array,
     key_scale: Array | None,
     value_scale: Array | None,
     /,

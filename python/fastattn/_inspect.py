@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -23,8 +23,6 @@ from fastattn._options import ARRAYS, AttentionOptions, WeightOptions, options_o
 from fastattn._report import Report
 
 if TYPE_CHECKING:
-    from typing import Unpack
-
     from numpy.typing import ArrayLike, NDArray
 
 

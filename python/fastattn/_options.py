@@ -83,11 +83,7 @@ class CallOptions(NamedTuple):
 
 
 NO_OPTIONS = Options()
-ARRAYS = tuple(  # the options that may be arrays
-    name
-    for name in Options._fields
-    if "ArrayLike" in AttentionOptions.__annotations__[name].__forward_arg__
-)
+ARRAYS = ("mask", "bias", "query_offset", "alibi_slopes", "sinks", "kv_lengths")  # or numbers
 
 
 def takes(table: type, **defaults: Any) -> Callable[[Call], Call]:
@@ -99,11 +95,11 @@ def takes(table: type, **defaults: Any) -> Callable[[Call], Call]:
         kinds = inspect.Parameter
         positional = [x for x in own if x.kind is not kinds.KEYWORD_ONLY]
         types = table.__annotations__
-        call.options = Options(**defaults) if defaults else NO_OPTIONS
-        call.lacks = frozenset(Options._fields) - types.keys()
+        call._default = Options(**defaults) if defaults else NO_OPTIONS
+        call._lacks = frozenset(Options._fields) - types.keys()
         shown = [
             kinds(name, kinds.KEYWORD_ONLY, default=default, annotation=types[name].__forward_arg__)
-            for name, default in call.options._asdict().items()
+            for name, default in call._default._asdict().items()
             if name in types
         ]
         parameters = [*positional, *shown, *own[len(positional) :]]
@@ -115,14 +111,14 @@ def takes(table: type, **defaults: Any) -> Callable[[Call], Call]:
 
 def options_of(call: Any, given: Mapping[str, Any]) -> Options:
     """Return the options that were given to a call that `takes` some."""
-    default: Options = call.options
+    default: Options = call._default
     if not given:
         return default
     try:
         options = Options(**given) if default is NO_OPTIONS else default._replace(**given)
-        if not call.lacks or call.lacks.isdisjoint(given):
+        if not call._lacks or call._lacks.isdisjoint(given):
             return options
     except (TypeError, ValueError):
         pass
-    unknown = next(x for x in given if x in call.lacks or x not in Options._fields)
+    unknown = next(x for x in given if x in call._lacks or x not in Options._fields)
     raise TypeError(f"{call.__qualname__}() got an unexpected keyword argument {unknown!r}")

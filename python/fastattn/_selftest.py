@@ -96,8 +96,8 @@ def _calls(dtype: type[np.floating[Any]]) -> Iterator[Call]:
             for name in pick:
                 options |= features[name]
             wide = [x.astype(wider) for x in operands]
-            truth = reference.attention(*wide, compute_dtype=wider, **options)
-            plain = reference.attention(*operands, compute_dtype=arithmetic, **options)
+            truth: Any = reference.attention(*wide, compute_dtype=wider, **options)
+            plain: Any = reference.attention(*operands, compute_dtype=arithmetic, **options)
             rounding = EXTRA_ULPS * np.finfo(arithmetic).eps * np.abs(truth).max()
             allowed = float(2 * np.abs(plain - truth).max() + rounding)
             what = f"{' and '.join(pick) or 'no feature'} at {sizes}"

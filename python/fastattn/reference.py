@@ -9,7 +9,7 @@ Arrays may be of any kind that this takes; the results are of NumPy, but for an 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -25,47 +25,10 @@ from fastattn._options import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import Unpack
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
-@overload
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = False,
-    out: NDArray[Any] | None = None,
-    compute_dtype: DTypeLike | None = None,
-    batch_index: int = 0,
-    **options: Unpack[AttentionOptions],
-) -> NDArray[Any]: ...
-@overload
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    out: NDArray[Any] | None = None,
-    compute_dtype: DTypeLike | None = None,
-    batch_index: int = 0,
-    **options: Unpack[AttentionOptions],
-) -> tuple[NDArray[Any], NDArray[Any]]: ...
-@overload
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: bool,
-    out: NDArray[Any] | None = None,
-    compute_dtype: DTypeLike | None = None,
-    batch_index: int = 0,
-    **options: Unpack[AttentionOptions],
-) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
 @takes(AttentionOptions)
 def attention(
     query: ArrayLike,

@@ -264,6 +264,8 @@ PAIR = (OUT_0, LSE_0)
 SHAPES_OF_A_PART = (
     "must have an out of shape (..., q_len, value_head_dim) and an lse of shape (..., q_len), got"
 )
+
+
 # (a call, the error's type, its text)
 def backward(grad_out, **options):
     return fastattn.attention_backward(grad_out, *[OUT_0] * 4, LSE_0, **options)

@@ -3,6 +3,7 @@
 
 import importlib
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -39,21 +40,9 @@ DOORS = {
     "cuda.attention_backward": (SAVED, ALL, (*OF_GRADIENTS, "deterministic", "stream"), {}),
     "cuda.explain": (OPERANDS, ALL, (), {}),
 }
-# The signatures of other libraries, whose options have other names: of each of ours, theirs.
-OTHERS = {
-    "scaled_dot_product_attention": {"mask": "attn_mask"},
-    "torch.scaled_dot_product_attention": {"mask": "attn_mask"},
-    "jax.dot_product_attention": {
-        "query_offset": None,
-        "window": "local_window_size",
-        "kv_lengths": "key_value_seq_lengths",
-    },
-}
-WITHOUT = {  # what these have not got
-    "scaled_dot_product_attention": set(ALL) - {"mask", "scale", "is_causal", "dropout_p"},
-    "torch.scaled_dot_product_attention": set(ALL) - {"mask", "scale", "is_causal", "dropout_p"},
-    "jax.dot_product_attention": {"softcap", "alibi_slopes", "sinks", "dropout_p", "seed"},
-}
+# JAX's signature, in its words; tests/attention/test_sdpa.py has PyTorch's.
+OF_JAX = ("bias", "mask", "scale", "is_causal", "query_seq_lengths", "key_value_seq_lengths")
+OF_JAX += ("local_window_size", "implementation", "return_residual")
 
 
 def call_named(name):
@@ -85,18 +74,25 @@ def test_signature(name):
         assert parameters[option].annotation not in (kinds.empty, "Any")
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_signature_of_others(name):
-    parameters = inspect.signature(call_named(name)).parameters
-    theirs = {option: OTHERS[name].get(option, option) for option in set(ALL) - WITHOUT[name]}
-    assert {x for x in theirs.values() if x is not None} <= set(parameters)
-    assert not WITHOUT[name] & set(parameters)
+def test_signature_of_jax():
+    parameters = inspect.signature(call_named("jax.dot_product_attention")).parameters
+    assert tuple(parameters) == (*OPERANDS, *OF_JAX)
 
 
 def test_tables():
     assert tuple(x for x in ALL if x in ScoreOptions.__annotations__) == OF_CACHES
     assert tuple(x for x in ALL if x in WeightOptions.__annotations__) == OF_WEIGHTS
     assert set(AttentionOptions.__annotations__) == set(ALL)
+
+
+def test_operators_have_every_option():
+    pytest.importorskip("torch")
+    from fastattn.torch._operator import ARGUMENTS, STARTS
+    from fastattn.torch._options import TensorOptions
+
+    in_parts = {"has_window", "left", "right"}
+    assert (set(ARGUMENTS) - {*STARTS, *in_parts}) | {"window"} == set(ALL)
+    assert set(TensorOptions.__annotations__) == set(ALL)
 
 
 def arguments_of(name):
@@ -118,7 +114,7 @@ def arguments_of(name):
     return call_named(name), tuple(given.get(each, x) for each in DOORS[name][0])
 
 
-CHECKED = [name for name in DOORS if not name.startswith(("reference", "cuda"))]
+CHECKED = [name for name in DOORS if not name.startswith(("reference", "cuda"))]  # no GPU is here
 
 
 @pytest.mark.parametrize("name", CHECKED)
@@ -132,11 +128,11 @@ def test_each_option_arrives(name):
             call(*arguments, **{option: wrong})
 
 
-@pytest.mark.parametrize("name", [name for name in DOORS if not name.startswith("cuda")])
+@pytest.mark.parametrize("name", DOORS)
 def test_unknown_option(name):
     """It is refused in the words of Python, under the name of the call."""
     call, arguments = arguments_of(name)
-    called = name.removeprefix("reference.").removeprefix("torch.")
+    called = re.sub("^(reference|torch|cuda)\\.", "", name)
     options = DOORS[name][1]
     for wrong in ("maks", *(x for x in ALL if x not in options)):
         with pytest.raises(TypeError) as error:

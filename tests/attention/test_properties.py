@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is true of attention for any input: hypothesis looks for one of which it is not.
 
-Shapes are drawn around the edges of the tiles (see test_attention.py). Two correct results may
-differ by Problem.tolerance: the accuracy gate compares largest errors, which needs many numbers.
+Shapes are drawn around the edges of the tiles; tests/attention/test_attention.py says where they
+are. Two correct results may differ by Problem.tolerance: the accuracy gate compares largest errors,
+which needs many numbers.
 """
 
 import dataclasses

@@ -67,7 +67,7 @@ def alone(cache, sequence, query, key, value, **options):
         (1, 8, 128, None, 10**6),
         (2, 2, 128, (500, 0), 10**6),
         (3, 4, 256, None, 300),
-        (4, 12, 128, (None, 2), 900),  # more rows than run in the few-queries form
+        (4, 12, 128, (None, 2), 900),  # more rows than kernel/decode.h takes: in query tiles
     ],
 )
 def test_a_tree_of_forks(dtype, q_len, heads, page_size, window, keep):

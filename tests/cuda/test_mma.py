@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("numba_cuda", reason="needs the extra `cuda`")
 
 from fastattn import cuda, reference
-from fastattn.cuda import _build, _choose, _forward, kernels
-from fastattn.cuda.kernels import decode, mma, mma_backward, wgmma
+from fastattn.cuda import _build, _forward, kernels
+from fastattn.cuda.kernels import mma, tiles
 from tests.cuda import sass
 from tests.cuda.cases import DTYPES, assert_right, problem, spilled, with_fault
 from tests.cuda.fake_device import fake_device
@@ -174,10 +174,9 @@ def test_bits_do_not_depend_on_the_batch():
         np.testing.assert_array_equal(alone[1], together[1][b : b + 1])
 
 
-def test_the_choice_knows_the_head_dims():
-    assert tuple(mma.TILES) == tuple(decode.ROW_TILES) == _choose.MMA_HEAD_DIMS
-    assert tuple(wgmma.TILES) == _choose.WGMMA_HEAD_DIMS
-    assert tuple(mma_backward.QUERIES) == _choose.MMA_GRADIENT_HEAD_DIMS
+def test_kernels_that_stand_for_each_other_have_the_same_head_dims():
+    assert tuple(tiles.MMA) == tuple(tiles.DECODE_ROW_TILES)
+    assert tuple(tiles.WGMMA) == tuple(tiles.MMA_DQ_KEYS) == tuple(tiles.MMA_DKDV_QUERIES)
 
 
 @pytest.mark.promise("gpu-machine-code-is-tight")

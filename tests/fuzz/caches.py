@@ -395,9 +395,9 @@ class Run:
         assert used <= most, f"{used} pages are used for what needs {most} at most"
 
 
-def check(spec, paged):
+def check(spec):
     """Raise if something that is attended to, or said, is not what the model has."""
-    run = Run(spec, paged)
+    run = Run(spec, paged="page_size" in spec)
     fastattn.set_num_threads(spec["threads"])
     for n, operation in enumerate(spec["operations"]):
         rng = generator(spec["data"] + operation.get("number", n), operation["do"])

@@ -1,14 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastattn.PagedKVCache`; see caches.py."""
 
-from tests.fuzz import caches
+from tests.fuzz.caches import check
+from tests.fuzz.caches import draw_paged as draw
 
-
-def draw(rng):
-    """Draw the life of a cache."""
-    return caches.draw_paged(rng)
-
-
-def check(spec):
-    """Raise if it went otherwise than it should."""
-    caches.check(spec, paged=True)
+__all__ = ["check", "draw"]

@@ -227,7 +227,7 @@ def peak(case):
     elif case == "causal":
         operands = arrays((1, tokens, 8), (1, tokens, 8), (1, tokens, 8))
         options = {"is_causal": True}
-    elif case == "few queries":
+    elif case == "decode":
         operands = arrays((8, 1, 128), (2, tokens, 128), (2, tokens, 128))
         options = {"mask": padding, "alibi_slopes": rng.random(8), "query_offset": tokens - 1}
     elif case in ("many heads", "most heads"):
@@ -260,7 +260,7 @@ def peak_so_far():
     return status("VmRSS")
 
 
-CASES = ["window", "causal", "few queries", "few keys", "many heads", "most heads", "interleaved"]
+CASES = ["window", "causal", "decode", "few keys", "many heads", "most heads", "interleaved"]
 
 
 @pytest.mark.promise(

@@ -1,12 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of fastattn.torch need torch, and leave it as it was."""
+"""Tests of fastattn.torch leave torch as it was."""
 
 import pytest
-
-
-def pytest_collect_file():
-    """Skip this folder where there is no torch."""
-    pytest.importorskip("torch", exc_type=ImportError)
 
 
 @pytest.fixture

@@ -1,13 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of fastattn.transformers need transformers, one thread, and pairs of models."""
+"""Tests of fastattn.transformers need one thread, and pairs of models."""
 
 import pytest
-
-
-def pytest_collect_file():
-    """Skip this folder where there is no torch or no transformers."""
-    pytest.importorskip("torch", exc_type=ImportError)
-    pytest.importorskip("transformers", exc_type=ImportError)
 
 
 @pytest.fixture(autouse=True)

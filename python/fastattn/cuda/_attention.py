@@ -135,16 +135,18 @@ def attention(
 def layout_of(
     query: DeviceArray, key: DeviceArray, value: DeviceArray, asked: Options, return_lse: bool
 ) -> Any:
-    """Return all that decides what a call does but its arrays' addresses; None if that is much."""
-    if any(x is not None for x in (asked.mask, asked.bias, asked.alibi_slopes, asked.sinks)):
+    """Return all that decides what a call does but its arrays' addresses.
+
+    Return None if a mask, array, seed or other large option decides it too.
+    """
+    if asked.seed is not None:  # each call has another one
         return None
-    numbers: tuple[Any, ...] = (*asked[2:5], asked.softcap, asked.kv_lengths, asked.dropout_p)
-    if asked.window is not None:
-        if type(asked.window) is not tuple:
-            return None
-        numbers = (*numbers, *asked.window)
+    window = asked.window
+    if window is not None and type(window) is not tuple:
+        return None
+    numbers: tuple[Any, ...] = asked if window is None else (*asked._replace(window=True), *window)
     numbers = (*numbers, return_lse)
-    if asked.seed is not None or not all(x is None or isinstance(x, int | float) for x in numbers):
+    if not all(x is None or isinstance(x, int | float) for x in numbers):
         return None
     return (
         *(query[1:5], key[1:4], value[1:4], query.library),

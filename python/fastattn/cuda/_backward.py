@@ -32,6 +32,7 @@ from fastattn.cuda._problem import (
     with_row_heads,
 )
 from fastattn.cuda.kernels import padded
+from fastattn.cuda.kernels.tiles import WGMMA_GRADIENT_KEYS, WGMMA_GRADIENT_QUERIES
 
 
 class Call(NamedTuple):
@@ -271,16 +272,16 @@ def wgmma(problem: Problem, place: Place, deterministic: bool) -> None:
     if not deterministic:
         total = scratch(place, p.query.shape, "float32")
         clear(place, total)
-    flags = new_flags(p, place, kv_heads, -(-kv_len // kernels.KEYS))
+    flags = new_flags(p, place, kv_heads, -(-kv_len // WGMMA_GRADIENT_KEYS))
     q_len, kv_len, _, group, *spans = counts(p)
     launch(
         kernels.backward(p.query.dtype, head_dim, total is not None, p.options.softcap > 0),
         place,
         kernels.blocks(batch, kv_heads, kv_len),
-        tensor_map(p.query, kernels.QUERIES),
-        tensor_map(p.key, kernels.KEYS),
-        tensor_map(p.value, kernels.KEYS),
-        tensor_map(more.grad_out, kernels.QUERIES),
+        tensor_map(p.query, WGMMA_GRADIENT_QUERIES),
+        tensor_map(p.key, WGMMA_GRADIENT_KEYS),
+        tensor_map(p.value, WGMMA_GRADIENT_KEYS),
+        tensor_map(more.grad_out, WGMMA_GRADIENT_QUERIES),
         *addresses(more.lse2, more.delta, total, more.dk, more.dv, flags, p.lengths, p.offsets),
         *(q_len, kv_len, batch, kv_heads, group),
         kernels.heads_together(batch, kv_heads, group, q_len, head_dim),
@@ -290,7 +291,7 @@ def wgmma(problem: Problem, place: Place, deterministic: bool) -> None:
         p.options.scale,
     )
     if flags is not None:
-        simt_dkdv(p, place, flags, kernels.KEYS)
+        simt_dkdv(p, place, flags, WGMMA_GRADIENT_KEYS)
     if total is None:
         mma_dq(p, place)
         return

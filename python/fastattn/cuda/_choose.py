@@ -14,20 +14,13 @@ import functools
 import os
 from typing import NamedTuple
 
-from fastattn.cuda.kernels import (
-    HOPPER,
-    MMA_GRADIENT_HEAD_DIMS,
-    MMA_HEAD_DIMS,
-    MOST_LENGTH,
-    TENSOR_CORES,
-    WGMMA_HEAD_DIMS,
-)
+from fastattn.cuda.kernels import HOPPER, MOST_LENGTH, TENSOR_CORES, tiles
 
 VARIABLE = "FASTATTN_CUDA_KERNEL"
 FORMS = ("wgmma", "mma", "decode", "simt")
 HALVES = ("float16", "bfloat16")
-FEW_QUERIES = 16
-FEW_ROWS = 64  # queries times query heads per KV head
+MOST_DECODE_QUERIES = 16
+MOST_DECODE_ROWS = 64  # queries times query heads per KV head
 
 
 class Question(NamedTuple):
@@ -122,10 +115,10 @@ def _best_forward(question: Question) -> Choice:
     reason = only_simt(q)
     if reason:
         return Choice("simt", reason)
-    if q.head_dim not in MMA_HEAD_DIMS:
-        dims = ", ".join(map(str, MMA_HEAD_DIMS))
+    if q.head_dim not in tiles.MMA:
+        dims = ", ".join(map(str, tiles.MMA))
         return Choice("simt", f"head_dim is {q.head_dim}: the others take {dims}")
-    if q.q_len <= FEW_QUERIES and q.q_len * q.group <= FEW_ROWS:
+    if q.q_len <= MOST_DECODE_QUERIES and q.q_len * q.group <= MOST_DECODE_ROWS:
         return Choice(
             "decode",
             f"{q.q_len} queries of {q.group} heads per KV head are few: the keys are cut over the "
@@ -139,7 +132,7 @@ def _best_forward(question: Question) -> Choice:
 
 
 def _has_wgmma(question: Question) -> bool:
-    return question.capability == HOPPER and question.head_dim in WGMMA_HEAD_DIMS
+    return question.capability == HOPPER and question.head_dim in tiles.WGMMA
 
 
 def _best_backward(question: Question, deterministic: bool) -> Choice:
@@ -147,7 +140,7 @@ def _best_backward(question: Question, deterministic: bool) -> Choice:
     reason = only_simt(q)
     if reason:
         return Choice("simt", reason)
-    if q.head_dim not in MMA_GRADIENT_HEAD_DIMS:
+    if q.head_dim not in tiles.MMA_DQ_KEYS:
         return Choice(
             "simt", f"head_dim is {q.head_dim}: gradients by tensor cores take 64 and 128"
         )

@@ -19,6 +19,7 @@ from fastattn.cuda._parameters import (
     tensor_map,
 )
 from fastattn.cuda._problem import Problem
+from fastattn.cuda.kernels.tiles import MMA, WGMMA
 
 
 def attend(problem: Problem, form: str, place: Place) -> None:
@@ -59,7 +60,7 @@ def mma(problem: Problem, place: Place) -> None:
 
     p = problem
     batch, heads, q_len, head_dim = p.query.shape
-    rows = kernels.TILES[head_dim].queries
+    rows = MMA[head_dim].queries
     tiles = -(-q_len // rows)
     flags = new_flags(p, place, heads, tiles)
     launch(
@@ -81,7 +82,7 @@ def wgmma(problem: Problem, place: Place) -> None:
 
     p = problem
     batch, heads, q_len, head_dim = p.query.shape
-    tile = kernels.TILES[head_dim]
+    tile = WGMMA[head_dim]
     flags = new_flags(p, place, heads, -(-q_len // tile.queries))
     plan = kernels.plan(
         batch, heads, p.group, q_len, p.key.shape[2], head_dim, place.device.multiprocessors

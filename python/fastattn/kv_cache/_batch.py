@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self, overload
+from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
 
 import numpy as np
 
@@ -14,8 +14,6 @@ from fastattn.kv_cache._paged import PagedKVCache
 from fastattn.kv_cache._pool import NONE
 
 if TYPE_CHECKING:
-    from typing import Unpack
-
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from fastattn.kv_cache._pool import Array
@@ -238,7 +236,7 @@ class KVCache(StoredCache):
 
     @classmethod
     def _of_contents(cls, contents: Contents) -> Self:
-        """Return the cache that is this, in the same memory."""
+        """Return the cache with these contents, in their memory."""
         pool, limit = contents.pool, contents.limit
         batch, kept = pool.rows, (pool.lengths - pool.begins)[: pool.rows].max(initial=0)
         if batch < 1 or (limit != NONE and limit < max(kept, 1)):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does a cache become a file, a pickle or a copy? By the same arrays, which hold nothing else.
+"""How does a cache become a file, a pickle or a copy? All three are the same arrays.
 
-A cache is made of such arrays by the same checks, wherever they come from. `_arrays_of` writes the
-format: ``format``, ``dtype``, ``limit``, the sequences' ids and the ``next`` one, their ``tables``,
-``lengths`` and ``begins``, and the pages that they read. A change of it raises the number in
-`_format`.
+The arrays hold the cache and nothing else. A cache is made of them by the same checks, wherever
+they come from. `_arrays_of` writes the format: ``format``, ``dtype``, ``limit``, the sequences' ids
+and the ``next`` one, their ``tables``, ``lengths`` and ``begins``, and the pages that they read. A
+change of it raises the number in `_format`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Each has a row in the table of `_pool.py`, in the order in which they were added
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import numpy as np
 
@@ -38,7 +38,6 @@ from fastattn.kv_cache._pool import NONE, PagePool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from typing import Unpack
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -501,7 +500,7 @@ class PagedKVCache(StoredCache):
 
     @classmethod
     def _of_contents(cls, contents: Contents) -> Self:
-        """Return the cache that is this, in the same memory."""
+        """Return the cache with these contents, in their memory."""
         pool, ids, next_id, limit = contents
         if limit != NONE:
             pool.fix(limit)

@@ -5,7 +5,8 @@
 tensor cores of sm_80 and of sm_90a, `decode` cuts long keys into splits for few queries; of the
 first three, `*_backward` gives the gradients. A factory in each returns a `Kernel`, specialised for
 a dtype and a head_dim, which `_build.py` compiles and `_driver.py` launches. What several kernels
-share is in `elements` and `simt_tiles` (of simt) and in `rows` (of the tensor cores).
+share is in `elements` and `simt_tiles` (of simt) and in `rows` (of the tensor cores). How large all
+tiles are is in `tiles`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,6 @@ from typing import Any
 LEAST_CAPABILITY = (7, 5)  # Turing: CUDA 13 writes code for nothing older
 TENSOR_CORES = (8, 0)  # Ampere: mma.sync of bfloat16, asynchronous copies
 HOPPER = (9, 0)  # TMA and wgmma
-MMA_HEAD_DIMS = (64, 96, 128, 256)  # of `decode` too
-MMA_GRADIENT_HEAD_DIMS = (64, 128)
-WGMMA_HEAD_DIMS = (64, 128)  # and of its gradients
 # The tensor-core kernels count positions in 32 bits: their sums with a side of a window must fit.
 MOST_LENGTH = 2**28  # of queries and of keys, and of an offset or a side that the host knows
 MOST_OFFSET = 2**29

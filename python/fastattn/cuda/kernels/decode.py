@@ -51,6 +51,8 @@ from fastattn.cuda.kernels.rows import (
     scores,
     sums,
 )
+from fastattn.cuda.kernels.tiles import DECODE_ROW_TILES as ROW_TILES
+from fastattn.cuda.kernels.tiles import SPLIT
 from fastattn.cuda.ptx import (
     both,
     commit_copies,
@@ -79,14 +81,10 @@ from fastattn.cuda.ptx import (
     uniform,
 )
 
-SPLIT = 256  # keys of a block
 KEYS = 16  # of a tile: the depth of one product
 WARPS = 4
 THREADS = 32 * WARPS
 FLAG_ROWS = 16  # queries that share a flag
-# The most row tiles of a block, of 16 rows: their sums are 128 registers of a thread. As many tiles
-# of keys and of values are in a warp's ring, since the ring's memory is where sums are merged.
-ROW_TILES = {64: 4, 96: 2, 128: 2, 256: 1}
 SPLIT_SIGNATURE = (*(i64,) * 8, *(i32,) * 8, *(i64,) * 9, f32, f32)
 COMBINE_SIGNATURE = (*(i64,) * 5, *(i32,) * 3, *(i64,) * 3)
 
@@ -422,11 +420,9 @@ def split(dtype: str, head_dim: int, row_tiles: int, softcapped: bool = False) -
                 writes = both(writes, quad == i32(0))
                 store_float32_if(writes, partial_lse + at * i64(4), logarithm)
 
-    name = f"fastattn_decode_split_{dtype}_{head_dim}_{row_tiles}"
-    name += "_softcap" if softcapped else ""
-    attend.__name__ = name
     return Kernel(
-        name=name,
+        name=f"fastattn_decode_split_{dtype}_{head_dim}_{row_tiles}"
+        + ("_softcap" if softcapped else ""),
         function=attend,
         signature=SPLIT_SIGNATURE,
         threads=THREADS,
@@ -552,10 +548,8 @@ def combine(dtype: str, head_dim: int) -> Kernel:
             finite = both(abs(low) < f32(math.inf), abs(high) < f32(math.inf))
             store_int32_if(select(finite, i32(0), i32(1)), flags + flag * i64(4), i32(1))
 
-    name = f"fastattn_decode_combine_{dtype}_{head_dim}"
-    merge.__name__ = name
     return Kernel(
-        name=name,
+        name=f"fastattn_decode_combine_{dtype}_{head_dim}",
         function=merge,
         signature=COMBINE_SIGNATURE,
         threads=THREADS,

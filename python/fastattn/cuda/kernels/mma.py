@@ -36,6 +36,7 @@ from fastattn.cuda.kernels.rows import (
     scores,
     sums,
 )
+from fastattn.cuda.kernels.tiles import MMA as TILES
 from fastattn.cuda.ptx import (
     any_in_block,
     both,
@@ -56,23 +57,6 @@ from fastattn.cuda.ptx import (
     store_int32_if,
 )
 
-
-class Tile(NamedTuple):
-    """How a head_dim is cut."""
-
-    queries: int
-    keys: int
-    warps: int
-
-
-# 32 rows a warp where the registers suffice: a key tile is read from shared memory once per warp,
-# and at 16 rows that takes as long as the products.
-TILES = {
-    64: Tile(128, 64, 4),
-    96: Tile(128, 64, 4),
-    128: Tile(128, 64, 4),
-    256: Tile(64, 32, 4),
-}
 SIGNATURE = (*(i64,) * 8, *(i32,) * 8, *(i64,) * 12, f32, f32)
 
 
@@ -331,10 +315,8 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
             if elect(thread == i32(0)):
                 store_int32(flags + i64(pair_number * q_tiles + q_block) * i64(4), found)
 
-    name = f"fastattn_mma_{dtype}_{head_dim}" + ("_softcap" if softcapped else "")
-    attend.__name__ = name
     return Kernel(
-        name=name,
+        name=f"fastattn_mma_{dtype}_{head_dim}" + ("_softcap" if softcapped else ""),
         function=attend,
         signature=SIGNATURE,
         threads=threads,

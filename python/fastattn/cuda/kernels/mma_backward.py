@@ -43,6 +43,8 @@ from fastattn.cuda.kernels.rows import (
     scores,
     sums,
 )
+from fastattn.cuda.kernels.tiles import MMA_DKDV_QUERIES as QUERIES
+from fastattn.cuda.kernels.tiles import MMA_DQ_KEYS as KEYS
 from fastattn.cuda.ptx import (
     any_in_block,
     both,
@@ -67,9 +69,6 @@ from fastattn.cuda.ptx import (
 ROWS = PADDING  # of a block
 WARPS = ROWS // 16
 THREADS = WARPS * 32
-# Rows of a tile in shared memory, by head_dim: as many as registers have room for scores of.
-QUERIES = {64: 64, 128: 32}  # of dkdv
-KEYS = {64: 64, 128: 64}  # of dq
 DKDV_SIGNATURE = (*(i64,) * 11, *(i32,) * 8, *(i64,) * 18, *(f32,) * 3)
 DQ_SIGNATURE = (*(i64,) * 10, *(i32,) * 8, *(i64,) * 15, *(f32,) * 3)
 
@@ -383,10 +382,8 @@ def dkdv(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
             if elect(thread == i32(0)):
                 store_int32(flags + i64(pair_number * k_tiles + k_block) * i64(4), found)
 
-    name = f"fastattn_mma_dkdv_{dtype}_{head_dim}" + ("_softcap" if softcapped else "")
-    differentiate.__name__ = name
     return Kernel(
-        name=name,
+        name=f"fastattn_mma_dkdv_{dtype}_{head_dim}" + ("_softcap" if softcapped else ""),
         function=differentiate,
         signature=DKDV_SIGNATURE,
         threads=THREADS,
@@ -527,10 +524,8 @@ def dq(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
             if elect(thread == i32(0)):
                 store_int32(flags + i64(pair_number * q_tiles + q_block) * i64(4), found)
 
-    name = f"fastattn_mma_dq_{dtype}_{head_dim}" + ("_softcap" if softcapped else "")
-    differentiate.__name__ = name
     return Kernel(
-        name=name,
+        name=f"fastattn_mma_dq_{dtype}_{head_dim}" + ("_softcap" if softcapped else ""),
         function=differentiate,
         signature=DQ_SIGNATURE,
         threads=THREADS,

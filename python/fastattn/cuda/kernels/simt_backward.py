@@ -39,7 +39,6 @@ from fastattn.cuda.kernels.simt_tiles import (
     EACH,
     KEYS,
     PITCH,
-    ROWS,
     SLICE,
     THREADS,
     Given,
@@ -55,6 +54,7 @@ from fastattn.cuda.kernels.simt_tiles import (
     symbol,
     window_of,
 )
+from fastattn.cuda.kernels.tiles import SIMT_ROWS as ROWS
 
 PREPARED_ROWS = 32  # of a block of `prepare`
 LANES = SLICE  # threads of `prepare` that share a row

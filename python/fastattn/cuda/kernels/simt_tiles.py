@@ -22,6 +22,7 @@ from numba.cuda import types
 
 from fastattn._arguments import FARTHEST
 from fastattn.cuda.kernels.elements import accumulator, array, device, element, integers
+from fastattn.cuda.kernels.tiles import SIMT_ROWS as ROWS
 
 ACROSS, DOWN = 8, 16  # threads along the keys (or columns) and along the rows of a tile
 THREADS = ACROSS * DOWN
@@ -31,10 +32,7 @@ SLICE = ACROSS * EACH  # columns of queries, keys or values that shared memory h
 PITCH = SLICE + 1  # of such a slice's rows: columns are then spread over the memory banks
 LOW_WORD = np.uint64(2**32 - 1)
 WORD_BITS = np.uint64(32)
-
-# Of up to MANY columns. float64 takes twice the room in shared memory and registers.
-MANY = 64
-ROWS = {"float16": 64, "bfloat16": 64, "float32": 64, "float64": 32}
+MANY = 64  # up to so many columns, a tile has all of ROWS
 
 # The arguments that every kernel ends with. Its arrays are None where they are absent.
 Call = namedtuple(

@@ -43,6 +43,7 @@ from fastattn.cuda.kernels.rows import (
     scores,
     sums,
 )
+from fastattn.cuda.kernels.tiles import WGMMA as TILES
 from fastattn.cuda.ptx import (
     both,
     elect,
@@ -80,19 +81,6 @@ from fastattn.cuda.ptx_sm90 import (
     wgmma_wait,
 )
 
-
-class Tile(NamedTuple):
-    """How a head_dim is cut."""
-
-    queries: int  # 64 per multiplying warpgroup
-    keys: int
-    more_registers: int  # of a thread that multiplies, and of one that loads
-    fewer_registers: int
-
-
-# As many registers as the sums, scores and probabilities of 64 rows need. All the threads together
-# must not take more than the block starts with, 64 Ki shared out evenly.
-TILES = {64: Tile(192, 128, 160, 32), 128: Tile(128, 128, 224, 56)}
 STAGE_BITS = 1
 STAGES = 2**STAGE_BITS  # of key tiles, and of value tiles, in shared memory
 L2_BYTES = 32 * 2**20  # of keys and values that stay in the L2 cache of 50 MiB
@@ -520,10 +508,8 @@ def forward(dtype: str, head_dim: int, softcapped: bool = False) -> Kernel:
             take()
             multiply_tiles(shared, thread, warpgroup, call, results, walk)
 
-    name = f"fastattn_wgmma_{dtype}_{head_dim}" + ("_softcap" if softcapped else "")
-    attend.__name__ = name
     return Kernel(
-        name=name,
+        name=f"fastattn_wgmma_{dtype}_{head_dim}" + ("_softcap" if softcapped else ""),
         function=attend,
         signature=SIGNATURE,
         threads=threads,

@@ -57,6 +57,8 @@ from fastattn.cuda.kernels.rows import (
     scores,
     sums,
 )
+from fastattn.cuda.kernels.tiles import WGMMA_GRADIENT_KEYS as KEYS
+from fastattn.cuda.kernels.tiles import WGMMA_GRADIENT_QUERIES as QUERIES
 from fastattn.cuda.kernels.wgmma import (
     L2_BYTES,
     STAGES,
@@ -103,8 +105,6 @@ from fastattn.cuda.ptx_sm90 import (
     wgmma_wait,
 )
 
-KEYS = 128  # of a block
-QUERIES = 64  # of a step
 ROWS = PADDING  # of a block of `round_dq`
 COMPUTING = 2  # warpgroups, KEYS / COMPUTING keys each: a product has 64 rows
 # What all threads know: the call, its results, and the block's keys with the queries that see them.
@@ -545,11 +545,10 @@ def backward(dtype: str, head_dim: int, with_dq: bool = True, softcapped: bool =
             take()
             multiply_tiles(shared, thread, warpgroup, results, call, own)
 
-    name = f"fastattn_wgmma_backward_{dtype}_{head_dim}"
-    name += ("_softcap" if softcapped else "") + ("" if with_dq else "_without_dq")
-    differentiate.__name__ = name
     return Kernel(
-        name=name,
+        name=f"fastattn_wgmma_backward_{dtype}_{head_dim}"
+        + ("_softcap" if softcapped else "")
+        + ("" if with_dq else "_without_dq"),
         function=differentiate,
         signature=SIGNATURE,
         threads=(COMPUTING + 1) * 128,
@@ -613,10 +612,8 @@ def round_dq(dtype: str, head_dim: int) -> Kernel:
             if elect(thread == i32(0)):
                 store_int32(flags + i64(block) * i64(4), found)
 
-    name = f"fastattn_round_dq_{dtype}_{head_dim}"
-    round_rows.__name__ = name
     return Kernel(
-        name=name,
+        name=f"fastattn_round_dq_{dtype}_{head_dim}",
         function=round_rows,
         signature=ROUND_SIGNATURE,
         threads=threads,

@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-namespace fastattn {
+#include "dtype.h"
 
-enum class Dtype : uint8_t { kBool, kInt8, kFloat16, kBFloat16, kFloat32, kFloat64 };
+namespace fastattn {
 
 // An array of shape batch_shape + (heads, rows, cols). Strides are in elements; 0 repeats an axis
 // without a copy, negative ones walk backwards.
@@ -23,7 +23,6 @@ struct Array {
 };
 
 constexpr int64_t kUnlimited = -1;
-constexpr int64_t kPageKeys = 128;  // no tile of keys crosses a multiple of it
 
 // One call. query and out share a dtype, and so do key and value: all float64, which is then the
 // type of lse and of all arithmetic; or float32 or half precision, and then it is float32.

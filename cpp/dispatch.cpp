@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "kernel/kernel.h"
 #include "platform.h"

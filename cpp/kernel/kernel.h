@@ -17,7 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "attention.h"
+#include "dtype.h"
 #include "scratch.h"
 
 namespace fastattn {

@@ -57,7 +57,7 @@ HERE = "fastattn.flash_attn._"
 MODULES = {
     "": Part("fastattn.flash_attn", FUNCTIONS),
     "flash_attn_interface": Part(
-        HERE + "interface",
+        HERE + "forward_backward",
         f"{FUNCTIONS} _flash_attn_forward _flash_attn_backward _flash_attn_varlen_forward "
         "_flash_attn_varlen_backward _wrapped_flash_attn_forward _wrapped_flash_attn_backward "
         "_wrapped_flash_attn_varlen_forward _wrapped_flash_attn_varlen_backward FlashAttnFunc "

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from fastattn.kv_cache._pool import Array, PagePool
 
-PAGE_TOKENS = 128  # kPageKeys of cpp/attention.h: the kernel's tiles of keys lie within one page
+PAGE_TOKENS = 128  # kPageKeys of cpp/dtype.h: the kernel's tiles of keys lie within one page
 DTYPES = ("float16", "bfloat16", "float32", "int8")
 TOKEN_DTYPES = {  # by the cache's dtype: those of the keys and values that it is given
     name: ("float16", "bfloat16", "float32") if name == "int8" else (name,) for name in DTYPES

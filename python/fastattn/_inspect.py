@@ -61,9 +61,9 @@ kv_lengths
     library = library_of(query)
     q, k = floats("query", library.array("query", query)), floats("key", key)
     asked = options_of(attention_weights, options)
-    asked = asked._replace(**{name: as_numpy(name, getattr(asked, name)) for name in ARRAYS})
-    check(q, k, k, asked)  # any value of the right shape
-    named = {name: getattr(asked, name) for name in options}
+    named = {name: getattr(asked, name) for name in asked._fields if name in options}
+    named |= {name: as_numpy(name, x) for name, x in named.items() if name in ARRAYS}
+    check(q, k, k, asked._replace(**named) if named else asked)  # any value of the right shape
     weights: NDArray[Any] = reference.attention_weights(q, k, **named)
     (weights,) = library.to_caller(None, weights)
     return weights

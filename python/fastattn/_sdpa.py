@@ -11,6 +11,7 @@ import numpy as np
 from fastattn._arguments import MASK_NAMES, boolean, floats, pair_array, sizes
 from fastattn._arrays import NUMPY, library_of
 from fastattn._attention import attention
+from fastattn._options import AttentionOptions
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -70,29 +71,25 @@ def scaled_dot_product_attention(
     library = library_of(query)
     q = floats("query", library.array("query", query))
     k, v = floats("key", key), floats("value", value)
-    if not boolean("enable_gqa", enable_gqa):
+    heads = {x.shape[-3:-2] for x in (q, k, v)}
+    if not boolean("enable_gqa", enable_gqa) and len(heads) > 1:
         wanted = with_equal_heads(q.shape, k.shape, v.shape)
-        pairs = zip((q, k, v), wanted, strict=True)
-        q, k, v = (x if x.shape == shape else np.broadcast_to(x, shape) for x, shape in pairs)
+        q, k, v = map(np.broadcast_to, (q, k, v), wanted)
+    options: AttentionOptions = {}  # those that are given: a call without any is the quickest
     if attn_mask is not None:
         shapes = sizes(q.shape, k.shape, v.shape)
-        attn_mask = pair_array("attn_mask", attn_mask, MASK_NAMES, shapes)
-    out = None
-    if library is not NUMPY:
-        out = library.empty(sizes(q.shape, k.shape, v.shape).out_shape, q.dtype)
-    result = attention(
-        q,
-        k,
-        v,
-        mask=attn_mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_offset=0 if is_causal else None,
-        dropout_p=dropout_p,
-        seed=int.from_bytes(os.urandom(8), "little") if dropout_p != 0 else None,
-        out=out,
-    )
-    return result if library is NUMPY else library.to_caller(None, result)[0]
+        options["mask"] = pair_array("attn_mask", attn_mask, MASK_NAMES, shapes)
+    if scale is not None:
+        options["scale"] = scale
+    if is_causal:
+        options |= {"is_causal": True, "query_offset": 0}
+    if dropout_p != 0 or type(dropout_p) is bool:  # which is refused
+        options |= {"dropout_p": dropout_p, "seed": int.from_bytes(os.urandom(8), "little")}
+    if library is NUMPY:
+        return attention(q, k, v, **options)
+    out = library.empty(sizes(q.shape, k.shape, v.shape).out_shape, q.dtype)
+    (result,) = library.to_caller(None, attention(q, k, v, out=out, **options))
+    return result  # type: ignore[no-any-return]
 
 
 def with_equal_heads(*shapes: tuple[int, ...]) -> list[tuple[int, ...]]:

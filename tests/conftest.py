@@ -14,17 +14,13 @@ hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-NEEDS = {  # by folder
-    "torch": ["torch"],
-    "flash_attn": ["torch"],
-    "transformers": ["torch", "transformers"],
-    "jax": ["jax"],
-}
+# What the tests of a folder need.
+NEEDS = dict(torch="torch", flash_attn="torch", jax="jax", transformers="torch transformers")
 
 
 def pytest_collect_file(file_path):
     """Skip a folder whose framework is not installed."""
-    for module in NEEDS.get(file_path.parent.name, ()):
+    for module in NEEDS.get(file_path.parent.name, "").split():
         pytest.importorskip(module, exc_type=ImportError)
 
 

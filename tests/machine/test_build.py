@@ -222,6 +222,12 @@ def test_examples(page, needs):
     assert not doctest.DocTestRunner().run(test, out=report.append).failed, "".join(report)
 
 
+def test_examples_in_docstrings():
+    for name in fastattn.__all__:
+        for test in doctest.DocTestFinder().find(getattr(fastattn, name), name, globs={}):
+            assert not doctest.DocTestRunner().run(test).failed, test.name
+
+
 def test_a_page_names_every_environment_variable():
     page = in_checkout("docs/environment.md")
     sources = [path for part in ("cpp", "src", "python") for path in (ROOT / part).glob("**/*")]

@@ -320,7 +320,7 @@ OTHER_CASES = [
     (lambda: fastattn.dropout_mask(QUERY, KEY, dropout_p=0.1, seed=1, batch_index=0.5), TypeError, "batch_index must be an int, not float"),
     (lambda: fastattn.explain(QUERY, KEY, VALUE, softcap=-1), ValueError, "softcap must be > 0 (None: off), got softcap=-1"),
     (lambda: fastattn.explain(*[np.broadcast_to(np.float32(1), (2**32, 1))] * 3), ValueError, "batch x q_heads x q_len x kv_len must be below 2**62 for explain, got lengths 4294967296 and 4294967296, 1 heads in all"),
-    (lambda: fastattn.attention(QUERY, KEY, VALUE, maks=None), TypeError, "attention() got an unexpected keyword argument 'maks'"),
+    (lambda: fastattn.attention(QUERY, KEY, VALUE, causal=None), TypeError, "attention() got an unexpected keyword argument 'causal'"),
     (lambda: backward(OUT_0.astype(float)), TypeError, "grad_out must have dtype float32, not float64"),
     (lambda: backward(OUT_0[:1]), ValueError, "grad_out must have shape (2, 3, 4), got grad_out.shape=(1, 3, 4)"),
     (lambda: backward(OUT_0, return_dbias=True), ValueError, "return_dbias needs bias, got bias=None"),

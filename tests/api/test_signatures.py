@@ -134,7 +134,7 @@ def test_unknown_option(name):
     call, arguments = arguments_of(name)
     called = re.sub("^(reference|torch|cuda)\\.", "", name)
     options = DOORS[name][1]
-    for wrong in ("maks", *(x for x in ALL if x not in options)):
+    for wrong in ("causal", *(x for x in ALL if x not in options)):
         with pytest.raises(TypeError) as error:
             call(*arguments, **{wrong: None})
         words = f"{called}() got an unexpected keyword argument {wrong!r}"

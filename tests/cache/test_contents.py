@@ -131,6 +131,8 @@ def test_nothing_yet(dtype):
     assert (out[1] == 0).all()
     assert (lse[1] == -INF).all()
     assert (out[0, :, :2] == 0).all()  # these stand before the first token
+    shared = cache.attend(query, sinks=np.full(4, 9.0))  # not as while there was no key
+    assert (abs(shared[0, :, 2]) < abs(out[0, :, 2])).all()
     assert_array_equal(
         out[0, :, 2], held(value, dtype)[0, :, 0].repeat(2, axis=0).astype(out.dtype)
     )

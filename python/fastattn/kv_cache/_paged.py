@@ -172,6 +172,9 @@ class PagedKVCache(StoredCache):
         self.dtype: np.dtype[Any] = key.dtype
         self._pool = pool
         self._next = next_id
+        # Of the last call, whose next one differs in kv_len alone: only mask and bias ask for that.
+        self._query_shape: tuple[int, ...] = ()
+        self._shapes: Any = None
         self._name_rows(ids)
 
     @property
@@ -295,7 +298,11 @@ class PagedKVCache(StoredCache):
                 f"value has {value.shape[2]} tokens but key has {tokens} "
                 f"(value.shape={value.shape}, key.shape={key.shape})"
             )
+        pool = self._pool
         if lengths is None:
+            every = sequences is None and tokens > 0 and self.dtype != np.int8
+            if every and pool.append_ahead(tokens, (key, value), capacity):
+                return
             counts = np.full(n, tokens)
         else:
             counts = per_sequence("lengths", lengths, n, 0, tokens, "0..tokens")
@@ -305,7 +312,6 @@ class PagedKVCache(StoredCache):
             sources = [*map(Quantised, sources, scales), *scales]
         if not counts.any():
             return
-        pool = self._pool
         if capacity is not None:
             kept = pool.lengths[rows] - pool.begins[rows]
             if (kept + counts).max() > capacity:
@@ -394,7 +400,9 @@ class PagedKVCache(StoredCache):
         rows, n = self._rows(sequences)
         library = library_of(query)
         q = library.array("query", query)
-        q = floats("query", of_dtypes("query", q, QUERY_DTYPES[self.dtype.name]))
+        if type(q) is not np.ndarray or q.dtype != self.dtype or q.dtype == np.int8:
+            q = of_dtypes("query", q, QUERY_DTYPES[self.dtype.name])
+        q = floats("query", q)
         if q.ndim != 4 or q.shape[0] != n:
             raise ValueError(
                 f"query must have shape (batch, q_heads, q_len, head_dim) with batch={n}, "
@@ -402,9 +410,13 @@ class PagedKVCache(StoredCache):
             )
         pool = self._pool
         lengths, begins = pool.lengths[rows], pool.begins[rows]
-        kv_len = int(lengths.max(initial=0))
-        kept = (n, self.kv_heads, kv_len)
-        shapes = sizes(q.shape, (*kept, self.head_dim), (*kept, self.value_head_dim))
+        kv_len = lengths.item() if n == 1 else int(lengths.max(initial=0))
+        shapes = self._shapes
+        if q.shape != self._query_shape or options.mask is not None or options.bias is not None:
+            kept = (n, self.kv_heads, kv_len)
+            shapes = sizes(q.shape, (*kept, self.head_dim), (*kept, self.value_head_dim))
+            if kv_len > 0:
+                self._shapes, self._query_shape = shapes, q.shape
         checked = check_options(shapes, q.dtype, options, is_placed=True)
         if return_lse is not False:
             return_lse = boolean("return_lse", return_lse)
@@ -484,9 +496,11 @@ class PagedKVCache(StoredCache):
 
     def _tokens(self, name: str, x: Any, n: int, dim: int) -> Array:
         """Return keys or values to append."""
-        array = of_dtypes(name, x, TOKEN_DTYPES[self.dtype.name])
+        array: Array = x
+        if type(x) is not np.ndarray or x.dtype != self.dtype or x.dtype == np.int8:
+            array = of_dtypes(name, x, TOKEN_DTYPES[self.dtype.name])
         shape = array.shape
-        if array.ndim != 4 or shape[:2] != (n, self.kv_heads) or shape[3] != dim:
+        if len(shape) != 4 or shape[:2] != (n, self.kv_heads) or shape[3] != dim:
             raise ValueError(
                 f"{name} must have shape (batch, kv_heads, tokens, head_dim) = "
                 f"({n}, {self.kv_heads}, any, {dim}), got {name}.shape={shape}"

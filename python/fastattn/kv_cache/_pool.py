@@ -40,6 +40,10 @@ class PagePool:
 
     An append writes first and becomes visible last, by the new length: if it raises in between, no
     sequence has changed.
+
+    `ahead` says how many tokens every row can take by writing alone, with neither a new page nor a
+    copy, so that a token of a loop costs little; None: whoever asks must look. What changes the
+    rows in another way makes it None.
     """
 
     def __init__(self, arrays: list[Array], fixed: bool) -> None:
@@ -52,6 +56,9 @@ class PagePool:
         self.table = np.full((1, 1), NONE, np.int64)
         self.lengths = np.zeros(1, np.int64)
         self.begins = np.zeros(1, np.int64)
+        self.ahead: int | None = None
+        self._ends: tuple[Any, Any] = (0, 0)  # where each row's next token goes: page and place
+        self._most_kept = 0  # tokens of a row that are not evicted
 
     def pages_of(self, lengths: Any) -> Any:
         """Return how many pages the tokens fill, the last one perhaps in part."""
@@ -68,6 +75,7 @@ class PagePool:
 
     def take_rows(self, table: Array, named: Array, begins: Array, lengths: Array) -> None:
         """Take the rows of a table, where none are yet; `named` tells which entries are pages."""
+        self.ahead = None
         n, columns = table.shape
         self.counts = np.bincount(table[named].astype(np.int64), minlength=len(self.counts))
         self.free = np.flatnonzero(self.counts == 0)[::-1].tolist()
@@ -78,6 +86,7 @@ class PagePool:
 
     def add_row(self, prefix: int = 0, begin: int = 0, end: int = 0) -> None:
         """Add a row that shares the tokens begin..end - 1 of the row `prefix`."""
+        self.ahead = None
         n = self.rows
         if n == len(self.table):
             self._resize_table(2 * n, self.table.shape[1])
@@ -90,6 +99,7 @@ class PagePool:
 
     def remove_row(self, row: int) -> None:
         """Remove a row; those behind it move up."""
+        self.ahead = None
         n, here = self.rows, slice(row, row + 1)
         self._drop(here, self.begins[here] // self.page_size, self.pages_of(self.lengths[here]))
         for x in (self.table, self.lengths, self.begins):
@@ -98,16 +108,19 @@ class PagePool:
 
     def truncate(self, rows: Rows, lengths: Array) -> None:
         """Give up the tokens behind these lengths."""
+        self.ahead = None
         self._drop(rows, self.pages_of(lengths), self.pages_of(self.lengths[rows]))
         self.lengths[rows] = lengths
 
     def evict(self, rows: Rows, begins: Array) -> None:
         """Give up the tokens before these begins."""
+        self.ahead = None
         self._drop(rows, self.begins[rows] // self.page_size, begins // self.page_size)
         self.begins[rows] = begins
 
     def reorder(self, indices: Array) -> None:
         """Let each row become a copy of row indices[row]; pages are shared, not copied."""
+        self.ahead = None
         n, columns = self.rows, self.table.shape[1]
         named = self.named(self.begins[:n], self.lengths[:n], columns)
         before = self.table[:n][named]
@@ -121,6 +134,7 @@ class PagePool:
 
     def append(self, rows: Rows, counts: Array, sources: Sequence[Array | Quantised]) -> None:
         """Append the first counts[i] tokens of each source's element i to row i of rows."""
+        self.ahead = None
         starts = self.lengths[rows]
         ends = starts + counts
         held, wanted = self.pages_of(starts), self.pages_of(ends)
@@ -143,6 +157,45 @@ class PagePool:
             self.counts[taken] = 1
             del self.free[-new:]
         self.lengths[rows] = ends
+
+    def append_ahead(
+        self, tokens: int, sources: Sequence[Array | Quantised], capacity: int | None
+    ) -> bool:
+        """Append so many tokens to every row, if nothing but writing is needed; tell if it was."""
+        if self.ahead is None:
+            self._look_ahead()
+        ahead, n = self.ahead, self.rows
+        if not ahead or tokens > ahead or (tokens > 1 and n > 1):
+            return False
+        if capacity is not None and self._most_kept + tokens > capacity:
+            return False
+        self.ahead = None  # until all is done
+        page, place = self._ends
+        for x, source in zip(self.arrays, sources, strict=True):
+            if n == 1:
+                x[page, :, place : place + tokens] = source[0]
+            else:
+                x[page, :, place] = source[:, :, 0]
+        self._ends = page, place + tokens
+        self._most_kept += tokens
+        for row in range(n) if n < 4 else (slice(n),):  # one by one is quicker for few
+            self.lengths[row] += tokens
+        self.ahead = ahead - tokens
+        return True
+
+    def _look_ahead(self) -> None:
+        """Find how many tokens every row can take by writing alone."""
+        n = self.rows
+        column, place = np.divmod(self.lengths[:n], self.page_size)
+        self.ahead = 0
+        if not n or not place.all():  # of a row whose pages are full, or that has none
+            return
+        page = self.table[np.arange(n), column]
+        if (self.counts[page] > 1).any():
+            return
+        self._ends = (int(page[0]), int(place[0])) if n == 1 else (page, place)
+        self._most_kept = int((self.lengths[:n] - self.begins[:n]).max())
+        self.ahead = self.page_size - int(place.max())
 
     def _resize_table(self, rows: int, columns: int) -> None:
         """Let the table have this many rows, and at least this many columns."""

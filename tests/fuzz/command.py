@@ -19,7 +19,10 @@ import warnings
 import zlib
 from pathlib import Path
 
-KINDS = ("attention", "backward", "varlen", "cache", "paged", "merge", "invalid")
+KINDS = (
+    *("attention", "backward", "varlen", "cache", "paged", "merge", "invalid"),
+    *("gguf", "safetensors"),
+)
 OPTIONAL = ("torch",)
 MODULES = {"torch": "torch_gradients"}
 SLICE = 400  # cases of one child

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors does a safetensors checkpoint hold? Arrays over its files, which are mapped.
+
+A file is the length of its header in 8 bytes, the header, and the bytes of the tensors, one behind
+the other. The header is JSON, and says of each tensor its dtype, its shape and where its bytes are.
+A checkpoint of several files, its shards, has an index, which says where each tensor is. All that
+they say is checked before an array is made of it, since a file may come from anywhere.
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LARGEST_JSON = 100_000_000  # bytes: the format's limit of a header
+MOST_ITEMS = 10_000_000  # of JSON: one of three bytes takes some hundred in memory
+MOST_AXES = 32  # of an array of NumPy 1
+DTYPES = {
+    **{"F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "F64": "<f8", "BOOL": "?"},
+    **{"I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"},
+    **{"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"},
+}
+_shown = reprlib.Repr()  # An error shows the beginning of what was found.
+_shown.maxlevel, _shown.maxstring = 2, 200
+
+
+class Tensors(Mapping[str, NDArray[Any]]):
+    """The arrays of a checkpoint by name; `metadata` is what its files say of themselves."""
+
+    def __init__(self, arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
+        self._arrays, self.metadata = arrays, metadata
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """Return the array of that name."""
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        """Return the number of arrays."""
+        return len(self._arrays)
+
+
+def read(path: str | os.PathLike[str]) -> Tensors:
+    """Return the tensors of a checkpoint.
+
+    Parameters
+    ----------
+    path : path
+        A file, or a folder with `WEIGHTS`, or without it and with `INDEX` and the shards that it
+        names. They must not change while an array is in use, which reads them when it is read.
+
+    Returns
+    -------
+    Tensors
+        A mapping from names to arrays, which are read-only and not always aligned.
+
+    Raises
+    ------
+    ValueError
+        A file is damaged, or is not of the format, or has a dtype that is not in `DTYPES`.
+    ImportError
+        A tensor is BF16, and ml_dtypes is not installed.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _read_file(path)
+    files = {x.name for x in path.iterdir() if x.is_file()}
+    if WEIGHTS in files:
+        return _read_file(path / WEIGHTS)
+    if INDEX in files:
+        return _read_shards(path, files)
+    raise ValueError(f"{path}: the folder must hold {WEIGHTS} or {INDEX}")
+
+
+def _read_shards(folder: Path, files: set[str]) -> Tensors:
+    """Return the tensors of a folder with an index, which may name some of the folder's files."""
+    arrays: dict[str, NDArray[Any]] = {}
+    metadata: dict[str, str] = {}
+    with _within(folder / INDEX):
+        with (folder / INDEX).open("rb") as file:
+            shard_of = _json_object(file, os.fstat(file.fileno()).st_size).get("weight_map")
+        if not isinstance(shard_of, dict):
+            _refuse("weight_map must be an object", shard_of)
+        for name, shard in shard_of.items():
+            if not isinstance(shard, str) or shard not in files:
+                _refuse(f"{_tensor(name)}: its shard must be a file in the folder", shard)
+        for shard in dict.fromkeys(shard_of.values()):
+            tensors = _read_file(folder / shard)
+            for name in tensors:
+                if shard_of.setdefault(name, shard) != shard:
+                    _refuse(f"{_tensor(name)}: it must be in {shard_of[name]} alone", shard)
+            arrays |= tensors
+            metadata |= tensors.metadata
+        for name in sorted(shard_of.keys() - arrays.keys()):
+            raise ValueError(f"{_tensor(name)}: it must be in {shard_of[name]}, and is not")
+    return Tensors(arrays, metadata)
+
+
+def _read_file(path: Path) -> Tensors:
+    """Return the tensors of one file."""
+    with _within(path):
+        if path.exists() and not path.is_file():
+            raise ValueError("it must be a file or a folder")
+        with path.open("rb") as file:
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            if (room := size - 8 - length) < 0:
+                rule = f"must be the length of a header that ends within its {size} bytes"
+                _refuse(f"its first 8 bytes {rule}", length)
+            header = _json_object(file, length)
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+            _refuse("__metadata__ must be an object of strings", metadata)
+        arrays, places, end = {}, [], 0
+        for name, entry in header.items():
+            with _within(_tensor(name)):
+                arrays[name], place = _array(entry, mapped, room)
+            places.append((place, name))
+        for place, name in sorted(places):
+            if place[0] != end:
+                rule = f"data_offsets must begin at {end}, where the tensor before it ends"
+                _refuse(f"{_tensor(name)}: {rule}", place)
+            end = place[1]
+        if end != room:
+            _refuse(f"its tensors must be all {room} bytes behind the header", end)
+    return Tensors(arrays, metadata)
+
+
+def _array(entry: Any, mapped: mmap.mmap, room: int) -> tuple[NDArray[Any], list[int]]:
+    """Return the array of an entry of the header, and its place in the file's last `room` bytes."""
+    if not isinstance(entry, dict):
+        _refuse("it must be an object", entry)
+    kind, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(kind, str) or kind not in DTYPES:
+        _refuse(f"dtype must be one of {', '.join(DTYPES)}", kind)
+    if kind == "BF16":
+        try:
+            import ml_dtypes  # noqa: F401 - gives NumPy the dtype
+        except ImportError:
+            raise ImportError("the checkpoint holds BF16, which needs ml_dtypes") from None
+    dtype = np.dtype(DTYPES[kind])
+    largest = 2**63 // dtype.itemsize
+    if not _are_sizes(shape, MOST_AXES) or math.prod(n or 1 for n in shape) >= largest:
+        _refuse(f"shape must be at most {MOST_AXES} integers >= 0, of less than 2**63 bytes", shape)
+    if not _are_sizes(place, 2) or len(place) < 2 or not place[0] <= place[1] <= room:
+        _refuse(f"data_offsets must be two integers, 0 <= begin <= end <= {room}", place)
+    needed = math.prod(shape) * dtype.itemsize
+    if place[1] - place[0] != needed:
+        _refuse(f"data_offsets must be {needed} bytes apart for {kind} of shape {shape}", place)
+    array: NDArray[Any] = np.ndarray(shape, dtype, mapped, len(mapped) - room + place[0])
+    # NumPy counts by their bytes, and would write out of bounds.
+    if kind == "BOOL" and (most := int(array.view(np.uint8).max(initial=0))) > 1:
+        _refuse("the bytes of BOOL must be 0 or 1", most)
+    return array, place
+
+
+def _are_sizes(x: Any, most: int) -> TypeGuard[list[int]]:
+    """Tell whether x is a list of so many integers, or fewer, and none is negative."""
+    return isinstance(x, list) and len(x) <= most and all(type(n) is int and n >= 0 for n in x)
+
+
+def _json_object(file: BinaryIO, length: int) -> dict[str, Any]:
+    """Return the JSON object that the next bytes of a file are."""
+    if length > LARGEST_JSON:
+        _refuse(f"its JSON must be at most {LARGEST_JSON} bytes", length)
+    text = file.read(length)
+    if (items := sum(map(text.count, (b"{", b"[", b",")))) > MOST_ITEMS:
+        _refuse(f"its JSON must be at most {MOST_ITEMS} items", items)
+    try:
+        found = json.loads(text.decode(), object_pairs_hook=_distinct)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"it must hold JSON in UTF-8: {error}") from error
+    if not isinstance(found, dict):
+        _refuse("its JSON must be an object", found)
+    return found
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the dict of a JSON object, whose names must be distinct."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        _refuse("names must be distinct", Counter(x for x, _ in pairs).most_common(1)[0][0])
+    return found
+
+
+def _tensor(name: str) -> str:
+    """Return what an error calls the tensor of that name."""
+    return f"tensor {_shown.repr(name)}"
+
+
+@contextlib.contextmanager
+def _within(place: object) -> Iterator[None]:
+    """Let an error say where it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _refuse(rule: str, found: Any) -> NoReturn:
+    """Raise the error that says which rule is broken, and what is there."""
+    raise ValueError(f"{rule}, got {_shown.repr(found)}")

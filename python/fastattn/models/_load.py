@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from fastattn.models import _safetensors
 from fastattn.models._encoder import POOLINGS, Encoder
+from fastattn.models._safetensors import within
 from fastattn.models.bert import BertModel, Config
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def load(model: str | os.PathLike[str]) -> Encoder:
     root = _folder(model)
     modules = _modules(root)
     folder = root / modules["Transformer"]
-    with _within(folder / "config.json"):
+    with within(folder / "config.json"):
         stated = _json(folder / "config.json")
         kind = stated.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
@@ -66,11 +66,11 @@ def load(model: str | os.PathLike[str]) -> Encoder:
         family, config_type = FAMILIES[kind]
         config = _config(config_type, stated)
     tensors = _safetensors.read(folder)
-    with _within(folder):
+    with within(folder):
         weights = _weights(family, config, tensors)
-    with _within(folder / "tokenizer.json"):
+    with within(folder / "tokenizer.json"):
         tokenizer = _tokenizer(folder / "tokenizer.json", config.vocab_size)
-    with _within(folder / "sentence_bert_config.json"):
+    with within(folder / "sentence_bert_config.json"):
         sentence = _json(folder / "sentence_bert_config.json", {})
         limit = sentence.get("max_seq_length")
         limit = config.max_position_embeddings if limit is None else limit
@@ -122,7 +122,7 @@ def _modules(root: Path) -> dict[str, str]:
     if not path.exists():
         return {"Transformer": ""}
     orders = (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
-    with _within(path):
+    with within(path):
         listed = _parsed(path)
         try:
             found = {x["type"].rpartition(".")[2]: x["path"] for x in listed}
@@ -204,7 +204,7 @@ def _tokenizer(path: Path, vocabulary: int) -> Tokenizer:
 
 def _pooling(path: Path, prompted: bool) -> str:
     """Return what makes one vector of a text's tokens."""
-    with _within(path):
+    with within(path):
         stated, prefix = _json(path), "pooling_mode_"
         wanted = [key for key, x in stated.items() if key.startswith(prefix) and x is True]
         names = {prefix + {"cls": "cls_token"}.get(x, f"{x}_tokens"): x for x in POOLINGS}
@@ -217,7 +217,7 @@ def _pooling(path: Path, prompted: bool) -> str:
 
 def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
     """Return the prompts by name, and the name of the one that is usual."""
-    with _within(path):
+    with within(path):
         stated = _json(path, {})
         prompts, default = stated.get("prompts") or {}, stated.get("default_prompt_name")
         if not isinstance(prompts, dict) or not all(isinstance(x, str) for x in prompts.values()):
@@ -245,12 +245,3 @@ def _parsed(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (RecursionError, ValueError) as error:
         raise ValueError(f"it must hold JSON: {error}") from error
-
-
-@contextlib.contextmanager
-def _within(place: Path) -> Iterator[None]:
-    """Let an error say which file it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error

@@ -89,7 +89,7 @@ def _read_shards(folder: Path, files: set[str]) -> Tensors:
     """Return the tensors of a folder with an index, which may name some of the folder's files."""
     arrays: dict[str, NDArray[Any]] = {}
     metadata: dict[str, str] = {}
-    with _within(folder / INDEX):
+    with within(folder / INDEX):
         with (folder / INDEX).open("rb") as file:
             shard_of = _json_object(file, os.fstat(file.fileno()).st_size).get("weight_map")
         if not isinstance(shard_of, dict):
@@ -111,7 +111,7 @@ def _read_shards(folder: Path, files: set[str]) -> Tensors:
 
 def _read_file(path: Path) -> Tensors:
     """Return the tensors of one file."""
-    with _within(path):
+    with within(path):
         if path.exists() and not path.is_file():
             raise ValueError("it must be a file or a folder")
         with path.open("rb") as file:
@@ -126,7 +126,7 @@ def _read_file(path: Path) -> Tensors:
             _refuse("__metadata__ must be an object of strings", metadata)
         arrays, places, end = {}, [], 0
         for name, entry in header.items():
-            with _within(_tensor(name)):
+            with within(_tensor(name)):
                 arrays[name], place = _array(entry, mapped, room)
             places.append((place, name))
         for place, name in sorted(places):
@@ -202,7 +202,7 @@ def _tensor(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _within(place: object) -> Iterator[None]:
+def within(place: object) -> Iterator[None]:
     """Let an error say where it is."""
     try:
         yield

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The one seam to threads. attention.cpp, decode.cpp, backward.cpp and limits.cpp say what the
-// items of work are; parallel.cpp knows about OpenMP, forks and Ctrl-C.
+// The one seam to threads. attention.cpp, decode.cpp, backward.cpp, linear.cpp, layers.cpp and
+// limits.cpp say what the items of work are; parallel.cpp knows about OpenMP, forks and Ctrl-C.
 #pragma once
 
 #include <cstdint>

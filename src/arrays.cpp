@@ -86,6 +86,7 @@ const T* values(py::handle object, int64_t size) {
 
 template const int64_t* values<int64_t>(py::handle, int64_t);
 template const double* values<double>(py::handle, int64_t);
+template const float* values<float>(py::handle, int64_t);
 
 void require_rows(const Array& array, int64_t cols) {
     require(array.col_stride == 1 || cols <= 1, "the last axis is not contiguous");

@@ -27,7 +27,7 @@ Array view(const py::array& array, const std::vector<int64_t>& batch_shape, int6
 // The size of the axis that stands `from_end` axes before the end; 1 if there is none.
 int64_t axis_size(const py::array& array, int from_end);
 
-// The numbers of an array of `size` int64 or double; null for None.
+// The numbers of an array of `size` int64, double or float; null for None.
 template <class T>
 const T* values(py::handle object, int64_t size);
 

@@ -17,5 +17,7 @@ void run(const GradientArgs& args);
 
 void register_calls(py::module_& m);    // with NumPy arrays (calls.cpp)
 void register_tensors(py::module_& m);  // with tensors (tensors.cpp)
+void register_layers(py::module_& m);   // layers of a model (layers.cpp)
+void register_linear(py::module_& m);   // products of weights (linear.cpp)
 
 }  // namespace fastattn

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The extension module `_core`. Only the files of this folder know Python: calls.cpp says which
-// call it is, arrays.cpp what arrays look like, tensors.cpp reads tensors, gil.h lets go of
-// Python's lock.
+// call it is, arrays.cpp what arrays look like, tensors.cpp reads tensors, linear.cpp and
+// layers.cpp have a model's layers, gil.h lets go of Python's lock.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -33,6 +33,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not
     m.attr("MOST_THREADS") = kMostThreads;
     register_calls(m);
     register_tensors(m);
+    register_layers(m);
+    register_linear(m);
     m.def("isa", isa);
     m.def("isas", isas);
     m.def("supported_isas", supported_isas);

@@ -6,9 +6,9 @@ attention     results, gradients, dropout, merging, packed sequences: against th
 cache         the key-value caches
 torch, flash_attn, transformers, jax    the drop-ins, each in the folder of its name
 cuda          the kernels of GPUs, in emulators and compiled, and a GPU that is none
-models        the readers of checkpoints
+models        models, and the readers of their checkpoints
 machine       what was built, threads, memory, imports
-programs      the benchmark, the examples, the fuzzers, the GPU's first visit: whatever is run
+programs      commands, benchmark, examples, fuzzers, the GPU's first visit: whatever is run
 fuzz, sweeps, sanitizers.py    programs that run for as long as one likes
 support       what tests of several folders share
 """

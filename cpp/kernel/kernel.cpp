@@ -2,11 +2,14 @@
 //
 // The table of one variant. CMakeLists.txt compiles this file once per instruction set, and the
 // rest of the folder with it: online_softmax.h has the algorithm, row_block.h its rows in blocks,
-// decode.h the way for few queries, backward.h the gradients.
+// decode.h the way for few queries, backward.h the gradients, linear.h the products of a
+// model's weights, layers.h its other layers.
 #include "kernel.h"
 
 #include "backward.h"
 #include "decode.h"
+#include "layers.h"
+#include "linear.h"
 #include "partials.h"
 #include "probes.h"
 #include "row_block.h"
@@ -34,7 +37,14 @@ constexpr Functions functions = {
 }  // namespace
 
 extern const Kernel FASTATTN_KERNEL;
-const Kernel FASTATTN_KERNEL = {FASTATTN_ISA_NAME, functions<float>, functions<double>,
-                                run_fma<float, kMultipliesPairs>, read_bytes};
+const Kernel FASTATTN_KERNEL = {
+    .isa = FASTATTN_ISA_NAME,
+    .float32 = functions<float>,
+    .float64 = functions<double>,
+    .linear = {linear_scratch_bytes, multiply_linear},
+    .layers = layer_functions,
+    .fma_bfloat16 = run_fma<float, kMultipliesPairs>,
+    .read = read_bytes,
+};
 
 }  // namespace fastattn

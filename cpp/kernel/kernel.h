@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The door to this folder: the table that every instruction-set variant fills, and what its
-// functions are given. attention.cpp, decode.cpp, backward.cpp and limits.cpp call through it;
-// kernel.cpp fills it, once per variant.
+// functions are given. attention.cpp, decode.cpp, backward.cpp, linear.cpp, layers.cpp and
+// limits.cpp call through it; kernel.cpp fills it, once per variant.
 //
 // This folder holds the code that is compiled once per instruction set, with that set's flags. An
 // inline function that is compiled twice with different flags is merged by the linker, and an old
@@ -139,9 +139,44 @@ struct Functions {
     double (*fma)(int64_t rounds);  // multiplies and adds in registers, returns the FLOPs
 };
 
+// Some rows of x times some rows of a weight.
+struct LinearBlock {
+    const float* x;
+    const void* weight;  // a row for each of out_features
+    const float* bias;   // null: none
+    float* out;
+    int64_t rows, in_features, out_features;
+    int64_t x_stride, out_stride;
+    int64_t weight_stride;  // in bytes
+    Storage storage;
+    void* scratch;  // scratch_bytes(), aligned
+};
+
+struct LinearFunctions {
+    size_t (*scratch_bytes)(const LinearBlock&);  // looks at the sizes and the storage alone
+    void (*multiply)(const LinearBlock&);
+};
+
+// Layers of float32 numbers. Each works on one row of n numbers, the activations on any n.
+struct LayerFunctions {
+    void (*gelu)(const float* x, float* out, int64_t n);
+    void (*gelu_tanh)(const float* x, float* out, int64_t n);
+    void (*swiglu)(const float* gate, const float* up, float* out, int64_t n);
+    void (*geglu)(const float* gate, const float* up, float* out, int64_t n);
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, double eps,
+                       float* out, int64_t n);
+    void (*rms_norm)(const float* x, const float* weight, double eps, float* out, int64_t n);
+    void (*rotary)(const float* x, const float* cos, const float* sin, float* out, int64_t heads,
+                   int64_t head_dim, int64_t half);  // of one token
+    void (*softmax)(const float* x, float* out, int64_t n);
+    void (*log_softmax)(const float* x, float* out, int64_t n);
+};
+
 struct Kernel {
     const char* isa;
     Functions float32, float64;
+    LinearFunctions linear;
+    LayerFunctions layers;
     double (*fma_bfloat16)(int64_t rounds);           // in pairs, if the variant multiplies them
     double (*read)(const void* data, int64_t bytes);  // reads every cache line
 };

@@ -66,6 +66,12 @@ typedef int8_t Int8s __attribute__((vector_size(kVectorBytes / 4)));
 inline __m256 from_int8(Int8s x) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)x)));
 }
+// The low and the high halves of bytes, as integers of 0 to 15.
+inline void from_halves(Int8s x, __m256& low, __m256& high) {
+    const __m256i both = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)x));
+    low = _mm256_cvtepi32_ps(_mm256_and_si256(both, _mm256_set1_epi32(15)));
+    high = _mm256_cvtepi32_ps(_mm256_srli_epi32(both, 4));
+}
 inline __m256 from_float16(HalfBits x) { return _mm256_cvtph_ps((__m128i)x); }
 inline HalfBits to_float16(__m256 x) { return (HalfBits)_mm256_cvtps_ph(x, 8); }
 

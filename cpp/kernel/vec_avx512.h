@@ -50,6 +50,12 @@ inline __m512 from_bfloat16(HalfBits x) {
 }
 typedef int8_t Int8s __attribute__((vector_size(kVectorBytes / 4)));
 inline __m512 from_int8(Int8s x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x)); }
+// The low and the high halves of bytes, as integers of 0 to 15.
+inline void from_halves(Int8s x, __m512& low, __m512& high) {
+    const __m512i both = _mm512_cvtepu8_epi32((__m128i)x);
+    low = _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
+    high = _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4));
+}
 inline __m512 from_float16(HalfBits x) { return _mm512_cvtph_ps((__m256i)x); }
 inline HalfBits to_float16(__m512 x) { return (HalfBits)_mm512_cvtps_ph(x, 8); }
 

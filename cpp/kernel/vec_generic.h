@@ -71,6 +71,12 @@ inline Float from_bfloat16(HalfBits half) {
 }
 typedef int8_t Int8s __attribute__((vector_size(kVectorBytes / 4)));
 inline Float from_int8(Int8s x) { return __builtin_convertvector(x, Float); }
+// The low and the high halves of bytes, as integers of 0 to 15.
+inline void from_halves(Int8s x, Float& low, Float& high) {
+    const Int32 both = __builtin_convertvector(x, Int32);
+    low = __builtin_convertvector(both & 15, Float);
+    high = __builtin_convertvector(both >> 4 & 15, Float);
+}
 
 // The product moves the exponent's bias, subnormals included; Inf and NaN get all exponent bits.
 inline Float from_float16(HalfBits half) {

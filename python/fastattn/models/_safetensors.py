@@ -7,21 +7,22 @@ A checkpoint of several files, its shards, has an index, which says where each t
 they say is checked before an array is made of it, since a file may come from anywhere.
 """
 
-import contextlib
 import json
 import math
 import mmap
 import os
-import reprlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NoReturn, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.models._file import File, Tensor, shown, within
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 LARGEST_JSON = 100_000_000  # bytes: the format's limit of a header
 MOST_ITEMS = 10_000_000  # of JSON: one of three bytes takes some hundred in memory
 MOST_AXES = 32  # of an array of NumPy 1
@@ -30,30 +31,9 @@ DTYPES = {
     **{"I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"},
     **{"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"},
 }
-_shown = reprlib.Repr()  # An error shows the beginning of what was found.
-_shown.maxlevel, _shown.maxstring = 2, 200
 
 
-class Tensors(Mapping[str, NDArray[Any]]):
-    """The arrays of a checkpoint by name; `metadata` is what its files say of themselves."""
-
-    def __init__(self, arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
-        self._arrays, self.metadata = arrays, metadata
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        """Return the array of that name."""
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        """Return the number of arrays."""
-        return len(self._arrays)
-
-
-def read(path: str | os.PathLike[str]) -> Tensors:
+def read(path: str | os.PathLike[str]) -> File:
     """Return the tensors of a checkpoint.
 
     Parameters
@@ -64,8 +44,8 @@ def read(path: str | os.PathLike[str]) -> Tensors:
 
     Returns
     -------
-    Tensors
-        A mapping from names to arrays, which are read-only and not always aligned.
+    File
+        Its metadata are str; its tensors are arrays, read-only and not always aligned.
 
     Raises
     ------
@@ -82,12 +62,14 @@ def read(path: str | os.PathLike[str]) -> Tensors:
         return _read_file(path / WEIGHTS)
     if INDEX in files:
         return _read_shards(path, files)
-    raise ValueError(f"{path}: the folder must hold {WEIGHTS} or {INDEX}")
+    pickles = sorted(x for x in files if x.endswith(PICKLES))
+    why = f": {pickles[0]} is a pickle, which may run any code, and is not read" if pickles else ""
+    raise ValueError(f"{path}: the folder must hold {WEIGHTS} or {INDEX}{why}")
 
 
-def _read_shards(folder: Path, files: set[str]) -> Tensors:
+def _read_shards(folder: Path, files: set[str]) -> File:
     """Return the tensors of a folder with an index, which may name some of the folder's files."""
-    arrays: dict[str, NDArray[Any]] = {}
+    arrays: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     with within(folder / INDEX):
         with (folder / INDEX).open("rb") as file:
@@ -98,18 +80,18 @@ def _read_shards(folder: Path, files: set[str]) -> Tensors:
             if not isinstance(shard, str) or shard not in files:
                 _refuse(f"{_tensor(name)}: its shard must be a file in the folder", shard)
         for shard in dict.fromkeys(shard_of.values()):
-            tensors = _read_file(folder / shard)
-            for name in tensors:
+            found = _read_file(folder / shard)
+            for name in found.tensors:
                 if shard_of.setdefault(name, shard) != shard:
                     _refuse(f"{_tensor(name)}: it must be in {shard_of[name]} alone", shard)
-            arrays |= tensors
-            metadata |= tensors.metadata
+            arrays |= found.tensors
+            metadata |= found.metadata
         for name in sorted(shard_of.keys() - arrays.keys()):
             raise ValueError(f"{_tensor(name)}: it must be in {shard_of[name]}, and is not")
-    return Tensors(arrays, metadata)
+    return File(MappingProxyType(metadata), MappingProxyType(arrays))
 
 
-def _read_file(path: Path) -> Tensors:
+def _read_file(path: Path) -> File:
     """Return the tensors of one file."""
     with within(path):
         if path.exists() and not path.is_file():
@@ -124,7 +106,8 @@ def _read_file(path: Path) -> Tensors:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
             _refuse("__metadata__ must be an object of strings", metadata)
-        arrays, places, end = {}, [], 0
+        arrays: dict[str, Tensor] = {}
+        places, end = [], 0
         for name, entry in header.items():
             with within(_tensor(name)):
                 arrays[name], place = _array(entry, mapped, room)
@@ -136,7 +119,7 @@ def _read_file(path: Path) -> Tensors:
             end = place[1]
         if end != room:
             _refuse(f"its tensors must be all {room} bytes behind the header", end)
-    return Tensors(arrays, metadata)
+    return File(MappingProxyType(metadata), MappingProxyType(arrays))
 
 
 def _array(entry: Any, mapped: mmap.mmap, room: int) -> tuple[NDArray[Any], list[int]]:
@@ -198,18 +181,9 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(name: str) -> str:
     """Return what an error calls the tensor of that name."""
-    return f"tensor {_shown.repr(name)}"
-
-
-@contextlib.contextmanager
-def within(place: object) -> Iterator[None]:
-    """Let an error say where it is."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+    return f"tensor {shown.repr(name)}"
 
 
 def _refuse(rule: str, found: Any) -> NoReturn:
     """Raise the error that says which rule is broken, and what is there."""
-    raise ValueError(f"{rule}, got {_shown.repr(found)}")
+    raise ValueError(f"{rule}, got {shown.repr(found)}")

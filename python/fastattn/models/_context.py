@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has a decoder read? The keys and values of its sequences, to which each layer attends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastattn.kv_cache import PagedKVCache
+from fastattn.nn import Floats, Integers
+
+
+class Context:
+    """The tokens that a decoder has read of some sequences: none at first.
+
+    Before each call of the model, `feed` says how many tokens of each it is given. After a call
+    that an error ended, a context is of no use.
+
+    Attributes
+    ----------
+    lengths : ndarray of int64, shape (sequences,)
+        How many tokens of each were read, those that were fed last included.
+    positions : ndarray of int64, shape (total,)
+        Of the tokens that were fed last, each in its sequence.
+    """
+
+    def __init__(
+        self,
+        sequences: int,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        value_head_dim: int | None = None,
+    ) -> None:
+        self._caches = [
+            PagedKVCache(kv_heads, head_dim, value_head_dim=value_head_dim) for _ in range(layers)
+        ]
+        self._ids = list(range(sequences))  # that every cache gives them
+        for cache in self._caches:
+            for _ in self._ids:
+                cache.add()
+        self.lengths: Integers = np.zeros(sequences, np.int64)
+        self.feed([0] * sequences)
+
+    def feed(self, counts: Sequence[int]) -> None:
+        """Say how many tokens of each sequence come now, packed one sequence after the other."""
+        each = np.array(counts, np.int64)
+        begins = np.cumsum(each) - each
+        self.positions: Integers = np.arange(each.sum()) + np.repeat(self.lengths - begins, each)
+        self.lengths = self.lengths + each
+        self._one_each = set(counts) == {1}
+        # What `attend` asks at once: the cache's ids, the first row, how many sequences and tokens.
+        self._calls: list[tuple[list[int] | None, int, int, int]]
+        if len(set(counts)) == 1:
+            self._calls = [(None, 0, len(each), int(each[0]))]
+        else:
+            parts = zip(self._ids, begins.tolist(), each.tolist(), strict=True)
+            self._calls = [([i], begin, 1, count) for i, begin, count in parts if count]
+
+    def attend(
+        self, layer: int, query: Floats, key: Floats, value: Floats, **options: Any
+    ) -> Floats:
+        """Return what the fed tokens see of their sequences, themselves included, in a layer.
+
+        Parameters
+        ----------
+        layer : int
+        query : array of shape (total, q_heads, head_dim)
+        key : array of shape (total, kv_heads, head_dim)
+        value : array of shape (total, kv_heads, value_head_dim)
+        **options
+            Of `fastattn.PagedKVCache.attend`: scale, window, softcap, sinks.
+
+        Returns
+        -------
+        ndarray of shape (total, q_heads * value_head_dim)
+        """
+        cache = self._caches[layer]
+        if self._one_each:  # a step of a loop, which must be quick
+            cache.append(key[:, :, None], value[:, :, None])
+            seen: Floats = cache.attend(query[:, :, None], **options)
+            return seen.reshape(len(query), -1)
+        out = np.empty((*query.shape[:2], value.shape[2]), np.float32)
+        for ids, begin, sequences, tokens in self._calls:
+            rows, lead = slice(begin, begin + sequences * tokens), (sequences, tokens)
+            q, k, v, result = (
+                x[rows].reshape(*lead, *x.shape[1:]).swapaxes(1, 2)
+                for x in (query, key, value, out)
+            )
+            cache.append(k, v, sequences=ids)
+            cache.attend(q, sequences=ids, out=result, **options)
+        return out.reshape(len(out), -1)
+
+    def keep(self, indices: Collection[int]) -> None:
+        """Drop all sequences but these, which are numbered anew in their order."""
+        for i, sequence in enumerate(self._ids):
+            if i not in indices:
+                for cache in self._caches:
+                    cache.free(sequence)
+        kept = [i for i in range(len(self._ids)) if i in indices]
+        self._ids, self.lengths = [self._ids[i] for i in kept], self.lengths[kept]

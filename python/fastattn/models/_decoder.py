@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens go in, the next ones come out: text, answers, and how likely a text is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastattn import nn
+from fastattn.models._chat import checked_messages, render
+from fastattn.models._context import Context
+from fastattn.models._encoder import _checked
+from fastattn.models._sampling import Options, Sampling, takes
+from fastattn.models._streaming import StoppedText, TextStream
+from fastattn.nn import Floats, Integers
+
+if TYPE_CHECKING:
+    from fastattn.models._checkpoint import Checkpoint
+    from fastattn.models._family import DecoderModel
+
+READ_TOKENS = 512  # that the model is given at once
+SCORE_ROWS = 128  # whose logits are there at once when a text is scored
+SEEN_TOKENS = 16  # of a prompt, which decide how its text goes on
+
+
+class Score(NamedTuple):
+    """How likely a text is.
+
+    Attributes
+    ----------
+    ids : list of int
+        Its tokens, special ones included.
+    log_probabilities : ndarray of shape (len(ids) - 1,) and dtype float32
+        Of each token but the first, given those before it: of ``ids[1:]``.
+    perplexity : float
+        ``exp(-log_probabilities.mean())``.
+    """
+
+    ids: list[int]
+    log_probabilities: Floats
+    perplexity: float
+
+
+class Decoder:
+    """A model that goes on with a text, as `load` reads it.
+
+    Attributes
+    ----------
+    config
+        What config.json says of the model, under its keys.
+    max_position_embeddings : int
+        The tokens that fit into the model's context: of a prompt and what follows it.
+    stop_ids : frozenset of int
+        The tokens that end a text or an answer, as the checkpoint says.
+    chat_template : str or None
+        What `chat` tells the model of a conversation, in Jinja.
+    """
+
+    def __init__(self, model: DecoderModel[Any], checkpoint: Checkpoint) -> None:
+        self._model, self._tokenizer = model, checkpoint.tokenizer
+        self._special, self.chat_template = dict(checkpoint.special), checkpoint.chat_template
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.config, self.stop_ids = model.config, frozenset(checkpoint.stop_ids)
+        self.max_position_embeddings: int = model.config.max_position_embeddings
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text's tokens as the model is fed.
+
+        Those that the tokenizer adds are included. Text that spells a special token becomes it.
+
+        Parameters
+        ----------
+        text : str
+
+        Returns
+        -------
+        list of int
+
+        Raises
+        ------
+        TypeError, ValueError
+            The text is no str, or holds half of a surrogate pair.
+        """
+        return self._encoded("text", text)
+
+    def logits(self, ids: ArrayLike) -> Floats:
+        """Return of each token the logits of the one that follows it.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            Tokens: at least one, at most `max_position_embeddings`.
+
+        Returns
+        -------
+        ndarray of shape (len(ids), vocabulary) and dtype float32
+
+        Raises
+        ------
+        TypeError, ValueError
+            ids are no such tokens.
+        """
+        tokens = self._tokens("ids", ids)
+        out = np.empty((len(tokens), self.config.vocab_size), np.float32)
+        for begin, states in self._states(tokens):
+            out[begin : begin + len(states)] = self._model.head(states)
+        return out
+
+    @takes("stop")
+    def generate_ids(
+        self, ids: ArrayLike, **options: Unpack[Options]
+    ) -> Generator[int, None, None]:
+        """Yield the tokens that follow some tokens, each when it is asked for.
+
+        The options are those of `generate`, but for `stop`.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            Tokens: at least one, at most `max_position_embeddings`.
+
+        Yields
+        ------
+        int
+            A token that ends the text is not yielded.
+        """
+        if "stop" in options:
+            raise TypeError("generate_ids() takes no stop, which is of texts: give stop_ids")
+        steps = self._steps([self._tokens("ids", ids)], Sampling(**options), set())
+        return (token for step in steps if (token := step[0]) is not None)
+
+    @overload
+    def generate(  # type: ignore[overload-overlap] # a str is a sequence of str as well
+        self, prompt: str, **options: Unpack[Options]
+    ) -> Generator[str, None, None]: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str], **options: Unpack[Options]
+    ) -> Generator[list[str], None, None]: ...
+    @takes()
+    def generate(
+        self, prompt: str | Sequence[str], **options: Unpack[Options]
+    ) -> Generator[str, None, None] | Generator[list[str], None, None]:
+        """Yield the text that follows a prompt, or each of several, as it comes.
+
+        Arguments are checked at once, the model runs when a piece is asked for: who stops asking
+        has what was yielded, and the model can be used on. Several prompts are packed, never
+        padded, and each gets the text that it gets alone.
+
+        Parameters
+        ----------
+        prompt : str or sequence of str
+            With the tokens that the tokenizer adds, at most `max_position_embeddings` each.
+        max_new_tokens : int, optional
+            The text ends after so many tokens; by default, when the context is full.
+        temperature : float
+            What divides the logits. 0: the likeliest token is taken, whatever the next three say.
+        top_k : int, optional
+            Only so many of the likeliest tokens may be drawn.
+        top_p : float, optional
+            Of these, only the fewest likeliest whose probabilities sum to top_p.
+        min_p : float, optional
+            Of these, only those at least min_p times as probable as the likeliest.
+        seed : int or sequence of int, optional
+            What the draws depend on: one for all prompts, of which equal ones then get equal texts,
+            or one for each. By default every call differs.
+        stop : str or sequence of str
+            The text ends before the first of these, which is not yielded.
+        stop_ids : collection of int, optional
+            The tokens that end the text, instead of the checkpoint's.
+
+        Yields
+        ------
+        str or list of str
+            A piece of text: of several prompts a piece each, which may be "", and is behind the
+            end. A character is never cut; what the end leaves of one is U+FFFD. Special tokens
+            give no text.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument is wrong, a prompt has no token or too many, or the logits are NaN.
+        """
+        if isinstance(prompt, str):
+            pieces = self._pieces([self._prompt("prompt", prompt)], Sampling(**options))
+            return (x[0] for x in pieces)
+        if not isinstance(prompt, Sequence):
+            kind = type(prompt).__name__
+            raise TypeError(f"prompt must be a str or a sequence of str, not {kind}")
+        prompts = [self._prompt(f"prompt[{i}]", x) for i, x in enumerate(prompt)]
+        if not prompts:
+            raise ValueError("prompt must be a str, or a sequence of at least one, got none")
+        return self._pieces(prompts, Sampling(**options))
+
+    @takes()
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
+    ) -> Generator[str, None, None]:
+        """Yield the assistant's answer in a conversation, as it comes.
+
+        The options are those of `generate`.
+
+        Parameters
+        ----------
+        messages : sequence of dict
+            Each with a role, as "system", "user" or "assistant", and its content, both str.
+
+        Yields
+        ------
+        str
+            A piece of the answer.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            `jinja2` is not installed.
+        TypeError, ValueError
+            As `generate` does; or a message is wrong, there is no template, or it fails.
+        """
+        checked_messages(messages)
+        if self.chat_template is None:
+            raise ValueError("the checkpoint must have a chat template, and has none: use generate")
+        text = render(self.chat_template, messages, self._special)
+        prompt = self._fitting("messages", self._encoded("messages", text, special=False))
+        pieces = self._pieces([prompt], Sampling(**options), seen=0)
+        return (x[0] for x in pieces)
+
+    def score(self, text: str) -> Score:
+        """Return how likely a text is, token by token.
+
+        Parameters
+        ----------
+        text : str
+            Of at least two tokens, with those that the tokenizer adds, and at most
+            `max_position_embeddings`.
+
+        Returns
+        -------
+        Score
+
+        Raises
+        ------
+        TypeError, ValueError
+            The text is no such str.
+        """
+        ids = self.tokenize(text)
+        if len(ids) < 2:
+            raise ValueError(f"text must be at least 2 tokens, got {len(ids)}")
+        tokens = self._fitting("text", ids)
+        found = np.empty(len(tokens) - 1, np.float32)
+        for first, states in self._states(tokens[:-1]):
+            for begin in range(0, len(states), SCORE_ROWS):
+                rows = nn.log_softmax(self._model.head(states[begin : begin + SCORE_ROWS]))
+                place = slice(first + begin, first + begin + len(rows))
+                found[place] = rows[np.arange(len(rows)), tokens[1:][place]]
+        return Score(ids, found, float(np.exp(-found.mean(dtype=np.float64))))
+
+    def _states(self, tokens: Integers) -> Iterator[tuple[int, Floats]]:
+        """Yield the last hidden states of READ_TOKENS tokens, and where they begin, until all."""
+        context = self._model.context(1)
+        for begin in range(0, len(tokens), READ_TOKENS):
+            part = tokens[begin : begin + READ_TOKENS]
+            context.feed([len(part)])
+            yield begin, self._model(part, context)
+
+    def _last_states(self, context: Context, given: Sequence[Integers]) -> Floats:
+        """Let the model read tokens of each sequence; return the last hidden state of each.
+
+        A sequence is cut where it is cut alone, since that changes the last bits.
+        """
+        found: list[Any] = [None] * len(given)
+        for batch in _batches(given):
+            counts = [0] * len(given)
+            for i, part in batch:
+                counts[i] = len(part)
+            context.feed(counts)
+            states = self._model(np.concatenate([part for _, part in batch]), context)
+            end = 0
+            for i, part in batch:
+                end += len(part)
+                found[i] = states[end - 1]
+        return np.stack(found)
+
+    def _steps(
+        self, prompts: list[Integers], sampling: Sampling, ended: set[int]
+    ) -> Generator[dict[int, int | None], None, None]:
+        """Return a generator of the next token of each prompt that goes on; None is its end.
+
+        Whoever takes them puts those prompts into `ended` that are to end.
+        """
+        generators = sampling.generators(len(prompts))
+        stop_ids = frozenset(self.stop_ids if sampling.stop_ids is None else sampling.stop_ids)
+        # The last token is never read.
+        limits = [self.max_position_embeddings - len(x) + 1 for x in prompts]
+        if (most := sampling.max_new_tokens) is not None:
+            limits = [min(most, x) for x in limits]
+
+        def steps() -> Generator[dict[int, int | None], None, None]:
+            live, given = list(range(len(prompts))), prompts
+            context = self._model.context(len(prompts))
+            for count in itertools.count():
+                # `live` names the context's sequences. Those that have their number of tokens end.
+                step: dict[int, int | None] = {
+                    i: None for i in live if count == limits[i] and i not in ended
+                }
+                kept = [place for place, i in enumerate(live) if i not in step and i not in ended]
+                if len(kept) < len(live):
+                    context.keep(kept)
+                    live, given = [live[x] for x in kept], [given[x] for x in kept]
+                if live:
+                    logits = self._model.head(self._last_states(context, given))
+                    for i, row in zip(live, logits, strict=True):
+                        token = sampling.choose(row, generators[i])
+                        step[i] = None if token in stop_ids else token
+                if not step:
+                    return
+                yield step
+                ended.update(i for i in live if step[i] is None)
+                given = [np.array([step[i] or 0]) for i in live]
+
+        return steps()
+
+    def _pieces(
+        self, prompts: list[Integers], sampling: Sampling, seen: int = SEEN_TOKENS
+    ) -> Generator[list[str], None, None]:
+        """Return a generator of pieces of text, which goes on behind what is seen of a prompt."""
+        ended: set[int] = set()
+        steps = self._steps(prompts, sampling, ended)
+        stop, prefixes = sampling.stop_strings(), [x[max(len(x) - seen, 0) :] for x in prompts]
+        texts = [StoppedText(TextStream(self._tokenizer, x.tolist()), stop) for x in prefixes]
+
+        def pieces() -> Generator[list[str], None, None]:
+            for step in steps:
+                found = [""] * len(texts)
+                for i, token in step.items():
+                    found[i] = texts[i].add(token)
+                    if texts[i].stopped:
+                        ended.add(i)
+                if any(found):
+                    yield found
+
+        return pieces()
+
+    def _encoded(self, name: str, text: str, *, special: bool = True) -> list[int]:
+        """Return the tokens of a text, with or without those that the tokenizer adds."""
+        ids: list[int] = self._tokenizer.encode(
+            _checked(name, text), add_special_tokens=special
+        ).ids
+        return ids
+
+    def _prompt(self, name: str, text: str) -> Integers:
+        """Return the tokens of a prompt."""
+        return self._fitting(name, self._encoded(name, text))
+
+    def _fitting(self, name: str, ids: Sequence[int] | Integers) -> Integers:
+        """Return tokens, which must be some and fit into the context."""
+        if not len(ids):
+            raise ValueError(f"{name} must be at least 1 token, got 0")
+        if len(ids) > self.max_position_embeddings:
+            rule = f"at most {self.max_position_embeddings} tokens, the model's context"
+            raise ValueError(f"{name} must be {rule}, got {len(ids)}")
+        return np.asarray(ids, np.int64)
+
+    def _tokens(self, name: str, ids: ArrayLike) -> Integers:
+        """Return tokens that a user gives, which must be of the vocabulary."""
+        array = np.asarray(ids)
+        if array.ndim != 1:
+            raise ValueError(f"{name} must have one axis, got {name}.shape={array.shape}")
+        if array.size and array.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be integers, not {array.dtype}")
+        tokens, last = self._fitting(name, array), self.config.vocab_size - 1
+        for wrong in array[(array < 0) | (array > last)][:1]:
+            raise ValueError(f"{name} must be within 0..{last}, the vocabulary, got {wrong}")
+        return tokens
+
+
+def _batches(given: Sequence[Integers]) -> Iterator[list[tuple[int, Integers]]]:
+    """Yield parts of sequences, in order, at most READ_TOKENS together; no two of one sequence."""
+    batch: list[tuple[int, Integers]] = []
+    tokens = 0
+    for i, ids in enumerate(given):
+        for begin in range(0, len(ids), READ_TOKENS):
+            part = ids[begin : begin + READ_TOKENS]
+            if tokens + len(part) > READ_TOKENS:
+                yield batch
+                batch, tokens = [], 0
+            batch.append((i, part))
+            tokens += len(part)
+    if batch:
+        yield batch

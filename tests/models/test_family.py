@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What families share: whatever a config.json says is computed with, or refused."""
+
+import itertools
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from fastattn.models import bert, gpt2, llama
+from fastattn.models._context import Context
+
+HEADS = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
+HEADS |= dict(intermediate_size=8, max_position_embeddings=8)
+USUAL = {
+    llama.Config: HEADS | {"model_type": "qwen2"},
+    gpt2.Config: dict(vocab_size=9, n_positions=8, n_embd=8, n_layer=2, n_head=2),
+    bert.Config: HEADS | {"type_vocab_size": 2},
+}
+HOSTILE = [
+    None,
+    True,
+    0,
+    -1,
+    1,
+    3,
+    2**31 - 1,
+    2**63,
+    10**400,
+    1.5,
+    1e308,
+    float("nan"),
+    "",
+    "x\ud800",
+]
+HOSTILE += [[], {}, [{}], [[]] * 2, ["full_attention"] * 2, {"rope_type": "linear", "factor": 1e9}]
+HOSTILE += [
+    {"rope_type": {}},
+    {"rope_theta": 10**400},
+    {"full_attention": {}},
+    {"type": "x" * 10**5},
+]
+
+
+@pytest.mark.parametrize("config", USUAL, ids=lambda x: x.__module__)
+def test_any_value_of_any_key_is_taken_or_refused(config):
+    refusals = []
+    for key, value in itertools.product(config.__dataclass_fields__, HOSTILE):
+        try:
+            config.read(USUAL[config] | {key: value})
+        except ValueError as error:
+            refusals.append(str(error))
+    assert max(map(len, refusals)) < 500
+    assert len(refusals) < len(config.__dataclass_fields__) * len(HOSTILE)
+
+
+def test_null_is_as_good_as_nothing():
+    config = llama.Config.read(USUAL[llama.Config] | {"rms_norm_eps": None, "head_dim": None})
+    assert (config.rms_norm_eps, config.head_size) == (1e-6, 4)
+    assert llama.Config.read(USUAL[llama.Config] | {"sliding_window": None}).sliding_window is None
+
+
+def test_a_context_numbers_positions_and_keeps_values_of_another_size():
+    context = Context(3, 1, 1, 4, value_head_dim=2)
+    context.feed([2, 0, 3])
+    assert_array_equal(context.positions, [0, 1, 0, 1, 2])
+    x = np.zeros((5, 1, 4), np.float32)
+    value = np.arange(10, dtype=np.float32).reshape(5, 1, 2)
+    means = [[0, 1], [1, 2], [4, 5], [5, 6], [6, 7]]  # of what each sees: all keys are alike
+    assert_array_equal(context.attend(0, np.repeat(x, 3, 1), x, value), np.tile(means, 3))
+    context.keep({2, 1})
+    assert_array_equal(context.lengths, [0, 3])
+    context.feed([1, 1])
+    assert_array_equal(context.positions, [0, 3])
+    assert_array_equal(context.attend(0, x[:2], x[:2], value[:2]), [[0, 1], [5, 6]])

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nn.linear` is the product by its formula, whatever the weight is stored as and is beside it."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fastattn import nn
+from fastattn.models._quantised import BLOCKS, Quantised
+from tests.support.correctness import assert_same_bits
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+STORAGES = (*DTYPES, *BLOCKS)
+# Rows, in and out around the kernel's tiles: few rows and many, of one step and of two parts.
+SHAPES = [
+    *((1, 32, 1), (1, 64, 9), (2, 96, 7), (3, 320, 33), (4, 64, 50), (5, 64, 50), (7, 32, 3)),
+    *((8, 1536, 25), (9, 768, 24), (17, 800, 31), (65, 3072, 70), (300, 128, 200)),
+]
+every_storage = pytest.mark.parametrize("storage", STORAGES)
+rng = np.random.default_rng(0)
+
+
+def weight_of(storage, rows, columns):
+    """Return a random weight as it is stored, and its numbers."""
+    if storage in DTYPES:
+        weight = rng.standard_normal((rows, columns)).astype(DTYPES[storage])
+        return weight, weight.astype(np.float32)
+    blocks = np.zeros((rows, columns // 32), BLOCKS[storage])
+    for field in blocks.dtype.names:
+        numbers = blocks[field]
+        if field == "quants":
+            random = rng.integers(0, 256, numbers.shape).astype(np.uint8)
+            blocks[field] = random.view(numbers.dtype)
+        else:
+            blocks[field] = rng.standard_normal(numbers.shape) / 8
+    weight = Quantised(storage, blocks)
+    return weight, weight.dequantised()
+
+
+def given(rows, columns, out):
+    """Return x and a bias."""
+    x = rng.standard_normal((rows, columns)).astype(np.float32)
+    return x, rng.standard_normal(out).astype(np.float32)
+
+
+def assert_right(out, x, numbers, bias=0.0):
+    """Assert that each number of a product is within its rounding."""
+    exact = x.astype(np.float64) @ numbers.T.astype(np.float64) + bias
+    sizes = np.abs(x).astype(np.float64) @ np.abs(numbers).T.astype(np.float64) + np.abs(bias)
+    assert out.dtype == np.float32
+    assert out.shape == exact.shape
+    # The lanes' sums have an eighth as many terms, or less; the generic kernel has 4 lanes.
+    assert (np.abs(out - exact) <= 2**-23 * (x.shape[1] / 8 + 8) * sizes).all()
+
+
+@every_storage
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product(isa, storage, shape):
+    rows, columns, out = shape
+    x, bias = given(rows, columns, out)
+    weight, numbers = weight_of(storage, out, columns)
+    assert_right(nn.linear(x, weight, bias), x, numbers, bias)
+    assert_right(nn.linear(x, weight), x, numbers)
+
+
+@pytest.mark.parametrize("storage", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_any_number_of_columns(isa, storage, rows):
+    for columns in (0, *range(1, 70), 767, 769, 1537):
+        x, bias = given(rows, columns, 5)
+        weight, numbers = weight_of(storage, 5, columns)
+        assert_right(nn.linear(x, weight, bias), x, numbers, bias)
+
+
+@every_storage
+@pytest.mark.parametrize("columns", [64, 1600])
+def test_other_rows_threads_and_storage_change_no_bit(isa, threads, storage, columns):
+    x, bias = given(130, columns, 100)
+    weight, numbers = weight_of(storage, 100, columns)
+    threads(1)
+    out = nn.linear(x, weight, bias)
+    assert_same_bits(nn.linear(x, numbers, bias), out)
+    for count in (1, 2, 3):
+        threads(count)
+        assert_same_bits(nn.linear(x, weight, bias), out)
+        for rows in (slice(7, 8), slice(3, 6), slice(120, 125), slice(1, 90)):
+            assert_same_bits(nn.linear(x[rows], weight, bias), out[rows])
+    some = Quantised(storage, weight.blocks[30:37]) if storage in BLOCKS else weight[30:37]
+    assert_same_bits(nn.linear(x, some, bias[30:37]), out[:, 30:37])
+
+
+def test_arrays_of_any_layout(isa):
+    x, bias = given(6, 40, 9)
+    weight, _ = weight_of("float32", 9, 40)
+    expected = nn.linear(x, weight, bias)
+    for same in (np.asfortranarray(x), np.repeat(x, 2, 0)[::2], x.astype(">f4")):
+        assert_same_bits(nn.linear(same, weight, bias), expected)
+    unaligned = np.frombuffer(b"x" + weight.tobytes(), np.float32, offset=1).reshape(9, 40)
+    repeated, backwards = np.repeat(weight, 3, 0)[::3], weight[::-1].copy()[::-1]
+    for same in (np.asfortranarray(weight), unaligned, repeated, backwards):
+        assert_same_bits(nn.linear(x, same, bias), expected)
+    assert_same_bits(nn.linear(x, weight, np.repeat(bias, 2)[::2]), expected)
+
+
+def test_special_numbers_stay_in_their_row_and_column(isa):
+    for rows in (3, 9):
+        x, _ = given(rows, 100, 7)
+        weight, _ = weight_of("float32", 7, 100)
+        x[0, 99], weight[2, 0] = np.nan, np.inf
+        out = nn.linear(x, weight)
+        assert np.isnan(out[0]).all()
+        assert not np.isfinite(out[:, 2]).any()
+        assert np.isfinite(np.delete(out[1:], 2, axis=1)).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3), (4, 8, 0), (0, 0, 0)], ids=str)
+def test_empty(shape):
+    rows, columns, out = shape
+    x, bias = given(*shape)
+    assert nn.linear(x, np.ones((out, columns), np.float32), bias).shape == (rows, out)
+    assert_same_bits(
+        nn.linear(x[:, :0], np.ones((out, 0), np.float32), bias), bias + x[:, :0].sum(1)[:, None]
+    )
+
+
+X, WEIGHT, BIAS = np.ones((2, 32), np.float32), np.ones((3, 32), np.float32), np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            (X.astype(np.float64), WEIGHT),
+            TypeError,
+            "x must be an array of float32, not float64",
+        ),
+        (
+            (X, WEIGHT.astype(np.int8)),
+            TypeError,
+            "weight must be an array of float32, float16 or bfloat16, not int8",
+        ),
+        (
+            (X[0], WEIGHT),
+            ValueError,
+            "x and weight must have shapes (total, in) and (out, in), "
+            "got x.shape=(32,), weight.shape=(3, 32)",
+        ),
+        (
+            (X, WEIGHT[:, 1:]),
+            ValueError,
+            "x and weight must have shapes (total, in) and (out, in), "
+            "got x.shape=(2, 32), weight.shape=(3, 31)",
+        ),
+        (
+            (X, WEIGHT, BIAS[1:]),
+            ValueError,
+            "bias must have shape (out,), got bias.shape=(2,), weight.shape=(3, 32)",
+        ),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error) as raised:
+        nn.linear(*arguments)
+    assert str(raised.value) == message

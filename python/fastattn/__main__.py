@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `fastattn` or `python -m fastattn`.
 
-Calls `info`, `_selftest.py` or the benchmark in `bench/`, which declares its own options.
+Calls `info`, `_selftest.py`, the benchmark in `bench/` or the models' commands in
+`models/_command.py`, which declare their own options.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 
 import fastattn
 from fastattn import _selftest, bench
+from fastattn.models import _command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,11 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("info", help="describe this installation and this machine")
     commands.add_parser("selftest", help="check every kernel that this CPU can run, in a minute")
     bench.add_arguments(commands.add_parser("bench", help="measure it beside other libraries"))
+    _command.add_commands(commands)
     options = parser.parse_args(arguments)
     if options.command == "info":
         print(fastattn.info())  # noqa: T201
         return 0
-    return _selftest.main() if options.command == "selftest" else bench.main(options)
+    if options.command == "selftest":
+        return _selftest.main()
+    return bench.main(options) if options.command == "bench" else _command.main(options)
 
 
 if __name__ == "__main__":

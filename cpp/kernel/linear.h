@@ -264,13 +264,15 @@ void pack(const char* from, int64_t stride, int64_t rows, int64_t in_features, f
 [[gnu::always_inline]] inline void add_packed(const float* x, const float* weight, int64_t features,
                                               Vec<float> (&sum)[kLinearRows * kLinearColumns]) {
     constexpr int lanes = Vec<float>::lanes, rows = kLinearRows, columns = kLinearColumns;
-    for (int64_t k = 0; k < features; k += lanes, x += rows * lanes, weight += columns * lanes) {
+    const float* const end = weight + features * columns;
+    for (; weight < end; x += rows * lanes, weight += columns * lanes) {
         Vec<float> w[columns];
 #pragma GCC unroll 4
         for (int c = 0; c < columns; ++c) w[c] = Vec<float>::load(weight + c * lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            const auto xs = Vec<float>::load(x + r * lanes);
+            auto xs = Vec<float>::load(x + r * lanes);
+            isa::hold(xs.v);
 #pragma GCC unroll 4
             for (int c = 0; c < columns; ++c) {
                 sum[c * rows + r] = fma(xs, w[c], sum[c * rows + r]);

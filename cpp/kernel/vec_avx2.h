@@ -26,6 +26,8 @@ inline __m256d max(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
 inline __m256 min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
 inline __m256d min(__m256d a, __m256d b) { return _mm256_min_pd(a, b); }
 
+inline void hold(__m256&) {}
+
 // 2^-150 (float) and 2^-1075 (double) round to 0 already.
 inline __m256 split(__m256 x, __m256& n) {
     x = max(_mm256_set1_ps(-150), x);

@@ -27,6 +27,9 @@ inline __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 inline __m512 min(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
 inline __m512d min(__m512d a, __m512d b) { return _mm512_min_pd(a, b); }
 
+// Keeps the compiler from reading x from memory again for each use.
+inline void hold(__m512& x) { asm("" : "+v"(x)); }
+
 // scalef takes any n, and reduce gives 0 at -inf.
 inline __m512 split(__m512 x, __m512& n) {
     n = _mm512_roundscale_ps(x, 8);

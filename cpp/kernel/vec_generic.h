@@ -27,6 +27,9 @@ typedef int64_t Int64 __attribute__((vector_size(kVectorBytes)));
 inline Float fma(Float a, Float b, Float c) { return a * b + c; }
 inline Double fma(Double a, Double b, Double c) { return a * b + c; }
 
+// Keeps the compiler from reading x from memory again for each use, where that would be slower.
+inline void hold(Float&) {}
+
 // The larger (smaller) one; the second where either is NaN.
 inline Float max(Float a, Float b) { return a > b ? a : b; }
 inline Double max(Double a, Double b) { return a > b ? a : b; }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What families share: whatever a config.json says is computed with, or refused."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,6 +10,8 @@ from numpy.testing import assert_array_equal
 
 from fastattn.models import bert, gpt2, llama
 from fastattn.models._context import Context
+from fastattn.models._family import RotaryConfig
+from fastattn.models._load import FAMILIES
 
 HEADS = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
 HEADS |= dict(intermediate_size=8, max_position_embeddings=8)
@@ -42,6 +45,10 @@ HOSTILE += [
 ]
 
 
+def test_every_family_is_here():
+    assert {config for _, config in FAMILIES.values()} == USUAL.keys()
+
+
 @pytest.mark.parametrize("config", USUAL, ids=lambda x: x.__module__)
 def test_any_value_of_any_key_is_taken_or_refused(config):
     refusals = []
@@ -52,6 +59,20 @@ def test_any_value_of_any_key_is_taken_or_refused(config):
             refusals.append(str(error))
     assert max(map(len, refusals)) < 500
     assert len(refusals) < len(config.__dataclass_fields__) * len(HOSTILE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Partial(RotaryConfig):
+    turns_part = True
+
+
+def test_a_part_of_the_columns_is_turned_in_pairs():
+    config = Partial.read({"partial_rotary_factor": 0.5})
+    assert config.rotary_dim(8) == 4
+    assert len(config.frequencies(8)) == 2
+    for part in (0.4, 1.5):
+        with pytest.raises(ValueError, match=rf"must be even, from 2 to 8, got 8 \* {part}"):
+            Partial.read({"partial_rotary_factor": part}).rotary_dim(8)
 
 
 def test_null_is_as_good_as_nothing():

@@ -103,7 +103,11 @@ def test_older_files_say_rotary_positions_in_other_keys():
             {"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}},
             "rope_parameters.high_freq_factor must be above low_freq_factor, 1.0, got 1.0",
         ),
-        ({"partial_rotary_factor": 1.5}, r"must be even, from 2 to 8, got 8 \* 1.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor must be 1, got 0.5",
+        ),
         ({"layer_types": ["full_attention"]}, "for each of num_hidden_layers, 3, got .*"),
         ({"layer_types": ["full_attention", {}, "x"]}, "layer_types must be 'full_attention' .*"),
     ],

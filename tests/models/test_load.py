@@ -17,6 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from fastattn import models
 from fastattn.models import bert, llama
 from fastattn.models._checkpoint import from_folder
+from fastattn.models._load import FAMILIES
 from tests.support.gguf import file_of
 from tests.support.gguf_models import EMBEDDINGS, bytes_metadata, small
 from tests.support.safetensors import checkpoint
@@ -205,7 +206,7 @@ WRONG = [
     (
         "config",
         LLAMA | {"model_type": "t5"},
-        "model_type must be one of bert, gpt2, llama, mistral, qwen2, qwen3, got 't5'",
+        f"model_type must be one of {', '.join(FAMILIES)}, got 't5'",
     ),
     ("generation_config", {"eos_token_id": [1, True]}, f"{STOPS} [1, True]"),
     (

@@ -43,7 +43,8 @@ class BaseConfig:
     """What config.json says of a model, under its keys.
 
     A family lists those that it computes with, the types of their values, and what they are where
-    the file does not say. Its `__post_init__` refuses what it does not compute.
+    the file does not say. Types are those of `KINDS`, or one of them ``| None``; the elements of a
+    list are for the family to check. Its `__post_init__` refuses what it does not compute.
     """
 
     @classmethod
@@ -101,8 +102,12 @@ ROTARY = {  # the numbers that each type of rotary positions needs
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryConfig(BaseConfig):
-    """The configuration of a model with rotary positions, in the keys of all transformers."""
+    """The configuration of a model with rotary positions, in the keys of all transformers.
 
+    A family whose positions turn a part of a head's columns sets `turns_part`.
+    """
+
+    turns_part = False
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0  # of a head's columns, those that are turned
     rope_scaling: dict[str, Any] | None = None  # the rest, in older files
@@ -120,6 +125,8 @@ class RotaryConfig(BaseConfig):
         needed = ("rope_theta", "partial_rotary_factor", *ROTARY[kind])
         for key in needed:
             check(f"{place}.{key}", stated.get(key), float)
+        if not self.turns_part and (part := stated["partial_rotary_factor"]) != 1:
+            raise ValueError(f"partial_rotary_factor must be 1, got {part}")
         if unknown := sorted(stated.keys() - {*needed, "rope_type", "type"}):
             raise ValueError(f"{place}.{unknown[0][:100]} is not supported for rope_type {kind!r}")
         if kind == "llama3" and (found := stated["high_freq_factor"]) <= stated["low_freq_factor"]:
@@ -203,7 +210,10 @@ class Model(ABC, Generic[C]):
 
 
 class DecoderModel(Model[C]):
-    """A model that reads tokens and says of each which one may follow."""
+    """A model that reads tokens and says of each which one may follow.
+
+    Its configuration has `vocab_size` and `max_position_embeddings`, as keys or as properties.
+    """
 
     @abstractmethod
     def context(self, sequences: int) -> Context:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastattn.models._encoder import _checked
+from fastattn._arguments import unicode_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -77,7 +77,7 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         for key in ("role", "content"):
             if key not in message:
                 raise ValueError(f"messages[{i}] must have the key {key!r}, and has not")
-            _checked(f"messages[{i}][{key!r}]", message[key])
+            unicode_text(f"messages[{i}][{key!r}]", message[key])
 
 
 def _environment() -> Environment:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn import nn
+from fastattn._arguments import unicode_text
 from fastattn.models._chat import checked_messages, render
 from fastattn.models._context import Context
-from fastattn.models._encoder import _checked
 from fastattn.models._sampling import Options, Sampling, takes
 from fastattn.models._streaming import StoppedText, TextStream
 from fastattn.nn import Floats, Integers
@@ -349,7 +349,7 @@ class Decoder:
     def _encoded(self, name: str, text: str, *, special: bool = True) -> list[int]:
         """Return the tokens of a text, with or without those that the tokenizer adds."""
         ids: list[int] = self._tokenizer.encode(
-            _checked(name, text), add_special_tokens=special
+            unicode_text(name, text), add_special_tokens=special
         ).ids
         return ids
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastattn._arguments import unicode_text
 from fastattn.models._progress import progress_line
 from fastattn.models.bert import BertModel
 from fastattn.nn import Floats, linear
@@ -86,7 +87,7 @@ class Encoder:
         TypeError, ValueError
             The text is no str, or holds half of a surrogate pair.
         """
-        return self._tokenize([_checked("text", text)])[0]
+        return self._tokenize([unicode_text("text", text)])[0]
 
     def encode(
         self,
@@ -120,7 +121,7 @@ class Encoder:
         if isinstance(texts, str):
             raise TypeError("texts must be a sequence of str, got a str: give [text]")
         prompt = self._prompt(self._default_prompt if prompt_name is None else prompt_name)
-        given = [prompt + _checked(f"texts[{i}]", text) for i, text in enumerate(texts)]
+        given = [prompt + unicode_text(f"texts[{i}]", text) for i, text in enumerate(texts)]
         tokens = self._tokenize(given)
         lengths = [len(x) for x in tokens]
         out = np.zeros((len(tokens), self._model.config.hidden_size), np.float32)
@@ -165,14 +166,3 @@ def _batches(lengths: list[int]) -> Iterator[list[int]]:
         tokens += lengths[i]
     if batch:
         yield batch
-
-
-def _checked(name: str, text: str) -> str:
-    """Return a text, which must be Unicode."""
-    if not isinstance(text, str):
-        raise TypeError(f"{name} must be a str, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} must be Unicode, got {text[error.start]!r}") from None
-    return text

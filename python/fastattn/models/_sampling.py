@@ -12,8 +12,7 @@ from typing import Any, TypedDict, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn._arguments import finite_number, whole_number
-from fastattn.models._encoder import _checked
+from fastattn._arguments import finite_number, unicode_text, whole_number
 from fastattn.nn import Floats
 
 BLOCK = 256  # weights that are summed before one of them is looked for
@@ -65,7 +64,7 @@ class Sampling:
         if not isinstance(self.stop, Sequence):
             kind = type(self.stop).__name__
             raise TypeError(f"stop must be a str or a sequence of them, not {kind}")
-        if "" in [_checked("stop", x) for x in self.stop_strings()]:
+        if "" in [unicode_text("stop", x) for x in self.stop_strings()]:
             raise ValueError("stop must be strings of at least one character, got ''")
         stop_ids = () if self.stop_ids is None else self.stop_ids
         if not isinstance(stop_ids, Collection):

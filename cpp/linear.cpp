@@ -18,6 +18,7 @@ constexpr int64_t kColumns = 24;            // an item's rows of the weight: a m
 constexpr int64_t kRows = 64;               // an item's rows of x, at least, if they are cut
 constexpr int64_t kBlockBytes = 512 << 10;  // of weights as float, which stay near
 constexpr int64_t kItemsPerThread = 4;
+constexpr double kItemFlops = 2e9;  // at most, if rows can be cut: between two looks at Ctrl-C
 constexpr double kFlops = 5e10, kBytes = 1e10;  // a second, of one thread; roughly
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -37,9 +38,13 @@ bool linear(const LinearArgs& args, Interrupt interrupt) {
     const int64_t columns =
         ceil_div(std::clamp<int64_t>(even, 1, std::max<int64_t>(most, 1)), kColumns) * kColumns;
     const int64_t column_blocks = ceil_div(args.out_features, columns);
-    const int64_t cuts =
-        std::clamp<int64_t>(wanted / column_blocks, 1, std::max<int64_t>(args.rows / kRows, 1));
-    const int64_t rows = ceil_div(ceil_div(args.rows, cuts), 8) * 8;
+    const double row_flops = 2 * double(args.in_features) * double(columns);
+    const double most_rows = std::min(kItemFlops / std::max(row_flops, 1.0), double(args.rows));
+    const int64_t share = ceil_div(args.rows, std::max<int64_t>(wanted / column_blocks, 1));
+    const int64_t rows =
+        ceil_div(std::clamp<int64_t>(share, kRows, std::max<int64_t>(kRows, int64_t(most_rows))),
+                 8) *
+        8;
     const int64_t items = column_blocks * ceil_div(args.rows, rows);
     const int threads = team_size(items, seconds);
 

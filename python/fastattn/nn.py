@@ -21,9 +21,27 @@ from fastattn._attention import varlen_attention
 if TYPE_CHECKING:
     from fastattn.models._quantised import Quantised
 
+__all__ = [
+    "embedding",
+    "feed_forward",
+    "gated_feed_forward",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "log_softmax",
+    "multi_head_attention",
+    "rms_norm",
+    "rotary",
+    "rotary_tables",
+    "softmax",
+    "swiglu",
+]
+
 Floats: TypeAlias = NDArray[np.float32]
 Integers: TypeAlias = NDArray[np.int64]
-Weight: TypeAlias = "NDArray[Any] | Quantised"  # float32, float16, bfloat16, or small integers
+WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
+Weight: TypeAlias = "NDArray[Any] | Quantised"  # of one of these dtypes, or small integers
 
 
 def linear(x: Floats, weight: Weight, bias: Floats | None = None) -> Floats:
@@ -42,12 +60,7 @@ def linear(x: Floats, weight: Weight, bias: Floats | None = None) -> Floats:
     ndarray of shape (total, out)
     """
     x = _floats("x", x)
-    if isinstance(weight, np.ndarray):
-        stored, kind = weight, name_of(weight.dtype)
-        if kind not in ("float32", "float16", "bfloat16"):
-            stored = of_dtypes("weight", weight, ("float32", "float16", "bfloat16"))
-    else:
-        stored, kind = weight.blocks, weight.kind
+    weight, stored, kind = _stored(weight)
     if x.ndim != 2 or len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
         got = f"x.shape={x.shape}, weight.shape={weight.shape}"
         raise ValueError(f"x and weight must have shapes (total, in) and (out, in), got {got}")
@@ -73,7 +86,11 @@ def embedding(ids: Integers, weight: Weight) -> Floats:
     -------
     ndarray of shape (total, dim)
     """
-    ids, rows = _integers("ids", ids), weight.shape[0]
+    ids = _integers("ids", ids)
+    weight, _, _ = _stored(weight)
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must have shape (vocabulary, dim), got {weight.shape}")
+    rows = weight.shape[0]
     if ids.size and not 0 <= (least := ids.min()) <= (most := ids.max()) < rows:
         raise ValueError(f"ids must be within 0..{rows - 1}, got {least if least < 0 else most}")
     found = weight[ids] if isinstance(weight, np.ndarray) else weight.rows(ids)
@@ -281,6 +298,9 @@ def gated_feed_forward(
     gate: Weight,
     up: Weight,
     down: Weight,
+    gate_bias: Floats | None = None,
+    up_bias: Floats | None = None,
+    down_bias: Floats | None = None,
     activation: Callable[[Floats, Floats], Floats] = swiglu,
 ) -> Floats:
     """Return two projections up, of which one gates the other, and a projection down.
@@ -290,13 +310,15 @@ def gated_feed_forward(
     x : array of shape (total, dim)
     gate, up, down : weight of shape (inner, dim), (inner, dim), (dim, inner)
         As `linear` takes it.
+    gate_bias, up_bias, down_bias : array of shape (inner,), (inner,), (dim,), optional
     activation : function of two arrays, which returns one of their shape
 
     Returns
     -------
     ndarray of shape (total, dim)
     """
-    return linear(activation(linear(x, gate), linear(x, up)), down)
+    gated = activation(linear(x, gate, gate_bias), linear(x, up, up_bias))
+    return linear(gated, down, down_bias)
 
 
 def multi_head_attention(
@@ -320,6 +342,19 @@ def multi_head_attention(
     q, k, v = (x.reshape(len(x), heads, -1) for x in (query, key, value))
     out: Floats = varlen_attention(q, k, v, cu_seqlens, cu_seqlens)
     return out.reshape(len(query), -1)
+
+
+def _stored(weight: Any) -> tuple[Weight, NDArray[Any], str]:
+    """Return the weight, what is in memory of it, and as which type."""
+    if type(weight) is not np.ndarray:
+        if isinstance(blocks := getattr(weight, "blocks", None), np.ndarray):
+            return weight, blocks, weight.kind
+        weight = of_dtypes("weight", weight, WEIGHT_DTYPES)
+    if not weight.dtype.isnative:
+        weight = weight.astype(weight.dtype.newbyteorder("="))
+    if (kind := name_of(weight.dtype)) not in WEIGHT_DTYPES:
+        of_dtypes("weight", weight, WEIGHT_DTYPES)
+    return weight, weight, kind
 
 
 def _floats(name: str, x: Any) -> Floats:

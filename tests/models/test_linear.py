@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nn.linear` is the product by its formula, whatever the weight is stored as and is beside it."""
 
+import signal
+import time
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -162,3 +165,30 @@ def test_errors(arguments, error, message):
     with pytest.raises(error) as raised:
         nn.linear(*arguments)
     assert str(raised.value) == message
+
+
+def test_weights_of_any_kind_of_array():
+    x, bias = given(3, 32, 5)
+    weight, _ = weight_of("float32", 5, 32)
+    expected = nn.linear(x, weight, bias)
+    assert_same_bits(nn.linear(x, weight.astype(">f4"), bias), expected)
+    with pytest.raises(TypeError, match="weight must be an array of float32, .*, not float64"):
+        nn.linear(x, weight.tolist(), bias)
+
+
+def test_a_signal_ends_a_long_product():
+    x, weight = np.ones((40_000, 1024), np.float32), np.ones((2048, 1024), np.float32)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            [nn.linear(x, weight) for _ in range(100)]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 5

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Generic, Self, TypeVar
@@ -194,7 +194,30 @@ class Model(ABC, Generic[C]):
 
     def linear(self, name: str, x: Floats) -> Floats:
         """Return x times the weight of that name, plus its bias, if there is one."""
-        return nn.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        return nn.linear(x, *self._layers(name))
+
+    def feed_forward(
+        self, names: Sequence[str], x: Floats, activation: Callable[[Floats], Floats]
+    ) -> Floats:
+        """Return x after a feed-forward network, whose layers up and down have these names."""
+        up, up_bias, down, down_bias = self._layers(*names)
+        return nn.feed_forward(x, up, down, up_bias, down_bias, activation)
+
+    def gated_feed_forward(
+        self,
+        names: Sequence[str],
+        x: Floats,
+        activation: Callable[[Floats, Floats], Floats] = nn.swiglu,
+    ) -> Floats:
+        """Return x after a feed-forward network with the layers gate, up and down."""
+        gate, gate_bias, up, up_bias, down, down_bias = self._layers(*names)
+        biases = gate_bias, up_bias, down_bias
+        return nn.gated_feed_forward(x, gate, up, down, *biases, activation)
+
+    def _layers(self, *names: str) -> list[Any]:
+        """Return the weight of each linear layer, and behind it its bias, or None."""
+        get, weights = self.weights.get, self.weights
+        return [x for name in names for x in (weights[f"{name}.weight"], get(f"{name}.bias"))]
 
     def embedding(self, name: str, ids: Integers) -> Floats:
         """Return the rows of the table of that name."""

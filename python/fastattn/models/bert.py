@@ -77,8 +77,9 @@ class BertModel(Model[Config]):
         for i in range(self.config.num_hidden_layers):
             layer = f"encoder.layer.{i}"
             x = self.attention(f"{layer}.attention", x, cu_seqlens)
-            inner = gelu(self.linear(f"{layer}.intermediate.dense", x))
-            x = self.add_and_norm(f"{layer}.output", inner, x)
+            network = f"{layer}.intermediate.dense", f"{layer}.output.dense"
+            inner = self.feed_forward(network, x, gelu)
+            x = self.norm(f"{layer}.output.LayerNorm", x + inner)
         return x
 
     def embeddings(self, ids: Integers, cu_seqlens: Integers) -> Floats:
@@ -93,13 +94,7 @@ class BertModel(Model[Config]):
         """Return x after a layer's attention."""
         q, k, v = (self.linear(f"{name}.self.{part}", x) for part in ("query", "key", "value"))
         seen = multi_head_attention(q, k, v, self.config.num_attention_heads, cu_seqlens)
-        return self.add_and_norm(f"{name}.output", seen, x)
-
-    def add_and_norm(self, name: str, x: Floats, before: Floats) -> Floats:
-        """Return the norm of a projection of x, plus what was there before."""
-        x = self.linear(f"{name}.dense", x)
-        x += before
-        return self.norm(f"{name}.LayerNorm", x)
+        return self.norm(f"{name}.output.LayerNorm", x + self.linear(f"{name}.output.dense", seen))
 
     def norm(self, name: str, x: Floats) -> Floats:
         """Return x, normalised by the weights of that name."""

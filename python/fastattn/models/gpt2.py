@@ -8,6 +8,7 @@ to. Positions are learnt, and added to the words.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastattn.models._context import Context
 from fastattn.models._family import BaseConfig, DecoderModel, Shapes, of_layers, parameters
 from fastattn.nn import Floats, Integers, gelu
 
+GELU_NEW = partial(gelu, approximate="tanh")
 TRANSPOSED = (  # layers whose weights the checkpoint stores as (in, out)
     *("attn.c_attn.weight", "attn.c_proj.weight"),
     *("mlp.c_fc.weight", "mlp.c_proj.weight"),
@@ -94,8 +96,8 @@ class GPT2Model(DecoderModel[Config]):
         x += self.embedding("wpe", context.positions)
         for i in range(self.config.n_layer):
             x += self.attention(i, self.norm(f"h.{i}.ln_1", x), context)
-            inner = self.linear(f"h.{i}.mlp.c_fc", self.norm(f"h.{i}.ln_2", x))
-            x += self.linear(f"h.{i}.mlp.c_proj", gelu(inner, "tanh"))
+            network = f"h.{i}.mlp.c_fc", f"h.{i}.mlp.c_proj"
+            x += self.feed_forward(network, self.norm(f"h.{i}.ln_2", x), GELU_NEW)
         return self.norm("ln_f", x)
 
     def head(self, states: Floats) -> Floats:

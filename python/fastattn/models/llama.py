@@ -14,7 +14,9 @@ from typing import Any
 
 from fastattn.models._context import Context
 from fastattn.models._family import DecoderModel, RotaryConfig, Shapes, of_layers, parameters
-from fastattn.nn import Floats, Integers, rotary, rotary_tables, swiglu
+from fastattn.nn import Floats, Integers, rotary, rotary_tables
+
+GATED = "gate", "up", "down"  # the layers of the feed-forward network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ class LlamaModel(DecoderModel[Config]):
         norms |= {f"self_attn.{x}_norm": (head,) for x in "qk" if qwen3}
         read = {f"self_attn.{x}_proj": (n, hidden) for x, n in (("q", q), ("k", kv), ("v", kv))}
         out = {"self_attn.o_proj": (hidden, q)}
-        gated = {f"mlp.{x}_proj": (inner, hidden) for x in ("gate", "up")}
+        gated = {f"mlp.{x}_proj": (inner, hidden) for x in GATED[:2]}
         layer = parameters(norms, bias=False)
         layer |= parameters(read, bias=config.attention_bias or qwen2)
         layer |= parameters(out, bias=config.attention_bias and not qwen2)
@@ -120,8 +122,7 @@ class LlamaModel(DecoderModel[Config]):
             layer = f"model.layers.{i}"
             x += self.attention(i, self.norm(f"{layer}.input_layernorm", x), turns, context)
             normed = self.norm(f"{layer}.post_attention_layernorm", x)
-            gate, up = (self.linear(f"{layer}.mlp.{part}_proj", normed) for part in ("gate", "up"))
-            x += self.linear(f"{layer}.mlp.down_proj", swiglu(gate, up))
+            x += self.gated_feed_forward([f"{layer}.mlp.{part}_proj" for part in GATED], normed)
         return self.norm("model.norm", x)
 
     def head(self, states: Floats) -> Floats:

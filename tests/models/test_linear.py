@@ -172,7 +172,7 @@ def test_weights_of_any_kind_of_array():
     weight, _ = weight_of("float32", 5, 32)
     expected = nn.linear(x, weight, bias)
     assert_same_bits(nn.linear(x, weight.astype(">f4"), bias), expected)
-    with pytest.raises(TypeError, match="weight must be an array of float32, .*, not float64"):
+    with pytest.raises(TypeError, match=r"weight must be an array of float32, .*, not float64"):
         nn.linear(x, weight.tolist(), bias)
 
 

@@ -5,9 +5,10 @@
     pip install .
     python examples/generate.py
 
-The weights are random, so that the words mean nothing. The loop is that of a real model: it reads
-the prompt at once, then one new word a step. In the end a second model of the same weights reads
-the whole text at once, and finds the same probabilities.
+The weights are random, so that the words mean nothing; trained_decoder.py beside it, and
+docs/models.md, have trained ones. The loop is that of a real model: it reads the prompt at once,
+then one new word a step. In the end a second model of the same weights reads the whole text at
+once, and finds the same probabilities.
 """
 
 import numpy as np

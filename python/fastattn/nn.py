@@ -9,7 +9,7 @@ by a bit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from fastattn import _core
 from fastattn._arguments import FLOAT32, as_array, finite_number, name_of, of_dtypes
 from fastattn._attention import varlen_attention
-
-if TYPE_CHECKING:
-    from fastattn.models._quantised import Quantised
+from fastattn._quantised import Quantised
 
 __all__ = [
+    "Quantised",
     "embedding",
     "feed_forward",
     "gated_feed_forward",
@@ -41,7 +40,7 @@ __all__ = [
 Floats: TypeAlias = NDArray[np.float32]
 Integers: TypeAlias = NDArray[np.int64]
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
-Weight: TypeAlias = "NDArray[Any] | Quantised"  # of one of these dtypes, or small integers
+Weight: TypeAlias = NDArray[Any] | Quantised  # of one of these dtypes, or small integers
 
 
 def linear(x: Floats, weight: Weight, bias: Floats | None = None) -> Floats:
@@ -347,8 +346,8 @@ def multi_head_attention(
 def _stored(weight: Any) -> tuple[Weight, NDArray[Any], str]:
     """Return the weight, what is in memory of it, and as which type."""
     if type(weight) is not np.ndarray:
-        if isinstance(blocks := getattr(weight, "blocks", None), np.ndarray):
-            return weight, blocks, weight.kind
+        if isinstance(weight, Quantised):
+            return weight, weight.blocks, weight.kind
         weight = of_dtypes("weight", weight, WEIGHT_DTYPES)
     if not weight.dtype.isnative:
         weight = weight.astype(weight.dtype.newbyteorder("="))

@@ -8,6 +8,6 @@
 `command.py` runs the cases in child processes, so that a crash is a failure with a name. A kind of
 case is a module: `draw(rng)` returns a spec, which is plain JSON, and `check(spec)` raises if what
 it asks for comes out wrong. `problem.py` makes arrays of a spec, `definition.py` says what is right
-and `compare.py` how near is near enough. It needs NumPy and fastattn; ml_dtypes for bfloat16, and
-PyTorch for the kind that is named so.
+and `compare.py` how near is near enough. It needs NumPy and fastattn; ml_dtypes for bfloat16,
+tokenizers and jinja2 for checkpoints, and PyTorch for the kind that is named so.
 """

@@ -7,7 +7,7 @@ if one dies or hangs, that is a failure with a name, and the next child goes on 
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,6 +22,7 @@ from pathlib import Path
 KINDS = (
     *("attention", "backward", "varlen", "cache", "paged", "merge", "invalid"),
     *("gguf", "safetensors"),
+    *("checkpoint" for x in ["tokenizers"] if importlib.util.find_spec(x)),
 )
 OPTIONAL = ("torch",)
 MODULES = {"torch": "torch_gradients"}

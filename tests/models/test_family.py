@@ -94,3 +94,10 @@ def test_a_context_numbers_positions_and_keeps_values_of_another_size():
     context.feed([1, 1])
     assert_array_equal(context.positions, [0, 3])
     assert_array_equal(context.attend(0, x[:2], x[:2], value[:2]), [[0, 1], [5, 6]])
+
+
+def test_all_layers_of_qwen2_may_slide():
+    stated = USUAL[llama.Config] | {"use_sliding_window": True, "sliding_window": 3}
+    for first, windows in [(0, [3, 3]), (1, [None, 3])]:
+        config = llama.Config.read(stated | {"max_window_layers": first})
+        assert [config.window(i) for i in range(2)] == windows

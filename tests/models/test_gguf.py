@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastattn._quantised import Quantised
 from fastattn.models._gguf import read
-from fastattn.models._quantised import Quantised
 from tests.support.gguf import ARRAY, BOOL, F32, STRING, U8, U32, U64, gguf, key, tensor
 
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
@@ -146,7 +146,9 @@ def test_plain_tensors(written, alignment):
 
 def test_bfloat16_without_ml_dtypes(written, monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    with pytest.raises(ImportError, match=r"m\.gguf: tensor 'w': BF16 needs ml_dtypes$"):
+    with pytest.raises(
+        ImportError, match=r"m\.gguf: tensor 'w': it needs the package ml_dtypes: pip install"
+    ):
         written(gguf([], [tensor("w", "BF16", (4,))], bytes(8)))
 
 

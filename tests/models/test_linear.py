@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastattn import nn
-from fastattn.models._quantised import BLOCKS, Quantised
+from fastattn._quantised import BLOCKS, Quantised
 from tests.support.correctness import assert_same_bits
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

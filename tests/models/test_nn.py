@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fastattn import nn
-from fastattn.models._quantised import BLOCKS, Quantised
+from fastattn._quantised import BLOCKS, Quantised
 from tests.support.correctness import assert_same_bits
 
 SIZES = (1, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 576, 1000)

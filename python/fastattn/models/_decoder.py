@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, overload
 
@@ -11,18 +10,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn import nn
-from fastattn._arguments import unicode_text
+from fastattn._arguments import as_array, unicode_text
 from fastattn.models._chat import checked_messages, render
-from fastattn.models._context import Context
+from fastattn.models._generation import READ_TOKENS, Generation
 from fastattn.models._sampling import Options, Sampling, takes
-from fastattn.models._streaming import StoppedText, TextStream
+from fastattn.models._streaming import StoppedText, TextStream, pieces_of
+from fastattn.models._tokens import encoded
 from fastattn.nn import Floats, Integers
 
 if TYPE_CHECKING:
     from fastattn.models._checkpoint import Checkpoint
     from fastattn.models._family import DecoderModel
 
-READ_TOKENS = 512  # that the model is given at once
 SCORE_ROWS = 128  # whose logits are there at once when a text is scored
 SEEN_TOKENS = 16  # of a prompt, which decide how its text goes on
 
@@ -88,6 +87,28 @@ class Decoder:
         """
         return self._encoded("text", text)
 
+    def detokenize(self, ids: ArrayLike) -> str:
+        """Return the text of tokens, in which special ones are spelt out.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            Tokens, any number of them.
+
+        Returns
+        -------
+        str
+            What of a character is not whole is U+FFFD.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ids are no tokens of the vocabulary.
+        """
+        tokens = self._tokens("ids", ids).tolist()
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return text
+
     def logits(self, ids: ArrayLike) -> Floats:
         """Return of each token the logits of the one that follows it.
 
@@ -105,7 +126,7 @@ class Decoder:
         TypeError, ValueError
             ids are no such tokens.
         """
-        tokens = self._tokens("ids", ids)
+        tokens = self._fitting("ids", self._tokens("ids", ids))
         out = np.empty((len(tokens), self.config.vocab_size), np.float32)
         for begin, states in self._states(tokens):
             out[begin : begin + len(states)] = self._model.head(states)
@@ -129,10 +150,9 @@ class Decoder:
         int
             A token that ends the text is not yielded.
         """
-        if "stop" in options:
-            raise TypeError("generate_ids() takes no stop, which is of texts: give stop_ids")
-        steps = self._steps([self._tokens("ids", ids)], Sampling(**options), set())
-        return (token for step in steps if (token := step[0]) is not None)
+        tokens = self._fitting("ids", self._tokens("ids", ids))
+        steps = self._generation([tokens], Sampling(**options))
+        return (token for step in steps for token in step.values())
 
     @overload
     def generate(  # type: ignore[overload-overlap] # a str is a sequence of str as well
@@ -258,7 +278,8 @@ class Decoder:
                 rows = nn.log_softmax(self._model.head(states[begin : begin + SCORE_ROWS]))
                 place = slice(first + begin, first + begin + len(rows))
                 found[place] = rows[np.arange(len(rows)), tokens[1:][place]]
-        return Score(ids, found, float(np.exp(-found.mean(dtype=np.float64))))
+        with np.errstate(over="ignore"):  # of a text that cannot be: infinite
+            return Score(ids, found, float(np.exp(-found.mean(dtype=np.float64))))
 
     def _states(self, tokens: Integers) -> Iterator[tuple[int, Floats]]:
         """Yield the last hidden states of READ_TOKENS tokens, and where they begin, until all."""
@@ -266,92 +287,30 @@ class Decoder:
         for begin in range(0, len(tokens), READ_TOKENS):
             part = tokens[begin : begin + READ_TOKENS]
             context.feed([len(part)])
-            yield begin, self._model(part, context)
+            states = self._model(part, context)
+            if not np.isfinite(states).all():
+                raise ValueError("hidden states must be finite: weights are not, or are too large")
+            yield begin, states
 
-    def _last_states(self, context: Context, given: Sequence[Integers]) -> Floats:
-        """Let the model read tokens of each sequence; return the last hidden state of each.
-
-        A sequence is cut where it is cut alone, since that changes the last bits.
-        """
-        found: list[Any] = [None] * len(given)
-        for batch in _batches(given):
-            counts = [0] * len(given)
-            for i, part in batch:
-                counts[i] = len(part)
-            context.feed(counts)
-            states = self._model(np.concatenate([part for _, part in batch]), context)
-            end = 0
-            for i, part in batch:
-                end += len(part)
-                found[i] = states[end - 1]
-        return np.stack(found)
-
-    def _steps(
-        self, prompts: list[Integers], sampling: Sampling, ended: set[int]
-    ) -> Generator[dict[int, int | None], None, None]:
-        """Return a generator of the next token of each prompt that goes on; None is its end.
-
-        Whoever takes them puts those prompts into `ended` that are to end.
-        """
-        generators = sampling.generators(len(prompts))
-        stop_ids = frozenset(self.stop_ids if sampling.stop_ids is None else sampling.stop_ids)
-        # The last token is never read.
+    def _generation(self, prompts: list[Integers], sampling: Sampling) -> Generation:
+        """Return how the model goes on with prompts."""
         limits = [self.max_position_embeddings - len(x) + 1 for x in prompts]
         if (most := sampling.max_new_tokens) is not None:
             limits = [min(most, x) for x in limits]
-
-        def steps() -> Generator[dict[int, int | None], None, None]:
-            live, given = list(range(len(prompts))), prompts
-            context = self._model.context(len(prompts))
-            for count in itertools.count():
-                # `live` names the context's sequences. Those that have their number of tokens end.
-                step: dict[int, int | None] = {
-                    i: None for i in live if count == limits[i] and i not in ended
-                }
-                kept = [place for place, i in enumerate(live) if i not in step and i not in ended]
-                if len(kept) < len(live):
-                    context.keep(kept)
-                    live, given = [live[x] for x in kept], [given[x] for x in kept]
-                if live:
-                    logits = self._model.head(self._last_states(context, given))
-                    for i, row in zip(live, logits, strict=True):
-                        token = sampling.choose(row, generators[i])
-                        step[i] = None if token in stop_ids else token
-                if not step:
-                    return
-                yield step
-                ended.update(i for i in live if step[i] is None)
-                given = [np.array([step[i] or 0]) for i in live]
-
-        return steps()
+        stop_ids = self.stop_ids if sampling.stop_ids is None else sampling.stop_ids
+        return Generation(self._model, prompts, limits, stop_ids, sampling)
 
     def _pieces(
         self, prompts: list[Integers], sampling: Sampling, seen: int = SEEN_TOKENS
     ) -> Generator[list[str], None, None]:
         """Return a generator of pieces of text, which goes on behind what is seen of a prompt."""
-        ended: set[int] = set()
-        steps = self._steps(prompts, sampling, ended)
-        stop, prefixes = sampling.stop_strings(), [x[max(len(x) - seen, 0) :] for x in prompts]
-        texts = [StoppedText(TextStream(self._tokenizer, x.tolist()), stop) for x in prefixes]
-
-        def pieces() -> Generator[list[str], None, None]:
-            for step in steps:
-                found = [""] * len(texts)
-                for i, token in step.items():
-                    found[i] = texts[i].add(token)
-                    if texts[i].stopped:
-                        ended.add(i)
-                if any(found):
-                    yield found
-
-        return pieces()
+        prefixes = [x[max(len(x) - seen, 0) :].tolist() for x in prompts]
+        texts = [StoppedText(TextStream(self._tokenizer, x), sampling.stop) for x in prefixes]
+        return pieces_of(self._generation(prompts, sampling), texts)
 
     def _encoded(self, name: str, text: str, *, special: bool = True) -> list[int]:
         """Return the tokens of a text, with or without those that the tokenizer adds."""
-        ids: list[int] = self._tokenizer.encode(
-            unicode_text(name, text), add_special_tokens=special
-        ).ids
-        return ids
+        return encoded(self._tokenizer, [unicode_text(name, text)], special=special)[0]
 
     def _prompt(self, name: str, text: str) -> Integers:
         """Return the tokens of a prompt."""
@@ -368,28 +327,12 @@ class Decoder:
 
     def _tokens(self, name: str, ids: ArrayLike) -> Integers:
         """Return tokens that a user gives, which must be of the vocabulary."""
-        array = np.asarray(ids)
+        array = as_array(name, ids, "integers")
         if array.ndim != 1:
             raise ValueError(f"{name} must have one axis, got {name}.shape={array.shape}")
         if array.size and array.dtype.kind not in "iu":
             raise TypeError(f"{name} must be integers, not {array.dtype}")
-        tokens, last = self._fitting(name, array), self.config.vocab_size - 1
+        last = self.config.vocab_size - 1
         for wrong in array[(array < 0) | (array > last)][:1]:
             raise ValueError(f"{name} must be within 0..{last}, the vocabulary, got {wrong}")
-        return tokens
-
-
-def _batches(given: Sequence[Integers]) -> Iterator[list[tuple[int, Integers]]]:
-    """Yield parts of sequences, in order, at most READ_TOKENS together; no two of one sequence."""
-    batch: list[tuple[int, Integers]] = []
-    tokens = 0
-    for i, ids in enumerate(given):
-        for begin in range(0, len(ids), READ_TOKENS):
-            part = ids[begin : begin + READ_TOKENS]
-            if tokens + len(part) > READ_TOKENS:
-                yield batch
-                batch, tokens = [], 0
-            batch.append((i, part))
-            tokens += len(part)
-    if batch:
-        yield batch
+        return array.astype(np.int64)

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fastattn._arguments import unicode_text
+from fastattn.models._family import EncoderModel
 from fastattn.models._progress import progress_line
-from fastattn.models.bert import BertModel
+from fastattn.models._tokens import encoded
 from fastattn.nn import Floats, linear
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+CHUNK_CHARACTERS = 2**19  # that become tokens at once: within half a second
+TEXT_CHARACTERS = 100  # what a text costs beside its own characters
 BATCH_TOKENS = 4096  # that the model is given at once
 POOLINGS: dict[str, Callable[[Floats], Floats]] = {  # of a text's hidden states
     "mean": lambda x: x.mean(axis=0),
@@ -53,7 +56,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: BertModel,
+        model: EncoderModel[Any],
         tokenizer: Tokenizer,
         *,
         max_seq_length: int,
@@ -65,8 +68,10 @@ class Encoder:
         default_prompt: str | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._dense = dense
-        self._pool, self._normalize, self._lower_case = POOLINGS[pooling], normalize, lower_case
+        self._dense, self._width = dense, model.config.hidden_size
+        if dense:
+            self._width = dense[-1].weights["linear.weight"].shape[0]
+        self._pooling, self._normalize, self._lower_case = pooling, normalize, lower_case
         self.max_seq_length, self.prompts = max_seq_length, dict(prompts or {})
         self._default_prompt = default_prompt
 
@@ -85,7 +90,7 @@ class Encoder:
         Raises
         ------
         TypeError, ValueError
-            The text is no str, or holds half of a surrogate pair.
+            The text is no str, or holds half of a surrogate pair; the tokenizer fails.
         """
         return self._tokenize([unicode_text("text", text)])[0]
 
@@ -98,7 +103,9 @@ class Encoder:
     ) -> Floats:
         """Return the embeddings of texts.
 
-        The texts are packed, never padded, and each has the embedding that it has alone.
+        The texts are packed, never padded, and each has the embedding that it has alone. Memory
+        beside the texts and the result stays bounded, but for a long text: all of it becomes tokens
+        before it is cut, in a second and 100 MB for each million characters.
 
         Parameters
         ----------
@@ -116,53 +123,64 @@ class Encoder:
         Raises
         ------
         TypeError, ValueError
-            A text is no str, or holds half of a surrogate pair; the prompt is unknown.
+            A text is no str, or holds half of a surrogate pair; the prompt is unknown; the
+            tokenizer fails; weights are not finite.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts must be a sequence of str, got a str: give [text]")
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            found = "a str: give [text]" if isinstance(texts, str) else type(texts).__name__
+            raise TypeError(f"texts must be a sequence of str, got {found}")
         prompt = self._prompt(self._default_prompt if prompt_name is None else prompt_name)
-        given = [prompt + unicode_text(f"texts[{i}]", text) for i, text in enumerate(texts)]
-        tokens = self._tokenize(given)
-        lengths = [len(x) for x in tokens]
-        out = np.zeros((len(tokens), self._model.config.hidden_size), np.float32)
-        with progress_line(f"{len(tokens)} texts", sum(lengths), progress) as advance:
-            for batch in _batches(lengths):
-                starts = np.cumsum([0, *(lengths[i] for i in batch)], dtype=np.int64)
-                states = self._model(np.concatenate([tokens[i] for i in batch]), starts)
-                for i, (begin, end) in zip(batch, pairwise(starts), strict=True):
-                    out[i] = self._pool(states[begin:end])
-                advance(len(states))
-        for project in self._dense:
-            out = project(out)
-        if self._normalize:
-            norms = np.sqrt(np.square(out).sum(axis=-1, keepdims=True))
-            out /= np.maximum(norms, np.float32(1e-12))
+        texts = [unicode_text(f"texts[{i}]", text) for i, text in enumerate(texts)]
+        sizes = [TEXT_CHARACTERS + len(prompt) + len(x) for x in texts]
+        out = np.empty((len(texts), self._width), np.float32)
+        with progress_line(f"{len(texts)} texts", sum(sizes), progress) as advance:
+            for chunk in _batches(sizes, CHUNK_CHARACTERS):
+                tokens = self._tokenize([prompt + texts[i] for i in chunk])
+                pooled = np.zeros((len(chunk), self._model.config.hidden_size), np.float32)
+                for batch in _batches([len(x) for x in tokens], BATCH_TOKENS):
+                    starts = np.cumsum([0, *(len(tokens[i]) for i in batch)], dtype=np.int64)
+                    states = self._model(np.concatenate([tokens[i] for i in batch]), starts)
+                    for i, (begin, end) in zip(batch, pairwise(starts), strict=True):
+                        pooled[i] = POOLINGS[self._pooling](states[begin:end])
+                    advance(sum(sizes[chunk[i]] for i in batch))
+                out[chunk] = self._projected(pooled)
         return out
+
+    def _projected(self, x: Floats) -> Floats:
+        """Return what follows the pooling: projections, and a length of 1."""
+        if not np.isfinite(x).all():
+            raise ValueError("embeddings must be finite: weights are not, or are too large")
+        for project in self._dense:
+            x = project(x)
+        if self._normalize:
+            norms = np.sqrt(np.square(x).sum(axis=-1, keepdims=True))
+            x /= np.maximum(norms, np.float32(1e-12))
+        return x
 
     def _prompt(self, name: str | None) -> str:
         """Return the prompt of that name."""
-        if name is not None and name not in self.prompts:
+        if name is not None and name not in list(self.prompts):
             raise ValueError(f"prompt_name must be one of {list(self.prompts)}, got {name!r}")
         return "" if name is None else self.prompts[name]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text's tokens."""
         texts = [x.lower() for x in texts] if self._lower_case else texts
-        return [x.ids for x in self._tokenizer.encode_batch_fast(texts)]  # without places in texts
+        return encoded(self._tokenizer, texts)
 
 
-def _batches(lengths: list[int]) -> Iterator[list[int]]:
-    """Yield the indices of texts, longest first, in batches of at most BATCH_TOKENS or one text.
+def _batches(sizes: list[int], most: int) -> Iterator[list[int]]:
+    """Yield the indices of texts, largest first, in batches of at most that size, or one text.
 
-    A text without a token is in none.
+    A text of size 0 is in none.
     """
     batch: list[int] = []
-    tokens = 0
-    for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i]):
-        if batch and tokens + lengths[i] > BATCH_TOKENS:
+    whole = 0
+    for i in sorted((i for i, n in enumerate(sizes) if n), key=lambda i: -sizes[i]):
+        if batch and whole + sizes[i] > most:
             yield batch
-            batch, tokens = [], 0
+            batch, whole = [], 0
         batch.append(i)
-        tokens += lengths[i]
+        whole += sizes[i]
     if batch:
         yield batch

@@ -19,23 +19,11 @@ import numpy as np
 
 from fastattn import nn
 from fastattn.models._context import Context
-from fastattn.models._file import shown
+from fastattn.models._file import KINDS, check, shown
 from fastattn.nn import Floats, Integers
 
 MOST_LAYERS = 1000  # so that a wrong file does not fill the memory with names
 Shapes = dict[str, tuple[int, ...]]
-KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {  # of a key's value: the rule, and its check
-    int: ("an integer from 1 to 2**31 - 1", lambda x: type(x) is int and 0 < x < 2**31),
-    float: (
-        "a number from 1e-30 to 1e30",
-        lambda x: type(x) in (int, float) and 1e-30 <= x <= 1e30,
-    ),
-    bool: ("true or false", lambda x: type(x) is bool),
-    str: ("a string", lambda x: type(x) is str),
-    dict: ("an object", lambda x: type(x) is dict),
-    list: ("a list", lambda x: type(x) is list),
-    NoneType: ("null", lambda x: x is None),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +239,14 @@ class DecoderModel(Model[C]):
         """Return the logits of the token that follows each state, (rows, vocabulary)."""
 
 
+class EncoderModel(Model[C]):
+    """A model that reads whole texts. Its configuration has `hidden_size`."""
+
+    @abstractmethod
+    def __call__(self, ids: Integers, cu_seqlens: Integers) -> Floats:
+        """Return the last hidden states of packed texts, of shape (tokens, hidden_size)."""
+
+
 def parameters(weights: Mapping[str, tuple[int, ...]], *, bias: bool = True) -> Shapes:
     """Return the shapes of linear layers and norms: of the weight, and of the bias if they have."""
     found = {f"{name}.weight": shape for name, shape in weights.items()}
@@ -262,19 +258,10 @@ def of_layers(prefix: str, count: int, shapes: Shapes) -> Shapes:
     return {f"{prefix}.{i}.{name}": x for i in range(count) for name, x in shapes.items()}
 
 
-def check(key: str, found: Any, *kinds: Any) -> None:
-    """Refuse a key's value that is of none of these kinds."""
-    if not any(KINDS[kind][1](found) for kind in kinds):
-        rule = " or ".join(KINDS[kind][0] for kind in kinds)
-        raise ValueError(f"{key} must be {rule}, got {shown.repr(found)}")
-
-
 def _kinds(config: type[BaseConfig]) -> dict[str, tuple[Any, ...]]:
     """Return which of `KINDS` each key's value may be."""
-    hints = typing.get_type_hints(config)
-    return {
-        key: tuple(typing.get_origin(x) or x for x in typing.get_args(hint))
-        if isinstance(hint, UnionType)
-        else (typing.get_origin(hint) or hint,)
-        for key, hint in hints.items()
-    }
+    found = {}
+    for key, hint in typing.get_type_hints(config, include_extras=True).items():
+        hints = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        found[key] = tuple(x if x in KINDS else typing.get_origin(x) for x in hints)
+    return found

@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from fastattn._quantised import Quantised
 from fastattn.models import _gguf
 from fastattn.models._checkpoint import Checkpoint
-from fastattn.models._file import File, Tensor, shown, within
-from fastattn.models._gguf_tokenizer import special_id, tokenizer_of, value
-from fastattn.models._quantised import Quantised
+from fastattn.models._file import File, Natural, Tensor, one_of, shown, value, within
+from fastattn.models._gguf_tokenizer import special_id, tokenizer_of
 
+ARCHITECTURE = "general.architecture"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INSIDE = {  # of a layer
     "attn_norm": "input_layernorm",
@@ -48,10 +49,7 @@ def from_gguf(path: Path) -> Checkpoint:
     """Return the checkpoint of a GGUF file, or of all parts of one."""
     metadata, tensors = _read(path)
     with within(path):
-        kind = value(metadata, "general.architecture", str)
-        if kind not in ARCHITECTURES:
-            rule = f"one of {', '.join(ARCHITECTURES)}"
-            raise ValueError(f"key 'general.architecture' must be {rule}, got {shown.repr(kind)}")
+        kind = one_of(ARCHITECTURE, value(metadata, ARCHITECTURE, str), ARCHITECTURES)
         if (words := tensors.get("token_embd.weight")) is None:
             raise ValueError("tensors are missing: token_embd.weight")
         if len(words.shape) != 2:
@@ -65,10 +63,12 @@ def from_gguf(path: Path) -> Checkpoint:
     named = {"bos_token": ids["bos"], "eos_token": ids["eos"], "unk_token": ids["unknown"]}
     return Checkpoint(
         path,
+        path,
         config,
         _renamed(kind, config, tensors),
         tokenizer,
         None,
+        "right",
         template,
         {name: tokens[i] for name, i in named.items() if i is not None},
         frozenset(i for x in ("eos", "eot", "eom") if (i := ids[x]) is not None),
@@ -80,7 +80,7 @@ def _read(path: Path) -> File:
     paths = [path]
     if (part := PART.fullmatch(path.name)) and int(part[3]):
         count = range(1, int(part[3]) + 1)
-        paths = [path.with_name(f"{part[1]}-{i:05}-of-{part[3]}.gguf") for i in count]
+        paths = [path.with_name(f"{part[1]}-{i:05}-of-{part[3]}{part[4]}") for i in count]
     tensors: dict[str, Tensor] = {}
     for x in paths:
         if not x.is_file():
@@ -92,8 +92,8 @@ def _read(path: Path) -> File:
         if x == paths[0]:
             metadata = found.metadata
             with within(x):
-                if (said := value(metadata, "split.count", int, 1) or 1) != len(paths):
-                    rule = f"key 'split.count' must be {len(paths)} by the file's name"
+                if (said := value(metadata, "split.count", Natural, 1) or 1) != len(paths):
+                    rule = f"split.count must be {len(paths)} by the file's name"
                     raise ValueError(f"{rule}, got {said}")
     return File(metadata, tensors)
 
@@ -103,18 +103,16 @@ def _config(
 ) -> dict[str, Any]:
     """Return the keys and values that config.json would have."""
 
-    def get(key: str, of: type, *default: Any) -> Any:
+    def get(key: str, of: Any, *default: Any) -> Any:
         return value(metadata, f"{kind}.{key}", of, *default)
 
-    if experts := get("expert_count", int, 0):
-        raise ValueError(f"key '{kind}.expert_count' must be 0, got {experts}")
+    if experts := get("expert_count", Natural, 0):
+        raise ValueError(f"{kind}.expert_count must be 0, got {experts}")
     hidden, heads = get("embedding_length", int), get("attention.head_count", int)
-    if not heads:
-        raise ValueError(f"key '{kind}.attention.head_count' must be at least 1, got 0")
     head = get("attention.key_length", int, hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (found := get(key, int, head)) != head:
-            raise ValueError(f"key '{kind}.{key}' must be a head's columns, {head}, got {found}")
+            raise ValueError(f"{kind}.{key} must be a head's columns, {head}, got {found}")
     base = get("rope.freq_base", float, 10000.0)
     return {
         "model_type": kind,
@@ -143,13 +141,11 @@ def _scaling(
 ) -> dict[str, Any]:
     """Return how the frequencies of rotary positions are scaled, in the keys of config.json."""
     key = f"{kind}.rope.scaling"
-    form = value(metadata, f"{key}.type", str, "none")
-    if form not in ("none", "linear"):
-        raise ValueError(f"key '{key}.type' must be one of none, linear, got {shown.repr(form)}")
+    form = one_of(f"{key}.type", metadata.get(f"{key}.type", "none"), ("none", "linear"))
     if (factors := tensors.get(FREQUENCIES)) is not None:
         if form != "none":
             raise ValueError(
-                f"key '{key}.type' must be 'none' beside {FREQUENCIES}, got {shown.repr(form)}"
+                f"{key}.type must be 'none' beside {FREQUENCIES}, got {shown.repr(form)}"
             )
         return _of_llama3(factors, base, head)
     if form == "none":

@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.models._file import File, Tensor, shown
-from fastattn.models._quantised import BLOCK, BLOCKS, Quantised
+from fastattn._quantised import BLOCK, BLOCKS, Quantised
+from fastattn.models._file import File, Tensor, needed, shown, within
 
 VERSION = 3
 ALIGNMENT = "general.alignment"
@@ -59,7 +59,7 @@ def read(path: str | os.PathLike[str]) -> File:
     ------
     ValueError
         The file is damaged, or has tensors that are not F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
-    ImportError
+    ModuleNotFoundError
         A tensor is BF16, and ml_dtypes is not installed.
     """
     with Path(path).open("rb") as file:
@@ -207,9 +207,6 @@ class _Parser:
         if dtype.names:
             return Quantised(kind, array), size
         if kind == "BF16":
-            try:
-                import ml_dtypes
-            except ImportError:
-                raise ImportError(f"{self.path}: {self.place}: BF16 needs ml_dtypes") from None
-            array = array.view(ml_dtypes.bfloat16)
+            with within(f"{self.path}: {self.place}"):
+                array = array.view(needed("ml_dtypes").bfloat16)
         return array, size

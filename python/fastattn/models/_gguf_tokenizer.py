@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.models._checkpoint import add_ends, import_tokenizers
-from fastattn.models._file import shown
+from fastattn.models._file import Natural, is_unicode, needed, one_of, shown, value
+from fastattn.models._tokens import add_ends
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,10 +25,6 @@ KEY, MODEL = "tokenizer.ggml", "tokenizer.ggml.model"
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # types of tokens
 USUAL_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # of SentencePiece
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what stands for a space in its tokens
-RULES: dict[type, str] = {
-    **{int: "an integer >= 0", float: "a number", bool: "true or false"},
-    **{str: "a string in UTF-8", list: "an array of strings in UTF-8"},
-}
 MOST_LETTERS, MOST_MERGES = 256, 4_000_000  # of a token, and of all: wrong files are soon refused
 KINDS = {"integers": "iu", "floats": "f"}  # of arrays, as NumPy names them
 
@@ -61,13 +57,11 @@ WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")  # Merges
 
 def tokenizer_of(metadata: Mapping[str, Any], vocabulary: int) -> Tokenizer:
     """Return the tokenizer of a file, whose embeddings have so many rows."""
-    kind = value(metadata, MODEL, str)
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(f"key {MODEL!r} must be one of gpt2, llama, got {shown.repr(kind)}")
+    kind = one_of(MODEL, value(metadata, MODEL, str), ("gpt2", "llama"))
     tokens = _tokens(metadata, vocabulary)
     tokenizer, begins = (_of_bytes if kind == "gpt2" else _of_pieces)(metadata, tokens)
     types = _numbers(metadata, "token_type", len(tokens), "integers")
-    added = import_tokenizers().AddedToken
+    added = needed("tokenizers").AddedToken
     for special, wanted in ((True, (CONTROL, UNKNOWN)), (False, (USER_DEFINED,))):
         whole = np.flatnonzero(np.isin(types, wanted)).tolist()
         tokenizer.add_tokens([added(tokens[i], normalized=False, special=special) for i in whole])
@@ -80,26 +74,13 @@ def tokenizer_of(metadata: Mapping[str, Any], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def value(metadata: Mapping[str, Any], key: str, kind: type, *default: Any) -> Any:
-    """Return a key's value, which must be of a kind; the default where there is no such key."""
-    if key not in metadata:
-        if default:
-            return default[0]
-        raise ValueError(f"key {key!r} must be there, and is not")
-    x = metadata[key]
-    right = type(x) is kind or (kind is float and type(x) is int)
-    if not right or (kind is int and x < 0) or (kind is str and not _is_unicode(x)):
-        raise ValueError(f"key {key!r} must be {RULES[kind]}, got {shown.repr(x)}")
-    return x
-
-
 def special_id(metadata: Mapping[str, Any], name: str) -> int | None:
     """Return the id of the token of a name, as bos, if the file has one."""
     key = f"{KEY}.{name}_token_id"
     usual = USUAL_IDS.get(name) if metadata[MODEL] == "llama" else None
-    found: int | None = value(metadata, key, int, usual)
+    found: int | None = value(metadata, key, Natural, usual)
     if found is not None and found >= (count := len(metadata[f"{KEY}.tokens"])):
-        raise ValueError(f"key {key!r} must be below {count}, as there are tokens, got {found}")
+        raise ValueError(f"{key} must be below {count}, as there are tokens, got {found}")
     return found
 
 
@@ -108,21 +89,18 @@ def _tokens(metadata: Mapping[str, Any], vocabulary: int) -> list[str]:
     tokens = _strings(metadata, "tokens")
     if not 0 < len(tokens) <= vocabulary:
         rule = f"1 to {vocabulary} strings, as there are embeddings"
-        raise ValueError(f"key '{KEY}.tokens' must be {rule}, got {len(tokens)}")
+        raise ValueError(f"{KEY}.tokens must be {rule}, got {len(tokens)}")
     if len(set(tokens)) < len(tokens):
         twice = Counter(tokens).most_common(1)[0][0]
         rule = "must be distinct strings, got"
-        raise ValueError(f"key '{KEY}.tokens' {rule} {shown.repr(twice)} more than once")
+        raise ValueError(f"{KEY}.tokens {rule} {shown.repr(twice)} more than once")
     return tokens
 
 
 def _of_bytes(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Tokenizer, bool]:
     """Return a tokenizer that merges bytes, which are letters in the file; whether it adds bos."""
-    tokenizers = import_tokenizers()
-    rule = value(metadata, f"{KEY}.pre", str, "default")
-    if rule not in WORDS:
-        said = f"one of {', '.join(WORDS)}, got {shown.repr(rule)}"
-        raise ValueError(f"key '{KEY}.pre' must be {said}")
+    tokenizers = needed("tokenizers")
+    rule = one_of(f"{KEY}.pre", metadata.get(f"{KEY}.pre", "default"), WORDS)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(x.split(" ")) for x in _strings(metadata, "merges")]
     try:
@@ -132,8 +110,8 @@ def _of_bytes(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Tokenizer
             if len(x) != 2 or not {*x, x[0] + x[1]} <= vocabulary.keys():
                 said = "must be pairs of tokens, with a space between, that make a token"
                 found = shown.repr(" ".join(x))
-                raise ValueError(f"key '{KEY}.merges' {said}, got {found}") from None
-        raise ValueError(f"key '{KEY}.merges' is refused: {error}") from error
+                raise ValueError(f"{KEY}.merges {said}, got {found}") from None
+        raise ValueError(f"{KEY}.merges is refused: {error}") from error
     tokenizer = tokenizers.Tokenizer(model)
     pre_tokenizers = tokenizers.pre_tokenizers
     cuts = [pre_tokenizers.Split(tokenizers.Regex(x), "isolated") for x in WORDS[rule]]
@@ -148,10 +126,10 @@ def _of_pieces(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Tokenize
 
     The file has no merges: two pieces merge if that makes a token, that of the highest score first.
     """
-    tokenizers = import_tokenizers()
+    tokenizers = needed("tokenizers")
     if (longest := max(map(len, tokens))) > MOST_LETTERS:
         rule = f"strings of at most {MOST_LETTERS} characters"
-        raise ValueError(f"key '{KEY}.tokens' must be {rule}, got {longest}")
+        raise ValueError(f"{KEY}.tokens must be {rule}, got {longest}")
     scores = _numbers(metadata, "scores", len(tokens), "floats")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     best = np.argsort(-scores, kind="stable").tolist()
@@ -160,7 +138,7 @@ def _of_pieces(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Tokenize
     pairs = (x for x in halves if x[0] in vocabulary and x[1] in vocabulary)
     merges = list(itertools.islice(pairs, MOST_MERGES + 1))
     if len(merges) > MOST_MERGES:
-        raise ValueError(f"key '{KEY}.tokens' must merge in at most {MOST_MERGES} ways, and do not")
+        raise ValueError(f"{KEY}.tokens must merge in at most {MOST_MERGES} ways, and do not")
     unknown = special_id(metadata, "unknown")
     model = tokenizers.models.BPE(
         *(vocabulary, merges),
@@ -188,9 +166,9 @@ def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
     try:
         "".join(found).encode()
     except (TypeError, UnicodeEncodeError):
-        at = next(i for i, x in enumerate(found) if not isinstance(x, str) or not _is_unicode(x))
-        said = f"{RULES[list]}, got {shown.repr(found[at])} at {at}"
-        raise ValueError(f"key {key!r} must be {said}") from None
+        at = next(i for i, x in enumerate(found) if not isinstance(x, str) or not is_unicode(x))
+        said = f"a list of strings in UTF-8, got {shown.repr(found[at])} at {at}"
+        raise ValueError(f"{key} must be {said}") from None
     return found
 
 
@@ -199,16 +177,7 @@ def _numbers(metadata: Mapping[str, Any], name: str, count: int, kind: str) -> N
     key = f"{KEY}.{name}"
     found: Any = metadata.get(key, np.zeros(count, "i4" if kind == "integers" else "f4"))
     if not isinstance(found, np.ndarray) or found.dtype.kind not in KINDS[kind]:
-        raise ValueError(f"key {key!r} must be an array of {kind}, got {shown.repr(found)}")
+        raise ValueError(f"{key} must be an array of {kind}, got {shown.repr(found)}")
     if len(found) != count:
-        raise ValueError(f"key {key!r} must have {count} numbers, as tokens, got {len(found)}")
+        raise ValueError(f"{key} must have {count} numbers, as tokens, got {len(found)}")
     return found
-
-
-def _is_unicode(x: str) -> bool:
-    """Tell whether a string was UTF-8 in the file."""
-    try:
-        x.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

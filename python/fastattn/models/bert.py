@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.models._family import BaseConfig, Model, Shapes, of_layers, parameters
+from fastattn.models._family import BaseConfig, EncoderModel, Shapes, of_layers, parameters
 from fastattn.nn import Floats, Integers, gelu, multi_head_attention
 
 
@@ -42,7 +42,7 @@ class Config(BaseConfig):
         self.one_of("is_decoder", False)
 
 
-class BertModel(Model[Config]):
+class BertModel(EncoderModel[Config]):
     """The model, with its weights under the checkpoint's names."""
 
     @staticmethod

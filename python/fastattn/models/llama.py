@@ -14,6 +14,7 @@ from typing import Any
 
 from fastattn.models._context import Context
 from fastattn.models._family import DecoderModel, RotaryConfig, Shapes, of_layers, parameters
+from fastattn.models._file import Natural
 from fastattn.nn import Floats, Integers, rotary, rotary_tables
 
 GATED = "gate", "up", "down"  # the layers of the feed-forward network
@@ -39,7 +40,7 @@ class Config(RotaryConfig):
     tie_word_embeddings: bool = False
     sliding_window: int | None = 4096  # of Mistral, and where the next three keys say, Qwen
     use_sliding_window: bool = False
-    max_window_layers: int = 28
+    max_window_layers: Natural = 28
     layer_types: list[Any] | None = None
 
     def __post_init__(self) -> None:

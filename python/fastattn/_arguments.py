@@ -545,17 +545,6 @@ def boolean(name: str, x: Any) -> bool:
     return bool(x)
 
 
-def unicode_text(name: str, text: str) -> str:
-    """Return a text, which must be Unicode."""
-    if not isinstance(text, str):
-        raise TypeError(f"{name} must be a str, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} must be Unicode, got {text[error.start]!r}") from None
-    return text
-
-
 def wants_gradient(name: str, wanted: Any, of: str, array: Any) -> bool:
     """Tell whether the gradient of an option is asked for; the option must then be given."""
     if not boolean(name, wanted):

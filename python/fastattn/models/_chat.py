@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastattn._arguments import unicode_text
+from fastattn.models._tokens import unicode_text
 
 MOST_STEPS = 10_000_000  # of a template
 STEPS_EACH = 100  # and so many more for each character of the messages

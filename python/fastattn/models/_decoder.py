@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn import nn
-from fastattn._arguments import as_array, unicode_text
+from fastattn._arguments import as_array
 from fastattn.models._chat import checked_messages, render
 from fastattn.models._generation import READ_TOKENS, Generation
 from fastattn.models._sampling import Options, Sampling, takes
 from fastattn.models._streaming import StoppedText, TextStream, pieces_of
-from fastattn.models._tokens import encoded
+from fastattn.models._tokens import encoded, unicode_text
 from fastattn.nn import Floats, Integers
 
 if TYPE_CHECKING:

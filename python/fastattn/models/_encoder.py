@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arguments import unicode_text
 from fastattn.models._family import EncoderModel
 from fastattn.models._progress import progress_line
-from fastattn.models._tokens import encoded
+from fastattn.models._tokens import encoded, unicode_text
 from fastattn.nn import Floats, linear
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Any, TypedDict, TypeVar, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn._arguments import finite_number, unicode_text, whole_number
+from fastattn._arguments import finite_number, whole_number
+from fastattn.models._tokens import unicode_text
 from fastattn.nn import Floats
 
 BLOCK = 256  # weights that are summed before one of them is looked for

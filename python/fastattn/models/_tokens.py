@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+def unicode_text(name: str, text: str) -> str:
+    """Return a text, which must be Unicode."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a str, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be Unicode, got {text[error.start]!r}") from None
+    return text
+
+
 def encoded(tokenizer: Tokenizer, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
     """Return the ids of each text's tokens, with or without those that the tokenizer adds."""
     with _refused("the tokenizer must make tokens of any text, and does not"):

@@ -209,6 +209,7 @@ class Encoding:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(f"{place}/tokenizer.json")
+        tokenizer.no_padding()
         every = sentences()
         self.texts = {"sentences": every[:: len(every) // SENTENCES][:SENTENCES], "texts": []}
         for i in range(TEXTS):

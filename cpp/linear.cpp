@@ -33,7 +33,9 @@ bool linear(const LinearArgs& args, Interrupt interrupt) {
     const double seconds = std::max(2 * work * double(args.rows) / kFlops, bytes / kBytes);
     const int64_t wanted = kItemsPerThread * team_size(kMostThreads, seconds);
 
-    const int64_t most = kBlockBytes / std::max<int64_t>(args.in_features * 4, 1);
+    // Few rows leave no widened weights that should stay near.
+    const int64_t near = kBlockBytes / std::max<int64_t>(args.in_features * 4, 1);
+    const int64_t most = args.rows <= functions.few_rows ? args.out_features : near;
     const int64_t even = ceil_div(args.out_features, wanted);
     const int64_t columns =
         ceil_div(std::clamp<int64_t>(even, 1, std::max<int64_t>(most, 1)), kColumns) * kColumns;
@@ -67,12 +69,13 @@ bool linear(const LinearArgs& args, Interrupt interrupt) {
     };
     const size_t scratch_bytes = functions.scratch_bytes(block(0, nullptr));
     const Memory memory = allocate(scratch_bytes * size_t(threads));
-    return parallel_for(items, threads, interrupt, [&](int64_t item, int worker, const Stop& stop) {
+    const auto multiply = [&](int64_t item, int worker, const Stop& stop) {
         if (stop.requested(stop.context)) return;
         char* const mine = memory.get() + size_t(worker) * scratch_bytes;
         functions.multiply(block(item, mine));
         take_back(mine, scratch_bytes);
-    });
+    };
+    return parallel_for(items, threads, interrupt, multiply, true);
 }
 
 }  // namespace fastattn

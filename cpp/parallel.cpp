@@ -37,8 +37,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr auto kPatience = std::chrono::milliseconds(50);  // between two looks at Ctrl-C
 constexpr auto kSpin =
-    std::chrono::microseconds(50);                // before a thread sleeps: waking takes as long
-constexpr auto kRetry = std::chrono::seconds(1);  // after threads could not be had
+    std::chrono::microseconds(50);  // before a thread sleeps: waking takes as long
+constexpr auto kLongSpin = std::chrono::microseconds(200);  // where more calls follow
+constexpr auto kRetry = std::chrono::seconds(1);            // after threads could not be had
 #if defined(__SANITIZE_THREAD__)
 constexpr double kTeamSeconds = 0;  // small calls have a team, too: there is more to see
 #else
@@ -52,6 +53,7 @@ struct Job {
     int helpers;       // beside the caller
     int most_helpers;  // of the team, which may have more threads than the job
     const Body* body;
+    bool more = false;  // calls follow
     std::atomic<int64_t> next{0};
     std::atomic<bool> stopped{false};
     std::atomic<bool> done{false};  // the team has left
@@ -96,8 +98,8 @@ bool caller_stopped(void* context) {
 }
 
 template <class Condition>
-void spin_until(const Condition& condition) {
-    const auto end = Clock::now() + kSpin;
+void spin_until(const Condition& condition, Clock::duration most = kSpin) {
+    const auto end = Clock::now() + most;
     while (!condition() && Clock::now() < end) pause_core();
 }
 
@@ -241,11 +243,13 @@ class Owner {
 
     [[noreturn]] void serve() {
         omp_set_dynamic(0);  // libgomp must not make the team smaller
+        Clock::duration spin = kSpin;
         for (;;) {
-            spin_until([&] { return job_.load(std::memory_order_relaxed) != nullptr; });
+            spin_until([&] { return job_.load(std::memory_order_relaxed) != nullptr; }, spin);
             std::unique_lock<std::mutex> lock(mutex_);
             wake_.wait(lock, [&] { return job_ != nullptr; });
             Job& job = *job_;
+            spin = job.more ? kLongSpin : kSpin;
             job_ = nullptr;
             lock.unlock();
             resize(job);
@@ -358,7 +362,7 @@ int team_size(int64_t items, double seconds) {
     return int(std::min<int64_t>(items, get_num_threads()));
 }
 
-bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body) {
+bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body, bool more) {
     if (threads > 1 && pool_of_caller && process_id() == process_of_load) {
         const int most = get_num_threads();
         if (most > 1 && !pool_in_use.exchange(true)) {
@@ -372,7 +376,7 @@ bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& b
         std::unique_lock<std::mutex> lock(the_owner.busy(), std::try_to_lock);
         const int most = get_num_threads();
         if (lock.owns_lock() && most > 1) {
-            Job job{items, std::min(threads, most) - 1, most - 1, &body};
+            Job job{items, std::min(threads, most) - 1, most - 1, &body, more};
             if (the_owner.run(job, interrupt) || job.stopped) return !job.stopped;
         }
     }

@@ -19,9 +19,11 @@ int team_size(int64_t items, double seconds);
 
 // Runs body(item, worker, stop) for every item in [0, items), worker in [0, threads). A body looks
 // at stop now and then and returns early when it says so. False: interrupted, some items did not
-// run. The body must not throw or allocate. The caller's thread is worker 0.
+// run. The body must not throw or allocate. The caller's thread is worker 0. more: other calls
+// follow soon, as those of a model's layers do, and the team stays awake for them a little longer.
 using Body = std::function<void(int64_t item, int worker, const Stop& stop)>;
-bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body);
+bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body,
+                  bool more = false);
 
 // Whether calls of this thread run their team on it, in the pool that OpenMP keeps for it, and not
 // in a pool of their own. Right where the thread uses that pool anyway, as PyTorch's operators do:

@@ -153,6 +153,7 @@ struct LinearBlock {
 };
 
 struct LinearFunctions {
+    int64_t few_rows;                             // rows, at most, that need no scratch memory
     size_t (*scratch_bytes)(const LinearBlock&);  // looks at the sizes and the storage alone
     void (*multiply)(const LinearBlock&);
 };

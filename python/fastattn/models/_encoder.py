@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CHUNK_CHARACTERS = 2**19  # that become tokens at once: within half a second
 TEXT_CHARACTERS = 100  # what a text costs beside its own characters
-BATCH_TOKENS = 4096  # that the model is given at once
+BATCH_TOKENS = 2048  # that the model is given at once: more leave the caches
 POOLINGS: dict[str, Callable[[Floats], Floats]] = {  # of a text's hidden states
     "mean": lambda x: x.mean(axis=0),
     "cls": lambda x: x[0],

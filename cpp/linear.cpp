@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kColumns = 24;            // an item's rows of the weight: a multiple of these
 constexpr int64_t kRows = 64;               // an item's rows of x, at least, if they are cut
-constexpr int64_t kBlockBytes = 512 << 10;  // of weights as float, which stay near
+constexpr int64_t kBlockBytes = 256 << 10;  // of weights as float, which stay near
 constexpr int64_t kItemsPerThread = 4;
 constexpr double kItemFlops = 2e9;  // at most, if rows can be cut: between two looks at Ctrl-C
 constexpr double kFlops = 5e10, kBytes = 1e10;  // a second, of one thread; roughly

@@ -49,7 +49,7 @@ class TextStream:
         before, whole = self._decode(self._ids[: self._known]), self._decode(self._ids)
         # A wrong byte makes a tokenizer with bytes for tokens disown right ones before it.
         goes_on = whole.startswith(before)
-        text = whole[len(before) :] if goes_on else self._decode(self._ids[self._known :])
+        text: str = whole[len(before) :] if goes_on else self._decode(self._ids[self._known :])
         return text[self._given :]
 
     def _hold(self, count: int, open_text: str = "") -> None:

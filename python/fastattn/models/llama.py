@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Llama, the decoder: Touvron et al. 2023, https://arxiv.org/abs/2302.13971.
 
-SmolLM2 is one; Mistral, Qwen2 and Qwen3 differ in what config.json says. A layer is attention, to
-which positions turn queries and keys, and a gated feed-forward network; each is given the norm of
-what it adds its result to.
+SmolLM2 is one; Mistral, Qwen2 and Qwen3 differ in config.json. A layer is attention, to which
+positions turn queries and keys, and a gated feed-forward network; their input is normed before.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from fastattn.models._context import Context
 from fastattn.models._family import DecoderModel, RotaryConfig, Shapes, of_layers, parameters
 from fastattn.models._file import Natural
 from fastattn.nn import Floats, Integers, rotary, rotary_tables
-
-GATED = "gate", "up", "down"  # the layers of the feed-forward network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +99,7 @@ class LlamaModel(DecoderModel[Config]):
         norms |= {f"self_attn.{x}_norm": (head,) for x in "qk" if qwen3}
         read = {f"self_attn.{x}_proj": (n, hidden) for x, n in (("q", q), ("k", kv), ("v", kv))}
         out = {"self_attn.o_proj": (hidden, q)}
-        gated = {f"mlp.{x}_proj": (inner, hidden) for x in GATED[:2]}
+        gated = {f"mlp.{x}_proj": (inner, hidden) for x in ("gate", "up")}
         layer = parameters(norms, bias=False)
         layer |= parameters(read, bias=config.attention_bias or qwen2)
         layer |= parameters(out, bias=config.attention_bias and not qwen2)
@@ -123,7 +120,8 @@ class LlamaModel(DecoderModel[Config]):
             layer = f"model.layers.{i}"
             x += self.attention(i, self.norm(f"{layer}.input_layernorm", x), turns, context)
             normed = self.norm(f"{layer}.post_attention_layernorm", x)
-            x += self.gated_feed_forward([f"{layer}.mlp.{part}_proj" for part in GATED], normed)
+            network = [f"{layer}.mlp.{part}_proj" for part in ("gate", "up", "down")]
+            x += self.gated_feed_forward(network, normed)
         return self.norm("model.norm", x)
 
     def head(self, states: Floats) -> Floats:

@@ -368,6 +368,13 @@ def test_a_pooling_without_its_list(encoder):
         models.load(encoder)
 
 
+@pytest.mark.parametrize("path", ["..", "/", "a/b", "a" * 300])
+def test_modules_lie_beside_their_list(encoder, path):
+    write(encoder, modules=[{"type": "x.Transformer", "path": path}])
+    with pytest.raises(ValueError, match="modules.json: path must be a folder beside it, got"):
+        models.load(encoder)
+
+
 def test_files_and_folders(folder):
     expected = models.load(folder).logits([3, 4])
     assert_array_equal(models.load(folder / "model.safetensors").logits([3, 4]), expected)

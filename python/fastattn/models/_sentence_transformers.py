@@ -56,7 +56,7 @@ def parts(root: Path) -> list[Part]:
             rule = "Transformer, then Pooling, then any Dense, then Normalize, as many as apply"
             raise ValueError(f"its modules must be {rule}, got {shown.repr(kinds)}")
         for x in paths:
-            if x and not re.fullmatch(r"\w[\w.-]*", x):
+            if x and not re.fullmatch(r"\w[\w.-]{,99}", x):
                 raise ValueError(f"path must be a folder beside it, got {shown.repr(x)}")
     return [Part(kind, root / x) for kind, x in zip(kinds, paths, strict=True)]
 

@@ -371,7 +371,7 @@ def test_a_pooling_without_its_list(encoder):
 @pytest.mark.parametrize("path", ["..", "/", "a/b", "a" * 300])
 def test_modules_lie_beside_their_list(encoder, path):
     write(encoder, modules=[{"type": "x.Transformer", "path": path}])
-    with pytest.raises(ValueError, match="modules.json: path must be a folder beside it, got"):
+    with pytest.raises(ValueError, match=r"modules.json: path must be a folder beside it, got"):
         models.load(encoder)
 
 

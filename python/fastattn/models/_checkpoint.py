@@ -25,7 +25,7 @@ from fastattn.models._file import (
     value,
     within,
 )
-from fastattn.models._tokens import add_ends, tokenizer_from
+from fastattn.models._tokens import tokenizer_from
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -73,9 +73,6 @@ def from_folder(folder: Path) -> Checkpoint:
         side = one_of("truncation_side", side, ("left", "right"))
         template = _template(stated.get("chat_template"))
         _normalize(tokenizer, stated)
-        ends = {x: value(stated, f"add_{x}_token", bool, None) for x in ("bos", "eos")}
-        if any(x is not None for x in ends.values()):
-            add_ends(tokenizer, *(special.get(f"{x}_token") if ends[x] else None for x in ends))
     if (folder / "chat_template.jinja").is_file():
         with within(folder / "chat_template.jinja"):
             template = content(folder / "chat_template.jinja").decode()

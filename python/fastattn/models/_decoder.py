@@ -98,7 +98,7 @@ class Decoder:
         Returns
         -------
         str
-            What of a character is not whole is U+FFFD.
+            An incomplete character becomes U+FFFD.
 
         Raises
         ------

@@ -61,7 +61,7 @@ def _refused(rule: str) -> Iterator[None]:
     """Let what tokenizers raises, or a panic, which is no Exception, be a ValueError."""
     try:
         yield
-    except (ModuleNotFoundError, KeyboardInterrupt, SystemExit):
+    except (ModuleNotFoundError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
         raise ValueError(f"{rule}: {error}") from error

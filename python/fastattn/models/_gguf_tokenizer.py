@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.models._file import Natural, is_unicode, needed, one_of, shown, value
-from fastattn.models._tokens import add_ends
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -70,7 +69,7 @@ def tokenizer_of(metadata: Mapping[str, Any], vocabulary: int) -> Tokenizer:
         wanted = value(metadata, f"{KEY}.add_{name}_token", bool, usual)
         found = special_id(metadata, name) if wanted else None
         ends.append(None if found is None else tokens[found])
-    add_ends(tokenizer, *ends)
+    _add_ends(tokenizer, *ends)
     return tokenizer
 
 
@@ -181,3 +180,18 @@ def _numbers(metadata: Mapping[str, Any], name: str, count: int, kind: str) -> N
     if len(found) != count:
         raise ValueError(f"{key} must have {count} numbers, as tokens, got {len(found)}")
     return found
+
+
+def _add_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Let a tokenizer put these tokens around a text, and no others."""
+    sides = {"bos": bos, "eos": eos}
+    named = []
+    for side, token in sides.items():
+        if token is not None:
+            if (found := tokenizer.token_to_id(token)) is None:
+                rule = f"{side}_token must be a token of the vocabulary"
+                raise ValueError(f"{rule}, got {shown.repr(token)}")
+            named.append({"id": side, "ids": [found], "tokens": [token]})
+    single = [x for x in ("bos", "$A", "eos") if sides.get(x, x) is not None]
+    processors = needed("tokenizers").processors
+    tokenizer.post_processor = processors.TemplateProcessing(single, special_tokens=named)

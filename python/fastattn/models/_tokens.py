@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fastattn.models._file import needed, shown
+from fastattn.models._file import needed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,21 +39,6 @@ def tokenizer_from(content: bytes) -> Tokenizer:
         tokenizer: Tokenizer = needed("tokenizers").Tokenizer.from_buffer(content)
         tokenizer.encode("a")  # Some parts that do not fit together show here.
     return tokenizer
-
-
-def add_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Let a tokenizer put these tokens around a text, and no others."""
-    sides = {"bos": bos, "eos": eos}
-    named = []
-    for side, token in sides.items():
-        if token is not None:
-            if (found := tokenizer.token_to_id(token)) is None:
-                rule = f"{side}_token must be a token of the vocabulary"
-                raise ValueError(f"{rule}, got {shown.repr(token)}")
-            named.append({"id": side, "ids": [found], "tokens": [token]})
-    single = [x for x in ("bos", "$A", "eos") if sides.get(x, x) is not None]
-    processors = needed("tokenizers").processors
-    tokenizer.post_processor = processors.TemplateProcessing(single, special_tokens=named)
 
 
 @contextlib.contextmanager

@@ -67,6 +67,22 @@ struct GradientArgs {
     Array grad_out, grad_lse, dq, dk, dv, dbias, delta;  // grad_lse, dbias, delta: null, not given
 };
 
+// What is asked of the probabilities of a call, which has no value, out, lse or dropout. Results
+// are of the arithmetic's type, contiguous; null: not asked for.
+struct StatisticsArgs {
+    AttentionArgs call;
+    void *entropy = nullptr, *maximum = nullptr;  // (batch, q_heads, q_len)
+    void* top_weights = nullptr;                  // (batch, q_heads, q_len, top)
+    int64_t* top_keys = nullptr;
+    int64_t top = 0;
+    void* column_sums = nullptr;            // (batch, q_heads, kv_len)
+    Array row_weights;                      // like lse, of the arithmetic's type; null: 1
+    void* blocks = nullptr;                 // (batch, q_heads, query_blocks, key_blocks)
+    const int64_t* query_starts = nullptr;  // of each block, from 0 on, ascending
+    const int64_t* key_starts = nullptr;
+    int64_t query_blocks = 0, key_blocks = 0;
+};
+
 // What a call does, counted instead of computed.
 struct Plan {
     bool decodes = false;  // the keys are cut into splits; the counts below are of query tiles
@@ -84,7 +100,8 @@ struct Interrupt {
 
 // False: interrupted, out and lse are unfinished; so they are where it throws std::bad_alloc.
 bool attention(const AttentionArgs& args, Interrupt interrupt);
-bool attention_backward(const GradientArgs& args, Interrupt interrupt);  // backward.cpp
+bool attention_backward(const GradientArgs& args, Interrupt interrupt);      // backward.cpp
+bool attention_statistics(const StatisticsArgs& args, Interrupt interrupt);  // statistics.cpp
 Plan plan_attention(const AttentionArgs& args);
 
 // Instruction sets (dispatch.cpp).

@@ -137,13 +137,12 @@ void Call::set_keys(Block& block, const Sequence& s, int64_t kv_head) const {
     block.kv_len = s.kv_len;
 }
 
-void Call::set_rows(Row* to, int count, const Sequence& s, int64_t kv_head, int64_t first) const {
+auto Call::row_setter(const Sequence& s) const {
     const Rows query = rows(args.query, s.batch), out = rows(args.out, s.batch),
                lse = rows(args.lse, s.batch), mask = rows(args.mask, s.batch),
                bias = rows(args.bias, s.batch);
     const int64_t* const pages = args.pages ? args.pages + s.batch * args.page_columns : nullptr;
-    each_row(count, kv_head, first, [&](int64_t r, int64_t head, int64_t i) {
-        Row& row = to[r];
+    return [=, this](Row& row, int64_t head, int64_t i) {
         row.query = query.at(head, s.q_start + i);
         row.out = out.at(head, s.q_start + i);
         row.lse = lse.at(head, s.q_start + i);
@@ -158,7 +157,19 @@ void Call::set_rows(Row* to, int count, const Sequence& s, int64_t kv_head, int6
         row.sink = args.sinks ? args.sinks[head] : -std::numeric_limits<double>::infinity();
         row.head = uint32_t(head);
         row.batch = uint32_t(s.batch);
-    });
+    };
+}
+
+void Call::set_rows(Row* to, int count, const Sequence& s, int64_t kv_head, int64_t first) const {
+    const auto set = row_setter(s);
+    each_row(count, kv_head, first,
+             [&](int64_t r, int64_t head, int64_t i) { set(to[r], head, i); });
+}
+
+void Call::set_rows_of_head(Row* to, int count, const Sequence& s, int64_t head,
+                            int64_t first) const {
+    const auto set = row_setter(s);
+    for (int r = 0; r < count; ++r) set(to[r], head, first + r);
 }
 
 Memory allocate(size_t bytes) {

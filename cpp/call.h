@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What a call looks like to the kernel: its sequences, the keys that each query may see, and where
-// its rows lie in memory. Used by attention.cpp, decode.cpp and backward.cpp.
+// its rows lie in memory. Used by attention.cpp, decode.cpp, backward.cpp and statistics.cpp.
 #pragma once
 
 #include <memory>
@@ -82,6 +82,14 @@ class Call {
     // Sets the rows of those pairs. All share a key and value head, and few positions.
     void set_rows(Row* rows, int count, const Sequence& sequence, int64_t kv_head,
                   int64_t first) const;
+
+    // Sets the rows of queries from `first` on, of one head.
+    void set_rows_of_head(Row* rows, int count, const Sequence& sequence, int64_t head,
+                          int64_t first) const;
+
+   private:
+    // Returns what sets the row of a head and a query.
+    auto row_setter(const Sequence& sequence) const;
 };
 
 // Scratch memory, aligned for vectors. None of it is lent yet.

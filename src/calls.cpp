@@ -381,6 +381,15 @@ py::dict explain(const py::array& query, const py::array& key, const py::array& 
 
 }  // namespace
 
+AttentionArgs weights_arguments(const py::array& query, const py::array& key,
+                                const std::vector<int64_t>& batch_shape, const py::tuple& options) {
+    AttentionArgs args = plain({query, key, key, batch_shape, Options(options)});
+    args.value = {};
+    args.value_head_dim = 0;
+    require(args.dropout_p == 0, "statistics have no dropout");
+    return args;
+}
+
 void register_calls(py::module_& m) {
     m.def("attention", attend);
     m.def("varlen_attention", attend_packed);

@@ -3,6 +3,7 @@
 // What Python may call, in parts: each registers its own functions in the module.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include "attention.h"
@@ -15,9 +16,14 @@ namespace py = pybind11;
 void run(const AttentionArgs& args);
 void run(const GradientArgs& args);
 
-void register_calls(py::module_& m);    // with NumPy arrays (calls.cpp)
-void register_tensors(py::module_& m);  // with tensors (tensors.cpp)
-void register_layers(py::module_& m);   // layers of a model (layers.cpp)
-void register_linear(py::module_& m);   // products of weights (linear.cpp)
+// A call that has no value, out or lse.
+AttentionArgs weights_arguments(const py::array& query, const py::array& key,
+                                const std::vector<int64_t>& batch_shape, const py::tuple& options);
+
+void register_calls(py::module_& m);       // with NumPy arrays (calls.cpp)
+void register_statistics(py::module_& m);  // of probabilities (statistics.cpp)
+void register_tensors(py::module_& m);     // with tensors (tensors.cpp)
+void register_layers(py::module_& m);      // layers of a model (layers.cpp)
+void register_linear(py::module_& m);      // products of weights (linear.cpp)
 
 }  // namespace fastattn

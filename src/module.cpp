@@ -32,6 +32,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not
     m.attr("__version__") = FASTATTN_VERSION;
     m.attr("MOST_THREADS") = kMostThreads;
     register_calls(m);
+    register_statistics(m);
     register_tensors(m);
     register_layers(m);
     register_linear(m);

@@ -2,7 +2,8 @@
 //
 // The table of one variant. CMakeLists.txt compiles this file once per instruction set, and the
 // rest of the folder with it: online_softmax.h has the algorithm, row_block.h its rows in blocks,
-// decode.h the way for few queries, backward.h the gradients, linear.h the products of a
+// decode.h the way for few queries, backward.h the gradients, statistics.h what
+// probabilities say, linear.h the products of a
 // model's weights, layers.h its other layers.
 #include "kernel.h"
 
@@ -13,6 +14,7 @@
 #include "partials.h"
 #include "probes.h"
 #include "row_block.h"
+#include "statistics.h"
 
 namespace fastattn {
 namespace {
@@ -31,6 +33,7 @@ constexpr Functions functions = {
                .merge = merge_partials<T>,
                .finish = finish_partials<T>},
     .gradients = gradients<T>,
+    .statistics = statistics_functions<T>,
     .fma = run_fma<T>,
 };
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The door to this folder: the table that every instruction-set variant fills, and what its
-// functions are given. attention.cpp, decode.cpp, backward.cpp, linear.cpp, layers.cpp and
-// limits.cpp call through it; kernel.cpp fills it, once per variant.
+// functions are given. attention.cpp, decode.cpp, backward.cpp, statistics.cpp, linear.cpp,
+// layers.cpp and limits.cpp call through it; kernel.cpp fills it, once per variant.
 //
 // This folder holds the code that is compiled once per instruction set, with that set's flags. An
 // inline function that is compiled twice with different flags is merged by the linker, and an old
@@ -128,6 +128,43 @@ struct DecodeFunctions {
     void (*finish)(const Block&, void* partials);          // stores the result
 };
 
+// What is asked of a row's probabilities. Numbers are of the arithmetic's type; null: not asked
+// for.
+struct RowStatistics {
+    void* softmax;  // takes two: the largest score, in base 2, and 1 / the denominator
+    void* entropy;
+    void* maximum;      // the largest probability
+    void* top_weights;  // the largest probabilities, and
+    int64_t* top_keys;  // whose they are
+};
+
+struct StatisticsBlock {
+    Block block;  // a query tile at most
+    const RowStatistics* statistics;
+    int64_t top;   // how many of the strongest keys
+    bool entropy;  // some row's is asked for
+};
+
+// Sums of the probabilities of some rows for a span of keys.
+struct SumsBlock {
+    Block block;                  // a query tile at most; the rows' intervals lie within the span
+    const void* softmax;          // of one row after the other, as RowStatistics has it
+    int64_t begin;                // the first key of the span
+    double* column_sums;          // of each key of the span, weighted; null: not asked for
+    const double* row_weights;    // of each row
+    double* block_sums;           // (query blocks, key blocks); null: not asked for
+    const int64_t* query_blocks;  // of each row
+    const int64_t* key_starts;    // of each block of keys; the first is not behind the span's begin
+    int64_t key_blocks;
+};
+
+// look() comes first. add() adds to sums, for some rows after the others.
+struct StatisticsFunctions {
+    size_t (*scratch_bytes)(const Block&);  // looks at the sizes and row_count alone
+    void (*look)(const StatisticsBlock&);
+    void (*add)(const SumsBlock&);
+};
+
 // The functions for arithmetic in one type; float32's take half precision too.
 struct Functions {
     int query_tile, key_tile;
@@ -136,6 +173,7 @@ struct Functions {
     void (*count)(const Block&, TileCounts&);
     DecodeFunctions decode;
     GradientFunctions gradients;
+    StatisticsFunctions statistics;
     double (*fma)(int64_t rounds);  // multiplies and adds in registers, returns the FLOPs
 };
 

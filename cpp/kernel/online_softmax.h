@@ -23,6 +23,7 @@
 #include "kernel.h"
 #include "multiply.h"
 #include "partials.h"
+#include "score_tile.h"
 #include "scores.h"
 #include "vec.h"
 
@@ -30,46 +31,8 @@ namespace fastattn {
 namespace {
 
 // Sums stay short, for accuracy. A sum over keys is over one key tile, then over this many keys,
-// and then over all of these sums. A sum over head_dim is in parts of this depth.
+// and then over all of these sums.
 constexpr int64_t kKeysPerSum = 64 * kKeyTile;
-constexpr int64_t kDepth = 512;
-static_assert(kPageKeys % kKeyTile == 0);
-
-// Calls visit<First, Last>(begin, end) for the keys of a tile between one cut and the next, with
-// the vectors that may see them (ScorePasses::find_cuts).
-template <int Columns, int Index = 0, class Visit>
-[[gnu::always_inline]] inline void between_cuts(const int64_t (&cuts)[2 * Columns],
-                                                const Visit& visit) {
-    constexpr int first = Index < Columns ? 0 : Index - Columns + 1;
-    constexpr int last = Index < Columns ? Index + 1 : Columns;
-    if (cuts[Index] < cuts[Index + 1]) {
-        visit.template operator()<first, last>(cuts[Index], cuts[Index + 1]);
-    }
-    if constexpr (Index + 2 < 2 * Columns) between_cuts<Columns, Index + 1>(cuts, visit);
-}
-
-// The scratch memory that the query tiles of a row block use in turn.
-template <class T>
-struct Shared {
-    T* scores;   // (keys, `width` lanes) S^T, then P^T; of this, pairs fill half the rows
-    T* staging;  // (keys, value_head_dim or lanes) rows of a mask, or values to use instead
-    T* key;      // (keys, head_dim) and
-    T* value;    // (keys, value_head_dim): of a narrower type, widened; or values, in pairs
-    int64_t key_tile = -1, value_tile = -1;  // the key tiles that they are of
-    bool fetches = false;                    // reading keys takes longer than their use
-    int64_t fetched = -1;  // the key tile at which values, and keys to come, were fetched
-
-    Shared(const Block& block, int64_t width, Scratch& scratch) {
-        constexpr int lanes = Vec<T>::lanes;
-        const int64_t keys = block.kv_len < kKeyTile ? block.kv_len + block.kv_len % 2 : kKeyTile;
-        const int64_t columns = block.value_head_dim > lanes ? block.value_head_dim : lanes;
-        const bool prepares = block.kv_dtype != kDtype<T>;
-        scores = scratch.take<T>(keys * width);
-        staging = scratch.take<T>(Vec<T>::padded(keys) * columns);
-        key = scratch.take<T>(prepares ? Vec<T>::padded(keys * block.head_dim) : 0);
-        value = scratch.take<T>(prepares ? Vec<T>::padded(keys * block.value_head_dim) : 0);
-    }
-};
 
 // The scratch memory of one query tile: matrices of `width` columns, a lane for each row.
 template <class T>
@@ -84,76 +47,59 @@ struct Matrices {
           total(scratch.take<T>(block.kv_len > kKeysPerSum ? block.value_head_dim * width : 0)) {}
 };
 
-// Whether the products are those of pairs: not for an odd head_dim, whose last would be half one.
-template <class T>
-bool in_pairs(const Block& block) {
-    return kMultipliesPairs && sizeof(T) == 4 && block.query_dtype == Dtype::kBFloat16 &&
-           block.kv_dtype == Dtype::kBFloat16 && block.head_dim % 2 == 0;
-}
-
 // Rows that fill up to Columns vectors, and what is known of them after the key tiles so far.
 //
-// In pairs, the query, keys, probabilities and values that are multiplied are bfloat16, and all
-// sums are float: a key's row is pairs already, values are laid out in pairs of keys once for all
-// query tiles. The scale, which the query has no bits for, goes to the scores.
+// In pairs, the probabilities and values that are multiplied are bfloat16 too: values are laid out
+// in pairs of keys once for all query tiles.
 template <class T, bool InPairs, int Columns>
-class QueryTile {
-    using V = Vec<T>;
-    using Operand = Factor<T, InPairs>;
-    using Element = typename Operand::Element;
-    static constexpr int lanes = V::lanes;
-    static constexpr int width = Columns * lanes;  // rows, and lanes that have none
+class QueryTile : ScoreTile<T, InPairs, Columns> {
+    using Scores = ScoreTile<T, InPairs, Columns>;
+    using Scores::block;
+    using Scores::cuts;
+    using Scores::head_dim;
+    using Scores::key_stride;
+    using Scores::lanes;
+    using Scores::passes;
+    using Scores::query;
+    using Scores::scale_scores;
+    using Scores::scales_late;
+    using Scores::score_scale;
+    using Scores::scores;
+    using Scores::shared;
+    using Scores::staging;
+    using Scores::tile_key;
+    using Scores::tile_max;
+    using Scores::width;
+    using typename Scores::Element;
+    using typename Scores::Operand;
+    using typename Scores::V;
 
-    const Block block;       // the query tile's rows alone
-    const int rows_to_come;  // behind them, in the row block
-    const int64_t head_dim, value_head_dim;
-    const ScorePasses<T, Columns> passes;
+    const int rows_to_come;  // behind the query tile's, in the row block
+    const int64_t value_head_dim;
 
-    // In scratch memory: see Matrices and Shared.
-    T* const query;
+    // In scratch memory: see Matrices.
     T* const acc;
     T* const total;
-    T* const scores;
-    T* const staging;
-    Shared<T>* const shared;
 
-    // Of the key tile. In pairs, the stride of the values is that of a pair's row, halved.
-    const Element *tile_key, *tile_value;
-    int64_t key_stride, value_stride;
+    // Of the key tile. In pairs, the stride is that of a pair's row, halved.
+    const Element* tile_value;
+    int64_t value_stride;
 
     V row_max[Columns], row_sum[Columns], total_sum[Columns], total_max[Columns];
-    V tile_max[Columns], rescale[Columns];
-    int64_t cuts[2 * Columns];  // of the key tile: see ScorePasses::find_cuts
-    int64_t acc_index;          // which kKeysPerSum keys acc is about
+    V rescale[Columns];
+    int64_t acc_index;  // which kKeysPerSum keys acc is about
     bool has_started = false, has_total = false;
-
-    V score_scale[Columns];     // what load_query() left out of the query
-    bool scale_scores = false;  // some lane's is not 1
-    const bool scales_late;     // in pairs: in the step that subtracts the maximum, in every tile
-
-    static Block some_rows(Block b, int first, int count) {
-        b.rows += first;
-        b.row_count = count;
-        return b;
-    }
 
    public:
     // Rows [first, first + count) of a row block.
     QueryTile(const Block& whole, int first, int count, const Matrices<T>& matrices,
               Shared<T>* in_turn)
-        : block(some_rows(whole, first, count)),
+        : Scores(whole, first, count, matrices.query, in_turn),
           rows_to_come(whole.row_count - first - count),
-          head_dim(block.head_dim),
           value_head_dim(block.value_head_dim),
-          passes(block),
-          query(matrices.query),
           acc(matrices.acc),
           total(matrices.total),
-          scores(in_turn->scores),
-          staging(in_turn->staging),
-          shared(in_turn),
-          acc_index(passes.begin / kKeysPerSum),
-          scales_late(!passes.changes_scores() && query_scale<T>(block) != 0) {}
+          acc_index(passes.begin / kKeysPerSum) {}
 
     // Query tiles are made in scratch memory and need no end.
     static void* operator new(size_t, void* where) { return where; }
@@ -172,7 +118,7 @@ class QueryTile {
             close_sums();
             acc_index = tile / kKeysPerSum;
         }
-        find_keys(tile);
+        this->find_keys(tile);
         attend(keys, seen, tile);
     }
 
@@ -216,7 +162,7 @@ class QueryTile {
             prefetch(static_cast<const T*>(block.rows[block.row_count + i].query),
                      query_items(head_dim));
         }
-        load_query();
+        this->load_query();
         for (int i = 0; i < block.row_count; ++i) {
             prefetch<1>(static_cast<const T*>(block.rows[i].out), query_items(value_head_dim));
         }
@@ -233,32 +179,9 @@ class QueryTile {
         return block.query_dtype == kDtype<T> ? count : (count + 1) / 2;
     }
 
-    // Finds the keys where they lie, or prepares them, once for all query tiles.
-    void find_keys(int64_t tile) {
-        if constexpr (InPairs) {
-            tile_key = row_of<BFloat16>(block, block.key, tile), key_stride = block.key.stride;
-        } else {
-            with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
-                const From* const key = row_of<From>(block, block.key, tile);
-                if constexpr (sizeof(From) == sizeof(T)) {
-                    tile_key = key, key_stride = block.key.stride;
-                } else {
-                    tile_key = shared->key, key_stride = head_dim;
-                    if (shared->key_tile == tile) return;
-                    shared->key_tile = tile;
-                    const int64_t keys = keys_of(tile);
-                    widen(key, block.key.stride, keys, head_dim, shared->key);
-                    if constexpr (sizeof(From) == 1) {
-                        multiply_rows(block.key_scale, tile, keys, head_dim, shared->key);
-                    }
-                }
-            });
-        }
-    }
-
     // Finds or prepares the values likewise.
     void find_values(int64_t tile) {
-        const int64_t keys = keys_of(tile);
+        const int64_t keys = this->keys_of(tile);
         if constexpr (InPairs) {
             tile_value = reinterpret_cast<const BFloat16*>(shared->value);
             value_stride = value_head_dim;
@@ -273,42 +196,21 @@ class QueryTile {
             }
         } else {
             with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
-                const From* const value = row_of<From>(block, block.value, tile);
+                const From* const value = row_of<From>(this->block, this->block.value, tile);
                 if constexpr (sizeof(From) == sizeof(T)) {
-                    tile_value = value, value_stride = block.value.stride;
+                    tile_value = value, value_stride = this->block.value.stride;
                 } else {
-                    tile_value = shared->value, value_stride = value_head_dim;
-                    if (shared->value_tile == tile) return;
-                    shared->value_tile = tile;
-                    widen(value, block.value.stride, keys, value_head_dim, shared->value);
+                    tile_value = this->shared->value, value_stride = value_head_dim;
+                    if (this->shared->value_tile == tile) return;
+                    this->shared->value_tile = tile;
+                    widen(value, this->block.value.stride, keys, value_head_dim,
+                          this->shared->value);
                     if constexpr (sizeof(From) == 1) {
-                        multiply_rows(block.value_scale, tile, keys, value_head_dim, shared->value);
+                        this->multiply_rows(this->block.value_scale, tile, keys, value_head_dim,
+                                            this->shared->value);
                     }
                 }
             });
-        }
-    }
-
-    int64_t keys_of(int64_t tile) const {
-        return block.kv_len - tile < kKeyTile ? block.kv_len - tile : kKeyTile;
-    }
-
-    // Brings some rows of keys or values near.
-    void fetch(const KeyRows& rows, int64_t begin, int64_t end, int64_t columns) const {
-        if (begin >= end) return;
-        with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
-            const From* row = row_of<From>(block, rows, begin);
-            for (; begin < end; ++begin, row += rows.stride) fastattn::prefetch(row, columns);
-        });
-    }
-
-    // Multiplies rows of quantized keys or values by their scales.
-    void multiply_rows(const KeyRows& scales, int64_t tile, int64_t rows, int64_t columns,
-                       T* matrix) const {
-        const float* const scale = row_of<float>(block, scales, tile);
-        for (int64_t j = 0; j < rows; ++j) {
-            const T factor = T(scale[j * scales.stride]);
-            for (int64_t d = 0; d < columns; ++d) matrix[j * columns + d] *= factor;
         }
     }
 
@@ -316,81 +218,22 @@ class QueryTile {
         for (int64_t i = 0; i < value_head_dim * width; i += lanes) V(T(0)).store(matrix + i);
     }
 
-    // query = (scale * log2(e) * Q)^T; lanes without a row are 0. With softcap, tanh comes between
-    // the scale and the change of base. A row that the scale would take out of range keeps it for
-    // its scores.
-    void load_query() {
-        const T scale = query_scale<T>(block);
-        for (int c = 0; c < Columns; ++c) {
-            if constexpr (InPairs) {
-                load_rows<BFloat16>(c, T(scale < 0 ? -1 : 1));
-                score_scale[c] = scale < 0 ? -scale : scale;
-                continue;
-            }
-            with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {
-                const auto too_large = load_rows<Element>(c, scale);
-                score_scale[c] = select<T>(too_large, V(scale), V(T(1)));
-                if (!any<T>(too_large)) return;
-                load_rows<Element>(c, select<T>(too_large, V(T(1)), V(scale)));
-                scale_scores = true;
-            });
-        }
-    }
-
-    // Loads one vector of rows, times scale; returns the rows that the scale takes out of range.
-    template <class Element>
-    typename V::Mask load_rows(int c, V scale) const {
-        const Row* const rows = block.rows + c * lanes;
-        const int rows_here = block.row_count - c * lanes;
-        typename V::Mask too_large = {};
-        for (int64_t d = 0; d < head_dim; d += lanes) {
-            const int64_t n = head_dim - d < lanes ? head_dim - d : lanes;
-            V square[lanes];
-            if (n == lanes && rows_here >= lanes) {
-#pragma GCC unroll 16
-                for (int i = 0; i < lanes; ++i) {
-                    square[i] = load(static_cast<const Element*>(rows[i].query) + d);
-                }
-            } else {
-                for (int i = 0; i < lanes; ++i) {
-                    T some[lanes] = {};
-                    for (int k = 0; i < rows_here && k < n; ++k) {
-                        some[k] = added<T>(static_cast<const Element*>(rows[i].query)[d + k]);
-                    }
-                    square[i] = V::load(some);
-                }
-            }
-            transpose<T>(square);
-            for (int k = 0; k < n; k += Operand::size) {
-                const V scaled = scale * square[k];
-                T* const to = query + (d + k) / Operand::size * width + c * lanes;
-                if constexpr (InPairs) {
-                    const Pairs pairs = to_pairs(scaled, scale * square[k + 1]);
-                    __builtin_memcpy(to, &pairs, sizeof pairs);
-                } else {
-                    too_large |= is_finite<T>(square[k]) & ~is_finite<T>(scaled);
-                    scaled.store(to);
-                }
-            }
-        }
-        return too_large;
-    }
-
     void attend(Span keys, Seen seen, int64_t tile) {
         passes.find_cuts(keys, cuts);
         passes.prefetch(keys);
         const bool fetches = shared->fetches && shared->fetched != tile;
         shared->fetched = tile;
-        compute_scores(tile_key + (keys.begin - tile) * key_stride, fetches ? &keys : nullptr);
+        this->compute_scores(tile_key + (keys.begin - tile) * key_stride,
+                             fetches ? &keys : nullptr);
         find_values(tile);
         const Element* value = tile_value + (keys.begin - tile) * value_stride;
         int64_t stride = value_stride;
-        if (!InPairs && scale_scores) apply_score_scale(keys);
+        if (!InPairs && scale_scores) this->apply_score_scale(keys);
         const bool drops = block.dropout.drops;
         bool any_left_out = drops;
         if (seen == Seen::kSome) {
             passes.apply(scores, keys, staging);
-            any_left_out |= find_tile_max(keys);
+            any_left_out |= this->find_tile_max(keys);
         }
         if (any_left_out && set_nonfinite_apart(keys)) {
             value = reinterpret_cast<const Element*>(staging);
@@ -407,8 +250,8 @@ class QueryTile {
         const Span next = fetches ? passes.span(tile + kKeyTile) : Span{0, 0};
         in_steps<micro_rows(Columns)>(0, value_head_dim, [&]<int Rows>(int64_t d) {
             if (next.size() > 0) {
-                fetch(block.key, next.begin + next.size() * d / value_head_dim,
-                      next.begin + next.size() * (d + Rows) / value_head_dim, head_dim);
+                this->fetch(block.key, next.begin + next.size() * d / value_head_dim,
+                            next.begin + next.size() * (d + Rows) / value_head_dim, head_dim);
             }
             if (whole) {
                 V sum[Rows][Columns] = {};
@@ -451,69 +294,6 @@ class QueryTile {
             multiply_values<First, Last>(d, value, stride, begin, end, sum);
         });
         add_to_acc(d, sum);
-    }
-
-    // to_fetch: the keys whose values it brings near meanwhile; null: none.
-    void compute_scores(const Element* key, const Span* to_fetch) {
-        for (int64_t d = 0; d < head_dim; d += kDepth) {
-            const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
-            V largest[Columns];
-            for (int c = 0; c < Columns; ++c) largest[c] = -kInfinity<T>;
-            between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
-                in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
-                    if (to_fetch != nullptr && d == 0) {
-                        fetch(block.value, to_fetch->begin + j, to_fetch->begin + j + Rows,
-                              value_head_dim);
-                    }
-                    V sum[Rows][Columns] = {};
-                    multiply<First, Last, InPairs>(key + j * key_stride + d, key_stride,
-                                                   Operand::size, query + d / Operand::size * width,
-                                                   width, depth / Operand::size, sum);
-#pragma GCC unroll 16
-                    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-                        for (int c = 0; c < Columns; ++c) {
-                            T* const score = scores + (j + r) * width + c * lanes;
-                            if (d > 0) sum[r][c] = V::load(score) + sum[r][c];
-                            if (InPairs && !scales_late && d + depth == head_dim) {
-                                sum[r][c] = score_scale[c] * sum[r][c];
-                            }
-                            if (c < First || c >= Last) sum[r][c] = -kInfinity<T>;
-                            sum[r][c].store(score);
-                            largest[c] = max(sum[r][c], largest[c]);
-                        }
-                    }
-                });
-            });
-            for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
-        }
-    }
-
-    void apply_score_scale(Span keys) {
-        for (int64_t i = 0; i < keys.size() * width; i += width) {
-            for (int c = 0; c < Columns; ++c) {
-                T* const score = scores + i + c * lanes;
-                (score_scale[c] * V::load(score)).store(score);
-            }
-        }
-        find_tile_max(keys);
-    }
-
-    // True: some pair is hidden.
-    bool find_tile_max(Span keys) {
-        const V lowest = -kInfinity<T>;
-        typename V::Mask hidden = {};
-        V largest[Columns];
-        for (int c = 0; c < Columns; ++c) largest[c] = lowest;
-        for (int64_t i = 0; i < keys.size() * width; i += width) {
-            for (int c = 0; c < Columns; ++c) {
-                const V score = V::load(scores + i + c * lanes);
-                hidden |= score == lowest;
-                largest[c] = max(score, largest[c]);
-            }
-        }
-        for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
-        return any<T>(hidden);
     }
 
     // scores = P^T = exp2(S^T - row_max); a NaN score makes a NaN. Scaled: by score_scale first.

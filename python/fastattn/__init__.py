@@ -18,6 +18,7 @@ from fastattn._machine import (
 )
 from fastattn._merge import merge
 from fastattn._sdpa import scaled_dot_product_attention
+from fastattn._statistics import attention_statistics
 from fastattn.kv_cache import KVCache, PagedKVCache
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_backward",
+    "attention_statistics",
     "attention_weights",
     "dropout_mask",
     "explain",

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from fastattn._backward import GradientArrays
 from fastattn._options import CallOptions
+from fastattn._statistics import StatisticsArrays
 
 Array: TypeAlias = NDArray[Any]
 
@@ -68,6 +69,14 @@ def varlen_attention_backward(
     q_starts: Array,
     kv_starts: Array,
     arrays: GradientArrays,
+    /,
+) -> None: ...
+def attention_statistics(
+    query: Array,
+    key: Array,
+    batch_shape: tuple[int, ...],
+    options: CallOptions,
+    arrays: StatisticsArrays,
     /,
 ) -> None: ...
 def explain(

@@ -9,7 +9,7 @@ Arrays may be of any kind that this takes; the results are of NumPy, but for an 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
@@ -27,6 +27,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+
+class AttentionStatistics(NamedTuple):
+    """What `attention_statistics` returns: None where it was not asked for."""
+
+    entropy: Any = None
+    column_sums: Any = None
+    top_keys: Any = None
+    top_weights: Any = None
+    blocks: Any = None
+    maximum: Any = None
 
 
 @takes(AttentionOptions)
@@ -238,6 +249,70 @@ def attention_weights(
     return (probs[0] if max(query.ndim, key.ndim) == 2 else probs).astype(query.dtype)
 
 
+@takes(WeightOptions)
+def attention_statistics(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    entropy: bool = False,
+    column_sums: bool = False,
+    row_weights: ArrayLike | None = None,
+    top: int | None = None,
+    blocks: tuple[ArrayLike, ArrayLike] | None = None,
+    maximum: bool = False,
+    **options: Unpack[WeightOptions],
+) -> AttentionStatistics:
+    """Return what is asked of the probabilities with which `attention` weighs the values.
+
+    Parameters
+    ----------
+    query, key, entropy, column_sums, row_weights, top, blocks, maximum, **options
+        As for `fastattn.attention_statistics`.
+
+    Returns
+    -------
+    AttentionStatistics
+        As `fastattn.attention_statistics` says; computed in float64.
+    """
+    query, key = _array("query", query), _array("key", key)
+    asked = options_of(attention_statistics, options)
+    wide = np.dtype(np.float64)
+    scores, seen = _scores(query, key, wide, asked)
+    probs, _, lse = _softmax(query, key, wide, asked)
+    seen = seen & (scores != -np.inf)  # nothing of such a key is in the row
+    is_bad = np.isnan(lse) | (lse == np.inf)
+    probs = np.where(seen, np.where(is_bad[..., None], np.nan, probs), 0)
+    found: dict[str, Any] = {}
+    with np.errstate(all="ignore"):
+        if entropy:
+            found["entropy"] = 0 - np.where(probs == 0, 0, probs * np.log(probs)).sum(axis=-1)
+        if column_sums:
+            weights = _array("row_weights", 1.0 if row_weights is None else row_weights)
+            weighted = probs * weights.astype(wide)[..., None]
+            found["column_sums"] = np.where(seen, weighted, 0).sum(axis=-2)
+        if top is not None:
+            count = min(top, scores.shape[-1])
+            order = np.argsort(np.where(seen, -scores, np.inf), axis=-1, kind="stable")[..., :count]
+            is_there = np.take_along_axis(seen, order, axis=-1) & ~is_bad[..., None]
+            ranked = np.where(is_there, np.take_along_axis(probs, order, axis=-1), 0)
+            beyond = ((0, 0),) * (probs.ndim - 1) + ((0, top - count),)
+            found["top_keys"] = np.pad(np.where(is_there, order, -1), beyond, constant_values=-1)
+            found["top_weights"] = np.where(is_bad[..., None], np.nan, np.pad(ranked, beyond))
+        if blocks is not None:
+            sums = probs
+            for axis, starts in zip((-2, -1), blocks, strict=True):
+                parts = np.split(sums, _array("blocks", starts)[1:], axis=axis)
+                sums = np.stack([part.sum(axis=axis) for part in parts], axis=axis)
+            found["blocks"] = sums
+        if maximum:
+            found["maximum"] = probs.max(axis=-1, initial=0)
+        dtype = np.float64 if query.dtype == np.float64 else np.float32
+        for name, x in found.items():
+            x = x[0] if max(query.ndim, key.ndim) == 2 else x
+            found[name] = x.astype(np.int64 if name == "top_keys" else dtype)
+    return AttentionStatistics(**found)
+
+
 def _array(name: str, x: Any) -> NDArray[Any]:
     """Return the array that an argument is, or stands for."""
     return np.asarray(as_numpy(name, x))
@@ -388,6 +463,25 @@ def _softmax(
     query: NDArray[Any], key: NDArray[Any], dtype: np.dtype[Any], options: Options
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Return the probabilities, which pairs are seen, and the log-sum-exp; never without heads."""
+    scores, seen = _scores(query, key, dtype, options)
+    with np.errstate(all="ignore"):
+        row_max = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
+        row_max = np.where(row_max == -np.inf, dtype.type(0), row_max)
+        exps = np.where(seen, np.exp(scores - row_max), 0).astype(dtype)
+        row_sum = exps.sum(axis=-1, keepdims=True)
+        lse = np.log(row_sum) + row_max
+        denominator = row_sum
+        if options.sinks is not None:
+            sink = _array("sinks", options.sinks).astype(dtype)[:, None, None]
+            denominator = row_sum + np.exp(sink - row_max)
+        probs = exps / np.where(row_sum == 0, denominator.dtype.type(1), denominator)
+    return probs, seen, lse[..., 0]
+
+
+def _scores(
+    query: NDArray[Any], key: NDArray[Any], dtype: np.dtype[Any], options: Options
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the scores, -inf for a pair that is not seen, and which pairs are seen."""
     q_len, kv_len = query.shape[-2], key.shape[-2]
     is_causal, window, softcap = options.is_causal, options.window, options.softcap
     positional = is_causal or window is not None or options.alibi_slopes is not None
@@ -430,17 +524,7 @@ def _softmax(
             seen = seen & (positions < lengths[..., None, None, None])
 
         scores = np.where(seen, scores, -np.inf)
-        row_max = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
-        row_max = np.where(seen.any(axis=-1, keepdims=True), row_max, 0)
-        exps = np.where(seen, np.exp(scores - row_max), 0).astype(dtype)
-        row_sum = exps.sum(axis=-1, keepdims=True)
-        lse = np.log(row_sum) + row_max
-        denominator = row_sum
-        if options.sinks is not None:
-            sink = _array("sinks", options.sinks).astype(dtype)[:, None, None]
-            denominator = row_sum + np.exp(sink - row_max)
-        probs = exps / np.where(row_sum == 0, denominator.dtype.type(1), denominator)
-    return probs, np.broadcast_to(seen, probs.shape), lse[..., 0]
+    return scores, np.broadcast_to(seen, scores.shape)
 
 
 def _offsets(options: Options) -> NDArray[Any]:

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The scores of a query tile and a key tile, S^T = K Q^T, and what they need: the transposed query,
+// the keys where they lie or widened, and the passes between (scores.h). Used by online_softmax.h,
+// which weighs values by them, and statistics.h, which looks at them.
+#pragma once
+
+#include "elements.h"
+#include "factors.h"
+#include "kernel.h"
+#include "multiply.h"
+#include "scores.h"
+#include "vec.h"
+
+namespace fastattn {
+namespace {
+
+// A sum over head_dim is in parts of this depth, for accuracy.
+constexpr int64_t kDepth = 512;
+static_assert(kPageKeys % kKeyTile == 0);
+
+// Calls visit<First, Last>(begin, end) for the keys of a tile between one cut and the next, with
+// the vectors that may see them (ScorePasses::find_cuts).
+template <int Columns, int Index = 0, class Visit>
+[[gnu::always_inline]] inline void between_cuts(const int64_t (&cuts)[2 * Columns],
+                                                const Visit& visit) {
+    constexpr int first = Index < Columns ? 0 : Index - Columns + 1;
+    constexpr int last = Index < Columns ? Index + 1 : Columns;
+    if (cuts[Index] < cuts[Index + 1]) {
+        visit.template operator()<first, last>(cuts[Index], cuts[Index + 1]);
+    }
+    if constexpr (Index + 2 < 2 * Columns) between_cuts<Columns, Index + 1>(cuts, visit);
+}
+
+// The scratch memory that the query tiles of a row block use in turn.
+template <class T>
+struct Shared {
+    T* scores;   // (keys, `width` lanes) S^T, then P^T; of this, pairs fill half the rows
+    T* staging;  // (keys, value_head_dim or lanes) rows of a mask, or values to use instead
+    T* key;      // (keys, head_dim) and
+    T* value;    // (keys, value_head_dim): of a narrower type, widened; or values, in pairs
+    int64_t key_tile = -1, value_tile = -1;  // the key tiles that they are of
+    bool fetches = false;                    // reading keys takes longer than their use
+    int64_t fetched = -1;  // the key tile at which values, and keys to come, were fetched
+
+    Shared(const Block& block, int64_t width, Scratch& scratch) {
+        constexpr int lanes = Vec<T>::lanes;
+        const int64_t keys = block.kv_len < kKeyTile ? block.kv_len + block.kv_len % 2 : kKeyTile;
+        const int64_t columns = block.value_head_dim > lanes ? block.value_head_dim : lanes;
+        const bool prepares = block.kv_dtype != kDtype<T>;
+        scores = scratch.take<T>(keys * width);
+        staging = scratch.take<T>(Vec<T>::padded(keys) * columns);
+        key = scratch.take<T>(prepares ? Vec<T>::padded(keys * block.head_dim) : 0);
+        value = scratch.take<T>(prepares ? Vec<T>::padded(keys * block.value_head_dim) : 0);
+    }
+};
+
+// Whether the products are those of pairs: not for an odd head_dim, whose last would be half one.
+template <class T>
+bool in_pairs(const Block& block) {
+    return kMultipliesPairs && sizeof(T) == 4 && block.query_dtype == Dtype::kBFloat16 &&
+           block.kv_dtype == Dtype::kBFloat16 && block.head_dim % 2 == 0;
+}
+
+// Rows that fill up to Columns vectors, and their scores with one key tile after the other.
+//
+// In pairs, the query and keys that are multiplied are bfloat16, and all sums are float: a key's
+// row is pairs already. The scale, which the query has no bits for, goes to the scores.
+template <class T, bool InPairs, int Columns>
+class ScoreTile {
+   protected:
+    using V = Vec<T>;
+    using Operand = Factor<T, InPairs>;
+    using Element = typename Operand::Element;
+    static constexpr int lanes = V::lanes;
+    static constexpr int width = Columns * lanes;  // rows, and lanes that have none
+
+    const Block block;  // the query tile's rows alone
+    const int64_t head_dim;
+    const ScorePasses<T, Columns> passes;
+
+    // In scratch memory.
+    T* const query;  // (head_dim, width) transposed and scaled
+    T* const scores;
+    T* const staging;
+    Shared<T>* const shared;
+
+    // Of the key tile.
+    const Element* tile_key;
+    int64_t key_stride;
+    V tile_max[Columns];
+    int64_t cuts[2 * Columns];  // see ScorePasses::find_cuts
+
+    V score_scale[Columns];     // what load_query() left out of the query
+    bool scale_scores = false;  // some lane's is not 1
+    const bool scales_late;     // in pairs: the user of the scores multiplies them, in every tile
+
+    static Block some_rows(Block b, int first, int count) {
+        b.rows += first;
+        b.row_count = count;
+        return b;
+    }
+
+    // Rows [first, first + count) of a row block.
+    ScoreTile(const Block& whole, int first, int count, T* transposed, Shared<T>* in_turn)
+        : block(some_rows(whole, first, count)),
+          head_dim(block.head_dim),
+          passes(block),
+          query(transposed),
+          scores(in_turn->scores),
+          staging(in_turn->staging),
+          shared(in_turn),
+          scales_late(!passes.changes_scores() && query_scale<T>(block) != 0) {}
+
+    // Finds the keys where they lie, or prepares them, once for all query tiles.
+    void find_keys(int64_t tile) {
+        if constexpr (InPairs) {
+            tile_key = row_of<BFloat16>(block, block.key, tile), key_stride = block.key.stride;
+        } else {
+            with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
+                const From* const key = row_of<From>(block, block.key, tile);
+                if constexpr (sizeof(From) == sizeof(T)) {
+                    tile_key = key, key_stride = block.key.stride;
+                } else {
+                    tile_key = shared->key, key_stride = head_dim;
+                    if (shared->key_tile == tile) return;
+                    shared->key_tile = tile;
+                    const int64_t keys = keys_of(tile);
+                    widen(key, block.key.stride, keys, head_dim, shared->key);
+                    if constexpr (sizeof(From) == 1) {
+                        multiply_rows(block.key_scale, tile, keys, head_dim, shared->key);
+                    }
+                }
+            });
+        }
+    }
+
+    int64_t keys_of(int64_t tile) const {
+        return block.kv_len - tile < kKeyTile ? block.kv_len - tile : kKeyTile;
+    }
+
+    // Brings some rows of keys or values near.
+    void fetch(const KeyRows& rows, int64_t begin, int64_t end, int64_t columns) const {
+        if (begin >= end) return;
+        with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
+            const From* row = row_of<From>(block, rows, begin);
+            for (; begin < end; ++begin, row += rows.stride) fastattn::prefetch(row, columns);
+        });
+    }
+
+    // Multiplies rows of quantized keys or values by their scales.
+    void multiply_rows(const KeyRows& scales, int64_t tile, int64_t rows, int64_t columns,
+                       T* matrix) const {
+        const float* const scale = row_of<float>(block, scales, tile);
+        for (int64_t j = 0; j < rows; ++j) {
+            const T factor = T(scale[j * scales.stride]);
+            for (int64_t d = 0; d < columns; ++d) matrix[j * columns + d] *= factor;
+        }
+    }
+
+    // query = (scale * log2(e) * Q)^T; lanes without a row are 0. With softcap, tanh comes between
+    // the scale and the change of base. A row that the scale would take out of range keeps it for
+    // its scores.
+    void load_query() {
+        const T scale = query_scale<T>(block);
+        for (int c = 0; c < Columns; ++c) {
+            if constexpr (InPairs) {
+                load_rows<BFloat16>(c, T(scale < 0 ? -1 : 1));
+                score_scale[c] = scale < 0 ? -scale : scale;
+                continue;
+            }
+            with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {
+                const auto too_large = load_rows<Element>(c, scale);
+                score_scale[c] = select<T>(too_large, V(scale), V(T(1)));
+                if (!any<T>(too_large)) return;
+                load_rows<Element>(c, select<T>(too_large, V(T(1)), V(scale)));
+                scale_scores = true;
+            });
+        }
+    }
+
+    // Loads one vector of rows, times scale; returns the rows that the scale takes out of range.
+    template <class Element>
+    typename V::Mask load_rows(int c, V scale) const {
+        const Row* const rows = block.rows + c * lanes;
+        const int rows_here = block.row_count - c * lanes;
+        typename V::Mask too_large = {};
+        for (int64_t d = 0; d < head_dim; d += lanes) {
+            const int64_t n = head_dim - d < lanes ? head_dim - d : lanes;
+            V square[lanes];
+            if (n == lanes && rows_here >= lanes) {
+#pragma GCC unroll 16
+                for (int i = 0; i < lanes; ++i) {
+                    square[i] = load(static_cast<const Element*>(rows[i].query) + d);
+                }
+            } else {
+                for (int i = 0; i < lanes; ++i) {
+                    T some[lanes] = {};
+                    for (int k = 0; i < rows_here && k < n; ++k) {
+                        some[k] = added<T>(static_cast<const Element*>(rows[i].query)[d + k]);
+                    }
+                    square[i] = V::load(some);
+                }
+            }
+            transpose<T>(square);
+            for (int k = 0; k < n; k += Operand::size) {
+                const V scaled = scale * square[k];
+                T* const to = query + (d + k) / Operand::size * width + c * lanes;
+                if constexpr (InPairs) {
+                    const Pairs pairs = to_pairs(scaled, scale * square[k + 1]);
+                    __builtin_memcpy(to, &pairs, sizeof pairs);
+                } else {
+                    too_large |= is_finite<T>(square[k]) & ~is_finite<T>(scaled);
+                    scaled.store(to);
+                }
+            }
+        }
+        return too_large;
+    }
+
+    // to_fetch: the keys whose values it brings near meanwhile; null: none.
+    void compute_scores(const Element* key, const Span* to_fetch) {
+        for (int64_t d = 0; d < head_dim; d += kDepth) {
+            const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
+            V largest[Columns];
+            for (int c = 0; c < Columns; ++c) largest[c] = -kInfinity<T>;
+            between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
+                in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
+                    if (to_fetch != nullptr && d == 0) {
+                        fetch(block.value, to_fetch->begin + j, to_fetch->begin + j + Rows,
+                              block.value_head_dim);
+                    }
+                    V sum[Rows][Columns] = {};
+                    multiply<First, Last, InPairs>(key + j * key_stride + d, key_stride,
+                                                   Operand::size, query + d / Operand::size * width,
+                                                   width, depth / Operand::size, sum);
+#pragma GCC unroll 16
+                    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+                        for (int c = 0; c < Columns; ++c) {
+                            T* const score = scores + (j + r) * width + c * lanes;
+                            if (d > 0) sum[r][c] = V::load(score) + sum[r][c];
+                            if (InPairs && !scales_late && d + depth == head_dim) {
+                                sum[r][c] = score_scale[c] * sum[r][c];
+                            }
+                            if (c < First || c >= Last) sum[r][c] = -kInfinity<T>;
+                            sum[r][c].store(score);
+                            largest[c] = max(sum[r][c], largest[c]);
+                        }
+                    }
+                });
+            });
+            for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
+        }
+    }
+
+    void apply_score_scale(Span keys) {
+        for (int64_t i = 0; i < keys.size() * width; i += width) {
+            for (int c = 0; c < Columns; ++c) {
+                T* const score = scores + i + c * lanes;
+                (score_scale[c] * V::load(score)).store(score);
+            }
+        }
+        find_tile_max(keys);
+    }
+
+    // True: some pair is hidden.
+    bool find_tile_max(Span keys) {
+        const V lowest = -kInfinity<T>;
+        typename V::Mask hidden = {};
+        V largest[Columns];
+        for (int c = 0; c < Columns; ++c) largest[c] = lowest;
+        for (int64_t i = 0; i < keys.size() * width; i += width) {
+            for (int c = 0; c < Columns; ++c) {
+                const V score = V::load(scores + i + c * lanes);
+                hidden |= score == lowest;
+                largest[c] = max(score, largest[c]);
+            }
+        }
+        for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
+        return any<T>(hidden);
+    }
+};
+
+}  // namespace
+}  // namespace fastattn

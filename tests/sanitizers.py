@@ -90,7 +90,13 @@ ADDRESS = Sanitizer(
     # Not those that measure the process's memory, or have little time for a long call.
     tests=(
         *("api/test_arguments.py", "api/test_arrays.py", "api/test_dlpack.py"),
-        *("cache", "machine/test_threads.py", "models/test_linear.py", "models/test_nn.py"),
+        *(
+            "attention/test_statistics.py",
+            "cache",
+            "machine/test_threads.py",
+            "models/test_linear.py",
+            "models/test_nn.py",
+        ),
         *("-k", "not memory and not giants and not fork_in_a_signal_handler"),
     ),
     faults=(

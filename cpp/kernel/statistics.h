@@ -86,8 +86,13 @@ class StatisticsTile : ScoreTile<T, InPairs, Columns> {
             for (int i = 0; i < lanes && c * lanes + i < block.row_count; ++i) {
                 const int r = c * lanes + i;
                 const T* const softmax = static_cast<const T*>(asked.softmax) + 2 * r;
+                const bool finite = softmax[1] - softmax[1] == 0;
                 of[0][i] = softmax[0] == -kInfinity<T> ? T(0) : softmax[0];
                 of[1][i] = softmax[1];
+                if (!finite) {  // e is then NaN for what the row sees, and 0 for what it does not
+                    of[0][i] = softmax[1];
+                    of[1][i] = T(1);
+                }
                 of[2][i] = asked.column_sums == nullptr ? T(0) : T(asked.row_weights[r]);
             }
             offset[c] = V::load(of[0]);

@@ -273,6 +273,26 @@ def test_peak_memory_at_131072_tokens(case):
     assert run(peak, case, timeout=120) < 16 * MIB
 
 
+def peak_of_statistics():
+    """Return what `peak` does for all statistics of 131072 tokens at once, and their size."""
+    fastattn.set_num_threads(2)
+    tokens = 131072
+    query, key = np.random.default_rng(0).random((2, 1, tokens, 8), np.float32)
+    blocks = (np.arange(0, tokens, 512), np.arange(0, tokens, 512))
+    asked = {"entropy": True, "maximum": True, "column_sums": True, "top": 8, "blocks": blocks}
+    fastattn.attention_statistics(query[:, :300], key[:, :300], top=1)
+    before = peak_so_far()
+    found = fastattn.attention_statistics(query, key, is_causal=True, window=(9999, 0), **asked)
+    return status("VmHWM") - before, sum(x.nbytes for x in found)
+
+
+@pytest.mark.promise("statistics-memory", "no-array-of-pairs")
+def test_peak_memory_of_statistics():
+    needed, size = run(peak_of_statistics, timeout=120)
+    assert needed - size < 64 * MIB
+    assert size < 64 * MIB
+
+
 def peak_of_packed_sequences():
     """Return what `peak` does for sequences that would be 4 GiB if they were padded."""
     fastattn.set_num_threads(2)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `fastattn` or `python -m fastattn`.
 
-Calls `info`, `_selftest.py`, the benchmark in `bench/` or the models' commands in
-`models/_command.py`, which declare their own options.
+Calls `info`, `_selftest.py`, the benchmark in `bench/`, the models' commands in
+`models/_command.py` or that of maps in `maps/_command.py`, which declare their own options.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """Run a command; import what it needs, and no more."""
+    from fastattn.maps import _command as _map_command
     from fastattn.models import _command
 
     parser = argparse.ArgumentParser("fastattn", description=fastattn.__doc__)
@@ -45,6 +46,7 @@ def _run(arguments: list[str]) -> int:
     commands.add_parser("selftest", help="check every kernel that this CPU can run, in a minute")
     measure = commands.add_parser("bench", help="measure it beside other libraries")
     _command.add_commands(commands)
+    _map_command.add_command(commands)
     if arguments[:1] == ["bench"]:
         from fastattn import bench
 

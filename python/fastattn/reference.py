@@ -306,7 +306,7 @@ def attention_statistics(
             found["blocks"] = sums
         if maximum:
             found["maximum"] = probs.max(axis=-1, initial=0)
-        dtype = np.float64 if query.dtype == np.float64 else np.float32
+        dtype = np.float64 if query.dtype.itemsize == 8 else np.float32
         for name, x in found.items():
             x = x[0] if max(query.ndim, key.ndim) == 2 else x
             found[name] = x.astype(np.int64 if name == "top_keys" else dtype)

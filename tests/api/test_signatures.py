@@ -19,6 +19,7 @@ OPERANDS = ("query", "key", "value")
 SAVED = ("grad_out", *OPERANDS, "out", "lse")
 OF_GRADIENTS = ("grad_lse", "return_dbias", "return_dsinks")
 RESULTS = ("return_lse", "out")
+STATISTICS = ("entropy", "column_sums", "row_weights", "top", "blocks", "maximum")
 CAUSAL = {"is_causal": True}
 # By name, what stands before the options, the options, what stands after them, and the defaults
 # that differ from those of `attention`.
@@ -27,6 +28,8 @@ DOORS = {
     "varlen_attention": ((*OPERANDS, *PACKED), ALL, RESULTS, {}),
     "attention_backward": (SAVED, ALL, (*PACKED, *OF_GRADIENTS), {}),
     "attention_weights": (("query", "key"), OF_WEIGHTS, (), {}),
+    "attention_statistics": (("query", "key"), OF_WEIGHTS, STATISTICS, {}),
+    "maps.rollout": (("layers",), OF_WEIGHTS, ("tokens", "direction"), {"is_causal": None}),
     "explain": (OPERANDS, ALL, (), {}),
     "KVCache.attend": (("self", "query"), OF_CACHES, RESULTS, CAUSAL),
     "PagedKVCache.attend": (("self", "query"), OF_CACHES, ("sequences", *RESULTS), CAUSAL),
@@ -34,6 +37,7 @@ DOORS = {
     "reference.varlen_attention": ((*OPERANDS, *PACKED), ALL, ("return_lse", "compute_dtype"), {}),
     "reference.attention_backward": (SAVED, ALL, (*PACKED, *OF_GRADIENTS, "compute_dtype"), {}),
     "reference.attention_weights": (("query", "key"), OF_WEIGHTS, ("compute_dtype",), {}),
+    "reference.attention_statistics": (("query", "key"), OF_WEIGHTS, STATISTICS, {}),
     "torch.attention": (OPERANDS, ALL, RESULTS, {}),
     "torch.varlen_attention": ((*OPERANDS, *PACKED), ALL, RESULTS, {}),
     "cuda.attention": (OPERANDS, ALL, (*RESULTS, "stream"), {}),
@@ -48,8 +52,8 @@ OF_JAX += ("local_window_size", "implementation", "return_residual")
 def call_named(name):
     """Return a public call of fastattn; skip the test if its framework is not installed."""
     first, *rest = name.split(".")
-    if first in ("torch", "jax", "cuda"):
-        if first != "cuda":
+    if first in ("torch", "jax", "cuda", "maps"):
+        if first not in ("cuda", "maps"):
             pytest.importorskip(first)
         found = importlib.import_module(f"fastattn.{first}")
     else:

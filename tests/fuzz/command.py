@@ -20,8 +20,8 @@ import zlib
 from pathlib import Path
 
 KINDS = (
-    *("attention", "backward", "varlen", "cache", "paged", "merge", "invalid"),
-    *("gguf", "safetensors"),
+    *("attention", "backward", "varlen", "cache", "paged", "merge", "statistics"),
+    *("invalid", "gguf", "safetensors"),
     *("checkpoint" for x in ["tokenizers"] if importlib.util.find_spec(x)),
 )
 OPTIONAL = ("torch",)

@@ -119,6 +119,17 @@ def sinks_in_each_part(right, *parts, sinks=None):
     return right(*parts)
 
 
+def strongest_in_another_order(right, *operands, **options):
+    found = right(*operands, **options)
+    if found.top_keys is None:
+        return found
+    return found._replace(top_keys=found.top_keys[..., ::-1])
+
+
+def rows_all_alike(right, *operands, row_weights=None, **options):
+    return right(*operands, **options)
+
+
 def nothing_refused(right, *arguments, **options):
     try:
         return right(*arguments, **options)
@@ -158,6 +169,11 @@ FAULTS = {
     "cache: reorder": lambda plant: plant.method(cache_of(False), "reorder", indices_ignored),
     "paged: fork": lambda plant: plant.method(cache_of(True), "add", one_token_too_few),
     "merge: sinks": lambda plant: plant.function("merge", sinks_in_each_part),
+    "statistics: top": lambda plant: plant.function(
+        "attention_statistics", strongest_in_another_order
+    ),
+    "statistics: rows": lambda plant: plant.function("attention_statistics", rows_all_alike),
+    "statistics: softcap": lambda plant: plant.function("attention_statistics", no_softcap),
     "invalid: accepted": lambda plant: plant.function("attention", nothing_refused),
     "invalid: error": lambda plant: plant.function("attention", another_error),
     "gguf: end": lambda plant: plant.method(_gguf._Parser, "check_end", nothing_checked),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.kv_cache import PagedKVCache
+from fastattn.models._capture import Attention, Observer
 from fastattn.nn import Floats, Integers
 
 
@@ -24,7 +25,12 @@ class Context:
         How many tokens of each were read, those that were fed last included.
     positions : ndarray of int64, shape (total,)
         Of the tokens that were fed last, each in its sequence.
+    layers : int
+    observers : tuple of Observer
+        Who is told of each layer's attention.
     """
+
+    observers: tuple[Observer, ...] = ()
 
     def __init__(
         self,
@@ -37,6 +43,7 @@ class Context:
         self._caches = [
             PagedKVCache(kv_heads, head_dim, value_head_dim=value_head_dim) for _ in range(layers)
         ]
+        self.layers = layers
         self._ids = list(range(sequences))  # that every cache gives them
         for cache in self._caches:
             for _ in self._ids:
@@ -77,6 +84,16 @@ class Context:
         -------
         ndarray of shape (total, q_heads * value_head_dim)
         """
+        seen = self._attend(layer, query, key, value, options)
+        for observer in self.observers:
+            asked = Attention(query, key, value, {"is_causal": True, **options})
+            observer.attended(layer, asked, seen)
+        return seen
+
+    def _attend(
+        self, layer: int, query: Floats, key: Floats, value: Floats, options: dict[str, Any]
+    ) -> Floats:
+        """Do what `attend` does, of which nobody is told."""
         cache = self._caches[layer]
         if self._one_each:  # a step of a loop, which must be quick
             cache.append(key[:, :, None], value[:, :, None])

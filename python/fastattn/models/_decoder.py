@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn import nn
-from fastattn._arguments import as_array
+from fastattn._arguments import as_array, whole_number
+from fastattn.models._capture import Observed
 from fastattn.models._chat import checked_messages, render
 from fastattn.models._generation import READ_TOKENS, Generation
 from fastattn.models._sampling import Options, Sampling, takes
@@ -44,7 +45,7 @@ class Score(NamedTuple):
     perplexity: float
 
 
-class Decoder:
+class Decoder(Observed):
     """A model that goes on with a text, as `load` reads it.
 
     Attributes
@@ -58,6 +59,8 @@ class Decoder:
     chat_template : str or None
         What `chat` tells the model of a conversation, in Jinja.
     """
+
+    _model: DecoderModel[Any]
 
     def __init__(self, model: DecoderModel[Any], checkpoint: Checkpoint) -> None:
         self._model, self._tokenizer = model, checkpoint.tokenizer
@@ -280,6 +283,47 @@ class Decoder:
                 found[place] = rows[np.arange(len(rows)), tokens[1:][place]]
         with np.errstate(over="ignore"):  # of a text that cannot be: infinite
             return Score(ids, found, float(np.exp(-found.mean(dtype=np.float64))))
+
+    def logit_lens(self, text: str | ArrayLike, token: str | int, *, row: int = -1) -> Floats:
+        """Return what the model would say of a token behind each layer, if it were the last one.
+
+        The states between two layers go through the last norm and the head: nostalgebraist 2020,
+        "interpreting GPT: the logit lens".
+
+        Parameters
+        ----------
+        text : str or sequence of int
+            A text, or its tokens: at least one, at most `max_position_embeddings`.
+        token : str or int
+            A text that is one token, often with the space before it, or its id.
+        row : int
+            The position of the token that it would follow; from the end if negative.
+
+        Returns
+        -------
+        ndarray of shape (layers + 1,) and dtype float32
+            The token's log-probability before the first layer, and behind each.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The text or its row is no such thing, or token is none of the vocabulary.
+        """
+        ids = self.tokenize(text) if isinstance(text, str) else self._tokens("text", text)
+        tokens = self._fitting("text", ids)
+        ids = self._encoded("token", token, special=False) if isinstance(token, str) else [token]
+        if len(ids) != 1:
+            raise ValueError(f"token must be one token, got {token!r}, which is {len(ids)}")
+        column = self._tokens("token", ids)[0]
+        if not -len(tokens) <= whole_number("row", row) < len(tokens):
+            rule = f"within {-len(tokens)}..{len(tokens) - 1}, the text's tokens"
+            raise ValueError(f"row must be {rule}, got {row}")
+        last = row % len(tokens)
+        with self.capture(rows=[last], what="hidden") as captured:
+            for _ in self._states(tokens[: last + 1]):
+                pass
+        states = self._model.norm(self._model.last_norm, captured.hidden[:, 0])
+        return nn.log_softmax(self._model.head(states))[:, column].copy()
 
     def _states(self, tokens: Integers) -> Iterator[tuple[int, Floats]]:
         """Yield the last hidden states of READ_TOKENS tokens, and where they begin, until all."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastattn.models._capture import Observed
 from fastattn.models._family import EncoderModel
 from fastattn.models._progress import progress_line
 from fastattn.models._tokens import encoded, unicode_text
@@ -42,7 +43,7 @@ class Dense(NamedTuple):
         return self.activation(linear(x, weight, bias))
 
 
-class Encoder:
+class Encoder(Observed):
     """A model that makes a vector of a text, as `load` reads it.
 
     Attributes
@@ -52,6 +53,8 @@ class Encoder:
     prompts : dict of str
         What the checkpoint puts before a text, by the purpose.
     """
+
+    _model: EncoderModel[Any]
 
     def __init__(
         self,

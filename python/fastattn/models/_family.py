@@ -10,7 +10,7 @@ import dataclasses
 import math
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Generic, Self, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from fastattn import nn
+from fastattn.models._capture import Attention, Observer
 from fastattn.models._context import Context
 from fastattn.models._file import KINDS, check, shown
 from fastattn.nn import Floats, Integers
@@ -165,7 +166,10 @@ class Model(ABC, Generic[C]):
     """A model: what it computes with its configuration, and with its weights by their names.
 
     Weights with two axes are as stored, of any type that `nn.linear` reads; others are float32.
+    The configuration has `num_hidden_layers` and `num_attention_heads`, as keys or as properties.
     """
+
+    observers: tuple[Observer, ...] = ()  # who are told what it does
 
     def __init__(self, config: C, weights: Mapping[str, Any]) -> None:
         self.config, self.weights = config, weights
@@ -226,6 +230,8 @@ class DecoderModel(Model[C]):
     Its configuration has `vocab_size` and `max_position_embeddings`, as keys or as properties.
     """
 
+    last_norm = "model.norm"  # the name of the norm behind the last layer
+
     @abstractmethod
     def context(self, sequences: int) -> Context:
         """Return what has been read of so many sequences: nothing yet."""
@@ -238,6 +244,26 @@ class DecoderModel(Model[C]):
     def head(self, states: Floats) -> Floats:
         """Return the logits of the token that follows each state, (rows, vocabulary)."""
 
+    @abstractmethod
+    def norm(self, name: str, x: Floats) -> Floats:
+        """Return x, normalised by the weights of that name."""
+
+    def layers(self, ids: Integers, x: Floats, context: Context) -> Iterator[int]:
+        """Yield the number of each layer, which changes the states x in place.
+
+        The observers are told the tokens, x before each layer and behind all, and, by the context,
+        how each attends.
+        """
+        context.observers = self.observers
+        for observer in self.observers:
+            observer.begin(ids, context.lengths)
+        for i in range(context.layers):
+            for observer in self.observers:
+                observer.states(i, x)
+            yield i
+        for observer in self.observers:
+            observer.states(context.layers, x)
+
 
 class EncoderModel(Model[C]):
     """A model that reads whole texts. Its configuration has `hidden_size`."""
@@ -245,6 +271,33 @@ class EncoderModel(Model[C]):
     @abstractmethod
     def __call__(self, ids: Integers, cu_seqlens: Integers) -> Floats:
         """Return the last hidden states of packed texts, of shape (tokens, hidden_size)."""
+
+    def begin(self, ids: Integers, cu_seqlens: Integers) -> None:
+        """Tell the observers what is read."""
+        for observer in self.observers:
+            observer.begin(ids, np.diff(cu_seqlens))
+
+    def states(self, layer: int, x: Floats) -> Floats:
+        """Return x, of which the observers are told that a layer is given it."""
+        for observer in self.observers:
+            observer.states(layer, x)
+        return x
+
+    def attend(
+        self,
+        layer: int,
+        query: Floats,
+        key: Floats,
+        value: Floats,
+        heads: int,
+        cu_seqlens: Integers,
+    ) -> Floats:
+        """Do what `nn.multi_head_attention` does, of which the observers are told."""
+        seen = nn.multi_head_attention(query, key, value, heads, cu_seqlens)
+        for observer in self.observers:
+            q, k, v = (x.reshape(len(x), heads, -1) for x in (query, key, value))
+            observer.attended(layer, Attention(q, k, v, {"is_causal": False}), seen)
+        return seen
 
 
 def parameters(weights: Mapping[str, tuple[int, ...]], *, bias: bool = True) -> Shapes:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.models._family import BaseConfig, EncoderModel, Shapes, of_layers, parameters
-from fastattn.nn import Floats, Integers, gelu, multi_head_attention
+from fastattn.nn import Floats, Integers, gelu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +73,14 @@ class BertModel(EncoderModel[Config]):
 
     def __call__(self, ids: Integers, cu_seqlens: Integers) -> Floats:
         """Return the last hidden states of packed texts, of shape (tokens, hidden_size)."""
-        x = self.embeddings(ids, cu_seqlens)
+        self.begin(ids, cu_seqlens)
+        x = self.states(0, self.embeddings(ids, cu_seqlens))
         for i in range(self.config.num_hidden_layers):
             layer = f"encoder.layer.{i}"
-            x = self.attention(f"{layer}.attention", x, cu_seqlens)
+            x = self.attention(i, x, cu_seqlens)
             network = f"{layer}.intermediate.dense", f"{layer}.output.dense"
             inner = self.feed_forward(network, x, gelu)
-            x = self.norm(f"{layer}.output.LayerNorm", x + inner)
+            x = self.states(i + 1, self.norm(f"{layer}.output.LayerNorm", x + inner))
         return x
 
     def embeddings(self, ids: Integers, cu_seqlens: Integers) -> Floats:
@@ -90,10 +91,11 @@ class BertModel(EncoderModel[Config]):
         x += self.embedding("embeddings.position_embeddings", place)
         return self.norm("embeddings.LayerNorm", x)
 
-    def attention(self, name: str, x: Floats, cu_seqlens: Integers) -> Floats:
+    def attention(self, layer: int, x: Floats, cu_seqlens: Integers) -> Floats:
         """Return x after a layer's attention."""
+        name = f"encoder.layer.{layer}.attention"
         q, k, v = (self.linear(f"{name}.self.{part}", x) for part in ("query", "key", "value"))
-        seen = multi_head_attention(q, k, v, self.config.num_attention_heads, cu_seqlens)
+        seen = self.attend(layer, q, k, v, self.config.num_attention_heads, cu_seqlens)
         return self.norm(f"{name}.output.LayerNorm", x + self.linear(f"{name}.output.dense", seen))
 
     def norm(self, name: str, x: Floats) -> Floats:

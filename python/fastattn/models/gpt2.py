@@ -54,9 +54,21 @@ class Config(BaseConfig):
         """The most tokens of a text, under its usual name."""
         return self.n_positions
 
+    @property
+    def num_hidden_layers(self) -> int:
+        """The layers, under their usual name."""
+        return self.n_layer
+
+    @property
+    def num_attention_heads(self) -> int:
+        """The heads of a layer, under their usual name."""
+        return self.n_head
+
 
 class GPT2Model(DecoderModel[Config]):
     """The model, with its weights under the checkpoint's names."""
+
+    last_norm = "ln_f"
 
     @staticmethod
     def sanitize(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
@@ -94,11 +106,11 @@ class GPT2Model(DecoderModel[Config]):
         """Return the last hidden states of the tokens that the context is fed."""
         x = self.embedding("wte", ids)
         x += self.embedding("wpe", context.positions)
-        for i in range(self.config.n_layer):
+        for i in self.layers(ids, x, context):
             x += self.attention(i, self.norm(f"h.{i}.ln_1", x), context)
             network = f"h.{i}.mlp.c_fc", f"h.{i}.mlp.c_proj"
             x += self.feed_forward(network, self.norm(f"h.{i}.ln_2", x), GELU_NEW)
-        return self.norm("ln_f", x)
+        return self.norm(self.last_norm, x)
 
     def head(self, states: Floats) -> Floats:
         """Return the logits of the token that follows each state."""

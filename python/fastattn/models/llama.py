@@ -116,13 +116,12 @@ class LlamaModel(DecoderModel[Config]):
         """Return the last hidden states of the tokens that the context is fed."""
         x = self.embedding("model.embed_tokens", ids)
         turns = rotary_tables(context.positions, self.frequencies)
-        for i in range(self.config.num_hidden_layers):
+        for i in self.layers(ids, x, context):
             layer = f"model.layers.{i}"
             x += self.attention(i, self.norm(f"{layer}.input_layernorm", x), turns, context)
-            normed = self.norm(f"{layer}.post_attention_layernorm", x)
             network = [f"{layer}.mlp.{part}_proj" for part in ("gate", "up", "down")]
-            x += self.gated_feed_forward(network, normed)
-        return self.norm("model.norm", x)
+            x += self.gated_feed_forward(network, self.norm(f"{layer}.post_attention_layernorm", x))
+        return self.norm(self.last_norm, x)
 
     def head(self, states: Floats) -> Floats:
         """Return the logits of the token that follows each state."""

@@ -7,6 +7,7 @@ cache         the key-value caches
 torch, flash_attn, transformers, jax    the drop-ins, each in the folder of its name
 cuda          the kernels of GPUs, in emulators and compiled, and a GPU that is none
 models        models, and the readers of their checkpoints
+maps          maps of where heads look: words, links, pages, pictures
 machine       what was built, threads, memory, imports
 programs      commands, benchmark, examples, fuzzers, the GPU's first visit: whatever is run
 fuzz, sweeps, sanitizers.py    programs that run for as long as one likes

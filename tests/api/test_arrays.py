@@ -159,12 +159,20 @@ def test_scaled_dot_product_attention(convert):
     assert_same_bits(numpy_of(result), call(query, key[:, :1], value[:, :1], is_causal=True))
 
 
-def test_attention_weights_merge_and_explain(convert):
+def test_weights_statistics_merge_and_explain(convert):
     query, key, value = problem()
     weights = fastattn.attention_weights(
         convert(query), convert(key), **converted(convert, options())
     )
     assert_same_bits(numpy_of(weights), fastattn.attention_weights(query, key, **options()))
+    asked = {"column_sums": True, "row_weights": np.ones((2, 1, 1)), "top": 3}
+    asked |= {"blocks": (np.array([0, 2]), np.array([0, 9])), **options()}
+    found = fastattn.attention_statistics(convert(query), convert(key), **converted(convert, asked))
+    assert {type(x) for x in found} == {type(convert(query)), type(None)}
+    expected = fastattn.attention_statistics(query, key, **asked)
+    for x, y in zip(found, expected, strict=True):
+        if y is not None:  # JAX has integers of 32 bits, unless it is told otherwise
+            assert_same_bits(numpy_of(x), y.astype(numpy_of(x).dtype))
     parts = [
         fastattn.attention(query, key[:, :, s], value[:, :, s], return_lse=True)
         for s in (slice(20), slice(20, None))

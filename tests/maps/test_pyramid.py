@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The map of a long text is made of the weights' sums over blocks, and of their largest."""
+# ruff: noqa: E501 - the tables have a line per case
 
 import itertools
 import json

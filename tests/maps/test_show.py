@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps of anybody's weights and of models: what they link, what they say of sinks, what is refused."""
+"""Maps of anybody's weights and of models: links, what is said of sinks, what is refused."""
+# ruff: noqa: E501 - the tables have a line per case
 
 import doctest
 import importlib.util
@@ -14,9 +15,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-import fastattn.maps._pyramid
-import fastattn.maps._show
 from fastattn import maps, models
+from fastattn.maps import _pyramid, _show
 
 RNG = np.random.default_rng(0)
 IVAN = "Yesterday evening Ivan came home early because he was tired"
@@ -247,7 +247,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["map.svg", "map", "html"])
 def test_other_suffixes_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="suffix|end in") as caught:
+    with pytest.raises(ValueError, match="end in") as caught:
         maps.show(CAUSAL, TOKENS).save(tmp_path / name)
     assert str(caught.value) == f"the file must end in .html or .png, got {str(tmp_path / name)!r}"
 
@@ -327,7 +327,7 @@ def test_an_encoder_looks_both_ways(encoder):
         ("\ud800", {}, ValueError, r"text must be Unicode, got '\ud800'"),
         ("he", {"layers": [30]}, ValueError, "layers must be within 0..29, those of the model, got 30"),
         ("he", {"heads": 9}, ValueError, "heads must be within 0..8, those of the model, got 9"),
-        ("he", {"word": "she"}, ValueError, "word must be a word of the text, got 'she', which is none ('he' is)"),
+        ("he", {"word": "she"}, ValueError, "word must be a word of the text, got 'she', which is none; near it: 'he'"),
         ("he", {"generate": -1}, ValueError, "generate must be at least 0, got -1"),
         ("he", {"key_tokens": ["he"]}, ValueError, "key_tokens must not be given with a model, which has no cross-attention"),
         ("he", {"is_special": [True]}, ValueError, "is_special must not be given with a model, which knows them"),
@@ -361,7 +361,7 @@ def test_what_an_encoder_cannot_show_is_refused(encoder):
 
 
 def test_examples_in_docstrings():
-    for module in (maps._show, maps._pyramid):
+    for module in (_show, _pyramid):
         results = doctest.testmod(module)
         assert results.attempted
         assert not results.failed

@@ -126,7 +126,7 @@ def test_a_layer_follows_from_what_is_captured(llama):
         (None, range(70)),
         ([69, 3, 4, 5, 40, 3, 95], [3, 4, 5, 40, 69]),
         (slice(None, None, 3), range(0, 70, 3)),
-        (slice(60, 80), range(60, 70)),
+        (slice(60, 2**70), range(60, 70)),
         (slice(7), range(7)),
         (slice(69, None), [69]),
     ],

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import random
 import re
@@ -15,19 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn.models._command import DECODER, _say
+from fastattn.models._command import DECODER, _read, _say
 
 if TYPE_CHECKING:
     from fastattn.maps import Link
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+DRAWN = 8  # heads that are compared with the best one
+
 
 def add_command(commands: Commands) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser("map", help="show where a model looks in a text")
     add = parser.add_argument
-    add("text", metavar="TEXT")
+    add("text", metavar="TEXT", help="- is stdin")
     add("--word", metavar="WORD", help="the word that looks; its second occurrence: WORD:2")
     add("--to", metavar="WORD", help="the word that is looked at: rank the heads")
     add("--layer", type=int, metavar="N", help="look at this layer alone")
@@ -35,7 +38,7 @@ def add_command(commands: Commands) -> None:
     add("--count", type=int, metavar="N", default=10, help="print so many links (10)")
     add("--generate", type=int, metavar="N", default=0, help="write N tokens, show their links")
     add("--picture", action="store_true", help="print the head of the strongest link too")
-    add("--check", action="store_true", help="take that head away, then another one, and compare")
+    add("--check", action="store_true", help="take away that head, or others, and compare")
     add("--html", type=Path, metavar="FILE.html", help="write the page there")
     add("--png", type=Path, metavar="FILE.png", help="write a picture there")
     names = f"a folder, a file or an installed package ({DECODER})"
@@ -52,20 +55,21 @@ def _map(options: argparse.Namespace) -> None:
     for name, suffix in (("html", ".html"), ("png", ".png")):
         if (path := getattr(options, name)) is not None:
             suffix_of(path, (suffix,))
+    text = _read("-", "a TEXT").removesuffix("\n") if options.text == "-" else options.text
     model: Any = models.load(options.model)
     found = maps.show(
         model,
-        options.text,
+        text,
         generate=options.generate,
         layers=options.layer,
         heads=options.head,
         word=_choice(options.word),
-        title=options.text,
+        title=text,
     )
     links = found.links(count=options.count, to=_choice(options.to))
     lines = [_terminal.table(links) if links else "no word looks at another one"]
-    if text := found.sink_text():
-        lines.append(f"{text}; it is left out above.")
+    if sink := found.sink_text():
+        lines.append(f"{sink}; it is left out above.")
     best = links[0] if links else None
     if best and (options.word or options.to):
         found = dataclasses.replace(found, shown=(best.layer, best.head))
@@ -74,7 +78,7 @@ def _map(options: argparse.Namespace) -> None:
         lines.append(_terminal.picture(found, layer, head))
     lines.append(f"{CAUSE}:")
     if options.check and best:
-        lines[-1] += "\n" + "\n".join(_checked(model, options.text, best))
+        lines[-1] += "".join(f"\n  {x}" for x in _checked(model, text, best))
     else:
         place = {"layer": best.layer, "head": best.head} if best else {"layer": 0, "head": 0}
         lines[-1] += f" --check takes the head away, as does\n  {found.code.format(**place)}"
@@ -90,40 +94,36 @@ def _choice(word: str | None) -> Any:
 
 
 def _checked(model: Any, text: str, link: Link) -> list[str]:
-    """Return what changes without the head of a link, and without one drawn at random."""
-    config = model._model.config
-    every = [
-        (layer, head)
-        for layer in range(config.num_hidden_layers)
-        for head in range(config.num_attention_heads)
-    ]
-    best = (link.layer, link.head)
-    others = [x for x in every if x != best]
-    lines = []
-    before = _answer(model, text)
-    for what, (layer, head) in (
-        ("without it", best),
-        *((("without another one, drawn at random"), random.Random(0).choice(others)),)[
-            : len(others)
-        ],
-    ):
-        with model.ablate([(layer, head)]):
-            after = _answer(model, text)
-        lines.append(f"  {what} (layer {layer}, head {head}) {_difference(before, after)}")
-    return lines
-
-
-def _answer(model: Any, text: str) -> Any:
-    """Return what is compared: log-probabilities of the text's tokens, or its embedding."""
+    """Return what changes without the head of a link, and without others drawn at random."""
+    config, best = model._model.config, (link.layer, link.head)
+    heads = range(config.num_attention_heads)
+    others = [(x, y) for x in range(config.num_hidden_layers) for y in heads if (x, y) != best]
+    drawn = random.Random(0).sample(others, min(DRAWN, len(others)))
     if hasattr(model, "score"):
-        return float(model.score(text).log_probabilities.sum(dtype=np.float64))
-    return model.encode([text])[0].astype(np.float64)
+        what = "the text's log-probability is"
+    else:
+        what = "the cosine of the text's vector with what it is otherwise is"
+        vector = _unit(model.encode([text])[0])
+
+    def answer(*heads: tuple[int, int]) -> float:
+        """Return what the model says without heads."""
+        with model.ablate(heads) if heads else contextlib.nullcontext():
+            if hasattr(model, "score"):
+                return float(model.score(text).log_probabilities.sum(dtype=np.float64))
+            return float(_unit(model.encode([text])[0]) @ vector)
+
+    found = [
+        f"{what} {answer():.4f}",
+        f"without layer {best[0]}, head {best[1]}: {answer(best):.4f}",
+    ]
+    if drawn:
+        least, most = (f([answer(x) for x in drawn]) for f in (min, max))
+        found.append(
+            f"without one of {len(drawn)} others, drawn at random: {least:.4f} to {most:.4f}"
+        )
+    return found
 
 
-def _difference(before: Any, after: Any) -> str:
-    """Return how two answers differ, in words."""
-    if isinstance(before, float):
-        return f"the text's log-probability is {after:.2f}, and was {before:.2f}"
-    norms = np.linalg.norm(before) * np.linalg.norm(after)
-    cosine = before @ after / max(norms, 1e-12)
-    return f"the text's vector has a cosine of {cosine:.4f} with what it was"
+def _unit(vector: Any) -> Any:
+    """Return a vector of length 1."""
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)

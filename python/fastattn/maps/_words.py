@@ -151,7 +151,7 @@ def place(words: Sequence[str], word: Any, name: str = "word") -> int:
     found = found or [i for i, x in enumerate(words) if x.lower() == word.lower()]
     if not found:
         near = difflib.get_close_matches(word, sorted(set(words)), n=3, cutoff=0.5)
-        hint = f" ({', '.join(map(repr, near))} is)" if near else ""
+        hint = f"; near it: {', '.join(map(repr, near))}" if near else ""
         raise ValueError(f"{name} must be a word of the text, got {word!r}, which is none{hint}")
     if number is None and len(found) > 1:
         rule = f"say which of {len(found)}: ({word!r}, 1) is the first"

@@ -365,9 +365,8 @@ def _within(positions: Integers, rows: slice | Integers) -> Any:
     """Return which positions are among the rows."""
     if not isinstance(rows, slice):
         return np.isin(positions, rows)
-    start, stop = rows.start or 0, positions[-1] + 1 if rows.stop is None else rows.stop
-    behind = positions - start
-    return (behind >= 0) & (positions < stop) & (behind % (rows.step or 1) == 0)
+    span = range(*rows.indices(int(positions[-1]) + 1))
+    return [x in span for x in positions.tolist()]
 
 
 def _what(given: Any) -> frozenset[str]:

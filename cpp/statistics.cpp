@@ -36,6 +36,14 @@ struct Numbers {
             reinterpret_cast<float*>(data)[i] = float(x);
         }
     }
+    void set(int64_t first, const double* from, int64_t count) const {
+        if (size == 8) {
+            std::copy_n(from, count, reinterpret_cast<double*>(data) + first);
+        } else {
+            auto* const to = reinterpret_cast<float*>(data) + first;
+            for (int64_t i = 0; i < count; ++i) to[i] = float(from[i]);
+        }
+    }
     double get(int64_t i) const {
         return size == 8 ? reinterpret_cast<double*>(data)[i]
                          : double(reinterpret_cast<float*>(data)[i]);
@@ -140,9 +148,13 @@ class Sums : Heads {
         span_ = std::max(kLeastSpan,
                          parts(parts(kv_len, spans), functions_.key_tile) * functions_.key_tile);
         spans_ = parts(kv_len, span_);
-        for (int64_t i = 0; i < spans_ && args.blocks != nullptr; ++i) {
-            touched_ = std::max(touched_, last_block(i) - first_block(i) + 1);
+        if (args.blocks == nullptr) return;
+        int64_t touched = 0;
+        for (int64_t i = 0; i < spans_; ++i) {
+            touched = std::max(touched, last_block(i) - first_block(i) + 1);
         }
+        // An odd number of cache lines, so that a column's elements lie in all sets of the cache.
+        pitch_ = (parts(touched, 8) | 1) * 8;
     }
 
     using Heads::look;
@@ -190,7 +202,7 @@ class Sums : Heads {
         Scratch scratch(memory);
         Parts parts{cut(scratch), nullptr, nullptr, nullptr, nullptr, 0};
         parts.column_sums = scratch.take<double>(span_);
-        parts.block_sums = scratch.take<double>((rows_ + 1) * touched_);
+        parts.block_sums = scratch.take<double>((rows_ + 1) * pitch_);
         parts.row_weights = scratch.take<double>(rows_);
         parts.query_blocks = scratch.take<int64_t>(rows_);
         parts.used = scratch.used();
@@ -226,7 +238,8 @@ class Sums : Heads {
             sums.query_blocks = mine.query_blocks;
             sums.key_starts = args_.key_starts + first_block_here;
             sums.key_blocks = last_block(span) - first_block_here + 1;
-            std::fill(mine.block_sums, mine.block_sums + sums.key_blocks, 0.0);
+            sums.block_pitch = pitch_;
+            std::fill_n(mine.block_sums, pitch_, 0.0);
         }
         const auto weights = call_.rows(args_.row_weights, sequence.batch);
         for (int64_t first = 0; first < q_len; first += rows_) {
@@ -244,8 +257,7 @@ class Sums : Heads {
                 }
                 last_query_block = at;
                 // The first one may have begun in the tile before.
-                double* const rest = mine.block_sums + sums.key_blocks;
-                std::fill(rest, rest + (at - query_block) * sums.key_blocks, 0.0);
+                std::fill_n(mine.block_sums + pitch_, (at - query_block) * pitch_, 0.0);
             }
             // Positions grow with the rows.
             if (call_.interval(sequence, last_of_tile).end > begin &&
@@ -267,17 +279,17 @@ class Sums : Heads {
             const bool ends = first + count == q_len;
             const int64_t finished = last_query_block - query_block + (ends ? 1 : 0);
             for (int64_t i = 0; i < finished; ++i) {
-                store(head, span, query_block + i, mine.block_sums + i * sums.key_blocks,
-                      sums.key_blocks, first_block_here, edges);
+                store(head, span, query_block + i, mine.block_sums + i * pitch_, sums.key_blocks,
+                      first_block_here, edges);
             }
             if (ends) break;
-            std::memmove(mine.block_sums, mine.block_sums + finished * sums.key_blocks,
+            std::memmove(mine.block_sums, mine.block_sums + finished * pitch_,
                          size_t(sums.key_blocks) * sizeof(double));
             query_block = last_query_block;
         }
         if (args_.column_sums != nullptr) {
             const Numbers to = numbers(args_.column_sums).at(head * args_.call.kv_len + begin);
-            for (int64_t j = 0; j < end - begin; ++j) to.set(j, mine.column_sums[j]);
+            to.set(0, mine.column_sums, end - begin);
         }
     }
 
@@ -285,19 +297,15 @@ class Sums : Heads {
     void store(int64_t head, int64_t span, int64_t query_block, const double* sums, int64_t count,
                int64_t first_key_block, double* edges) const {
         const Numbers to =
-            numbers(args_.blocks).at((head * args_.query_blocks + query_block) * args_.key_blocks);
+            numbers(args_.blocks)
+                .at((head * args_.query_blocks + query_block) * args_.key_blocks + first_key_block);
         double* const edge = edges + (span * args_.query_blocks + query_block) * 2;
-        edge[0] = edge[1] = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t block = first_key_block + i;
-            if (args_.key_starts[block] < span * span_) {
-                edge[0] = sums[i];
-            } else if (block_end(block) > span_end(span)) {
-                edge[1] = sums[i];
-            } else {
-                to.set(block, sums[i]);
-            }
+        int64_t begin = 0, end = count;
+        if (args_.key_starts[first_key_block] < span * span_) edge[0] = sums[begin++];
+        if (begin < end && block_end(first_key_block + end - 1) > span_end(span)) {
+            edge[1] = sums[--end];
         }
+        to.set(begin, sums + begin, end - begin);
     }
 
     void join(int64_t head, const double* edges) const {
@@ -317,7 +325,7 @@ class Sums : Heads {
     }
 
     int64_t span_ = 0, spans_ = 0;  // keys of a span, and how many spans there are
-    int64_t touched_ = 0;           // key blocks that a span touches, at most
+    int64_t pitch_ = 0;             // of a thread's sums: of as many key blocks as a span touches
 };
 
 }  // namespace

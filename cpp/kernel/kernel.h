@@ -155,7 +155,7 @@ struct SumsBlock {
     double* block_sums;           // (query blocks, key blocks); null: not asked for
     const int64_t* query_blocks;  // of each row
     const int64_t* key_starts;    // of each block of keys; the first is not behind the span's begin
-    int64_t key_blocks;
+    int64_t key_blocks, block_pitch;  // of block_sums: columns, and elements from row to row
 };
 
 // look() comes first. add() adds to sums, for some rows after the others.

@@ -282,7 +282,7 @@ class StatisticsTile : ScoreTile<T, InPairs, Columns> {
         T shares[width];
         for (int c = 0; c < Columns; ++c) (sum[c] * share[c]).store(shares + c * lanes);
         for (int r = 0; r < block.row_count; ++r) {
-            asked.block_sums[asked.query_blocks[r] * asked.key_blocks + key_block] +=
+            asked.block_sums[asked.query_blocks[r] * asked.block_pitch + key_block] +=
                 double(shares[r]);
         }
     }

@@ -139,7 +139,8 @@ kv_lengths
         """Return an array for a result that is wanted: what it holds where there are no pairs."""
         if not wanted:
             return None
-        return np.full((*lead, *rest), empty, dtype)
+        shape = (*lead, *rest)
+        return np.full(shape, empty, dtype) if empty else np.zeros(shape, dtype)
 
     entropy, maximum = boolean("entropy", entropy), boolean("maximum", maximum)
     column_sums = boolean("column_sums", column_sums)

@@ -19,7 +19,8 @@ namespace {
 // Spans are long enough that a query tile's transposition costs little, and there are enough of
 // them for many threads.
 constexpr int64_t kLeastSpan = 512, kMostSpans = 128;
-constexpr size_t kEdgeBytes = 16 << 20;  // see Sums
+constexpr size_t kEdgeBytes = 16 << 20;        // see Sums
+constexpr size_t kAllScratchBytes = 32 << 20;  // of all threads together, but for one alone
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
@@ -149,12 +150,12 @@ class Sums : Heads {
                          parts(parts(kv_len, spans), functions_.key_tile) * functions_.key_tile);
         spans_ = parts(kv_len, span_);
         if (args.blocks == nullptr) return;
-        int64_t touched = 0;
-        for (int64_t i = 0; i < spans_; ++i) {
-            touched = std::max(touched, last_block(i) - first_block(i) + 1);
+        if (touched() > kLeastSpan) {
+            span_ = std::max(kLeastSpan, parts(kv_len, most));
+            spans_ = parts(kv_len, span_);
         }
         // An odd number of cache lines, so that a column's elements lie in all sets of the cache.
-        pitch_ = (parts(touched, 8) | 1) * 8;
+        pitch_ = (parts(touched(), 8) | 1) * 8;
     }
 
     using Heads::look;
@@ -165,8 +166,9 @@ class Sums : Heads {
             edges == 0
                 ? count()
                 : std::clamp<int64_t>(int64_t(kEdgeBytes / sizeof(double)) / edges, 1, count());
-        const int threads = team_size(at_once * spans_, seconds());
         const size_t bytes = scratch(nullptr).used;
+        const int threads = int(std::clamp<int64_t>(int64_t(kAllScratchBytes / bytes), 1,
+                                                    team_size(at_once * spans_, seconds())));
         const Memory memory = allocate(bytes * size_t(threads));
         const size_t edge_bytes = size_t(at_once * edges) * sizeof(double);
         const Memory edge_memory = allocate(edge_bytes);
@@ -207,6 +209,14 @@ class Sums : Heads {
         parts.query_blocks = scratch.take<int64_t>(rows_);
         parts.used = scratch.used();
         return parts;
+    }
+
+    // How many key blocks a span touches, at most.
+    int64_t touched() const {
+        int64_t most = 0;
+        for (int64_t i = 0; i < spans_; ++i)
+            most = std::max(most, last_block(i) - first_block(i) + 1);
+        return most;
     }
 
     int64_t span_end(int64_t span) const { return std::min((span + 1) * span_, args_.call.kv_len); }

@@ -80,7 +80,8 @@ kv_lengths
         Of a float dtype, finite: what each row counts in the column sums; 1 unless given. 1 for
         one row and 0 for the others gives that row's probabilities.
     top : int >= 1, optional
-        Return so many of the keys with the largest probabilities of each row.
+        Return so many of the keys with the largest probabilities of each row. Meant to be small: a
+        key that joins them costs time in proportion.
     blocks : (query_starts, key_starts), optional
         Two arrays of int, which ascend from 0: where each block of queries, and of keys, starts;
         the last one ends with the rows. Return what each block of queries gives to each of keys: a

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from fastattn import reference
+from fastattn import attention_weights, reference
 from fastattn.maps import rollout
 from tests.support.child import run
 from tests.support.correctness import assert_same_bits
@@ -96,9 +96,27 @@ def test_a_row_that_sees_nothing_keeps_its_own_half():
 
 def test_a_capture():
     query, key, _ = make_problem(12, 12, 8, heads=3, batch=(4,))
-    captured = SimpleNamespace(query=query, key=key)
     pairs = list(zip(query, key, strict=True))
-    assert_same_bits(rollout(captured, is_causal=True), rollout(pairs, is_causal=True))
+    given = [{"is_causal": True}] * 4
+    upside_down = SimpleNamespace(
+        query=query[::-1], key=key[::-1], layers=np.arange(4)[::-1], options=given
+    )
+    assert_same_bits(rollout(upside_down), rollout(pairs, is_causal=True))
+
+    given = [{"is_causal": True, "scale": 0.1 * n, "window": (n, None)} for n in range(4)]
+    captured = SimpleNamespace(query=query, key=key, layers=np.arange(4), options=given)
+    expected = np.eye(12)
+    for q, k, options in zip(query, key, given, strict=True):
+        weights = attention_weights(q.astype(float), k.astype(float), **options)
+        expected = (weights.mean(axis=0) + np.eye(12)) / 2 @ expected
+    assert_allclose(rollout(captured), expected[-1], atol=1e-6)
+    with pytest.raises(ValueError, match="window must not be given with a capture"):
+        rollout(captured, window=(3, 0))
+
+
+def test_an_iterator():
+    query, key, _ = make_problem(12, 12, 8, heads=3, batch=(4,))
+    pairs = list(zip(query, key, strict=True))
     assert_same_bits(rollout(iter(pairs), is_causal=True), rollout(pairs, is_causal=True))
 
 

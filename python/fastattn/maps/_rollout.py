@@ -39,7 +39,7 @@ def rollout(
     layers : sequence of (query, key), or a capture of both
         The lowest first: arrays of floats of the shapes (heads, tokens, head_dim) and (kv_heads,
         tokens, head_dim), as `fastattn.attention` takes them. Or what a model's
-        ``capture(what=("query", "key"))`` gave: the heads and layers that it has.
+        ``capture(what=("query", "key"))`` gave: its heads and layers, lowest first.
     tokens : int or sequence of int, optional
         From which tokens; -1 is the last one. By default from the last one backward, from the first
         one forward.
@@ -47,9 +47,10 @@ def rollout(
         "backward": of which tokens of the text the token consists behind the top layer.
         "forward": how much of the token is in each one behind the top layer.
     is_causal : bool
-        Must be given: True for a decoder, False for an encoder.
+        Must be given with pairs: True for a decoder, False for an encoder.
     mask, bias, scale, query_offset, window, softcap, alibi_slopes, sinks, kv_lengths
-        As for `fastattn.attention`, the same in each layer.
+        As for `fastattn.attention`, the same in each layer. None may be given with a capture, which
+        knows those of each layer.
 
     Returns
     -------
@@ -81,10 +82,17 @@ def rollout(
     array([0.25, 0.75, 0.  , 0.  ])
     """
     asked = options_of(rollout, options)
-    if asked.is_causal is None:
-        raise ValueError("is_causal must be given: True for a decoder, False for an encoder")
     given: dict[str, Any] = {name: getattr(asked, name) for name in WeightOptions.__annotations__}
+    is_captured = hasattr(layers, "query") and hasattr(layers, "key")
     pairs = _pairs(layers)
+    if is_captured and options:
+        raise ValueError(f"{next(iter(options))} must not be given with a capture, which knows it")
+    if not is_captured and asked.is_causal is None:
+        raise ValueError("is_causal must be given: True for a decoder, False for an encoder")
+    of_layers: list[dict[str, Any]] = [given] * len(pairs)
+    if is_captured:
+        order = np.argsort(layers.layers, kind="stable")
+        pairs, of_layers = [pairs[i] for i in order], [layers.options[i] for i in order]
     if direction not in ("backward", "forward"):
         raise ValueError(f'direction must be "backward" or "forward", got {direction!r}')
     is_backward, count = direction == "backward", pairs[0][0].shape[1]
@@ -92,10 +100,11 @@ def rollout(
     step = _backward if is_backward else _forward
     shares = np.zeros((chosen.size, count))
     shares[np.arange(chosen.size), chosen.ravel()] = 1
-    for query, key in reversed(pairs) if is_backward else pairs:
+    each = list(zip(pairs, of_layers, strict=True))
+    for (query, key), how in reversed(each) if is_backward else each:
         dtype = arithmetic(query.dtype)
         q, k = (widened(x).astype(dtype, copy=False) for x in (query, key))
-        shares = shares / 2 + step(shares.astype(dtype), q, k, given) / 2
+        shares = shares / 2 + step(shares.astype(dtype), q, k, how) / 2
     return shares.astype(dtype).reshape(*chosen.shape, count)
 
 

@@ -88,6 +88,7 @@ class Observed:
         In the `with`, call what runs the model once: `encode` of one text, `logits`, `score`,
         `generate` of one prompt; what is generated is captured as it is read. The model keeps its
         bits. Captures may be nested, also in `ablate`. No other thread may run the model meanwhile.
+        A generator only runs where its pieces are taken: take them in the `with`.
 
         Parameters
         ----------
@@ -119,7 +120,8 @@ class Observed:
     def ablate(self, heads: ArrayLike) -> AbstractContextManager[Any]:
         """Let heads give 0, for as long as a `with` lasts, to see what the model does without them.
 
-        No other thread may run the model meanwhile.
+        No other thread may run the model meanwhile. A generator only runs where its pieces are
+        taken: take them in the `with`.
 
         Parameters
         ----------
@@ -180,6 +182,9 @@ class Capture(Observer):
     query, key, value : ndarray of shape (layers, heads, rows or tokens, dim)
         As attention is given them: the query of each row, and the key and value of each token, of
         the head that the query head reads.
+    options : list of dict
+        The options of `fastattn.attention` that each layer has beside them: is_causal, and those
+        of the model, such as scale, window or sinks.
     """
 
     def __init__(
@@ -245,6 +250,19 @@ class Capture(Observer):
         """The positions of the tokens of which it is captured."""
         return np.concatenate([np.arange(0), *(step["rows", 0] for step in self._steps)])
 
+    @property
+    def options(self) -> list[dict[str, Any]]:
+        """What each of `layers` gives `fastattn.attention` beside its arrays, for its `heads`."""
+        if not self._steps:
+            raise RuntimeError("options must be asked for when the model has run in the `with`")
+        return [
+            {
+                name: np.asarray(x)[self.heads] if name in PER_HEAD and x is not None else x
+                for name, x in self._steps[0]["options", layer].items()
+            }
+            for layer in self.layers.tolist()
+        ]
+
     def part(self, name: str) -> Any:
         """Return the array of that name, which is computed once for what was read."""
         if not self._steps:
@@ -274,12 +292,8 @@ class Capture(Observer):
         rows, tokens, what, found = self.rows, len(self.ids), self.what, dict[str, Any]()
         gaps = np.flatnonzero(np.diff(rows) != 1) + 1  # A call is given rows in succession.
         runs = [slice(*ends) for ends in pairwise([0, *gaps.tolist(), len(rows)])]
-        for i, layer in enumerate(self.layers.tolist()):
+        for i, (layer, options) in enumerate(zip(self.layers.tolist(), self.options, strict=True)):
             query, key = self._heads("query", layer), self._heads("key", layer)
-            options: dict[str, Any] = {
-                name: np.asarray(x)[self.heads] if name in PER_HEAD and x is not None else x
-                for name, x in self._steps[0]["options", layer].items()
-            }
             for run in runs:
                 single = np.arange(run.stop - run.start), np.arange(tokens)
                 statistics = fastattn.attention_statistics(

@@ -244,7 +244,6 @@ def test_a_text_may_hold_anything(opened: Open) -> None:
     weights = np.full((1, 2, count, count), 1 / count, np.float32)
     data = map_data(
         title=HOSTILE[0] * 200,
-        subtitle=HOSTILE[1],
         sink={"text": HOSTILE[2], "shares": [[0, 0]]},
         queries=HOSTILE,
         keys=HOSTILE,

@@ -3,6 +3,7 @@
 
 import struct
 import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -63,6 +64,19 @@ def test_a_large_picture_is_bounded(tmp_path):
     path = tmp_path / "map.PNG"
     maps.show(np.eye(400), ["word"] * 400).save(path)
     assert max(pixels(path)) <= 40 * 120
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads"), [(["Then"], 1), (["Then"], 4), (["\ud800", "a\ud800$", "b"], 1)]
+)
+def test_any_words_make_a_picture_without_a_warning(tmp_path, tokens, heads):
+    pytest.importorskip("matplotlib")
+    path, count = tmp_path / "map.png", len(tokens)
+    weights = np.full((1, heads, count, count), 1 / count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maps.show(weights, tokens).save(path)
+    assert min(pixels(path)) > 100
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):

@@ -63,6 +63,31 @@ def test_links_are_the_largest_weights():
         head = {(7, 1): 0, (8, 5): 1}[link.layer, link.head]
         assert link.share == pytest.approx(weights[head, 200, int(link.key[1:])], abs=1e-6)
     assert found.links(0) == []
+    assert repr(found) == "<LongMap: 300 words, 2 heads>"
+    for count, error, message in (
+        (0, ValueError, "count must be at least 1, got 0"),
+        (None, TypeError, "count must be an int, not NoneType"),
+    ):
+        with pytest.raises(error) as caught:
+            found.links("w200", count)
+        assert str(caught.value) == message
+
+
+def test_numbers_of_heads_may_be_arrays():
+    query, key = problem()
+    options = {"layers": np.array([1, 2]), "heads": np.array([3, 4])}
+    found = maps.pyramid(query, key, TOKENS, **options)
+    assert (found.layers, found.heads) == ((1, 2), (3, 4))
+    assert json.dumps(found.data())
+    assert found.html()
+
+
+def test_blocks_by_default_are_bounded_for_many_heads():
+    query, key = problem(600, 27)
+    found = maps.pyramid(query, key, ["▁a"] * 600)
+    assert [x.name for x in found.levels] == ["parts", "passages", "lines"]
+    assert len(found.levels[-1].queries) == 300
+    assert 27 * 300**2 <= 4_000_000
 
 
 @pytest.mark.parametrize("n", [1, 2, 50, 5000])
@@ -91,6 +116,8 @@ def test_levels_by_default(n, tmp_path):
         ({"top": 0}, "top must be at least 1, got 0"),
         ({"heads": [1]}, "heads must be as many as query has heads, 2, got 1"),
         ({"layers": [1]}, "layers must be as many as query has heads, 2, got 1"),
+        ({"query": np.full((2, 300, 16), np.nan, np.float32)}, "query must be finite, got nan at (0, 0, 0)"),
+        ({"key": np.where(np.arange(16) == 3, np.inf, np.ones((2, 300, 16)))}, "key must be finite, got inf at (0, 0, 3)"),
         ({"is_special": [True]}, "is_special must be as many as the keys, 300, got 1"),
     ],
 )  # fmt: skip
@@ -99,6 +126,23 @@ def test_what_is_no_pyramid_is_refused(options, message):
     given = {"query": query, "key": key, "tokens": TOKENS} | options
     with pytest.raises(ValueError, match="must") as caught:
         maps.pyramid(given.pop("query"), given.pop("key"), given.pop("tokens"), **given)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 5}, "layers must be a sequence of int, not int"),
+        ({"heads": np.array(5)}, "heads must be a sequence of int, not ndarray"),
+        ({"heads": [0, 1.5]}, "heads[1] must be an int, not float"),
+        ({"layers": "ab"}, "layers[0] must be an int, not str"),
+        ({"levels": [0, 5]}, "levels must be a mapping of names to the tokens that blocks begin with, not list"),
+        ({"top": 1.5}, "top must be an int, not float"),
+    ],
+)  # fmt: skip
+def test_what_is_of_another_type_is_refused(options, message):
+    with pytest.raises(TypeError) as caught:
+        maps.pyramid(*problem(), TOKENS, **options)
     assert str(caught.value) == message
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,16 @@ def test_tensors_are_taken():
     tensor = torch.tensor(weights, requires_grad=True)
     for form in (tensor, [x[None] for x in tensor], tensor.to(torch.bfloat16)):
         assert_allclose(maps.show(form, TOKENS).weights, expected, rtol=0, atol=0.01)
+
+
+def test_memory_is_that_of_the_map_and_one_layer():
+    weights = np.full((40, 2, 60, 60), 1 / 60, np.float32)
+    for given in (weights, weights.astype(np.float64), list(weights)):
+        tracemalloc.start()
+        maps.show(given, [f" w{i}" for i in range(60)])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2.5 * weights.nbytes
 
 
 def test_layers_and_heads_keep_their_numbers():
@@ -180,8 +191,17 @@ MESSAGES = [
     ((np.eye(2), ["a", "b"]), {"layers": [1]}, ValueError, "layers must be within 0..0, those of weights, got 1"),
     ((np.eye(2), ["a", "b"]), {"heads": [-1]}, ValueError, "heads must be within 0..0, those of weights, got -1"),
     ((np.eye(2), ["a", "b"]), {"heads": []}, ValueError, "heads must be one at least, got none"),
-    ((np.eye(2), ["a", "b"]), {"heads": ["0"]}, TypeError, "heads must be an int, not str"),
+    ((np.eye(2), ["a", "b"]), {"heads": ["0"]}, TypeError, "heads[0] must be an int, not str"),
     ((np.eye(2), ["a", "b"]), {"is_special": [True]}, ValueError, "is_special must be as many as the keys, 2, got 1"),
+    ((np.eye(2), ["a", "b"]), {"is_special": 5}, TypeError, "is_special must be a sequence of bool, not int"),
+    ((np.eye(2), ["a", "b"]), {"is_special": "ab"}, TypeError, "is_special[0] must be a bool, not str"),
+    ((np.eye(2), ["a", "b"]), {"is_special": [0, [1]]}, TypeError, "is_special[1] must be a bool, not list"),
+    ((np.eye(2), ["a", "b"]), {"layers": 1.5}, TypeError, "layers must be an int or a sequence of int, not float 1.5"),
+    ((np.eye(2), ["a", "b"]), {"heads": np.array(0)}, TypeError, "heads must be an int or a sequence of int, not ndarray array(0)"),
+    ((np.eye(2), ["a", "b"]), {"layers": [0, [1]]}, TypeError, "layers[1] must be an int, not list"),
+    (([None, np.eye(2)[None]], ["a", "b"]), {}, TypeError, "weights[0] must be an array of numbers, not NoneType"),
+    (([np.eye(2)[None], None], ["a", "b"]), {}, TypeError, "weights[1] must be an array of numbers, not NoneType"),
+    ((np.stack([np.eye(2), -np.eye(2)])[:, None], ["a", "b"]), {}, ValueError, "weights must be at least 0, being probabilities, got -1 at (1, 0, 0, 0)"),
     ((np.eye(2), ["a", "b"]), {"generate": 1}, ValueError, "generate needs a model, got ndarray"),
 ]  # fmt: skip
 
@@ -196,6 +216,10 @@ def test_what_is_no_map_is_refused(given, options, error, message):
 @pytest.mark.parametrize(
     ("weights", "got"),
     [
+        (np.array(1.0), "got shape ()"),
+        ([], "got shape (0,)"),
+        ([np.array(1.0)], "got shape (1,)"),
+        (np.ones((0, 3, 2, 2)), "got shape (0, 3, 2, 2)"),
         (np.ones(3), "got shape (3,)"),
         (np.ones((1, 1, 1, 1, 1, 1)), "got shape (1, 1, 1, 1, 1, 1)"),
         (np.ones((0, 2, 2)), "got shape (0, 2, 2)"),
@@ -315,6 +339,28 @@ def test_an_encoder_looks_both_ways(encoder):
     assert found.weights[:, :, 9, 10:].any()
     assert found.sink_text().endswith(" % of the attention goes to [CLS] and [SEP]")
     assert_allclose(found.weights.sum(axis=-1), 1, atol=1e-5)
+
+
+@needs_encoder
+def test_unknown_and_masked_words_are_no_sinks(encoder):
+    found = maps.show(encoder, "Yesterday Ivan 😀 came home [MASK]", layers=5)
+    words = ("[CLS]", "Yesterday", "Ivan", "😀", "came", "home", "[MASK]", "[SEP]")
+    assert found.queries == found.keys == words
+    assert found.special == found.special_queries == (0, 7)
+    assert found.sink_names == "[CLS] and [SEP]"
+
+
+@needs_encoder
+def test_accents_that_an_encoder_leaves_out_do_not_cut_words(encoder):
+    found = maps.show(encoder, "cafe\u0301 ok ❤\ufe0f हिन्दी में")
+    words = ("cafe\u0301", "ok", "❤\ufe0f", "हिन्दी", "में")
+    assert found.queries == ("[CLS]", *words, "[SEP]")
+
+
+@needs_decoder
+def test_a_space_of_its_own_is_no_word(decoder):
+    text = "Он сказал , что всё ёлка 3 don\u2019t"
+    assert maps.show(decoder, text, layers=0).queries == tuple(text.split())
 
 
 @needs_decoder

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens of every spelling become the words that a reader sees; a word is found by what it is."""
-# ruff: noqa: E501 - the tables have a line per case
+# ruff: noqa: E501, RUF001 - the tables have a line per case, in many scripts
 
 import numpy as np
 import pytest
 
 from fastattn import maps
+from fastattn.maps import _words
 
 
 def words(tokens, **options):
@@ -33,6 +34,62 @@ def words(tokens, **options):
 )  # fmt: skip
 def test_tokens_become_words(tokens, expected):
     assert words(tokens) == expected.split(" ")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        pytest.param(["U", ".", " ", "3", ".", "1", "4"], ["U", ".", "3", ".", "14"], id="a space leads a number"),
+        pytest.param(["всё", " ", "ё", "", "лка"], ["всё", "ёлка"], id="a space leads a word"),
+        pytest.param([",", " ", " ", " (", "x"], [",", "(", "x"], id="spaces lead"),
+        pytest.param([" ", "a", " "], ["a", "' '"], id="nothing to lead"),
+        pytest.param(["a", "\n ", ")", "\n", "b"], ["a", "\\n", ")", "\\n", "b"], id="a line is a word"),
+        pytest.param(["ह", "", "ि", "न", "्द", "ी", " म", "े", "ं"], ["हिन्दी", "में"], id="Hindi"),
+        pytest.param(["ด", "ี", "", "ม", "า", "ก"], ["ดีมาก"], id="Thai"),
+        pytest.param(["م", "َ", "ر", "ْح", "ب", "ً", "ا", " ب", "كم"], ["مَرْحبًا", "بكم"], id="Arabic"),
+        pytest.param(["c", "afe", "\u0301", "", " ok"], ["cafe\u0301", "ok"], id="decomposed"),
+        pytest.param(["(", "e", "\u0301", ")"], ["(", "e\u0301", ")"], id="a mark is no letter"),
+        pytest.param(["\u0301", "a", "\n", "\u0301"], ["\u0301", "a", "\\n", "\u0301"], id="a mark on nothing"),
+        pytest.param(["👨", "\u200d", "👩", " ❤", "\ufe0f", "a"], ["👨\u200d👩", "❤\ufe0f", "a"], id="emoji"),
+        pytest.param(["می", "\u200c", "روم"], ["می\u200cروم"], id="Persian"),
+        pytest.param(["don", "’", "", "t", " l", "'", "eau"], ["don’t", "l'eau"], id="apostrophes"),
+        pytest.param([" '", "q", "'", " a", "'", ".", "'", "s"], ["'", "q", "'", "a", "'.'", "s"], id="quotes"),
+        pytest.param(["我", "爱", "", "北京", "。"], ["我", "爱", "北京", "。"], id="Chinese"),
+        pytest.param([" ", "コ", "ー", "ヒー", "人", "々", " が"], ["コー", "ヒー", "人々", "が"], id="Japanese"),
+    ],
+)  # fmt: skip
+def test_pieces_become_words(pieces, expected):
+    assert list(_words.merged(pieces, [False] * len(pieces)).words) == expected
+
+
+def test_special_pieces_cut_what_else_would_not_be():
+    for pieces in (["a", "", "\u0301"], [" ", "a", "b"], ["a", "'", "b"]):
+        found = _words.merged(pieces, [False, True, False])
+        assert (found.starts, found.special) == ((0, 1, 2), {1})
+    assert _words.merged(["", ""], [True, True]).starts == (0, 1)
+    assert _words.merged([], []).words == ()
+
+
+def test_the_first_piece_is_shown_if_it_is_a_space():
+    for piece, first in ((" ", "' '"), ("\n", r"\n"), (" a", "a"), ("", "")):
+        assert _words.merged([piece, "b"], [False, False]).first == first
+
+
+def test_what_no_token_stands_for_is_of_the_one_before():
+    offsets = [(0, 0), (0, 4), (6, 8), (9, 10), (10, 10), (13, 14), (0, 0)]
+    pieces = _words.pieces_of_text("cafe\u0301 ok [\u0301 \nb\u0301 ", offsets)
+    assert pieces == ["", "cafe\u0301", " ok", " [\u0301", "", " \nb\u0301", ""]
+
+
+def test_names_of_sinks_are_clean_and_bounded():
+    found = _words.sink_names("\x1b[2J", ["a\u202eb", "[SEP]"])
+    assert found == 'the first token, "?[2J", a?b and [SEP]'
+    assert _words.sink_names("x" * 99, []) == f'the first token, "{"x" * 29}..."'
+    assert (
+        _words.sink_names(None, ["<\uff5cbegin▁of▁sentence\uff5c>"])
+        == "<\uff5cbegin▁of▁sentence\uff5c>"
+    )
+    assert "\x1b" not in str(maps.show(np.eye(3), ["\x1b[2J", "b", "c"]))
 
 
 def test_special_tokens_are_words_of_their_own():

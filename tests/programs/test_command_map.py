@@ -74,6 +74,30 @@ def test_what_is_written(call):
     assert len(re.findall(r"-> .*layer", out)) == 3
 
 
+def test_the_sink_is_no_word_that_is_looked_at(call):
+    status, out, err = call("The cat sat on the mat", "--word", "sat", "--to", "The")
+    assert (status, out) == (2, "")
+    assert re.fullmatch(
+        r"fastattn: error: to must be a word that is not left out, got 'The': "
+        r"\d+ % of the attention of 'sat' goes there\n",
+        err,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--word", "Ivan", "--to", "tired"], "Ivan does not look at tired"),  # a later word
+        (["--to", "tired"], "no other word looks at tired"),
+        (["--word", "Yesterday"], "Yesterday looks at no other word, but for what is left out"),
+    ],
+)
+def test_no_links(call, options, said):
+    status, out, err = call(IVAN, *options)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{said}\n\n")
+
+
 def test_stdin():
     text = subprocess.run(
         [sys.executable, "-m", "fastattn", "map", "-", "--word", "he", "--to", "Ivan"],
@@ -92,6 +116,8 @@ def test_stdin():
         (["he said he", "--word", "he"], "word must say which of 2: ('he', 1) is the first, got 'he'"),
         (["he said he", "--word", "he:3"], "the number of word must be within 1..2, as often as 'he' occurs, got 3"),
         ([IVAN, "--word", "he", "--to", "Iwan"], "to must be a word of the text, got 'Iwan', which is none; near it: 'Ivan', 'was'"),
+        ([IVAN, "--word", "he", "--to", "he"], "to must be another word than the one that looks, got 'he'"),
+        ([IVAN, "--count", "0"], "count must be at least 1, got 0"),
         ([IVAN, "--layer", "30"], "layers must be within 0..29, those of the model, got 30"),
         ([IVAN, "--html", "a.htm"], "the file must end in .html, got 'a.htm'"),
         ([IVAN, "--png", "a.html"], "the file must end in .png, got 'a.html'"),

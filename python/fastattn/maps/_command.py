@@ -67,7 +67,7 @@ def _map(options: argparse.Namespace) -> None:
         title=text,
     )
     links = found.links(count=options.count, to=_choice(options.to))
-    lines = [_terminal.table(links) if links else "no word looks at another one"]
+    lines = [_terminal.table(links) if links else _no_link(options.word, options.to)]
     if sink := found.sink_text():
         lines.append(f"{sink}; it is left out above.")
     best = links[0] if links else None
@@ -85,6 +85,14 @@ def _map(options: argparse.Namespace) -> None:
     _say(_terminal.shown("\n\n".join(lines)) + "\n")
     for path in filter(None, (options.html, options.png)):
         found.save(path)
+
+
+def _no_link(word: str | None, to: str | None) -> str:
+    """Return the sentence that says that there are no links of what is asked about."""
+    if to is None:
+        said = "no word looks at another one" if word is None else f"{word} looks at no other word"
+        return f"{said}, but for what is left out"
+    return f"no other word looks at {to}" if word is None else f"{word} does not look at {to}"
 
 
 def _choice(word: str | None) -> Any:

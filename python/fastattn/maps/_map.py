@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastattn._arguments import whole_number
 from fastattn.maps import _html, _terminal
 from fastattn.maps._words import Choice, place
 from fastattn.nn import Floats
@@ -40,7 +42,7 @@ class Link(NamedTuple):
     share: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Map:
     """How much each word of a text looks at each word, in each head, as `show` makes it.
 
@@ -77,7 +79,7 @@ class Map:
     shown : tuple of int or None
         The layer and the head, by number, with which the page opens and which a picture shows; by
         default those of the strongest link of `word`.
-    title, subtitle : str
+    title : str
         The heading of the page.
     code : str
         The line of Python that takes a head away.
@@ -98,7 +100,6 @@ class Map:
     word: int | None = None
     shown: tuple[int, int] | None = None
     title: str = ""
-    subtitle: str = ""
     code: str = ""
 
     def links(
@@ -115,9 +116,10 @@ class Map:
             The word that looks: itself, its index among `queries`, or ``("he", 2)``, the second of
             them. By default the one that `show` was asked about, or else all words.
         count : int
-            How many links at most.
+            How many links at most, 1 or more.
         to : str, int or (str, int), optional
-            The word that is looked at: every head is listed, so that this ranks the heads.
+            The word that is looked at: every head is listed, so that this ranks the heads. It is
+            neither in `special` nor the word that looks.
 
         Returns
         -------
@@ -126,9 +128,12 @@ class Map:
         Raises
         ------
         TypeError, ValueError
-            A word does not occur, or several times without saying which.
+            A word does not occur, or several times without saying which; `to` is left out; or
+            `count` is no int of 1 or more.
         """
+        count = at_least_1("count", count)
         row = self.word if word is None else place(self.queries, word)
+        column = None if to is None else self._column(row, to)
         shares = np.array(self.weights if row is None else self.weights[:, :, row : row + 1])
         shares[..., list(self.special)] = 0
         rows = range(len(self.queries)) if row is None else [row]
@@ -138,15 +143,15 @@ class Map:
             if k in self.special_queries and row is None:
                 shares[:, :, i] = 0
         flat = shares.reshape(-1, *shares.shape[2:])
-        if to is None:  # Of each two words, all heads but the best are left out.
+        if column is None:  # Of each two words, all heads but the best are left out.
             best = flat.argmax(axis=0)[None]
             others = np.ones(flat.shape, bool)
             np.put_along_axis(others, best, False, axis=0)
         else:
             others = np.ones(flat.shape, bool)
-            others[..., place(self.keys, to, "to")] = False
+            others[..., column] = False
         flat[others] = 0
-        order = np.argsort(-flat, axis=None, kind="stable")[: max(count, 0)]
+        order = np.argsort(-flat, axis=None, kind="stable")[:count]
         found = (np.unravel_index(x, flat.shape) for x in order[flat.ravel()[order] > 0])
         return [
             Link(
@@ -158,6 +163,19 @@ class Map:
             )
             for head, i, k in found
         ]
+
+    def _column(self, row: int | None, to: Choice) -> int:
+        """Return the index of the key that is asked about, whose links must not be left out."""
+        column = place(self.keys, to, "to")
+        if column in self.special:
+            said = self.sink_text() or "it is apart"
+            if row is not None:
+                share = percent(self.weights[:, :, row, column].mean())
+                said = f"{share} of the attention of {self.queries[row]!r} goes there"
+            raise ValueError(f"to must be a word that is not left out, got {to!r}: {said}")
+        if row is not None and self.positions is not None and self.positions[row] == column:
+            raise ValueError(f"to must be another word than the one that looks, got {to!r}")
+        return column
 
     def sink_text(self) -> str:
         """Return the sentence that says how much goes to `special`; "" where there are none."""
@@ -173,6 +191,11 @@ class Map:
             return (0, 0) if self.weights.shape[:2] == (1, 1) else None
         return self.layers.index(shown[0]), self.heads.index(shown[1])
 
+    def __repr__(self) -> str:
+        """Return what it is, in a line."""
+        sizes = f"{len(self.queries)} x {len(self.keys)} words"
+        return f"<Map: {sizes}, {len(self.layers)} x {len(self.heads)} heads>"
+
     def __str__(self) -> str:
         """Return what a terminal shows."""
         return _terminal.render(self)
@@ -184,7 +207,6 @@ class Map:
         return {
             "kind": "map",
             "title": self.title,
-            "subtitle": self.subtitle,
             "queries": list(self.queries),
             "keys": list(self.keys),
             "positions": None if self.positions is None else list(self.positions),
@@ -257,6 +279,13 @@ def percent(share: float) -> str:
     return f"{int(100 * float(share) + 0.5)} %"
 
 
+def at_least_1(name: str, number: int) -> int:
+    """Return a number, which must be an int of 1 or more."""
+    if whole_number(name, number) < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return int(number)
+
+
 def in_notebook(page: str) -> str:
     """Return a page as a frame of another one."""
     text = page.replace("&", "&amp;").replace('"', "&quot;")
@@ -273,17 +302,20 @@ def suffix_of(path: str | os.PathLike[str], known: Sequence[str]) -> str:
 
 
 def write(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file beside its place, then put it there."""
+    """Write a file beside its place, then put it there, with the mode of the one before it."""
     target = Path(path).resolve()
-    beside = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}")
+    beside = target.with_name(f".{secrets.token_hex(16)}")
     try:
         with beside.open("xb") as file:
+            with contextlib.suppress(OSError):  # There is none before it, or modes mean nothing.
+                beside.chmod(target.stat().st_mode & 0o777)
             file.write(content)
         beside.replace(target)
     except OSError as error:
         raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def _list(numbers: Sequence[int]) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastattn.maps._map import percent
+
 if TYPE_CHECKING:
     from fastattn.maps._map import Map
 
@@ -17,6 +19,7 @@ LONGEST = 24  # characters of a word
 MOST_WORDS = 120  # that have names beside a head
 INCHES = 40  # of a side, at most
 DOTS = 120  # per inch
+NOTHING = "no other\nword to\nlook at"
 
 
 def picture(map_: Map, layer: int | None, head: int | None) -> bytes:
@@ -55,7 +58,9 @@ def _one(map_: Map, layer: int, head: int) -> Any:
     rows, columns = weights.shape
     figure = _figure(2.5 + CELL * columns, 2.5 + CELL * rows)
     axes = figure.add_subplot()
-    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto") if columns else None
+    if image is None:
+        _note(axes, rows)
     for ticks, names, turn in (
         (axes.set_xticks, [map_.keys[i] for i in shown], 90),
         (axes.set_yticks, map_.queries, 0),
@@ -66,10 +71,11 @@ def _one(map_: Map, layer: int, head: int) -> Any:
     axes.set_title(f"layer {map_.layers[layer]}, head {map_.heads[head]}", loc="left")
     if text := map_.sink_text():
         share = map_.sink[layer, head] if map_.sink is not None else 0
-        text = f"{text},\nin this head {int(100 * share + 0.5)} %; left out here"
+        text = f"{text},\nin this head {percent(share)}; left out here"
         axes.set_xlabel(_plain(text), loc="left")
-    bar = figure.colorbar(image, shrink=0.6)
-    bar.set_label("share of the row's word")
+    if image is not None:
+        bar = figure.colorbar(image, shrink=0.6)
+        bar.set_label("share of the row's word")
     return figure
 
 
@@ -91,7 +97,10 @@ def _grid(map_: Map, layers: list[int], heads: list[int]) -> Any:
             axes.axis("off")
         for axes, (layer, head) in zip(row, of_row, strict=False):
             image = map_.weights[layer, head][:, shown]
-            axes.imshow(image, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            if shown:
+                axes.imshow(image, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            else:
+                _note(axes, len(image), size=5)
             axes.set_title(f"{map_.layers[layer]}, {map_.heads[head]}", fontsize=7, pad=2)
             axes.axis("on")
             axes.set_xticks([])
@@ -103,11 +112,18 @@ def _grid(map_: Map, layers: list[int], heads: list[int]) -> Any:
     return figure
 
 
+def _note(axes: Any, rows: int, **font: Any) -> None:
+    """Say in a head's place that there is no column to draw."""
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.text(0.5, 0.5, NOTHING, ha="center", va="center", transform=axes.transAxes, **font)
+
+
 def _name(word: str) -> str:
     """Return a word of bounded length."""
     return _plain(word if len(word) <= LONGEST else word[: LONGEST - 3] + "...")
 
 
 def _plain(text: str) -> str:
-    """Return a text that matplotlib shows as it is, without mathematics."""
+    """Return a text that matplotlib shows as it is, without mathematics; ? where it cannot."""
+    text = text.encode("utf-8", "replace").decode()  # Half of a character, a lone surrogate.
     return text.replace("\\", "\\\\").replace("$", r"\$") if "$" in text else text

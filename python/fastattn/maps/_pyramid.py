@@ -6,6 +6,7 @@ No matrix of weights is made: the kernel sums the finest blocks, and coarser one
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from numpy.typing import ArrayLike
 import fastattn
 from fastattn._arguments import as_array, whole_number
 from fastattn.maps import _html, _words
-from fastattn.maps._map import CHECK, Link, in_notebook, percent, suffix_of, write
+from fastattn.maps._map import CHECK, Link, at_least_1, in_notebook, percent, suffix_of, write
 from fastattn.maps._words import Choice, merged
 from fastattn.nn import Floats, Integers
 
@@ -44,7 +45,7 @@ class Level(NamedTuple):
     shares: Floats
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LongMap:
     """Where few heads look in a long text, as `pyramid` makes it. A notebook shows its page.
 
@@ -83,6 +84,7 @@ class LongMap:
 
     def links(self, word: Choice, count: int = 10) -> list[Link]:
         """Return the strongest links of a word, as `Map.links` does; unknown layers are -1."""
+        count = at_least_1("count", count)
         row = _words.place(self.words, word)
         hidden = np.array([*self.special, row, -1])
         keys, shares = self.top_keys[:, row], self.top_weights[:, row]
@@ -90,7 +92,7 @@ class LongMap:
         for head, i in np.argwhere(~np.isin(keys, hidden)).tolist():
             key = int(keys[head, i])
             found[key] = max(found.get(key, (0.0, 0)), (float(shares[head, i]), -head))
-        best = sorted(found.items(), key=lambda x: x[1], reverse=True)[: max(count, 0)]
+        best = sorted(found.items(), key=lambda x: x[1], reverse=True)[:count]
         layers = self.layers or (-1,) * len(self.heads)
         return [
             Link(self.words[row], self.words[key], layers[-i], self.heads[-i], share)
@@ -102,6 +104,10 @@ class LongMap:
         if not self.special:
             return ""
         return f"{percent(self.sink.mean())} of the attention goes to {self.sink_names}"
+
+    def __repr__(self) -> str:
+        """Return what it is, in short."""
+        return f"<LongMap: {len(self.words)} words, {len(self.heads)} heads>"
 
     def __str__(self) -> str:
         """Return what it is, in a line."""
@@ -116,7 +122,6 @@ class LongMap:
         return {
             "kind": "pyramid",
             "title": self.title,
-            "subtitle": "",
             "words": list(self.words),
             "layers": list(self.layers),
             "heads": list(self.heads),
@@ -185,13 +190,13 @@ def pyramid(
     ----------
     query, key : array of shape (heads, len, head_dim)
         As `attention_statistics` is given them, without the batch, as a `Capture` has them of each
-        layer.
+        layer; all finite.
     tokens : sequence of str
         Of the text, spelt as for `show`.
     levels : mapping of str to sequence of int, optional
         Names, as "chapters", and the tokens that these begin with, ascending from 0; from coarse to
         fine, each start being one of the next level too. By default three levels of equal blocks,
-        of which the finest has at most 1500.
+        of which the finest has at most 1500, and fewer the more heads there are.
     top : int
         How many links each word keeps.
     is_special : sequence of bool, optional
@@ -200,7 +205,10 @@ def pyramid(
         The numbers of the heads; by default 0, 1 and so on, and no layers.
     title : str
         The heading of the page.
-    is_causal, **options
+    is_causal : bool
+        Whether no token sees a later one: True unless it is given, as of a decoder. Give False for
+        the queries and keys of an encoder. (`attention_statistics` has False by default.)
+    **options
         As `attention_statistics` is given them.
 
     Returns
@@ -210,8 +218,8 @@ def pyramid(
     Raises
     ------
     TypeError, ValueError
-        The tokens do not match, the levels are no such starts or have too many blocks, or
-        `attention_statistics` refuses an argument.
+        The tokens do not match, `query` or `key` is not finite, the levels are no such starts or
+        have too many blocks, or `attention_statistics` refuses an argument.
 
     Examples
     --------
@@ -230,10 +238,11 @@ first token, "a".
         if x.shape[1] != len(texts) or not texts:
             rule = f"as many as {name} has positions, {x.shape[1]}, and at least 1"
             raise ValueError(f"tokens must be {rule}, got {len(texts)}")
-    if whole_number("top", top) < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
-    heads = range(len(queries)) if heads is None else heads
-    for name, numbers in (("heads", heads), ("layers", layers or heads)):
+        _check_finite(name, x)
+    top = at_least_1("top", top)
+    of_heads = tuple(range(len(queries))) if heads is None else _numbers("heads", heads)
+    of_layers = _numbers("layers", layers)
+    for name, numbers in (("heads", of_heads), ("layers", of_layers or of_heads)):
         if len(numbers) != len(queries):
             rule = f"as many as query has heads, {len(queries)}"
             raise ValueError(f"{name} must be {rule}, got {len(numbers)}")
@@ -276,8 +285,8 @@ first token, "a".
     sink = stats.column_sums[0][:, first_tokens].sum(axis=1)
     return LongMap(
         words=names,
-        layers=tuple(layers),
-        heads=tuple(heads),
+        layers=of_layers,
+        heads=of_heads,
         levels=tuple(found_levels),
         top_keys=np.stack([k for k, _ in tops]),
         top_weights=np.stack([w for _, w in tops]),
@@ -292,15 +301,37 @@ first token, "a".
     )
 
 
+def _check_finite(name: str, x: Any) -> None:
+    """Refuse floats that are not finite, which would make whole rows NaN."""
+    if x.dtype.kind in "fc" or x.dtype.name == "bfloat16":
+        finite = np.isfinite(x)
+        if not finite.all():
+            at = tuple(int(i) for i in np.unravel_index(finite.argmin(), finite.shape))
+            raise ValueError(f"{name} must be finite, got {x[at]} at {at}")
+
+
+def _numbers(name: str, given: Any) -> tuple[int, ...]:
+    """Return the numbers of layers or heads, which must be some ints."""
+    try:
+        found = list(given)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of int, not {type(given).__name__}") from None
+    return tuple(whole_number(f"{name}[{i}]", x) for i, x in enumerate(found))
+
+
 def _levels(
     given: Mapping[str, ArrayLike] | None, starts: Integers, tokens: int, heads: int
 ) -> list[tuple[str, Integers]]:
     """Return the names of levels, and the words that their blocks begin with."""
     if given is None:
-        size = -(-len(starts) // BLOCKS)
+        most = min(BLOCKS, math.isqrt(MOST_BLOCKS // max(heads, 1)))
+        size = -(-len(starts) // max(most, 1))
         names = {**NAMES, 1: "words" if size == 1 else NAMES[1]}
         equal = [(name, np.arange(0, len(starts), size * times)) for times, name in names.items()]
         return [x for x in equal if len(x[1]) > 1] or equal[-1:]
+    if not isinstance(given, Mapping):
+        rule = "a mapping of names to the tokens that blocks begin with"
+        raise TypeError(f"levels must be {rule}, not {type(given).__name__}")
     chosen: list[tuple[str, Integers]] = []
     for name, x in given.items():
         array = as_array(f"levels[{name!r}]", x, "integers")

@@ -91,8 +91,9 @@ def rollout(
         raise ValueError("is_causal must be given: True for a decoder, False for an encoder")
     of_layers: list[dict[str, Any]] = [given] * len(pairs)
     if is_captured:
-        order = np.argsort(layers.layers, kind="stable")
-        pairs, of_layers = [pairs[i] for i in order], [layers.options[i] for i in order]
+        capture: Any = layers
+        order = np.argsort(capture.layers, kind="stable")
+        pairs, of_layers = [pairs[i] for i in order], [capture.options[i] for i in order]
     if direction not in ("backward", "forward"):
         raise ValueError(f'direction must be "backward" or "forward", got {direction!r}')
     is_backward, count = direction == "backward", pairs[0][0].shape[1]

@@ -136,26 +136,29 @@ def _of_arrays(
     **options: Any,
 ) -> Map:
     """Return the map of weights and tokens."""
-    weights = _stacked(given)
+    all_layers = _layers(given)
+    shape = (len(all_layers), *all_layers[0].shape)
     of_queries = _words.checked("tokens", tokens)
     of_keys = of_queries if key_tokens is None else _words.checked("key_tokens", key_tokens)
     for name, texts, count, axis in (
-        ("tokens", of_queries, weights.shape[2], "queries"),
-        ("tokens" if key_tokens is None else "key_tokens", of_keys, weights.shape[3], "keys"),
+        ("tokens", of_queries, shape[2], "queries"),
+        ("tokens" if key_tokens is None else "key_tokens", of_keys, shape[3], "keys"),
     ):
         if len(texts) != count:
             rule = f"as many as weights have {axis}, {count}"
             raise ValueError(f"{name} must be {rule}, got {len(texts)}")
     chosen = [
-        _chosen(name, x, weights.shape[axis], "weights")
+        _chosen(name, x, shape[axis], "weights")
         for axis, (name, x) in enumerate((("layers", layers), ("heads", heads)))
     ]
-    weights = _probabilities(weights[np.ix_(*chosen)])
+    weights = np.empty((len(chosen[0]), len(chosen[1]), *shape[2:]), np.float32)
+    for i, layer in enumerate(chosen[0]):
+        weights[i] = _probabilities(all_layers[layer][chosen[1]], i)
     special = _words.special_of(of_keys, is_special)
     of_rows = special if key_tokens is None else _words.special_of(of_queries, None)
     rows = merged(_words.pieces_of_tokens(of_queries), of_rows)
     columns = merged(_words.pieces_of_tokens(of_keys), special)
-    is_causal = key_tokens is None and not np.triu(weights, 1).any()
+    is_causal = key_tokens is None and not any(np.triu(x, 1).any() for x in weights)
     positions = range(len(of_keys)) if key_tokens is None else None
     return _made(weights, rows, columns, positions, chosen, is_causal=is_causal, **options)
 
@@ -193,7 +196,8 @@ def _of_model(
         weights[..., :-1] = captured.weights[:, :, : len(written), : len(ids) - 1]
         first += 1
     added = model._tokenizer.get_added_tokens_decoder()
-    special = [i in added and added[i].special for i in ids]
+    apart = {i for i, x in added.items() if x.special and not _words.WORDLIKE.fullmatch(x.content)}
+    special = [i in apart for i in ids]
     rows = merged(pieces[first:], special[first:])
     runs = "model.score(text).perplexity" if writes else "model.encode([text])"
     return _made(
@@ -265,9 +269,6 @@ def _made(
             names.insert(0, f"{columns.first}...")
             special = {k + 1 for k in special}
         special.add(0)
-    sums = np.add.reduceat(tokens, starts, axis=3, dtype=np.float64)
-    lengths = np.diff([*rows.starts, tokens.shape[2]])
-    weights = np.add.reduceat(sums, list(rows.starts), axis=2) / lengths[:, None]
     places = None
     if positions is not None:  # A word's place is that of its last token.
         lasts = [positions[x - 1] for x in [*rows.starts[1:], len(positions)]]
@@ -275,16 +276,24 @@ def _made(
     of_special = np.isin(np.arange(tokens.shape[2]), [rows.starts[k] for k in rows.special])
     is_first = is_causal and positions is not None and positions[0] == 0
     has_choice = _words.rows_with_choice(of_special, is_first)
-    sink = sums[..., sorted(special)].sum(axis=3)[:, :, has_choice].mean(axis=2)
+    lengths = np.diff([*rows.starts, tokens.shape[2]])
+    weights = np.empty((*tokens.shape[:2], len(rows.words), len(names)), np.float32)
+    sink = np.empty(tokens.shape[:2], np.float32)
+    for i, layer in enumerate(tokens):  # float64 takes twice the memory: of one layer at a time
+        sums = np.add.reduceat(layer, starts, axis=2, dtype=np.float64)
+        means = np.add.reduceat(sums, list(rows.starts), axis=1) / lengths[:, None]
+        weights[i] = np.minimum(means, 1)
+        shares = sums[..., sorted(special)].sum(axis=2)[:, has_choice].mean(axis=1)
+        sink[i] = np.minimum(shares, 1)
     return Map(
         queries=rows.words,
         keys=tuple(names),
-        weights=np.minimum(weights, 1).astype(np.float32),
+        weights=weights,
         layers=tuple(chosen[0].tolist()),
         heads=tuple(chosen[1].tolist()),
         special=tuple(sorted(special)),
         special_queries=tuple(sorted(rows.special)),
-        sink=np.minimum(sink, 1).astype(np.float32),
+        sink=sink,
         sink_names=_words.sink_names(
             columns.first if is_causal and 0 not in columns.special else None,
             [columns.words[k] for k in sorted(columns.special)],
@@ -298,9 +307,13 @@ def _made(
     )
 
 
-def _stacked(given: Any) -> Floats:
-    """Return weights as an array of layers, heads, queries and keys."""
-    if isinstance(given, (list, tuple)) and given and np.ndim(given[0]) >= 2:
+def _layers(given: Any) -> list[Any]:
+    """Return weights as layers, each an array of heads, queries and keys."""
+    is_list = isinstance(given, (list, tuple))
+    for i, x in enumerate(given if is_list else ()):
+        if x is None:
+            raise TypeError(f"weights[{i}] must be an array of numbers, not NoneType")
+    if is_list and given and _axes(given[0]) >= 2:
         layers = [
             _of_one_text(as_array(f"weights[{i}]", _plain(x), "numbers"))
             for i, x in enumerate(given)
@@ -309,16 +322,26 @@ def _stacked(given: Any) -> Floats:
         if len(shapes) > 1:
             got = " and ".join(map(str, sorted(shapes)))
             raise ValueError(f"{FORMS}, got shapes {got}")
-        weights = np.stack(layers)
+        shape = (len(layers), *layers[0].shape)
     else:
         weights = as_array("weights", _plain(given), "numbers")
-    if weights.ndim == 5:
-        weights = np.stack([_of_one_text(x) for x in weights])
-    if not 2 <= weights.ndim <= 4 or 0 in weights.shape:
-        raise ValueError(f"{FORMS}, got shape {weights.shape}")
-    weights = weights.reshape((1,) * (4 - weights.ndim) + weights.shape)
-    _bounded(weights.shape[0] * weights.shape[1], *weights.shape[2:])
-    return weights
+        shape = weights.shape
+        if weights.ndim == 5:
+            layers = [_of_one_text(x) for x in weights]
+            shape = (len(layers), *shape[2:])
+        elif 2 <= weights.ndim <= 4:
+            layers = list(weights.reshape((1,) * (4 - weights.ndim) + shape))
+    if not 2 <= len(shape) <= 4 or 0 in shape:
+        raise ValueError(f"{FORMS}, got shape {shape}")
+    _bounded(len(layers) * layers[0].shape[0], *layers[0].shape[1:])
+    return layers
+
+
+def _axes(x: Any) -> int:
+    """Return how many axes an array has, or lists that stand for one."""
+    if isinstance(x, (list, tuple)):
+        return 1 + (_axes(x[0]) if x else 0)
+    return int(getattr(x, "ndim", 0))
 
 
 def _of_one_text(layer: Any) -> Any:
@@ -333,8 +356,8 @@ def _plain(x: Any) -> Any:
     return x.detach() if hasattr(x, "detach") else x
 
 
-def _probabilities(weights: Any) -> Floats:
-    """Return weights in float32, which must be probabilities."""
+def _probabilities(weights: Any, layer: int) -> Floats:
+    """Return a layer of weights in float32, which must be probabilities."""
     if weights.dtype.kind not in "fV":
         raise TypeError(f"weights must be floats, not {weights.dtype}")
     found: Floats = weights.astype(np.float32)
@@ -344,12 +367,14 @@ def _probabilities(weights: Any) -> Floats:
     ):
         if wrong.any():
             place = tuple(np.argwhere(wrong)[0].tolist())
-            raise ValueError(f"weights must be {rule}, got {found[place]:g} at {place}")
+            got = f"{found[place]:g} at {(layer, *place)}"
+            raise ValueError(f"weights must be {rule}, got {got}")
     sums = found.sum(axis=-1, dtype=np.float64)
     if (sums > 1 + ROUNDING).any():
         place = tuple(np.argwhere(sums > 1 + ROUNDING)[0].tolist())
         rule = "probabilities, whose rows sum to at most 1"
-        raise ValueError(f"weights must be {rule}, got a sum of {sums[place]:g} at {place}")
+        got = f"a sum of {sums[place]:g} at {(layer, *place)}"
+        raise ValueError(f"weights must be {rule}, got {got}")
     return found
 
 
@@ -357,10 +382,14 @@ def _chosen(name: str, given: Any, count: int, whose: str) -> Any:
     """Return the numbers of layers or heads, of which there are so many; None means all."""
     if given is None:
         return np.arange(count)
-    numbers = [given] if is_integer(given) else list(given)
+    try:
+        numbers = [given] if is_integer(given) else list(given)
+    except TypeError:
+        got = f"{type(given).__name__} {given!r:.60}"
+        raise TypeError(f"{name} must be an int or a sequence of int, not {got}") from None
     if not numbers:
         raise ValueError(f"{name} must be one at least, got none")
-    for x in numbers:
-        if not 0 <= whole_number(name, x) < count:
+    for i, x in enumerate(numbers):
+        if not 0 <= whole_number(f"{name}[{i}]", x) < count:
             raise ValueError(f"{name} must be within 0..{count - 1}, those of {whose}, got {x}")
     return np.array(numbers, np.int64)

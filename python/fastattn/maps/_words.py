@@ -6,6 +6,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,6 +18,15 @@ from fastattn._arguments import is_integer, whole_number
 
 # Tokens that stand for no word. The unknown and the masked token stand for one, and are none.
 SPECIAL = re.compile(r"\[(CLS|SEP|PAD)\]|</?s>|<(pad|bos|eos|cls|sep)>|<[|\uff5c].+[|\uff5c]>")
+# What a model lists as special, and yet stands for a word.
+WORDLIKE = re.compile(r"\[(UNK|MASK)\]|<(unk|mask)>", re.IGNORECASE)
+JOINERS = "\u200c\u200d\u2060"  # invisible, between characters of one word
+# An ideograph or kana, which may begin a word; what repeats or lengthens the one before it is none.
+CJK = re.compile(
+    "[\u3007\u3041-\u3096\u309f\u30a1-\u30fa\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\uff66-\uff6f\uff71-\uff9d\U00020000-\U0003ffff]"
+)
+LONGEST = 32  # characters of a name in the sentence about sinks
 CONTEXT = 8  # tokens before one that decide how it is decoded
 MOST_BYTES = 4  # of a character
 
@@ -49,9 +59,17 @@ def special_of(tokens: Sequence[str], given: Sequence[bool] | None) -> list[bool
     """Return which tokens stand for no word: those that are given, or that look like it."""
     if given is None:
         return [bool(SPECIAL.fullmatch(x)) for x in tokens]
-    if len(given) != len(tokens):
-        raise ValueError(f"is_special must be as many as the keys, {len(tokens)}, got {len(given)}")
-    return [bool(x) for x in given]
+    try:
+        found = list(given)
+    except TypeError:
+        got = type(given).__name__
+        raise TypeError(f"is_special must be a sequence of bool, not {got}") from None
+    for i, x in enumerate(found):
+        if isinstance(x, (str, bytes)) or np.ndim(x):
+            raise TypeError(f"is_special[{i}] must be a bool, not {type(x).__name__}")
+    if len(found) != len(tokens):
+        raise ValueError(f"is_special must be as many as the keys, {len(tokens)}, got {len(found)}")
+    return [bool(x) for x in found]
 
 
 def rows_with_choice(special: Bools, is_causal: bool) -> Bools:
@@ -67,20 +85,35 @@ def rows_with_choice(special: Bools, is_causal: bool) -> Bools:
 def merged(pieces: Sequence[str], special: Sequence[bool]) -> Words:
     """Return the words of pieces that make up a text.
 
-    A word begins where a space does, at a special token and behind it, and where letters turn into
-    punctuation or back. An empty piece is a part of the character before it.
+    A word begins where a space does, at a special token and behind it, where letters turn into
+    punctuation or back, and at an ideograph or kana. An empty piece is a part of the character
+    before it; a mark on a letter, and an apostrophe between letters, are parts of their word. A
+    piece that is only a space leads the next one.
     """
     starts: list[int] = []
-    before = None
+    before, leads = "", False  # the kind of the piece before; whether it leads this one
     for i, piece in enumerate(pieces):
-        kind = "special" if special[i] else "word" if re.search(r"\w", piece) else "other"
-        if not starts or special[i] or (piece and (kind != before or piece[0].isspace())):
+        if not piece and not special[i]:
+            if not starts:
+                starts.append(i)
+            continue
+        kind = _kind(pieces, special, i)
+        if kind == "part":
+            if begins := before in ("", "special", "space") and not leads:
+                before = "other"
+        else:
+            is_led = leads or (before in ("word", "other") and _is_mark(piece[:1]))
+            begins = kind != before or piece[:1].isspace() or bool(CJK.match(piece))
+            begins = kind == "special" or (begins and not is_led)
+            before = kind
+        if begins or not starts:
             starts.append(i)
-        before = kind if piece or special[i] else before
+        leads = kind == "space" and "\n" not in piece
     words = ["".join(pieces[a:b]) for a, b in pairwise([*starts, len(pieces)])]
     shown = tuple(" ".join(x.split()) or _space(x) for x in words)
     marked = frozenset(k for k, i in enumerate(starts) if special[i])
-    return Words(shown, tuple(starts), marked, "".join(pieces[:1]).strip())
+    first = "".join(pieces[:1])
+    return Words(shown, tuple(starts), marked, first.strip() or (first and _space(first)))
 
 
 def pieces_of_tokens(tokens: Sequence[str]) -> list[str]:
@@ -99,12 +132,21 @@ def pieces_of_tokens(tokens: Sequence[str]) -> list[str]:
 
 
 def pieces_of_text(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
-    """Return the part of a text that each token adds, by the characters that it stands for."""
-    pieces, end = [], 0
-    for _, until in offsets:
+    """Return the part of a text that each token adds, by the characters that it stands for.
+
+    What no token stands for, as accents that the model leaves out, is a part of the token before
+    it, up to the next space.
+    """
+    pieces: list[str] = []
+    end = last = 0  # where the text said so far ends; the last token that said any
+    for i, (begin, until) in enumerate([*offsets, (len(text), len(text))]):
+        if end and begin > end and (left_out := re.match(r"\S+", text[end:begin])):
+            pieces[last] += left_out[0]
+            end += len(left_out[0])
         pieces.append(text[end:until])
+        last = i if until > end else last
         end = max(end, until)
-    return pieces
+    return pieces[:-1]
 
 
 def pieces_of_ids(
@@ -128,8 +170,8 @@ def pieces_of_ids(
 
 def sink_names(first: str | None, special: Sequence[str]) -> str:
     """Return what is apart in a map, in words: the first token, if it is, and special tokens."""
-    names = [] if first is None else [f'the first token, "{first}"']
-    names += dict.fromkeys(special)
+    names = [] if first is None else [f'the first token, "{_cut(first)}"']
+    names += dict.fromkeys(map(_cut, special))
     if len(names) > 3:
         names[2:] = ["other special tokens"]
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
@@ -204,6 +246,40 @@ def _bytes() -> dict[str, int]:
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [x for x in range(256) if x not in visible]
     return {chr(x): x for x in visible} | {chr(256 + i): x for i, x in enumerate(others)}
+
+
+def _kind(pieces: Sequence[str], special: Sequence[bool], i: int) -> str:
+    """Return what a piece is, a part being of the word before it, whatever that is."""
+    piece = pieces[i]
+    if special[i]:
+        return "special"
+    if piece.isspace():
+        return "space"
+    if all(map(_is_mark, piece)) or (piece in ("'", "\u2019") and _is_within(pieces, special, i)):
+        return "part"
+    return "word" if re.search(r"\w", piece) else "other"
+
+
+def _is_mark(x: str) -> bool:
+    """Return whether a character is one with that before it: an accent, a vowel sign, a joiner."""
+    return bool(x) and (x in JOINERS or unicodedata.category(x).startswith("M"))
+
+
+def _is_within(pieces: Sequence[str], special: Sequence[bool], i: int) -> bool:
+    """Return whether letters are on both sides of a piece."""
+    sides = []
+    for places, at in ((range(i - 1, -1, -1), -1), (range(i + 1, len(pieces)), 0)):
+        k = next((k for k in places if pieces[k]), None)
+        if k is None or special[k]:
+            return False
+        sides.append(pieces[k][at])
+    return (sides[0].isalpha() or _is_mark(sides[0])) and sides[1].isalpha()
+
+
+def _cut(text: str) -> str:
+    """Return a name of bounded length, without what a terminal would obey."""
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+    return "".join(x if x.isprintable() or x in JOINERS else "?" for x in text)
 
 
 def _space(text: str) -> str:

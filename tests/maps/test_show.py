@@ -65,6 +65,8 @@ def test_every_form_of_weights_is_the_same_map():
     ):
         assert_allclose(maps.show(form, TOKENS).weights, expected, rtol=1e-6)
     assert_array_equal(maps.show(weights[0], TOKENS).weights, expected[:1])
+    ones = np.eye(4, dtype=int)[None]  # a layer of nothing but 0 and 1
+    assert_array_equal(maps.show([ones, weights[0][:1]], TOKENS).weights[1], expected[0, :1])
     assert_array_equal(maps.show(weights[0, 0], TOKENS).weights, expected[:1, :1])
 
 

@@ -74,6 +74,6 @@ def test_words_cannot_command_the_terminal():
 def test_a_map_without_links():
     found = str(maps.show(np.eye(2), ["a", "b"]))
     assert found == (
-        "no word looks at another one\n\n"
+        "no word looks at another one, but for what is left out\n\n"
         '0 % of the attention goes to the first token, "a"; it is left out above.'
     )

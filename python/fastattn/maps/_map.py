@@ -15,6 +15,7 @@ import numpy as np
 
 from fastattn._arguments import whole_number
 from fastattn.maps import _html, _terminal
+from fastattn.maps._terminal import percent
 from fastattn.maps._words import Choice, place
 from fastattn.nn import Floats
 
@@ -272,11 +273,6 @@ class Map:
         from fastattn.maps import _png
 
         write(path, _png.picture(self, layer, head))
-
-
-def percent(share: float) -> str:
-    """Return a share in per cent."""
-    return f"{int(100 * float(share) + 0.5)} %"
 
 
 def at_least_1(name: str, number: int) -> int:

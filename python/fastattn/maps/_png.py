@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn.maps._map import percent
+from fastattn.maps._terminal import percent
 
 if TYPE_CHECKING:
     from fastattn.maps._map import Map

@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike
 import fastattn
 from fastattn._arguments import as_array, whole_number
 from fastattn.maps import _html, _words
-from fastattn.maps._map import CHECK, Link, at_least_1, in_notebook, percent, suffix_of, write
+from fastattn.maps._map import CHECK, Link, at_least_1, in_notebook, suffix_of, write
+from fastattn.maps._terminal import percent
 from fastattn.maps._words import Choice, merged
 from fastattn.nn import Floats, Integers
 

@@ -151,6 +151,9 @@ def _of_arrays(
         _chosen(name, x, shape[axis], "weights")
         for axis, (name, x) in enumerate((("layers", layers), ("heads", heads)))
     ]
+    dtype = np.result_type(*{x.dtype for x in all_layers})
+    if dtype.kind not in "fV":
+        raise TypeError(f"weights must be floats, not {dtype}")
     weights = np.empty((len(chosen[0]), len(chosen[1]), *shape[2:]), np.float32)
     for i, layer in enumerate(chosen[0]):
         weights[i] = _probabilities(all_layers[layer][chosen[1]], i)
@@ -358,8 +361,6 @@ def _plain(x: Any) -> Any:
 
 def _probabilities(weights: Any, layer: int) -> Floats:
     """Return a layer of weights in float32, which must be probabilities."""
-    if weights.dtype.kind not in "fV":
-        raise TypeError(f"weights must be floats, not {weights.dtype}")
     found: Floats = weights.astype(np.float32)
     for rule, wrong in (
         ("numbers, not NaN or infinite", ~np.isfinite(found)),

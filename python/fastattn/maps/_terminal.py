@@ -20,7 +20,7 @@ LINKS = 5
 def render(map_: Map) -> str:
     """Return the links, the sentence about sinks, and the head of the strongest link."""
     links = map_.links(count=LINKS)
-    parts = [table(links)] if links else ["no word looks at another one"]
+    parts = [table(links)] if links else ["no word looks at another one, but for what is left out"]
     if text := map_.sink_text():
         parts.append(f"{text}; it is left out above.")
     if links:
@@ -29,10 +29,13 @@ def render(map_: Map) -> str:
     return shown("\n\n".join(parts))
 
 
+def percent(share: float) -> str:
+    """Return a share in per cent."""
+    return f"{int(100 * float(share) + 0.5)} %"
+
+
 def table(links: list[Link]) -> str:
     """Return a line for each link."""
-    from fastattn.maps._map import percent
-
     pairs = [f"{cut(x.query)} -> {cut(x.key)}" for x in links]
     places = [f"layer {x.layer}, head {x.head}" for x in links]
     wide, broad = max(map(width, pairs)), max(map(len, places))

@@ -65,7 +65,7 @@ def special_of(tokens: Sequence[str], given: Sequence[bool] | None) -> list[bool
         got = type(given).__name__
         raise TypeError(f"is_special must be a sequence of bool, not {got}") from None
     for i, x in enumerate(found):
-        if isinstance(x, (str, bytes)) or np.ndim(x):
+        if isinstance(x, (str, bytes, list, tuple)) or np.ndim(x):
             raise TypeError(f"is_special[{i}] must be a bool, not {type(x).__name__}")
     if len(found) != len(tokens):
         raise ValueError(f"is_special must be as many as the keys, {len(tokens)}, got {len(found)}")

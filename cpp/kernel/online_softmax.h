@@ -60,7 +60,6 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
     using Scores::key_stride;
     using Scores::lanes;
     using Scores::passes;
-    using Scores::query;
     using Scores::scale_scores;
     using Scores::scales_late;
     using Scores::score_scale;

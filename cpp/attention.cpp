@@ -55,8 +55,10 @@ class Blocks {
         }
         cut(query_tiles);
         kernel_bytes_ = kernel_bytes();
+        partials_bytes_ = args_.kv_parts == nullptr ? 0 : partials_bytes();
         Scratch scratch;
         BlockMemory(block_rows_, kernel_bytes_, scratch);
+        for (int part = 0; part < 2; ++part) scratch.take<char>(partials_bytes_);
         scratch_bytes_ = scratch.used();
     }
 
@@ -66,7 +68,7 @@ class Blocks {
         return parallel_for(items(), threads_, interrupt,
                             [&](int64_t item, int worker, const Stop& stop) {
                                 char* const mine = memory.get() + size_t(worker) * scratch_bytes_;
-                                functions_.attend(block(item, mine, stop), nullptr);
+                                attend(item, mine, stop);
                                 take_back(mine, scratch_bytes_);
                             });
     }
@@ -181,6 +183,31 @@ class Blocks {
             std::to_string(int64_t(tiles)));
     }
 
+    int64_t partials_bytes() const {
+        return block_rows_ * int64_t(functions_.decode.partial_bytes(call_.shared_block()));
+    }
+
+    // memory: scratch_bytes_ of it.
+    void attend(int64_t item, char* memory, const Stop& stop) const {
+        const int64_t batch = item / blocks_ / args_.kv_heads;
+        if (!call_.has_first_part(batch)) {
+            return functions_.attend(block(item, memory, stop), nullptr);
+        }
+        const auto part = [&](const Sequence& sequence) {
+            return block(sequence, item / blocks_ % args_.kv_heads, blocks_ - 1 - item % blocks_,
+                         memory, stop);
+        };
+        Scratch scratch(memory);
+        BlockMemory(block_rows_, kernel_bytes_, scratch);
+        char* const partials = scratch.take<char>(partials_bytes_);
+        char* const later = scratch.take<char>(partials_bytes_);
+        functions_.attend(part(call_.first_part(batch)), partials);
+        const Block newest = part(call_.sequence(batch));
+        functions_.attend(newest, later);
+        functions_.decode.merge(newest, partials, later);
+        functions_.decode.finish(newest, partials);
+    }
+
     // Late blocks first: under a causal mask they are the long ones, and what ends last is short.
     // memory: scratch_bytes_ of it.
     Block block(int64_t item, char* memory, const Stop& stop) const {
@@ -219,6 +246,7 @@ class Blocks {
     int64_t block_rows_ = 1, blocks_ = 0, all_blocks_ = 0;  // blocks of such a head; of all
     std::vector<int64_t> first_block_;                      // of each packed sequence
     size_t kernel_bytes_ = 0, scratch_bytes_ = 0;           // of one thread
+    int64_t partials_bytes_ = 0;                            // of one part; 0: there are no parts
     int threads_ = 1;
 };
 

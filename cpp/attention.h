@@ -24,6 +24,14 @@ struct Array {
 
 constexpr int64_t kUnlimited = -1;
 
+// Where the tokens of a paged sequence lie from whose middle some were evicted. The key at position
+// p lies in slot p + shift, and slot s in page s / page_keys. kv_begins and kv_lengths tell which
+// positions the newest tokens have; the first ones, in slots before, have first_begin..first_end -
+// 1 and a shift of their own.
+struct Parts {
+    int64_t shift, first_begin, first_end, first_shift;
+};
+
 // One call. query and out share a dtype, and so do key and value: all float64, which is then the
 // type of lse and of all arithmetic; or float32 or half precision, and then it is float32.
 // Half-precision queries have keys and values of the same dtype, or int8. The last axis is
@@ -47,6 +55,7 @@ struct AttentionArgs {
     const int64_t* q_starts = nullptr;        // (batch + 1); packed
     const int64_t* kv_starts = nullptr;       // (batch + 1)
     const int64_t* pages = nullptr;           // (batch, page_columns); paged: places in the pool
+    const Parts* kv_parts = nullptr;          // (batch); null: a key's slot is its position
     int64_t page_columns = 0, page_keys = 0;  // page_keys: a multiple of kPageKeys
     int64_t key_page_stride = 0, value_page_stride = 0;  // in elements
     int64_t key_scale_page_stride = 0, value_scale_page_stride = 0;

@@ -68,6 +68,21 @@ Sequence Call::sequence(int64_t batch) const {
     s.end = args.kv_lengths ? args.kv_lengths[batch] : s.kv_len;
     s.begin = args.kv_begins ? std::min(args.kv_begins[batch], s.end) : 0;
     s.offset = args.query_offset ? args.query_offset[batch] : 0;
+    if (args.kv_parts != nullptr) {
+        s.kv_len = slots();
+        s.shift = args.kv_parts[batch].shift;
+        for (int64_t* const position : {&s.begin, &s.end, &s.offset}) *position += s.shift;
+    }
+    return s;
+}
+
+Sequence Call::first_part(int64_t batch) const {
+    const Parts& parts = args.kv_parts[batch];
+    Sequence s = sequence(batch);
+    s.offset += parts.first_shift - s.shift;
+    s.shift = parts.first_shift;
+    s.begin = parts.first_begin + s.shift;
+    s.end = parts.first_end + s.shift;
     return s;
 }
 
@@ -115,7 +130,7 @@ Block Call::shared_block() const {
     block.page_keys = args.page_keys;
     block.head_dim = args.head_dim;
     block.value_head_dim = args.value_head_dim;
-    block.kv_len = args.kv_len;
+    block.kv_len = args.kv_parts ? slots() : args.kv_len;
     block.query_dtype = args.query.dtype;
     block.kv_dtype = args.key.dtype;
     block.mask_dtype = args.mask.dtype;
@@ -138,9 +153,15 @@ void Call::set_keys(Block& block, const Sequence& s, int64_t kv_head) const {
 }
 
 auto Call::row_setter(const Sequence& s) const {
+    const auto of_keys = [&](const Array& array) {  // whose columns are positions
+        Rows columns = rows(array, s.batch);
+        if (s.shift != 0 && columns.first != nullptr) {
+            columns.first -= s.shift * array.col_stride * size_of(array.dtype);
+        }
+        return columns;
+    };
     const Rows query = rows(args.query, s.batch), out = rows(args.out, s.batch),
-               lse = rows(args.lse, s.batch), mask = rows(args.mask, s.batch),
-               bias = rows(args.bias, s.batch);
+               lse = rows(args.lse, s.batch), mask = of_keys(args.mask), bias = of_keys(args.bias);
     const int64_t* const pages = args.pages ? args.pages + s.batch * args.page_columns : nullptr;
     return [=, this](Row& row, int64_t head, int64_t i) {
         row.query = query.at(head, s.q_start + i);

@@ -14,13 +14,16 @@
 
 namespace fastattn {
 
-// One batch element, or one of the sequences that packed arrays hold.
+// One batch element, or one of the sequences that packed arrays hold. The kernel knows keys by
+// their slots (Parts); where these are not their positions, each part is a sequence of its own, and
+// all positions are moved by its shift.
 struct Sequence {
     int64_t batch;
     int64_t q_start, q_len;    // its rows of query, out, lse, mask and bias
     int64_t kv_start, kv_len;  // its rows of key and value
     int64_t begin, end;        // the keys that length and eviction leave
     int64_t offset;            // position of its first query
+    int64_t shift;             // what was added to positions
 };
 
 struct Interval {
@@ -37,7 +40,12 @@ class Call {
     int64_t batches = 1;
 
     bool packed() const { return args.q_starts != nullptr; }
-    Sequence sequence(int64_t batch) const;
+    Sequence sequence(int64_t batch) const;  // of parts, the newest
+    bool has_first_part(int64_t batch) const {
+        return args.kv_parts != nullptr &&
+               args.kv_parts[batch].first_begin < args.kv_parts[batch].first_end;
+    }
+    Sequence first_part(int64_t batch) const;
     bool decodes(int64_t q_len) const {
         return q_len <= kMostQueries && q_len * group <= kMostRows;
     }
@@ -88,6 +96,8 @@ class Call {
                           int64_t first) const;
 
    private:
+    int64_t slots() const { return args.page_columns * args.page_keys; }
+
     // Returns what sets the row of a head and a query.
     auto row_setter(const Sequence& sequence) const;
 };

@@ -36,6 +36,7 @@ class Places {
     }
     void widen_last(size_t rows) { rows_ += rows; }
 
+    size_t count() const { return first_rows_.size(); }
     size_t rows() const { return rows_; }
     size_t bytes(size_t heads, size_t row_bytes) const {
         return heads * (rows_ * row_bytes + first_rows_.size() * kRedZone);
@@ -45,12 +46,14 @@ class Places {
     }
 };
 
-// A sequence that is decoded.
+// A sequence that is decoded, or a part of one.
 struct Member {
     Sequence sequence;
+    size_t carried;                   // whose place in Slice::carried: that of both parts
+    bool starts, ends;                // whether no part comes before it, behind it
     int64_t begin, end;               // the keys that some of its rows see
     int64_t first_split, last_split;  // that hold them; one at least
-    bool one_split() const { return first_split == last_split; }
+    bool one_split() const { return starts && ends && first_split == last_split; }
 };
 
 // Members that attend to a split together; for each head.
@@ -62,7 +65,8 @@ struct Task {
 // The sequences that are worked on at a time.
 struct Slice {
     std::vector<Member> members;
-    Places carried;  // of each member
+    Places carried;       // of each sequence
+    bool merges = false;  // some sequence has more than one split
     int64_t first_split = INT64_MAX, last_split = 0;
     int64_t splits = 0;  // of all members together
     double seconds = 0;
@@ -88,18 +92,16 @@ class Decode {
     Slice take(int64_t& next) const {
         Slice slice;
         for (; next < call_.batches; ++next) {
-            Member member{call_.sequence(next), 0, 0, 0, 0};
-            if (member.sequence.q_len == 0 || !call_.decodes(member.sequence.q_len)) continue;
-            const size_t rows_then = slice.carried.rows() + rows(member);
-            const bool fits = rows_then * heads() * partial_bytes_ <= kCarriedBytes;
+            const Sequence sequence = call_.sequence(next);
+            if (sequence.q_len == 0 || !call_.decodes(sequence.q_len)) continue;
+            const size_t more = size_t(sequence.q_len * call_.group);
+            const bool fits =
+                (slice.carried.rows() + more) * heads() * partial_bytes_ <= kCarriedBytes;
             if (!slice.members.empty() && !fits) break;
-            find_splits(member);
-            slice.carried.add(rows(member));
-            slice.first_split = std::min(slice.first_split, member.first_split);
-            slice.last_split = std::max(slice.last_split, member.last_split);
-            slice.splits += member.last_split - member.first_split + 1;
-            slice.seconds += call_.seconds(member.sequence);
-            slice.members.push_back(member);
+            const bool parts = call_.has_first_part(next);
+            if (parts) add_member(slice, call_.first_part(next), true, false);
+            add_member(slice, sequence, !parts, true);
+            slice.carried.add(more);
         }
         slice.team = team_size(slice.splits * call_.args.kv_heads, slice.seconds);
         return slice;
@@ -183,9 +185,7 @@ class Decode {
                 if (!parallel_for(1, 1, interrupt, both)) return false;
             } else {
                 if (!parallel_for(last - first, team, interrupt, attend)) return false;
-                if (slice.splits > int64_t(slice.members.size())) {
-                    parallel_for(1, 1, {}, merge);
-                }
+                if (slice.merges) parallel_for(1, 1, {}, merge);
             }
         }
         return true;
@@ -209,6 +209,17 @@ class Decode {
         Scratch scratch;
         BlockMemory(row_count, kernel_bytes(block, in_tiles), scratch);
         return scratch.used();
+    }
+
+    void add_member(Slice& slice, const Sequence& sequence, bool starts, bool ends) const {
+        Member member{sequence, slice.carried.count(), starts, ends, 0, 0, 0, 0};
+        find_splits(member);
+        slice.first_split = std::min(slice.first_split, member.first_split);
+        slice.last_split = std::max(slice.last_split, member.last_split);
+        slice.splits += member.last_split - member.first_split + 1;
+        slice.merges |= !member.one_split();
+        slice.seconds += call_.seconds(sequence);
+        slice.members.push_back(member);
     }
 
     // Positions grow with the queries, and so do both ends of what they see.
@@ -269,7 +280,7 @@ class Decode {
     }
 
     // 0: both have the same keys, and as many queries. Sorting by it makes neighbours of sequences
-    // whose first pages are the same.
+    // whose first pages are the same, and lets the first part of a sequence come before the other.
     int64_t compare(const Member& a, const Member& b, int64_t split) const {
         const auto mine = place(a), other = place(b);
         if (mine != other) return mine < other ? -1 : 1;
@@ -279,7 +290,8 @@ class Decode {
             const int64_t x = page(a, column), y = page(b, column);
             if (x != y) return x < y ? -1 : 1;
         }
-        return 0;
+        if (a.ends != b.ends) return a.ends ? 1 : -1;
+        return a.sequence.shift - b.sequence.shift;
     }
 
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> place(const Member& member) const {
@@ -345,21 +357,21 @@ class Decode {
         const size_t kv_head = size_t(item) / tasks.list.size();
         const Task& task = tasks.list[size_t(item) % tasks.list.size()];
         for (int i = task.first; i < task.first + task.count; ++i) {
-            const size_t index = size_t(tasks.order[size_t(i)]);
-            const Member& member = slice.members[index];
+            const Member& member = slice.members[size_t(tasks.order[size_t(i)])];
             const size_t bytes = rows(member) * partial_bytes_;
-            char* const into = carried + slice.carried.offset(kv_head, index, partial_bytes_);
+            char* const into =
+                carried + slice.carried.offset(kv_head, member.carried, partial_bytes_);
             char* const partial = partials + size_t(i - task.first) * bytes;
             if (member.one_split()) continue;
             Row* const rows_here = Scratch(memory).take<Row>(int64_t(rows(member)));
             const Block own = block(member, int64_t(kv_head), rows_here, int64_t(rows(member)));
-            if (task.split == member.first_split) {
+            if (member.starts && task.split == member.first_split) {
                 lend(into, int64_t(bytes));
                 std::memcpy(into, partial, bytes);
             } else {
                 functions_.decode.merge(own, into, partial);
             }
-            if (task.split < member.last_split) continue;
+            if (!member.ends || task.split < member.last_split) continue;
             call_.set_rows(rows_here, own.row_count, member.sequence, int64_t(kv_head), 0);
             functions_.decode.finish(own, into);
         }

@@ -211,11 +211,30 @@ Array pool(const py::array& array, const py::array& like, int ndim, int64_t& pag
     return result;
 }
 
+// Parts of sequences, four numbers each; null for None. Lengths and begins are there.
+const Parts* parts_of(const AttentionArgs& args, py::handle object, int64_t batch) {
+    const auto* const parts = reinterpret_cast<const Parts*>(values<int64_t>(object, 4 * batch));
+    for (int64_t b = 0; parts != nullptr && b < batch; ++b) {
+        const auto& [shift, first_begin, first_end, first_shift] = parts[b];
+        constexpr int64_t far = int64_t(1) << 61;
+        for (const int64_t x : {shift, first_begin, first_end, first_shift}) {
+            require(-far <= x && x <= far, "parts lie too far away");
+        }
+        require(args.kv_begins[b] <= far && args.kv_begins[b] + shift >= 0,
+                "a slot is before the first");
+        require(first_begin <= first_end && first_end <= args.kv_begins[b] &&
+                    first_begin + first_shift >= 0 &&
+                    first_end + first_shift <= args.kv_begins[b] + shift,
+                "the first part must end before the other");
+    }
+    return parts;
+}
+
 // What a cache knows of its sequences: the position of the first query, the number of tokens, the
-// first token that is left, and the pages.
+// first token that is left, the parts, and the pages.
 AttentionArgs paged(const Call& call, int64_t kv_len, py::handle positions, py::handle lengths,
-                    py::handle begins, const py::array& pages, py::handle key_scale,
-                    py::handle value_scale) {
+                    py::handle begins, py::handle parts, const py::array& pages,
+                    py::handle key_scale, py::handle value_scale) {
     const auto& [query, key, value, batch_shape, options] = call;
     require(key.ndim() == 4 && value.ndim() == 4, "arrays of pages need four axes");
     AttentionArgs args =
@@ -230,9 +249,8 @@ AttentionArgs paged(const Call& call, int64_t kv_len, py::handle positions, py::
     args.kv_begins = values<int64_t>(begins, batch);
     require(args.page_keys > 0 && args.page_keys % kPageKeys == 0,
             "the keys of a page must be a multiple of 128");
-    require(kv_len >= 0 && kv_len <= args.page_columns * args.page_keys,
-            "kv_len is more than the pages hold");
-    require(args.kv_lengths != nullptr, "lengths are missing");
+    require(args.kv_lengths != nullptr && args.kv_begins != nullptr, "lengths are missing");
+    args.kv_parts = parts_of(args, parts, batch);
     args.key = pool(key, key, 4, args.key_page_stride);
     args.value = pool(value, key, 4, args.value_page_stride);
     args.key.batch_strides.assign(batch_shape.size(), 0);
@@ -248,14 +266,20 @@ AttentionArgs paged(const Call& call, int64_t kv_len, py::handle positions, py::
             "scales must be float32");
         args.key_scale.batch_strides = args.value_scale.batch_strides = args.key.batch_strides;
     }
-    for (int64_t b = 0; b < batch; ++b) {
-        const int64_t begin = args.kv_begins ? args.kv_begins[b] : 0, end = args.kv_lengths[b];
-        require(begin >= 0, "begins must be at least 0");
-        require(end >= 0 && end <= kv_len, "lengths must lie in 0..kv_len");
+    const auto require_pages = [&](int64_t b, int64_t begin, int64_t end) {
+        require(end <= args.page_columns * args.page_keys, "there are more keys than pages hold");
         for (int64_t i = begin / args.page_keys; i * args.page_keys < end; ++i) {
             const int64_t page = args.pages[b * args.page_columns + i];
             require(page >= 0 && page < key.shape(0), "a page lies outside the pool");
         }
+    };
+    for (int64_t b = 0; b < batch; ++b) {
+        const int64_t begin = args.kv_begins[b], end = args.kv_lengths[b];
+        require(begin >= 0, "begins must be at least 0");
+        require(end >= 0 && end <= kv_len, "lengths must lie in 0..kv_len");
+        const Parts own = args.kv_parts == nullptr ? Parts{} : args.kv_parts[b];
+        require_pages(b, begin + own.shift, end + own.shift);
+        require_pages(b, own.first_begin + own.first_shift, own.first_end + own.first_shift);
     }
     return args;
 }
@@ -333,10 +357,10 @@ void attend_packed(const py::array& query, const py::array& key, const py::array
 void attend_paged(const py::array& query, const py::array& key, const py::array& value,
                   const py::array& out, py::handle lse, const Shape& batch_shape,
                   const py::tuple& options, int64_t kv_len, py::handle positions,
-                  py::handle lengths, py::handle begins, const py::array& pages,
+                  py::handle lengths, py::handle begins, py::handle parts, const py::array& pages,
                   py::handle key_scale, py::handle value_scale) {
     AttentionArgs args = paged({query, key, value, batch_shape, Options(options)}, kv_len,
-                               positions, lengths, begins, pages, key_scale, value_scale);
+                               positions, lengths, begins, parts, pages, key_scale, value_scale);
     set_results(args, query, out, lse);
     run(args);
 }

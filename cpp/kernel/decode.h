@@ -200,12 +200,16 @@ class Split {
         return all;
     }
 
-    bool any_seen() const {
+    Span inside_of(const Row& row) const {
         const Span keys = chunk.keys;
+        return {row.begin > keys.begin ? row.begin : keys.begin,
+                row.end < keys.end ? row.end : keys.end};
+    }
+
+    bool any_seen() const {
         for (int64_t r = chunk.first; r < chunk.last; ++r) {
             const Row& row = block.rows[r];
-            const Span inside = {row.begin > keys.begin ? row.begin : keys.begin,
-                                 row.end < keys.end ? row.end : keys.end};
+            const Span inside = inside_of(row);
             if (inside.size() > 0 &&
                 any_left(row.mask, block.mask_dtype, block.mask_stride, inside) &&
                 any_left(row.bias, block.bias_dtype, block.bias_stride, inside)) {
@@ -384,8 +388,8 @@ class Split {
                 if (block.softcap != 0) score = V(T(block.softcap * kLog2e)) * tanh(score);
                 score.store(s + j);
             }
-            add_array(row.bias, block.bias_dtype, block.bias_stride, s);
-            add_array(row.mask, block.mask_dtype, block.mask_stride, s);
+            add_array(row.bias, block.bias_dtype, block.bias_stride, inside_of(row), s);
+            add_array(row.mask, block.mask_dtype, block.mask_stride, inside_of(row), s);
         }
         typename V::Mask any_hidden = {};
         for (int64_t j = 0; j < keys.size(); j += lanes) {
@@ -399,11 +403,12 @@ class Split {
         return any<T>(any_hidden);
     }
 
-    void add_array(const void* array, Dtype dtype, int64_t stride, T* s) const {
-        if (array == nullptr) return;
+    // seen: the keys of the chunk in the row's interval; the array need not have others.
+    void add_array(const void* array, Dtype dtype, int64_t stride, Span seen, T* s) const {
+        if (array == nullptr || seen.size() <= 0) return;
         const Span keys = chunk.keys;
-        for (int64_t j = keys.size() / lanes * lanes; j < kChunk; ++j) staging[j] = T(0);
-        stage(array, dtype, stride, keys, staging);
+        for (int64_t j = 0; j < kChunk; ++j) staging[j] = T(0);
+        stage(array, dtype, stride, seen, staging + seen.begin - keys.begin);
         for (int64_t j = 0; j < keys.size(); j += lanes) add_to_scores(s + j, V::load(staging + j));
     }
 

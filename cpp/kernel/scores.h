@@ -85,14 +85,27 @@ class RowArray {
     const void* rows[width];  // element [row][0]; lanes without a row repeat the block's last
     const Dtype dtype;
     const int64_t stride;
-    bool one_row = true;  // for all
+    bool one_row = true;              // for all
+    int64_t first_key, last_key = 0;  // the array need not have keys outside the rows' intervals
+
+    Span inside(Span keys) const {
+        return {keys.begin > first_key ? keys.begin : first_key,
+                keys.end < last_key ? keys.end : last_key};
+    }
 
    public:
     const bool given;
 
     RowArray(const Block& block, const void* Row::* array, Dtype type, int64_t key_stride)
-        : dtype(type), stride(key_stride), given(block.rows[0].*array != nullptr) {
+        : dtype(type),
+          stride(key_stride),
+          first_key(block.kv_len),
+          given(block.rows[0].*array != nullptr) {
         if (!given) return;
+        for (int i = 0; i < block.row_count; ++i) {
+            if (block.rows[i].begin < first_key) first_key = block.rows[i].begin;
+            if (block.rows[i].end > last_key) last_key = block.rows[i].end;
+        }
         for (int i = 0; i < width; ++i) {
             rows[i] = block.rows[i < block.row_count ? i : block.row_count - 1].*array;
             one_row &= rows[i] == rows[0];
@@ -102,6 +115,7 @@ class RowArray {
     // Which pairs the array leaves. Never kAll for a float array, which changes what it leaves.
     Seen classify(Span keys) const {
         if (!given) return Seen::kAll;
+        keys = inside(keys);
         return with_element(dtype, [&](auto* element) {
             bool any_hidden = dtype != Dtype::kBool, any_seen = false;
             for (int i = 0; i < width && !(any_hidden && any_seen); ++i) {
@@ -120,7 +134,7 @@ class RowArray {
         return with_element(dtype, [&](auto* element) {
             const auto* row = static_cast<decltype(element)>(rows[0]);
             constexpr int64_t step = micro_rows(Columns);
-            int64_t begin = keys.begin, end = keys.end;
+            auto [begin, end] = inside(keys);
             while (begin < end && hides(row[begin * stride])) ++begin;
             while (begin < end && hides(row[(end - 1) * stride])) --end;
             begin -= (begin - keys.begin) % step;
@@ -144,6 +158,8 @@ class RowArray {
 
     // scores += log2(e) * the array. staging: (lanes, keys.size() rounded up to lanes).
     void add_to(T* scores, Span keys, T* staging) const {
+        scores += (inside(keys).begin - keys.begin) * width;
+        keys = inside(keys);
         const int64_t count = keys.size(), pitch = V::padded(count);
         const bool as_it_is = stride == 1 && dtype == kDtype<T>;
         const int64_t direct = as_it_is ? count / lanes * lanes : 0;  // keys that need no staging

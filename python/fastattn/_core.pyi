@@ -46,6 +46,7 @@ def cache_attention(
     positions: Array,
     lengths: Array,
     begins: Array,
+    parts: Array | None,
     pages: Array,
     key_scale: Array | None,
     value_scale: Array | None,

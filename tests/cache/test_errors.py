@@ -108,6 +108,24 @@ def becomes(alter, kind=PagedKVCache, dtype=np.float32):
     return function
 
 
+def forgetful():
+    """Return a cache that has the tokens 0..3 and 15..19 of 20, as 0..8."""
+    tokens = np.zeros((2, 2, 20, 4), np.float32)
+    cache = filled(tokens, tokens)
+    cache.evict(5, keep_first=4, renumber=True)
+    return cache
+
+
+def parts(alter):
+    """Return a call that makes a forgetful cache of an altered state."""
+
+    def function():
+        state = forgetful().__getstate__()
+        KVCache.__new__(KVCache).__setstate__(state | {"parts": alter(state["parts"])})
+
+    return function
+
+
 def no_bfloat16():
     file = io.BytesIO()
     KVCache(1, 1, 1, dtype=BFLOAT16).save(file)
@@ -118,6 +136,10 @@ def no_bfloat16():
 
 SHAPE = "{} must have shape (batch, kv_heads, tokens, head_dim) = (2, 2, any, {}), got {}.shape={}"
 BAD_STATE = "state must be what pickle made of a {}: "
+BAD_PARTS = (
+    BAD_STATE.format("KVCache")
+    + "parts must lie in 0..columns x page_size = 0..128, one after the other"
+)
 BAD_FILE = "file must hold a PagedKVCache that save wrote: "
 BAD_BATCH = "file must hold a KVCache that save wrote: it must be of a batch >= 1, and no more tokens than capacity, got batch={}, {} tokens, capacity={}"
 # (what is done to usual(), the error's type, its text)
@@ -158,6 +180,13 @@ CALLS = [
     (lambda cache: cache.truncate(1.0), TypeError, "lengths must be an array of integers, or an int, not float64"),
     (lambda cache: cache.evict(-1), ValueError, f"keep must be within 0..2**61 = 0..{2**61}, got -1"),
     (lambda cache: cache.evict(None), TypeError, "keep must be an array of integers, or an int, not NoneType"),
+    (lambda cache: cache.evict([1, 1, 1]), ValueError, "keep must broadcast to the batch shape (2,), got keep.shape=(3,)"),
+    (lambda cache: cache.evict(2**62), ValueError, f"keep must be within 0..2**61 = 0..{2**61}, got {2**62}"),
+    (lambda cache: cache.evict(0, keep_first=-1), ValueError, "keep_first must be within 0..lengths = 0..[3 2], got -1"),
+    (lambda cache: cache.evict(0, keep_first=3), ValueError, "keep_first must be within 0..lengths = 0..[3 2], got 3"),
+    (lambda cache: cache.evict(0, keep_first=1.0), TypeError, "keep_first must be an array of integers, or an int, not float64"),
+    (lambda cache: cache.evict(0, keep_first=[1, 1, 1]), ValueError, "keep_first must broadcast to the batch shape (2,), got keep_first.shape=(3,)"),
+    (lambda cache: cache.evict(0, renumber=1), TypeError, "renumber must be a bool, not int"),
     (lambda cache: cache.free(1), ValueError, "sequence must be one of the cache's sequences, got sequence=1"),
     (lambda cache: cache.free("a"), TypeError, "sequence must be an int, not str"),
     (lambda cache: cache.add(1), ValueError, "prefix must be one of the cache's sequences, got prefix=1"),
@@ -166,6 +195,7 @@ CALLS = [
     (lambda cache: cache.add(0, 2.5), TypeError, "length must be an int, not float"),
     (lambda cache: cache.add(length=0), ValueError, "length must be given with prefix alone, got length=0"),
 ]  # fmt: skip
+THREE_PARTS = "keep and keep_first must leave two parts of a sequence at most, got keep=2, keep_first={} where there are the tokens 0..3 and 4..8"
 HUGE = np.broadcast_to(np.float32(0), (1, 2**22, 129, 2**30))
 # (a call, the error's type, its text)
 OTHERS = [
@@ -177,6 +207,8 @@ OTHERS = [
     (lambda: filled(ZEROS, VALUES, capacity=2), MemoryError, "capacity must be >= the tokens kept and the new ones, got capacity=2, [0 0] + [3 3] tokens"),
     (lambda: filled(ZEROS, VALUES).reorder([0, 2]), ValueError, "indices must be within 0..batch - 1 = 0..1, got [0, 2]"),
     (lambda: filled(ZEROS, VALUES).reorder([0, 1, 0]), ValueError, "indices must broadcast to the batch shape (2,), got indices.shape=(3,)"),
+    (lambda: forgetful().evict(2, keep_first=5), ValueError, THREE_PARTS.format(5)),
+    (lambda: forgetful().evict([9, 2], keep_first=[0, 6]), ValueError, THREE_PARTS.format(6)),
     (lambda: filled(HUGE, HUGE), MemoryError, "no room for a pool of 2 pages"),
     # a new cache
     (lambda: KVCache(0, 2, 4), ValueError, "batch must be >= 1, got batch=0"),
@@ -219,9 +251,9 @@ OTHERS = [
     (pages(lengths=[3, -1]), ValueError, "lengths must be within 0..columns x page_size = 0..128, got [3, -1]"),
     (pages(lengths=[3, 3, 3]), ValueError, "lengths must broadcast to the batch shape (2,), got lengths.shape=(3,)"),
     # files
-    (altered("format", lambda x: np.array("fastattn.KVCache 1")), ValueError, BAD_FILE + "its format is 'fastattn.KVCache 1', and this version reads 'fastattn.PagedKVCache 1'"),
-    (altered("format", lambda x: np.array("x" * 1000)), ValueError, BAD_FILE + f"its format is {'x' * 99!r}, and this version reads 'fastattn.PagedKVCache 1'"),
-    (altered("format", lambda x: None), ValueError, BAD_FILE + "its format is '', and this version reads 'fastattn.PagedKVCache 1'"),
+    (altered("format", lambda x: np.array("fastattn.KVCache 1")), ValueError, BAD_FILE + "its format is 'fastattn.KVCache 1', and this version reads 'fastattn.PagedKVCache 1' and 2"),
+    (altered("format", lambda x: np.array("x" * 1000)), ValueError, BAD_FILE + f"its format is {'x' * 99!r}, and this version reads 'fastattn.PagedKVCache 1' and 2"),
+    (altered("format", lambda x: None), ValueError, BAD_FILE + "its format is '', and this version reads 'fastattn.PagedKVCache 1' and 2"),
     (altered("dtype", lambda x: np.array("float16")), ValueError, BAD_FILE + "it has float32 for float16"),
     (altered("dtype", lambda x: np.array("bfloat16")), ValueError, BAD_FILE + "bfloat16 must be stored as uint16"),
     (altered("dtype", lambda x: np.array("int8")), ValueError, BAD_FILE + "it lacks key_scale"),
@@ -231,6 +263,19 @@ OTHERS = [
     (altered("tables", lambda x: np.array([["a"]])), ValueError, BAD_FILE + "tables must be an array of integers, not str32"),
     (altered("lengths", lambda x: -x), ValueError, BAD_FILE + "lengths must be within 0..columns x page_size = 0..128, got [-3 -2]"),
     (altered("begins", lambda x: x + 9), ValueError, BAD_FILE + "begins must be within 0..lengths = 0..[3 2], got [11 10]"),
+    (altered("format", lambda x: np.array("fastattn.PagedKVCache 2")), ValueError, BAD_FILE + "it lacks parts"),
+    (parts(lambda x: x.astype(np.int32)), ValueError, BAD_STATE.format("KVCache") + "parts must be an int64 array of shape (2, 4)"),
+    (parts(lambda x: x[:1]), ValueError, BAD_STATE.format("KVCache") + "parts must be an int64 array of shape (2, 4)"),
+    (parts(lambda x: x.tolist()), ValueError, BAD_STATE.format("KVCache") + "parts must be an int64 array of shape (2, 4)"),
+    (parts(lambda x: x - [100, 0, 0, 0]), ValueError, BAD_PARTS),
+    (parts(lambda x: np.add(x, [200, 0, 0, 0])), ValueError, BAD_PARTS),
+    (parts(lambda x: np.add(x, [2**62, 0, 0, 0])), ValueError, BAD_PARTS),
+    (parts(lambda x: x - [0, 1, 0, 0]), ValueError, BAD_PARTS),
+    (parts(lambda x: np.add(x, [0, 4, 0, 0])), ValueError, BAD_PARTS),
+    (parts(lambda x: np.add(x, [0, 5, 0, 0])), ValueError, BAD_PARTS),
+    (parts(lambda x: np.add(x, [0, 0, 4, 0])), ValueError, BAD_PARTS),
+    (parts(lambda x: np.add(x, [0, 0, 0, 2**62])), ValueError, BAD_PARTS),
+    (parts(lambda x: x - [0, 0, 0, 1]), ValueError, BAD_PARTS),
     (altered("key", lambda x: x[:, :, :100]), ValueError, BAD_FILE + "value must have the pages, kv_heads and page_size of key, (2, 2, 100), got value.shape=(2, 2, 128, 5)"),
     (altered("value", lambda x: None), ValueError, BAD_FILE + "it lacks value"),
     (altered("next", lambda x: None), ValueError, BAD_FILE + "it lacks next"),
@@ -252,9 +297,9 @@ OTHERS = [
     # pickles
     (becomes(lambda s: None), ValueError, BAD_STATE.format("PagedKVCache") + "it is of type NoneType"),
     (becomes(lambda s: ({}, s)), ValueError, BAD_STATE.format("PagedKVCache") + "it is of type tuple"),
-    (becomes(lambda s: {"_pool": [], "_fixed": False}), ValueError, BAD_STATE.format("PagedKVCache") + "its format is '', and this version reads 'fastattn.PagedKVCache 1'"),
-    (becomes(lambda s: s | {"format": "fastattn.PagedKVCache 2"}), ValueError, BAD_STATE.format("PagedKVCache") + "its format is 'fastattn.PagedKVCache 2', and this version reads 'fastattn.PagedKVCache 1'"),
-    (becomes(lambda s: s, KVCache), ValueError, BAD_STATE.format("KVCache") + "its format is 'fastattn.PagedKVCache 1', and this version reads 'fastattn.KVCache 1'"),
+    (becomes(lambda s: {"_pool": [], "_fixed": False}), ValueError, BAD_STATE.format("PagedKVCache") + "its format is '', and this version reads 'fastattn.PagedKVCache 1' and 2"),
+    (becomes(lambda s: s | {"format": "fastattn.PagedKVCache 3"}), ValueError, BAD_STATE.format("PagedKVCache") + "its format is 'fastattn.PagedKVCache 3', and this version reads 'fastattn.PagedKVCache 1' and 2"),
+    (becomes(lambda s: s, KVCache), ValueError, BAD_STATE.format("KVCache") + "its format is 'fastattn.PagedKVCache 1', and this version reads 'fastattn.KVCache 1' and 2"),
     (becomes(lambda s: s | {"tables": s["tables"] + 5}), ValueError, BAD_STATE.format("PagedKVCache") + "tables must be within 0..pages - 1 = 0..1, got 5"),
     (becomes(lambda s: s | {"lengths": [2**40, 1]}), ValueError, BAD_STATE.format("PagedKVCache") + f"lengths must be within 0..columns x page_size = 0..128, got [{2**40}, 1]"),
     (becomes(lambda s: s | {"key": "torn", "dtype": "float32"}), ValueError, BAD_STATE.format("PagedKVCache") + "'str' object has no attribute 'dtype'"),
@@ -282,6 +327,16 @@ def test_errors_change_nothing(number):
     before = state(cache)
     raised(kind, text, function, cache)
     assert_same_state(cache, before)
+
+
+@pytest.mark.promise("cache-errors-change-nothing")
+def test_an_eviction_into_three_parts_changes_nothing():
+    cache = forgetful()
+    before = state(cache)
+    for keep, keep_first in ((2, 5), ([9, 2], [0, 6]), (0, [9, 8])):
+        with pytest.raises(ValueError, match="two parts"):
+            cache.evict(keep, keep_first=keep_first, renumber=True)
+        assert_same_state(cache, before)
 
 
 @pytest.mark.promise("files-give-the-same-bits", "error-says-which-rule-and-what")

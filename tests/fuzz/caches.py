@@ -118,30 +118,66 @@ def draw_operation(rng, kind):
     operation = {"do": kind, "number": number(rng)}
     if kind == "evict":
         operation["keep"] = often(rng, *KEPT)
+        operation["keep_first"] = choice(rng, (0, 0, 1, 4, 100, 130, 300))
+        operation["renumber"] = chance(rng, 0.3)
     return operation
 
 
 class Sequence:
-    """The keys and values of one sequence, as lists; what was evicted has no numbers any more."""
+    """The keys and values of one sequence, as lists; those of an evicted token are None.
 
-    def __init__(self, key=(), value=(), begin=0):
-        self.key, self.value, self.begin = list(key), list(value), begin
+    begin: of the newest tokens; first: how many at the start are apart from them; moved: whether
+    tokens may lie elsewhere than their positions say.
+    """
+
+    def __init__(self, key=(), value=(), begin=0, first=0, moved=False):
+        self.key, self.value = list(key), list(value)
+        self.begin, self.first, self.moved = begin, first, moved
 
     def __len__(self):
         return len(self.key)
 
     def copy(self, length=None):
         """Return a sequence that begins as this one does."""
-        return Sequence(self.key[:length], self.value[:length], self.begin)
+        return Sequence(self.key[:length], self.value[:length], self.begin, self.first, self.moved)
+
+    def held(self):
+        """Tell of each position whether its token is there."""
+        return np.array([x is not None for x in self.key], bool)
+
+    def evict(self, keep, keep_first, renumber):
+        """Forget tokens; False: they would be in three parts, and all stay."""
+        held, position = self.held(), np.arange(len(self))
+        from_behind = held[::-1].cumsum()[::-1]
+        stays = held & ((position < keep_first) | (from_behind <= keep))
+        lost = np.flatnonzero(held & ~stays)
+        for part in (held & (position < self.begin), held & (position >= self.begin)):
+            if self.first and np.diff(stays[part].astype(int), prepend=0).clip(0).sum() > 1:
+                return False
+        self.begin = max(self.begin, *(lost + 1), 0)
+        self.first = int(stays[: self.begin].sum())
+        self.moved |= self.first > 0 or (renumber and self.begin > 0)
+        for x in (self.key, self.value):
+            x[:] = [token if stay else None for token, stay in zip(x, stays, strict=True)]
+            if renumber:
+                x[:] = [token for token in x if token is not None]
+        if renumber:
+            self.begin = self.first
+        return True
 
     def arrays(self, spec):
-        """Return what is attended to, (kv_heads, tokens, dim)."""
+        """Return what is attended to, (kv_heads, tokens, dim), from the first token on."""
         results = []
         for tokens, dim in ((self.key, spec["head_dim"]), (self.value, spec["value_dim"])):
             dtype = np.float64 if spec["dtype"] == "int8" else dtype_of(spec["dtype"])
-            whole = np.array(tokens[self.begin :], dtype).reshape(-1, spec["kv_heads"], dim)
-            results.append(whole.swapaxes(0, 1))
+            shape = (spec["kv_heads"], dim)
+            whole = [np.zeros(shape) if x is None else x for x in tokens[self.start() :]]
+            results.append(np.array(whole, dtype).reshape(-1, *shape).swapaxes(0, 1))
         return results
+
+    def start(self):
+        """Return the position of the first token that is there."""
+        return min(np.flatnonzero(self.held()).tolist(), default=self.begin)
 
 
 def held(x, dtype):
@@ -262,13 +298,16 @@ class Run:
         """Return whether there is certainly room for so many tokens more of each."""
         spec = self.spec
         if not self.paged:
-            kept = [len(s) - s.begin for s in self.model.values()]
+            kept = [len(s) - s.begin + s.first for s in self.model.values()]
             return "capacity" not in spec or max(np.add(kept, lengths)) <= spec["capacity"]
         if "pages" not in spec:
             return True
         size, needed = spec["page_size"], 0
         for sequence, count in zip(ids, lengths, strict=True):
             length = len(self.model[sequence])
+            if self.model[sequence].moved:
+                needed += -(-count // size) + 1
+                continue
             needed += -(-(length + count) // size) - -(-length // size)
             needed += bool(length % size and count)  # perhaps a copy of a shared page
         return needed <= self.cache.free_pages
@@ -289,10 +328,18 @@ class Run:
     def evict(self, rng, operation):
         """Forget the first tokens."""
         ids, which = self.chosen(rng, operation)
-        self.cache.evict(operation["keep"], **which)
-        for i in ids:
-            tokens = self.model[i]
-            tokens.begin = max(tokens.begin, len(tokens) - operation["keep"])
+        how = operation["keep"], operation.get("keep_first", 0), operation.get("renumber", False)
+        after = {i: self.model[i].copy() for i in ids}
+        refused = any(how[1] > len(x) or not x.evict(*how) for x in after.values())
+        before = self.pages()
+        try:
+            self.cache.evict(how[0], keep_first=how[1], renumber=how[2], **which)
+        except ValueError:
+            assert refused, "an eviction was refused"
+            assert self.pages() == before, "pages are lost by an eviction that was refused"
+        else:
+            assert not refused, "an eviction was not refused"
+            self.model |= after
 
     def reorder(self, rng, operation):
         """Let elements of the batch go on from others."""
@@ -347,16 +394,19 @@ class Run:
             tokens = self.model[i]
             key, value = tokens.arrays(spec)
             own = {"is_causal": True} | options
-            own["query_offset"] = len(tokens) - q_len - tokens.begin
+            start = tokens.start()
+            own["query_offset"] = len(tokens) - q_len - start
             for name in ("mask", "bias"):
                 if name in own:
                     whole = np.broadcast_to(own[name], (len(ids), heads, q_len, max(lengths)))
-                    own[name] = whole[b, ..., tokens.begin : len(tokens)]
+                    own[name] = whole[b, ..., start : len(tokens)]
+            if not tokens.held()[start:].all():
+                own["mask"] = own.get("mask", True) & tokens.held()[start:]
             if np.ndim(own.get("alibi_slopes")) == 2:
                 own["alibi_slopes"] = own["alibi_slopes"][b]
             mine = tuple(x[b] for x in result)
             attention.right(mine, [query[b], key, value], own, int8=spec["dtype"] == "int8")
-            if spec["dtype"] != "int8" and not tokens.begin:
+            if spec["dtype"] != "int8" and not tokens.begin and not tokens.moved:
                 alone = fastattn.attention(query[b], key, value, return_lse=True, **own)
                 same(f"sequence {i} as arrays", mine, alone)
 
@@ -389,8 +439,15 @@ class Run:
         lengths, begins = [len(s) for s in model.values()], [s.begin for s in model.values()]
         assert [*cache.lengths] == lengths, f"lengths are {cache.lengths}, not {lengths}"
         assert [*cache.begins] == begins, f"begins are {cache.begins}, not {begins}"
+        first = [s.first for s in model.values()]
+        assert [*cache.kept_first] == first, f"kept_first is {cache.kept_first}, not {first}"
         size = self.spec.get("page_size", PAGE)
-        most = sum(-(-len(s) // size) - s.begin // size for s in model.values())
+        most = sum(
+            -(-(len(s) - s.begin) // size) - (-s.first // size) + 2
+            if s.moved
+            else -(-len(s) // size) - s.begin // size
+            for s in model.values()
+        )
         used = self.pages()[0]
         assert used <= most, f"{used} pages are used for what needs {most} at most"
 

@@ -19,6 +19,7 @@ from fastattn._arguments import (
     overlaps_itself,
     whole_number,
 )
+from fastattn.kv_cache._pool import slots_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,8 +57,8 @@ def per_sequence(name: str, x: Any, n: int, low: Any, high: Any, rule: str) -> N
 
 
 def rows_of_tables(
-    pool: PagePool, tables: Any, lengths: Any, begins: Any = 0
-) -> tuple[Array, Array, Array, Array]:
+    pool: PagePool, tables: Any, lengths: Any, begins: Any = 0, parts: Any = None
+) -> tuple[Array, Array, Array, Array, Array]:
     """Return what `PagePool.take_rows` takes, if the pool has the pages that the tables name."""
     table = as_array("tables", tables, "integers")
     if table.dtype.kind not in "iu":
@@ -66,14 +67,36 @@ def rows_of_tables(
         raise ValueError(f"tables must have shape (batch, columns), got tables.shape={table.shape}")
     n, columns = table.shape
     most = columns * pool.page_size
-    ends = per_sequence("lengths", lengths, n, 0, most, "0..columns x page_size")
+    if parts is None:
+        parts = np.zeros((n, 4), np.int64)
+        ends = per_sequence("lengths", lengths, n, 0, most, "0..columns x page_size")
+    else:
+        ends = per_sequence("lengths", lengths, n, 0, FARTHEST, "0..2**61")
     firsts = per_sequence("begins", begins, n, 0, ends, "0..lengths")
+    parts = _parts(parts, firsts, ends, most)
     pages = len(pool.counts)
-    named = pool.named(firsts, ends, columns)
+    named = pool.named(firsts, ends, parts, columns)
     wrong = table[named & ((table < 0) | (table >= pages))]
     if wrong.size:
         raise ValueError(f"tables must be within 0..pages - 1 = 0..{pages - 1}, got {wrong[0]}")
-    return table, named, firsts, ends
+    return table, named, firsts, ends, parts
+
+
+def _parts(parts: Any, begins: Array, lengths: Array, most: int) -> Array:
+    """Return the parts of sequences, if both lie in so many slots, the first before the newest."""
+    shape = (len(begins), 4)
+    if not isinstance(parts, np.ndarray) or parts.dtype != np.int64 or parts.shape != shape:
+        raise ValueError(f"parts must be an int64 array of shape {shape}")
+    near = (parts >= -FARTHEST).all() and (parts <= FARTHEST).all()
+    (begin, end), (first_begin, first_end) = slots_of(begins, lengths, parts)
+    ordered = (first_begin >= 0) & (first_begin <= first_end) & (first_end <= begin) & (end <= most)
+    ordered &= (parts[:, 1] >= 0) & (parts[:, 2] <= begins)
+    ordered &= (first_begin < first_end) | ~parts[:, 1:].any(axis=1)
+    if not (near and ordered.all()):
+        raise ValueError(
+            f"parts must lie in 0..columns x page_size = 0..{most}, one after the other"
+        )
+    return parts
 
 
 def new_arrays(

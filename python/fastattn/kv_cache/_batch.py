@@ -108,13 +108,18 @@ class KVCache(StoredCache):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each batch element since its first, those that were evicted included."""
+        """Position of the next token of each batch element; see `PagedKVCache.lengths`."""
         return self._cache.lengths
 
     @property
     def begins(self) -> NDArray[np.int64]:
-        """Position of the first token that each batch element still has."""
+        """Position of the first token that each batch element still has, but for `kept_first`."""
         return self._cache.begins
+
+    @property
+    def kept_first(self) -> NDArray[np.int64]:
+        """Tokens at the start that each batch element kept apart; see `PagedKVCache.kept_first`."""
+        return self._cache.kept_first
 
     @property
     def nbytes(self) -> int:
@@ -205,15 +210,25 @@ class KVCache(StoredCache):
         """
         self._cache.truncate(lengths)
 
-    def evict(self, keep: ArrayLike) -> None:
-        """Forget all but the last tokens. Positions and lengths stay as they are.
+    def evict(self, keep: ArrayLike, *, keep_first: ArrayLike = 0, renumber: bool = False) -> None:
+        """Forget all but the last tokens and, if asked, the first ones.
 
         Parameters
         ----------
         keep : int, or array of int broadcastable to (batch,)
-            How many tokens each batch element keeps, if it has so many.
+            How many of the last tokens each batch element keeps, if it has so many.
+        keep_first, renumber
+            As for `PagedKVCache.evict`.
+
+        Raises
+        ------
+        MemoryError
+            From the first gap on, a batch element may need two pages of 128 tokens more than its
+            capacity: there is no room for them.
         """
-        self._cache.evict(keep)
+        capacity = self.capacity
+        pages = None if capacity is None else _pages_for(self.batch, capacity, PAGE_TOKENS, True)
+        self._cache._evict(keep, keep_first, renumber, None, pages)
 
     def reorder(self, indices: ArrayLike) -> None:
         """Let each batch element b go on from what indices[b] has: a step of beam search.
@@ -238,22 +253,26 @@ class KVCache(StoredCache):
     def _of_contents(cls, contents: Contents) -> Self:
         """Return the cache with these contents, in their memory."""
         pool, limit = contents.pool, contents.limit
-        batch, kept = pool.rows, (pool.lengths - pool.begins)[: pool.rows].max(initial=0)
+        batch, kept = pool.rows, pool.kept(slice(pool.rows)).max(initial=0)
         if batch < 1 or (limit != NONE and limit < max(kept, 1)):
             raise ValueError(
                 "it must be of a batch >= 1, and no more tokens than capacity, "
                 f"got batch={batch}, {kept} tokens, capacity={limit}"
             )
-        pages = NONE if limit == NONE else _pages_for(batch, limit, pool.page_size)
+        gaps = bool(pool.parts[:, 2].any())
+        pages = NONE if limit == NONE else _pages_for(batch, limit, pool.page_size, gaps)
         cache = cls.__new__(cls)
         paged = PagedKVCache._of_contents(contents._replace(limit=pages))
         cache._start(paged, None if limit == NONE else limit)
         return cache
 
 
-def _pages_for(batch: int, capacity: int, page_size: int) -> int:
-    """Return how many pages hold `capacity` tokens of each, wherever the first lies in its page."""
-    return int(batch * (1 + -(-(capacity - 1) // page_size)))
+def _pages_for(batch: int, capacity: int, page_size: int, gaps: bool = False) -> int:
+    """Return how many pages hold `capacity` tokens of each, wherever the first lies in its page.
+
+    Of two parts, each may begin and end anywhere in a page: it takes two pages more.
+    """
+    return int(batch * (1 + -(-(capacity - 1) // page_size) + 2 * gaps))
 
 
 KVCache._own = frozenset(vars(KVCache(1, 1, 1)))

@@ -4,7 +4,7 @@
 The arrays hold the cache and nothing else. A cache is made of them by the same checks, wherever
 they come from. `_arrays_of` writes the format: ``format``, ``dtype``, ``limit``, the sequences' ids
 and the ``next`` one, their ``tables``, ``lengths`` and ``begins``, and the pages that they read. A
-change of it raises the number in `_format`.
+change of it raises the number in `_format`: 2 is that of a cache whose sequences have ``parts``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from fastattn._arguments import whole_number
 from fastattn.kv_cache._arguments import ARRAYS, given_arrays, rows_of_tables
-from fastattn.kv_cache._pool import NONE, PagePool
+from fastattn.kv_cache._pool import NONE, PagePool, slots_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -132,9 +132,10 @@ def _arrays_of(contents: Contents, kind: str) -> dict[str, Any]:
     """Return the arrays that hold what a cache of that kind is, and nothing else."""
     pool, ids, next_id, limit = contents
     n, page_size, dtype = pool.rows, pool.page_size, pool.arrays[0].dtype
-    begins, lengths = pool.begins[:n].copy(), pool.lengths[:n].copy()
-    columns = int(pool.pages_of(lengths).max(initial=0))
-    named = pool.named(begins, lengths, columns)
+    begins, lengths, parts = (x[:n].copy() for x in (pool.begins, pool.lengths, pool.parts))
+    slots = slots_of(begins, lengths, parts)
+    columns = int(pool.pages_of(slots[0][1]).max(initial=0))
+    named = pool.named(begins, lengths, parts, columns)
     used, at, table = np.unique(
         pool.table[:n, :columns][named], return_index=True, return_inverse=True
     )
@@ -145,13 +146,14 @@ def _arrays_of(contents: Contents, kind: str) -> dict[str, Any]:
     tables[named] = table
     # Tokens of a page that no sequence reads may be anything, and become zeros.
     start = np.arange(columns) * page_size
-    first, last = np.full(len(used), page_size), np.zeros(len(used), np.int64)
-    np.minimum.at(first, table, np.maximum(begins[:, None] - start, 0)[named])
-    np.maximum.at(last, table, np.minimum(lengths[:, None] - start, page_size)[named])
-    token = np.arange(page_size)
-    unread = (token < first[:, None]) | (token >= last[:, None])
+    changes = np.zeros((len(used), page_size + 1), np.int64)  # of how many read a token
+    for part in slots:
+        first, last = (np.clip(x[:, None] - start, 0, page_size)[named] for x in part)
+        np.add.at(changes, (table, first), 1)
+        np.add.at(changes, (table, last), -1)
+    unread = changes[:, :-1].cumsum(axis=1) == 0
     arrays: dict[str, Any] = {
-        "format": np.array(_format(kind)),
+        "format": np.array(_format(kind, pool.has_parts)),
         "dtype": np.array(dtype.name),
         "limit": np.array(limit),
         "sequences": np.array(ids, np.int64),
@@ -160,6 +162,8 @@ def _arrays_of(contents: Contents, kind: str) -> dict[str, Any]:
         "lengths": lengths,
         "begins": begins,
     }
+    if pool.has_parts:
+        arrays["parts"] = parts
     for name, x in zip(ARRAYS, pool.arrays, strict=False):
         pages = np.ascontiguousarray(x[used])
         pages.swapaxes(1, 2)[unread] = 0
@@ -170,11 +174,12 @@ def _arrays_of(contents: Contents, kind: str) -> dict[str, Any]:
 def _contents_of(arrays: Mapping[str, Any], kind: str) -> Contents:
     """Return what the cache of that kind is, if the arrays are such; its pool has no free pages."""
     form = str(arrays["format"])[:99] if "format" in arrays else ""
-    if form != _format(kind):
-        raise ValueError(f"its format is {form!r}, and this version reads {_format(kind)!r}")
+    if form not in (_format(kind), _format(kind, parts=True)):
+        raise ValueError(f"its format is {form!r}, and this version reads {_format(kind)!r} and 2")
+    stored = (*STORED, "parts") if form == _format(kind, parts=True) else STORED
     dtype = str(arrays["dtype"])[:99] if "dtype" in arrays else ""
     names = ARRAYS if dtype == "int8" else ARRAYS[:2]
-    for missing in (x for x in (*STORED, *names) if x not in arrays):
+    for missing in (x for x in (*stored, *names) if x not in arrays):
         raise ValueError(f"it lacks {missing}")
     pages = [arrays[x] for x in names]
     if dtype == "bfloat16":
@@ -187,7 +192,7 @@ def _contents_of(arrays: Mapping[str, Any], kind: str) -> Contents:
         if not (np.isfinite(x) & (x >= 0)).all():
             raise ValueError("scales must be finite and >= 0")
     pool = PagePool(given_arrays(*pages), fixed=False)
-    pool.take_rows(*rows_of_tables(pool, *(arrays[x] for x in ("tables", "lengths", "begins"))))
+    pool.take_rows(*rows_of_tables(pool, *(arrays[x] for x in stored[4:])))
     ids = arrays["sequences"].tolist()
     next_id, limit = (whole_number(x, arrays[x].item()) for x in ("next", "limit"))
     for i, sequence in enumerate(ids):
@@ -198,9 +203,9 @@ def _contents_of(arrays: Mapping[str, Any], kind: str) -> Contents:
     return Contents(pool, ids, next_id, limit)
 
 
-def _format(kind: str) -> str:
+def _format(kind: str, parts: bool = False) -> str:
     """Return what a file says that it is."""
-    return f"fastattn.{kind} 1"
+    return f"fastattn.{kind} {2 if parts else 1}"
 
 
 @contextlib.contextmanager

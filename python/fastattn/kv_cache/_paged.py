@@ -32,6 +32,7 @@ from fastattn.kv_cache._arguments import (
     per_sequence,
     rows_of_tables,
 )
+from fastattn.kv_cache._evict import Left, evicted
 from fastattn.kv_cache._files import Contents, StoredCache
 from fastattn.kv_cache._int8 import Quantised, scales_of
 from fastattn.kv_cache._pool import NONE, PagePool
@@ -184,13 +185,26 @@ class PagedKVCache(StoredCache):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each of `sequences`, since its first, those that were evicted included."""
+        """Position of the next token of each of `sequences`.
+
+        How many tokens it got, unless `evict` closed positions up or `truncate` took some back.
+        """
         return self._pool.lengths[: self._pool.rows].copy()
 
     @property
     def begins(self) -> NDArray[np.int64]:
-        """Position of the first token that each of `sequences` still has."""
+        """Position of the first token that each of `sequences` still has, but for `kept_first`."""
         return self._pool.begins[: self._pool.rows].copy()
+
+    @property
+    def kept_first(self) -> NDArray[np.int64]:
+        """How many tokens at the start each of `sequences` kept apart, when `evict` took those behind.
+
+        0 where all that is left lies in one piece.
+        """
+        parts = self._pool.parts[: self._pool.rows]
+        kept: NDArray[np.int64] = parts[:, 2] - parts[:, 1]
+        return kept
 
     @property
     def used_pages(self) -> int:
@@ -232,7 +246,7 @@ class PagedKVCache(StoredCache):
                         f"length must be within begins..lengths of prefix = {begin}..{most}, "
                         f"got length={length}"
                     )
-            self._pool.add_row(row, begin, end)
+            self._pool.add_row(row, end)
         elif length is not None:
             raise ValueError(f"length must be given with prefix alone, got length={length}")
         else:
@@ -313,7 +327,7 @@ class PagedKVCache(StoredCache):
         if not counts.any():
             return
         if capacity is not None:
-            kept = pool.lengths[rows] - pool.begins[rows]
+            kept = pool.kept(rows)
             if (kept + counts).max() > capacity:
                 raise MemoryError(
                     "capacity must be >= the tokens kept and the new ones, "
@@ -429,7 +443,8 @@ class PagedKVCache(StoredCache):
                 lse[...] = -np.inf
         elif result.size:
             key, value, *scales = pool.arrays
-            where = (lengths - shapes.q_len, lengths, begins, pool.table[rows])
+            parts = pool.parts[rows] if pool.has_parts else None
+            where = (lengths - shapes.q_len, lengths, begins, parts, pool.table[rows])
             how = (shapes.batch_shape, checked, kv_len, *where, *(scales or (None, None)))
             _core.cache_attention(q, key, value, result, lse, *how)
         result, lse = library.to_caller(out, result, lse)
@@ -452,20 +467,58 @@ class PagedKVCache(StoredCache):
         )
         self._pool.truncate(rows, ends)
 
-    def evict(self, keep: ArrayLike, *, sequences: Iterable[int] | None = None) -> None:
-        """Forget all but the last tokens of sequences. Positions and lengths stay as they are.
+    def evict(
+        self,
+        keep: ArrayLike,
+        *,
+        keep_first: ArrayLike = 0,
+        renumber: bool = False,
+        sequences: Iterable[int] | None = None,
+    ) -> None:
+        """Forget all but the last tokens of sequences and, if asked, the first ones [1]_.
 
         Parameters
         ----------
         keep : int, or array of int broadcastable to (batch,)
-            How many tokens each keeps, if it has so many.
+            How many of the last tokens each keeps, if it has so many.
+        keep_first : int, or array of int broadcastable to (batch,)
+            What it still has at positions below keep_first stays too. Not more than its length.
+        renumber : bool
+            False: positions and lengths stay as they are. True: the tokens that are left get the
+            positions from 0 on, and lengths is how many they are. Masks, windows and slopes count
+            these; a rotation that the keys had at other positions stays in them.
         sequences : ids, optional
             None: all, in the order they were added.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument breaks a rule. A sequence has two parts at most: keep_first must not grow
+            into tokens that come behind a gap, or that a renumbering moved there.
+        MemoryError
+            Of a `KVCache` with a capacity: there is no room for the two pages more that a batch
+            element may need, from its first gap on.
+
+        References
+        ----------
+        .. [1] G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
+           https://arxiv.org/abs/2309.17453
         """
+        self._evict(keep, keep_first, renumber, sequences, None)
+
+    def _evict(
+        self, keep: Any, keep_first: Any, renumber: Any, sequences: Any, pages: int | None
+    ) -> None:
+        """Evict; a fixed pool has at least so many pages from the first gap on."""
         rows, n = self._rows(sequences)
+        pool = self._pool
+        before = Left(pool.begins[rows], pool.lengths[rows], pool.parts[rows])
         kept = per_sequence("keep", keep, n, 0, FARTHEST, "0..2**61")
-        begins, lengths = self._pool.begins[rows], self._pool.lengths[rows]
-        self._pool.evict(rows, np.maximum(begins, lengths - kept))
+        first = per_sequence("keep_first", keep_first, n, 0, before.lengths, "0..lengths")
+        left = evicted(before, kept, first, boolean("renumber", renumber))
+        if pages is not None and len(pool.counts) < pages and left.parts[:, 2].any():
+            pool.fix(pages)
+        pool.evict(rows, *left)
 
     def _name_rows(self, ids: list[int]) -> None:
         """Let the rows of the table be the sequences of these ids."""

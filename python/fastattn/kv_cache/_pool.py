@@ -26,15 +26,27 @@ if TYPE_CHECKING:
 NONE = -1  # no page; in a file: no limit
 
 
+def slots_of(begins: Array, lengths: Array, parts: Array) -> list[tuple[Array, Array]]:
+    """Return where the slots of each part of rows begin and end: of the newest, and of the first."""
+    shift, first_begins, first_ends, first_shift = parts.T
+    return [
+        (begins + shift, lengths + shift),
+        (first_begins + first_shift, first_ends + first_shift),
+    ]
+
+
 class PagePool:
     """Pages of keys and values, and a table with one row of pages for each sequence.
 
     The table's first `rows` rows are those of sequences. The sequence of row r has the tokens at
-    positions begins[r]..lengths[r] - 1; position p lies in page ``table[r, p // page_size]``.
-    Between any two calls:
+    positions begins[r]..lengths[r] - 1. Position p lies in slot ``s = p + shift``, which is in page
+    ``table[r, s // page_size]``. A sequence whose middle was evicted also has its first tokens, in
+    earlier slots: parts[r] is its shift, and where its first part begins, ends and is shifted to;
+    all zeros for any other. Between any two calls:
 
-    - A row names pages in the columns begins[r] // page_size up to lengths[r] / page_size, rounded
-      up. All other entries of the table, and all other tokens of a page, mean nothing.
+    - A row names pages in the columns that hold the slots of its parts: of the newest part
+      (begins[r] + shift) // page_size up to (lengths[r] + shift) / page_size, rounded up. All other
+      entries of the table, and all other tokens of a page, mean nothing.
     - counts[page] says how many entries name a page; those that none names are in `free`.
     - A page that several rows name is never written: the row that appends copies it first.
 
@@ -56,6 +68,8 @@ class PagePool:
         self.table = np.full((1, 1), NONE, np.int64)
         self.lengths = np.zeros(1, np.int64)
         self.begins = np.zeros(1, np.int64)
+        self.parts = np.zeros((1, 4), np.int64)  # Parts of cpp/attention.h
+        self.has_parts = False  # False: all are zeros
         self.ahead: int | None = None
         self._ends: tuple[Any, Any] = (0, 0)  # where each row's next token goes: page and place
         self._most_kept = 0  # tokens of a row that are not evicted
@@ -64,18 +78,33 @@ class PagePool:
         """Return how many pages the tokens fill, the last one perhaps in part."""
         return -(-lengths // self.page_size)
 
-    def named(self, begins: Array, lengths: Array, columns: int) -> NDArray[np.bool_]:
+    def columns_of(self, begins: Any, ends: Any) -> tuple[Any, Any]:
+        """Return the first column that holds the slots begins..ends - 1, and the one behind."""
+        return begins // self.page_size, self.pages_of(ends)
+
+    def named(self, begins: Array, lengths: Array, parts: Array, columns: int) -> NDArray[np.bool_]:
         """Tell of each entry of a table with these columns whether it names a page."""
         column = np.arange(columns)
-        first, last = begins // self.page_size, self.pages_of(lengths)
-        named: NDArray[np.bool_] = (column >= first[:, None]) & (column < last[:, None])
+        named = np.zeros((len(begins), columns), bool)
+        for begin, end in slots_of(begins, lengths, parts):
+            first, last = self.columns_of(begin[:, None], end[:, None])
+            named |= (column >= first) & (column < last)
         return named
+
+    def kept(self, rows: Rows) -> Array:
+        """Return how many tokens rows have that are not evicted."""
+        parts = self.parts[rows]
+        kept: Array = self.lengths[rows] - self.begins[rows] + parts[:, 2] - parts[:, 1]
+        return kept
 
     # Rows.
 
-    def take_rows(self, table: Array, named: Array, begins: Array, lengths: Array) -> None:
+    def take_rows(
+        self, table: Array, named: Array, begins: Array, lengths: Array, parts: Array
+    ) -> None:
         """Take the rows of a table, where none are yet; `named` tells which entries are pages."""
         self.ahead = None
+        self.has_parts = bool(parts.any())
         n, columns = table.shape
         self.counts = np.bincount(table[named].astype(np.int64), minlength=len(self.counts))
         self.free = np.flatnonzero(self.counts == 0)[::-1].tolist()
@@ -83,51 +112,63 @@ class PagePool:
         self.table = np.full((max(n, 1), max(columns, 1)), NONE, np.int64)
         self.table[:n, :columns][named] = table[named]
         self.lengths, self.begins = (np.resize(x, max(n, 1)) for x in (lengths, begins))
+        self.parts = np.resize(parts, (max(n, 1), 4))
 
-    def add_row(self, prefix: int = 0, begin: int = 0, end: int = 0) -> None:
-        """Add a row that shares the tokens begin..end - 1 of the row `prefix`."""
+    def add_row(self, prefix: int | None = None, end: int = 0) -> None:
+        """Add a row that shares the tokens before `end` of the row `prefix`."""
         self.ahead = None
         n = self.rows
         if n == len(self.table):
             self._resize_table(2 * n, self.table.shape[1])
         self.table[n] = NONE
-        columns = slice(begin // self.page_size, self.pages_of(end))
-        pages = self.table[n, columns] = self.table[prefix, columns]
-        np.add.at(self.counts, pages, 1)
-        self.lengths[n], self.begins[n] = end, begin
+        self.lengths[n], self.begins[n], self.parts[n] = end, 0, 0
+        if prefix is not None:
+            self.begins[n], self.parts[n] = self.begins[prefix], self.parts[prefix]
+            named = self._named_of(n)
+            pages = self.table[n, named] = self.table[prefix, named]
+            np.add.at(self.counts, pages, 1)
         self.rows += 1
 
     def remove_row(self, row: int) -> None:
         """Remove a row; those behind it move up."""
         self.ahead = None
-        n, here = self.rows, slice(row, row + 1)
-        self._drop(here, self.begins[here] // self.page_size, self.pages_of(self.lengths[here]))
-        for x in (self.table, self.lengths, self.begins):
+        n = self.rows
+        self._release(self.table[row, self._named_of(row)])
+        for x in (self.table, self.lengths, self.begins, self.parts):
             x[row : n - 1] = x[row + 1 : n]
         self.rows -= 1
 
     def truncate(self, rows: Rows, lengths: Array) -> None:
         """Give up the tokens behind these lengths."""
         self.ahead = None
-        self._drop(rows, self.pages_of(lengths), self.pages_of(self.lengths[rows]))
+        shift = self.parts[rows, 0]
+        self._drop(rows, self.pages_of(lengths + shift), self.pages_of(self.lengths[rows] + shift))
         self.lengths[rows] = lengths
 
-    def evict(self, rows: Rows, begins: Array) -> None:
-        """Give up the tokens before these begins."""
+    def evict(self, rows: Rows, begins: Array, lengths: Array, parts: Array) -> None:
+        """Give up the tokens that rows have not got with these begins, lengths and parts."""
         self.ahead = None
-        self._drop(rows, self.begins[rows] // self.page_size, begins // self.page_size)
-        self.begins[rows] = begins
+        number = np.arange(len(self.table))[rows]
+        apart = (parts | self.parts[rows]).any(axis=1)
+        first, last = self.begins[rows] // self.page_size, begins // self.page_size
+        self._drop(rows, first, np.where(apart, first, last))
+        before = [(row, self._named_of(row)) for row in number[apart]]
+        self.begins[rows], self.lengths[rows], self.parts[rows] = begins, lengths, parts
+        for row, named in before:
+            self._close_gaps(row, named)
+        self.has_parts = bool(self.parts[: self.rows].any())
 
     def reorder(self, indices: Array) -> None:
         """Let each row become a copy of row indices[row]; pages are shared, not copied."""
         self.ahead = None
         n, columns = self.rows, self.table.shape[1]
-        named = self.named(self.begins[:n], self.lengths[:n], columns)
+        named = self.named(self.begins[:n], self.lengths[:n], self.parts[:n], columns)
         before = self.table[:n][named]
         table = self.table[indices]
         np.add.at(self.counts, table[named[indices]], 1)
         self.table[:n] = table
-        self.lengths[:n], self.begins[:n] = self.lengths[indices], self.begins[indices]
+        for x in (self.lengths, self.begins, self.parts):
+            x[:n] = x[indices]
         self._release(before)
 
     # Appending.
@@ -135,7 +176,7 @@ class PagePool:
     def append(self, rows: Rows, counts: Array, sources: Sequence[Array | Quantised]) -> None:
         """Append the first counts[i] tokens of each source's element i to row i of rows."""
         self.ahead = None
-        starts = self.lengths[rows]
+        starts = self.lengths[rows] + self.parts[rows, 0]
         ends = starts + counts
         held, wanted = self.pages_of(starts), self.pages_of(ends)
         new = int((wanted - held).sum())
@@ -156,7 +197,7 @@ class PagePool:
         if new:
             self.counts[taken] = 1
             del self.free[-new:]
-        self.lengths[rows] = ends
+        self.lengths[rows] += counts
 
     def append_ahead(
         self, tokens: int, sources: Sequence[Array | Quantised], capacity: int | None
@@ -186,7 +227,7 @@ class PagePool:
     def _look_ahead(self) -> None:
         """Find how many tokens every row can take by writing alone."""
         n = self.rows
-        column, place = np.divmod(self.lengths[:n], self.page_size)
+        column, place = np.divmod(self.lengths[:n] + self.parts[:n, 0], self.page_size)
         self.ahead = 0
         if not n or not place.all():  # of a row whose pages are full, or that has none
             return
@@ -194,7 +235,7 @@ class PagePool:
         if (self.counts[page] > 1).any():
             return
         self._ends = (int(page[0]), int(place[0])) if n == 1 else (page, place)
-        self._most_kept = int((self.lengths[:n] - self.begins[:n]).max())
+        self._most_kept = int(self.kept(slice(n)).max())
         self.ahead = self.page_size - int(place.max())
 
     def _resize_table(self, rows: int, columns: int) -> None:
@@ -206,9 +247,9 @@ class PagePool:
             return
         table = np.full((rows, max(columns, before[1])), NONE, np.int64)
         table[: before[0], : before[1]] = self.table
-        lengths, begins = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-        lengths[: before[0]], begins[: before[0]] = self.lengths, self.begins
-        self.table, self.lengths, self.begins = table, lengths, begins
+        more = rows - before[0]
+        self.lengths, self.begins = (np.pad(x, (0, more)) for x in (self.lengths, self.begins))
+        self.table, self.parts = table, np.pad(self.parts, ((0, more), (0, 0)))
 
     def _copies_needed(self, shared: Array) -> int:
         """Return how many copies it takes to write once to each of these pages."""
@@ -235,7 +276,7 @@ class PagePool:
     ) -> None:
         """Write the first counts[b] tokens of element b, in the fewest steps: by tokens or pages.
 
-        They go to the positions from starts[b] in the row of pages ``pages[b]``.
+        They go to the slots from starts[b] in the row of pages ``pages[b]``.
         """
         most = int(counts.max())
         if most < len(counts):
@@ -292,6 +333,28 @@ class PagePool:
         for new, old in zip([*arrays, counts], [*self.arrays, self.counts], strict=True):
             new[:before] = old
         self.arrays, self.counts, self.free = arrays, counts, free
+
+    def _named_of(self, row: int) -> NDArray[np.bool_]:
+        """Tell of each entry of a row whether it names a page."""
+        here = slice(row, row + 1)
+        columns = self.table.shape[1]
+        return self.named(self.begins[here], self.lengths[here], self.parts[here], columns)[0]
+
+    def _close_gaps(self, row: int, before: NDArray[np.bool_]) -> None:
+        """Drop the pages of a row that its parts do not name; those that stay move together.
+
+        So a row needs no more columns than it has pages, however long it streams.
+        """
+        stays = self._named_of(row)
+        self._release(self.table[row, before & ~stays])
+        pages = self.table[row, stays]
+        self.table[row] = NONE
+        self.table[row, : len(pages)] = pages
+        gone = self.page_size * np.concatenate([[0], (~stays).cumsum()])
+        shift, first_begin, first_end, first_shift = self.parts[row]
+        self.parts[row, 0] -= gone[(self.begins[row] + shift) // self.page_size]
+        if first_begin < first_end:
+            self.parts[row, 3] -= gone[(first_begin + first_shift) // self.page_size]
 
     def _drop(self, rows: Rows, first: Array, last: Array) -> None:
         """Let rows no longer name their pages in the columns first..last - 1."""

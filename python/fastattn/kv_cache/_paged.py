@@ -198,7 +198,7 @@ class PagedKVCache(StoredCache):
 
     @property
     def kept_first(self) -> NDArray[np.int64]:
-        """How many tokens at the start each of `sequences` kept apart, when `evict` took those behind.
+        """Tokens at the start that each of `sequences` kept when `evict` took those behind.
 
         0 where all that is left lies in one piece.
         """

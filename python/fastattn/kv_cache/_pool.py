@@ -27,7 +27,7 @@ NONE = -1  # no page; in a file: no limit
 
 
 def slots_of(begins: Array, lengths: Array, parts: Array) -> list[tuple[Array, Array]]:
-    """Return where the slots of each part of rows begin and end: of the newest, and of the first."""
+    """Return where the slots of the newest part of rows begin and end, and of the first part."""
     shift, first_begins, first_ends, first_shift = parts.T
     return [
         (begins + shift, lengths + shift),
@@ -338,7 +338,9 @@ class PagePool:
         """Tell of each entry of a row whether it names a page."""
         here = slice(row, row + 1)
         columns = self.table.shape[1]
-        return self.named(self.begins[here], self.lengths[here], self.parts[here], columns)[0]
+        named = self.named(self.begins[here], self.lengths[here], self.parts[here], columns)
+        of_row: NDArray[np.bool_] = named[0]
+        return of_row
 
     def _close_gaps(self, row: int, before: NDArray[np.bool_]) -> None:
         """Drop the pages of a row that its parts do not name; those that stay move together.

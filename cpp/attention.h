@@ -45,6 +45,10 @@ struct AttentionArgs {
     Array key_scale, value_scale;  // (..., kv_heads, rows): what an int8 row is to be multiplied by
     Array lse;                     // cols absent; null: not asked for
     Array mask, bias;              // (..., q_heads, q_len, kv_len)
+    // Of the arithmetic's type, contiguous; null: not asked for. softmax (batch, q_heads, q_len, 2)
+    // takes the largest score, in base 2, and 1 / the denominator; scores (batch, q_heads, kv_len)
+    // those that a query sees, in base 2, of a call that takes_scores().
+    void *softmax = nullptr, *scores = nullptr;
     std::vector<int64_t> batch_shape;
     int64_t q_heads = 0, kv_heads = 0, q_len = 0, kv_len = 0, head_dim = 0, value_head_dim = 0;
     const double* alibi_slopes = nullptr;     // (batch, q_heads)
@@ -111,6 +115,9 @@ struct Interrupt {
 bool attention(const AttentionArgs& args, Interrupt interrupt);
 bool attention_backward(const GradientArgs& args, Interrupt interrupt);      // backward.cpp
 bool attention_statistics(const StatisticsArgs& args, Interrupt interrupt);  // statistics.cpp
+// Attention, and what each key gets from all queries, (batch, q_heads, kv_len) of the arithmetic's
+// type (statistics.cpp).
+bool attention_column_sums(AttentionArgs args, void* column_sums, Interrupt interrupt);
 Plan plan_attention(const AttentionArgs& args);
 
 // Instruction sets (dispatch.cpp).

@@ -162,11 +162,18 @@ auto Call::row_setter(const Sequence& s) const {
     };
     const Rows query = rows(args.query, s.batch), out = rows(args.out, s.batch),
                lse = rows(args.lse, s.batch), mask = of_keys(args.mask), bias = of_keys(args.bias);
+    const auto numbers = [&](void* data, int64_t place) {
+        const int64_t size = args.query.dtype == Dtype::kFloat64 ? 8 : 4;
+        return data == nullptr ? nullptr : static_cast<char*>(data) + place * size;
+    };
     const int64_t* const pages = args.pages ? args.pages + s.batch * args.page_columns : nullptr;
     return [=, this](Row& row, int64_t head, int64_t i) {
         row.query = query.at(head, s.q_start + i);
         row.out = out.at(head, s.q_start + i);
         row.lse = lse.at(head, s.q_start + i);
+        const int64_t of_all = s.batch * args.q_heads + head;
+        row.softmax = numbers(args.softmax, (of_all * args.q_len + i) * 2);
+        row.scores = numbers(args.scores, of_all * args.kv_len - s.shift);
         row.mask = mask.at(head, s.q_start + i);
         row.bias = bias.at(head, s.q_start + i);
         row.pages = pages;

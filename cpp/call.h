@@ -49,6 +49,8 @@ class Call {
     bool decodes(int64_t q_len) const {
         return q_len <= kMostQueries && q_len * group <= kMostRows;
     }
+    // Whether AttentionArgs::scores may be asked for.
+    bool takes_scores() const { return args.q_len == 1 && group <= functions.decode.most_rows; }
 
     // The keys that query i sees by causality, window, length and eviction.
     Interval interval(const Sequence& sequence, int64_t i) const;

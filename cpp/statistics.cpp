@@ -7,6 +7,7 @@
 // parallel_for.
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "attention.h"
 #include "call.h"
@@ -20,6 +21,7 @@ namespace {
 // them for many threads.
 constexpr int64_t kLeastSpan = 512, kMostSpans = 128;
 constexpr size_t kEdgeBytes = 16 << 20;        // see Sums
+constexpr double kSecondsPerScore = 1e-9;      // to make a probability of it, roughly
 constexpr size_t kAllScratchBytes = 32 << 20;  // of all threads together, but for one alone
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -60,8 +62,9 @@ class Heads {
           functions_(call_.functions),
           size_(args.call.query.dtype == Dtype::kFloat64 ? 8 : 4),
           rows_(std::min<int64_t>(functions_.query_tile, args.call.q_len)),
-          softmax_(allocate(size_t(count() * args.call.q_len * 2 * size_))) {
-        lend(softmax_.get(), count() * args.call.q_len * 2 * size_);
+          softmax_bytes_(args.call.softmax ? 0 : count() * args.call.q_len * 2 * size_),
+          softmax_(allocate(size_t(softmax_bytes_))) {
+        lend(softmax_.get(), softmax_bytes_);
         Block block = call_.shared_block();
         block.row_count = int(rows_);
         kernel_bytes_ = functions_.statistics.scratch_bytes(block);
@@ -83,7 +86,9 @@ class Heads {
                                 const BlockMemory mine = cut(scratch);
                                 RowStatistics* const asked = scratch.take<RowStatistics>(rows_);
                                 StatisticsBlock look{};
-                                look.block = block(item / tiles, first, mine, stop);
+                                const int64_t head = item / tiles;
+                                const Sequence sequence = call_.sequence(head / args_.call.q_heads);
+                                look.block = block(sequence, head, first, mine, stop);
                                 look.statistics = asked;
                                 look.top = args_.top;
                                 look.entropy = args_.entropy != nullptr;
@@ -99,13 +104,15 @@ class Heads {
     int64_t count() const { return call_.batches * args_.call.q_heads; }
     double seconds() const { return call_.seconds(call_.sequence(0)) * double(call_.batches); }
     Numbers numbers(void* data) const { return {static_cast<char*>(data), size_}; }
-    Numbers softmax(int64_t row) const { return numbers(softmax_.get()).at(2 * row); }
+    Numbers softmax(int64_t row) const {
+        return numbers(args_.call.softmax ? args_.call.softmax : softmax_.get()).at(2 * row);
+    }
 
     BlockMemory cut(Scratch& scratch) const { return {rows_, kernel_bytes_, scratch}; }
 
     // The query tile that begins with row `first` of a head.
-    Block block(int64_t head, int64_t first, const BlockMemory& mine, const Stop& stop) const {
-        const Sequence sequence = call_.sequence(head / args_.call.q_heads);
+    Block block(const Sequence& sequence, int64_t head, int64_t first, const BlockMemory& mine,
+                const Stop& stop) const {
         const int64_t in_batch = head % args_.call.q_heads;
         Block block = call_.shared_block();
         block.rows = mine.rows;
@@ -133,7 +140,8 @@ class Heads {
                 args_.top_keys == nullptr ? nullptr : args_.top_keys + index * args_.top};
     }
 
-    const Memory softmax_;  // of every row: see RowStatistics
+    const int64_t softmax_bytes_;
+    const Memory softmax_;  // of every row: see RowStatistics; unless the call knows it
 };
 
 // Sums over rows. A block of keys that reaches over the border of two spans has a sum in each: its
@@ -233,9 +241,8 @@ class Sums : Heads {
     void add_span(int64_t head, int64_t span, double* edges, const Parts& mine,
                   const Stop& stop) const {
         const int64_t begin = span * span_, end = span_end(span), q_len = args_.call.q_len;
-        const Sequence sequence = call_.sequence(head / args_.call.q_heads);
+        const int64_t batch = head / args_.call.q_heads;
         SumsBlock sums{};
-        sums.begin = begin;
         sums.row_weights = mine.row_weights;
         if (args_.column_sums != nullptr) {
             sums.column_sums = mine.column_sums;
@@ -251,7 +258,7 @@ class Sums : Heads {
             sums.block_pitch = pitch_;
             std::fill_n(mine.block_sums, pitch_, 0.0);
         }
-        const auto weights = call_.rows(args_.row_weights, sequence.batch);
+        const auto weights = call_.rows(args_.row_weights, batch);
         for (int64_t first = 0; first < q_len; first += rows_) {
             if (stop.requested(stop.context)) return;
             const int64_t count = std::min(rows_, q_len - first);
@@ -269,21 +276,28 @@ class Sums : Heads {
                 // The first one may have begun in the tile before.
                 std::fill_n(mine.block_sums + pitch_, (at - query_block) * pitch_, 0.0);
             }
-            // Positions grow with the rows.
-            if (call_.interval(sequence, last_of_tile).end > begin &&
-                call_.interval(sequence, first).begin < end) {
-                sums.block = block(head, first, mine.block, stop);
+            const auto add = [&](const Sequence& part) {
+                sums.begin = begin + part.shift;
+                sums.end = end + part.shift;
+                // Positions grow with the rows.
+                if (call_.interval(part, last_of_tile).end <= sums.begin ||
+                    call_.interval(part, first).begin >= sums.end) {
+                    return;
+                }
+                sums.block = block(part, head, first, mine.block, stop);
                 for (int64_t r = 0; r < count; ++r) {
                     Row& row = mine.block.rows[r];
-                    row.begin = std::clamp(row.begin, begin, end);
-                    row.end = std::clamp(row.end, row.begin, end);
+                    row.begin = std::clamp(row.begin, sums.begin, sums.end);
+                    row.end = std::clamp(row.end, row.begin, sums.end);
                     const void* const weight = weights.at(head % args_.call.q_heads, first + r);
                     mine.row_weights[r] =
                         weight == nullptr ? 1 : numbers(const_cast<void*>(weight)).get(0);
                 }
                 sums.softmax = softmax(head * q_len + first).data;
                 functions_.statistics.add(sums);
-            }
+            };
+            if (call_.has_first_part(batch)) add(call_.first_part(batch));
+            add(call_.sequence(batch));
             if (args_.blocks == nullptr) continue;
             // All but the last of the tile's query blocks are finished.
             const bool ends = first + count == q_len;
@@ -345,6 +359,39 @@ bool attention_statistics(const StatisticsArgs& args, Interrupt interrupt) {
     const Sums sums(args);
     if (!sums.look(interrupt)) return false;
     return (args.column_sums == nullptr && args.blocks == nullptr) || sums.add(interrupt);
+}
+
+bool attention_column_sums(AttentionArgs args, void* column_sums, Interrupt interrupt) {
+    const Call call(args);
+    const bool wide = args.query.dtype == Dtype::kFloat64;
+    const int64_t heads = call.batches * args.q_heads, rows = heads * args.q_len;
+    const int64_t size = wide ? 8 : 4, sums = heads * args.kv_len;
+    const Memory softmax = allocate(size_t(rows * 2 * size));
+    lend(softmax.get(), rows * 2 * size);
+    args.softmax = softmax.get();
+    if (!call.takes_scores()) {
+        if (!attention(args, interrupt)) return false;
+        StatisticsArgs statistics;
+        statistics.call = args;
+        statistics.call.value = statistics.call.value_scale = {};
+        statistics.call.value_head_dim = 0;
+        statistics.column_sums = column_sums;
+        return rows == 0 || args.kv_len == 0 || Sums(statistics).add(interrupt);
+    }
+    constexpr double unseen = -std::numeric_limits<double>::infinity();
+    if (wide) {
+        std::fill_n(static_cast<double*>(column_sums), sums, unseen);
+    } else {
+        std::fill_n(static_cast<float*>(column_sums), sums, float(unseen));
+    }
+    args.scores = column_sums;
+    if (!attention(args, interrupt)) return false;
+    const int threads = team_size(heads, double(sums) * kSecondsPerScore);
+    return parallel_for(heads, threads, interrupt, [&](int64_t head, int, const Stop&) {
+        call.functions.statistics.normalise(
+            static_cast<char*>(column_sums) + head * args.kv_len * size, args.kv_len,
+            softmax.get() + head * 2 * size);
+    });
 }
 
 }  // namespace fastattn

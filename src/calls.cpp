@@ -358,11 +358,19 @@ void attend_paged(const py::array& query, const py::array& key, const py::array&
                   const py::array& out, py::handle lse, const Shape& batch_shape,
                   const py::tuple& options, int64_t kv_len, py::handle positions,
                   py::handle lengths, py::handle begins, py::handle parts, const py::array& pages,
-                  py::handle key_scale, py::handle value_scale) {
+                  py::handle key_scale, py::handle value_scale, py::handle column_sums) {
     AttentionArgs args = paged({query, key, value, batch_shape, Options(options)}, kv_len,
                                positions, lengths, begins, parts, pages, key_scale, value_scale);
     set_results(args, query, out, lse);
-    run(args);
+    if (column_sums.is_none()) return run(args);
+    auto sums = py::reinterpret_borrow<py::array>(column_sums);
+    values<float>(sums, product(batch_shape) * args.q_heads * kv_len);
+    require(sums.writeable() && args.query.dtype != Dtype::kFloat64,
+            "column_sums has the wrong form");
+    const bool finished = without_gil([&, into = sums.mutable_data()] {
+        return attention_column_sums(args, into, Interrupt{signal_arrived});
+    });
+    if (!finished) throw py::error_already_set();
 }
 
 void attend_backward(const py::array& query, const py::array& key, const py::array& value,

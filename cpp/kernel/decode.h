@@ -104,6 +104,7 @@ class Split {
             for (int64_t r = chunk.first; r < chunk.last; ++r) any_hidden |= apply_passes(r);
             if (any_hidden && add_nonfinite()) set_apart[chunk.first] |= bit(chunk);
         });
+        for (int64_t r = 0; r < rows; ++r) store_scores(r);
         for (int64_t r = 0; r < rows; ++r) softmax(r);
         if (block.dropout.drops) drop_pairs();
         if constexpr (quantized) {
@@ -410,6 +411,14 @@ class Split {
         for (int64_t j = 0; j < kChunk; ++j) staging[j] = T(0);
         stage(array, dtype, stride, seen, staging + seen.begin - keys.begin);
         for (int64_t j = 0; j < keys.size(); j += lanes) add_to_scores(s + j, V::load(staging + j));
+    }
+
+    void store_scores(int64_t r) const {
+        const Row& row = block.rows[r];
+        if (row.scores == nullptr || row.begin >= row.end) return;
+        __builtin_memcpy(static_cast<T*>(row.scores) + row.begin,
+                         scores + r * pitch + row.begin - base,
+                         size_t(row.end - row.begin) * sizeof(T));
     }
 
     void softmax(int64_t r) const {

@@ -27,6 +27,8 @@ struct Row {
     const void* query;
     void* out;
     void* lse;             // null: not asked for
+    void* softmax;         // takes two: see RowStatistics; null: not asked for
+    void* scores;          // of each key that is seen, in base 2; null: not asked for
     const void* mask;      // the row's first element; null: none
     const void* bias;      // likewise
     const int64_t* pages;  // which page of the pool holds keys [0, page_keys), and so on; or null
@@ -118,7 +120,8 @@ struct GradientFunctions {
 };
 
 // Decoding: the rows' intervals leave one split of the keys, and the result is a partial for each
-// row, one after the other. What a partial holds depends on no other row.
+// row, one after the other. What a partial holds depends on no other row. attend() alone stores
+// scores where a row asks for them.
 struct DecodeFunctions {
     int most_rows;  // of a sequence; Functions::attend() is faster where there are more
     size_t (*scratch_bytes)(const Block&);
@@ -149,7 +152,7 @@ struct StatisticsBlock {
 struct SumsBlock {
     Block block;                  // a query tile at most; the rows' intervals lie within the span
     const void* softmax;          // of one row after the other, as RowStatistics has it
-    int64_t begin;                // the first key of the span
+    int64_t begin, end;           // the span
     double* column_sums;          // of each key of the span, weighted; null: not asked for
     const double* row_weights;    // of each row
     double* block_sums;           // (query blocks, key blocks); null: not asked for
@@ -163,6 +166,8 @@ struct StatisticsFunctions {
     size_t (*scratch_bytes)(const Block&);  // looks at the sizes and row_count alone
     void (*look)(const StatisticsBlock&);
     void (*add)(const SumsBlock&);
+    // Makes probabilities of a row's scores, of which -inf is a key that is not seen.
+    void (*normalise)(void* scores, int64_t count, const void* softmax);
 };
 
 // The functions for arithmetic in one type; float32's take half precision too.

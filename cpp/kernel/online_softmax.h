@@ -459,6 +459,10 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
             });
             for (int i = 0; i < lanes && c * lanes + i < block.row_count; ++i) {
                 const Row& row = block.rows[c * lanes + i];
+                if (row.softmax != nullptr) {
+                    static_cast<T*>(row.softmax)[0] = offset.v[i];
+                    static_cast<T*>(row.softmax)[1] = all.v[i] == T(0) ? T(0) : T(1) / all.v[i];
+                }
                 if (row.lse == nullptr) continue;
                 *static_cast<T*>(row.lse) =
                     T(double(largest[i]) * kLn2 + __builtin_log(double(denominator[i])));

@@ -73,9 +73,9 @@ void finish_partials(const Block& block, void* memory) {
         const T largest = partials.row_max(r), sum = partials.row_sum(r);
         const T sink = T(row.sink * kLog2e);
         const T peak = largest > sink ? largest : sink;
-        const T offset = peak == -kInfinity<T> ? T(0) : peak;
-        const V rescale = exp2(V(largest - offset));
-        const V all = fma(V(sum), rescale, exp2(V(sink - offset)));
+        const V offset = peak == -kInfinity<T> ? T(0) : peak;
+        const V rescale = exp2(V(largest) - offset);
+        const V all = fma(V(sum), rescale, exp2(V(sink) - offset));
         const V share = select<T>(all == V(T(0)), V(T(0)), rescale / all);
         const V factor = V(T(block.dropout.scale)) * share;
         with_query<T>(block.query_dtype, [&]<class Out>(const Out*) {
@@ -84,6 +84,10 @@ void finish_partials(const Block& block, void* memory) {
                 store_some(result, block.value_head_dim - d, static_cast<Out*>(row.out) + d);
             }
         });
+        if (row.softmax != nullptr) {
+            static_cast<T*>(row.softmax)[0] = offset.v[0];
+            static_cast<T*>(row.softmax)[1] = all.v[0] == T(0) ? T(0) : T(1) / all.v[0];
+        }
         if (row.lse == nullptr) continue;
         *static_cast<T*>(row.lse) = T(double(largest) * kLn2 + __builtin_log(double(sum)));
     }

@@ -21,6 +21,33 @@
 namespace fastattn {
 namespace {
 
+// With which a row's scores become probabilities: share * 2^(score - offset).
+template <class T>
+struct KnownSoftmax {
+    T offset, share;
+
+    explicit KnownSoftmax(const T* softmax)
+        : offset(softmax[0] == -kInfinity<T> ? T(0) : softmax[0]), share(softmax[1]) {
+        if (share - share == 0) return;
+        offset = share;  // NaN for what the row sees, and 0 for what it does not
+        share = T(1);
+    }
+};
+
+template <class T>
+void normalise(void* scores, int64_t count, const void* softmax) {
+    using V = Vec<T>;
+    const KnownSoftmax<T> known(static_cast<const T*>(softmax));
+    for (T* row = static_cast<T*>(scores); count > 0; row += V::lanes, count -= V::lanes) {
+        const size_t bytes = size_t(count < V::lanes ? count : V::lanes) * sizeof(T);
+        T some[V::lanes] = {};
+        __builtin_memcpy(some, row, bytes);
+        const V score = V::load(some), weight = exp2(score - V(known.offset)) * V(known.share);
+        select<T>(score == V(-kInfinity<T>), V(T(0)), weight).store(some);
+        __builtin_memcpy(row, some, bytes);
+    }
+}
+
 // The scratch memory of one query tile.
 template <class T>
 struct StatisticsMemory {
@@ -85,14 +112,9 @@ class StatisticsTile : ScoreTile<T, InPairs, Columns> {
             T of[3][lanes] = {};
             for (int i = 0; i < lanes && c * lanes + i < block.row_count; ++i) {
                 const int r = c * lanes + i;
-                const T* const softmax = static_cast<const T*>(asked.softmax) + 2 * r;
-                const bool finite = softmax[1] - softmax[1] == 0;
-                of[0][i] = softmax[0] == -kInfinity<T> ? T(0) : softmax[0];
-                of[1][i] = softmax[1];
-                if (!finite) {  // e is then NaN for what the row sees, and 0 for what it does not
-                    of[0][i] = softmax[1];
-                    of[1][i] = T(1);
-                }
+                const KnownSoftmax<T> softmax(static_cast<const T*>(asked.softmax) + 2 * r);
+                of[0][i] = softmax.offset;
+                of[1][i] = softmax.share;
                 of[2][i] = asked.column_sums == nullptr ? T(0) : T(asked.row_weights[r]);
             }
             offset[c] = V::load(of[0]);
@@ -101,9 +123,11 @@ class StatisticsTile : ScoreTile<T, InPairs, Columns> {
         }
         int64_t key_block = asked.key_blocks;  // they end one after the other, the last one first
         each_tile_backwards([&](Span keys, Seen seen) {
-            int64_t end = keys.end;
-            while (end > keys.begin) {
-                int64_t begin = keys.begin;
+            // Beyond the span there may be keys that no row sees.
+            const int64_t first = keys.begin > asked.begin ? keys.begin : asked.begin;
+            int64_t end = keys.end < asked.end ? keys.end : asked.end;
+            while (end > first) {
+                int64_t begin = first;
                 if (asked.block_sums != nullptr) {
                     while (key_block == asked.key_blocks || asked.key_starts[key_block] >= end) {
                         --key_block;
@@ -315,6 +339,7 @@ constexpr StatisticsFunctions statistics_functions = {
         [](const SumsBlock& asked) {
             with_statistics_tile<T>(asked.block, [&](auto& tile) { tile.add(asked); });
         },
+    .normalise = normalise<T>,
 };
 
 }  // namespace

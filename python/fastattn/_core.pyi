@@ -50,6 +50,7 @@ def cache_attention(
     pages: Array,
     key_scale: Array | None,
     value_scale: Array | None,
+    column_sums: Array | None,
     /,
 ) -> None: ...
 def attention_backward(

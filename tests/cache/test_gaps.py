@@ -9,114 +9,19 @@ from numpy.testing import assert_array_equal
 
 import fastattn
 from fastattn import KVCache, PagedKVCache
+from tests.cache.beside import OPTIONS, Beside, beside, closed_up_or_not
 from tests.cache.problems import (
     BFLOAT16,
     assert_same_state,
     every_dtype,
     every_isa,
     filled,
-    held,
     pickled,
     problem,
     reopened,
     state,
 )
-from tests.support.correctness import assert_same_bits, assert_within_gate
-
-OPTIONS = {
-    "plain": {},
-    "not causal": {"is_causal": False},
-    "window": {"window": (30, 0)},
-    "window over the gap": {"window": (290, 3)},
-    "softcap and scale": {"softcap": 5.0, "scale": 0.4},
-    "slopes": {"alibi_slopes": np.array([0.5, 0.1, 0.0, 0.03])},
-    "sinks": {"sinks": np.array([0.0, 2.0, -1.0, 5.0], np.float32)},
-    "mask": {"mask": "bool"},
-    "float mask": {"mask": "float"},
-    "bias": {"bias": "float"},
-    "a bias for all rows": {"bias": "row"},
-    "mask, slopes and window": {"mask": "bool", "alibi_slopes": np.ones(4) / 50, "window": (99, 9)},
-}
-closed_up_or_not = pytest.mark.parametrize("renumber", [False, True], ids=["gap", "closed up"])
-
-
-class Beside:
-    """A cache, and for each sequence which of all tokens it has, in order, and where they stand."""
-
-    def __init__(self, cache, key, value):
-        self.cache, self.key, self.value = cache, key, value
-        self.batch = len(key)
-        self.tokens = [np.zeros(0, int)] * self.batch
-        self.positions = [np.zeros(0, int)] * self.batch
-        self.count = 0
-        self.rng = np.random.default_rng(0)
-
-    def append(self, count):
-        new = slice(self.count, self.count + count)
-        lengths = self.cache.lengths
-        self.cache.append(self.key[:, :, new], self.value[:, :, new])
-        for b in range(self.batch):
-            self.tokens[b] = np.append(self.tokens[b], np.arange(new.start, new.stop))
-            self.positions[b] = np.append(self.positions[b], lengths[b] + np.arange(count))
-        self.count += count
-
-    def evict(self, keep, keep_first=0, renumber=False):
-        self.cache.evict(keep, keep_first=keep_first, renumber=renumber)
-        for b in range(self.batch):
-            n = len(self.tokens[b])
-            stays = (self.positions[b] < keep_first) | (np.arange(n) >= n - keep)
-            self.tokens[b], self.positions[b] = self.tokens[b][stays], self.positions[b][stays]
-            if renumber:
-                self.positions[b] = np.arange(stays.sum())
-
-    def check(self, query, dtype, **options):
-        """Assert that the results are those of a mask over all positions."""
-        kv_len = int(self.cache.lengths.max())
-        shape = (*query.shape[:3], kv_len)
-        for name in {"mask", "bias"} & {*options}:
-            numbers = self.rng.normal(size=shape[2:] if options[name] == "row" else shape)
-            options[name] = numbers > -0.5 if options[name] == "bool" else numbers.astype("f4")
-        result = self.cache.attend(query, return_lse=True, **options)
-        for b in range(self.batch):
-            length = int(self.cache.lengths[b])
-            own = {"is_causal": True, "query_offset": length - query.shape[2]} | options
-            there = np.zeros(length, bool)
-            there[self.positions[b]] = True
-            operands = []
-            for x in (self.key, self.value):
-                whole = np.zeros((x.shape[1], length, x.shape[3]), np.float64)
-                whole[:, there] = held(x[b][:, self.tokens[b]], dtype)
-                operands.append(whole if dtype == np.int8 else whole.astype(dtype))
-            for name in {"mask", "bias"} & {*own}:
-                own[name] = np.broadcast_to(own[name], shape)[b, ..., :length]
-            mask = own.get("mask", True)
-            own["mask"] = (
-                mask & there
-                if np.asarray(mask).dtype == bool
-                else np.where(there, mask, -np.inf).astype("f4")
-            )
-            assert_within_gate(tuple(x[b] for x in result), query[b], *operands, **own)
-
-    def check_short(self, query, dtype):
-        """Assert that the results are those of a short call, with the tokens that are left."""
-        result = self.cache.attend(query, return_lse=True)
-        for b in range(self.batch):
-            kept = [held(x[b][:, self.tokens[b]], dtype) for x in (self.key, self.value)]
-            offset = len(self.tokens[b]) - query.shape[2]
-            own = tuple(x[b] for x in result)
-            assert_within_gate(own, query[b], *kept, is_causal=True, query_offset=offset)
-
-
-def beside(dtype, tokens, q_len=1, *, kind=KVCache, batch=2, **options):
-    """Return a query, and a cache beside what it should hold."""
-    query, key, value = problem(dtype, tokens, q_len, batch=batch)
-    if kind is KVCache:
-        cache = KVCache(batch, 2, 16, value_head_dim=24, dtype=dtype, **options)
-    else:
-        cache = PagedKVCache(2, 16, value_head_dim=24, dtype=dtype, **options)
-        for _ in range(batch):
-            cache.add()
-    return query, Beside(cache, key, value)
+from tests.support.correctness import assert_same_bits
 
 
 @pytest.mark.promise("cache-forgets-the-middle", "cache-attends-to-what-it-holds")

@@ -62,6 +62,7 @@ def draw_attend(rng):
         "q_len": often(rng, *Q_LENS),
         "layout": choice(rng, LAYOUTS),
         "options": options,
+        "sums": chance(rng, 0.3),
         "number": number(rng),
     }
 
@@ -390,6 +391,12 @@ class Run:
         got = self.cache.attend(query, return_lse=True, out=room, **which, **options)
         same("again, with other threads", got, result)
         assert got[0] is room, "out is not returned"
+        sums = None
+        if operation.get("sums"):
+            *got, sums = self.cache.attend(
+                query, return_lse=True, return_column_sums=True, **which, **options
+            )
+            same("with column sums", got, result)
         for b, i in enumerate(ids):
             tokens = self.model[i]
             key, value = tokens.arrays(spec)
@@ -406,6 +413,12 @@ class Run:
                 own["alibi_slopes"] = own["alibi_slopes"][b]
             mine = tuple(x[b] for x in result)
             attention.right(mine, [query[b], key, value], own, int8=spec["dtype"] == "int8")
+            if sums is not None:
+                weights = np.zeros((heads, q_len, max(lengths)))
+                weights[..., start : len(tokens)] = fastattn.reference.attention_weights(
+                    query[b], key, compute_dtype=np.float64, **own
+                )
+                np.testing.assert_allclose(sums[b], weights.sum(axis=1), rtol=1e-3, atol=1e-4)
             if spec["dtype"] != "int8" and not tokens.begin and not tokens.moved:
                 alone = fastattn.attention(query[b], key, value, return_lse=True, **own)
                 same(f"sequence {i} as arrays", mine, alone)

@@ -153,6 +153,7 @@ class KVCache(StoredCache):
         query: ArrayLike,
         *,
         return_lse: Literal[False] = False,
+        return_column_sums: Literal[False] = False,
         out: ArrayLike | None = None,
         **options: Unpack[ScoreOptions],
     ) -> Array: ...
@@ -162,6 +163,7 @@ class KVCache(StoredCache):
         query: ArrayLike,
         *,
         return_lse: Literal[True],
+        return_column_sums: Literal[False] = False,
         out: ArrayLike | None = None,
         **options: Unpack[ScoreOptions],
     ) -> tuple[Array, Array]: ...
@@ -170,35 +172,59 @@ class KVCache(StoredCache):
         self,
         query: ArrayLike,
         *,
-        return_lse: bool,
+        return_lse: Literal[False] = False,
+        return_column_sums: Literal[True],
         out: ArrayLike | None = None,
         **options: Unpack[ScoreOptions],
-    ) -> Array | tuple[Array, Array]: ...
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def attend(
+        self,
+        query: ArrayLike,
+        *,
+        return_lse: Literal[True],
+        return_column_sums: Literal[True],
+        out: ArrayLike | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> tuple[Array, Array, Array]: ...
+    @overload
+    def attend(
+        self,
+        query: ArrayLike,
+        *,
+        return_lse: bool = False,
+        return_column_sums: bool = False,
+        out: ArrayLike | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Array | tuple[Array, ...]: ...
     @takes(ScoreOptions, is_causal=True)
     def attend(
         self,
         query: ArrayLike,
         *,
         return_lse: bool = False,
+        return_column_sums: bool = False,
         out: ArrayLike | None = None,
         **options: Unpack[ScoreOptions],
-    ) -> Array | tuple[Array, Array]:
+    ) -> Array | tuple[Array, ...]:
         """Compute the attention of the last queries over all that the cache has.
 
         Parameters
         ----------
         query : array of shape (batch, q_heads, q_len, head_dim)
             Query i stands at position ``length - q_len + i``: append first, then attend.
-        mask, bias, scale, is_causal, window, softcap, alibi_slopes, sinks, return_lse, out
+        mask, bias, scale, is_causal, window, softcap, alibi_slopes, sinks, return_lse, \
+return_column_sums, out
             As for `PagedKVCache.attend`.
 
         Returns
         -------
         out : ndarray of shape (batch, q_heads, q_len, value_head_dim)
         lse : ndarray of shape (batch, q_heads, q_len), float32, only if return_lse
+        column_sums : ndarray of shape (batch, q_heads, kv_len), float32, only if asked for
         """
         asked = options_of(KVCache.attend, options)
-        return self._cache._attend(query, None, asked, return_lse, out)
+        return self._cache._attend(query, None, asked, return_lse, return_column_sums, out)
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Forget the last tokens, as if they had never been appended.

@@ -82,8 +82,9 @@ class PagedKVCache(StoredCache):
 
     Notes
     -----
-    Positions count from a sequence's first token, also after `evict`. Whether sequences share
-    pages changes no bit of a result. A cache must not be changed by two threads at once.
+    Positions count from a sequence's first token, also after `evict` unless it renumbers. Whether
+    sequences share pages changes no bit of a result. A cache must not be changed by two threads at
+    once.
 
     A copy (of `copy`, `pickle`, `torch.save`, or sent to another process) is a cache of its own: it
     shares no memory, not even that of `from_pages`, and gives the same bits. Its sequences share
@@ -342,6 +343,7 @@ class PagedKVCache(StoredCache):
         *,
         sequences: Iterable[int] | None = None,
         return_lse: Literal[False] = False,
+        return_column_sums: Literal[False] = False,
         out: ArrayLike | None = None,
         **options: Unpack[ScoreOptions],
     ) -> Array: ...
@@ -352,6 +354,7 @@ class PagedKVCache(StoredCache):
         *,
         sequences: Iterable[int] | None = None,
         return_lse: Literal[True],
+        return_column_sums: Literal[False] = False,
         out: ArrayLike | None = None,
         **options: Unpack[ScoreOptions],
     ) -> tuple[Array, Array]: ...
@@ -361,10 +364,33 @@ class PagedKVCache(StoredCache):
         query: ArrayLike,
         *,
         sequences: Iterable[int] | None = None,
-        return_lse: bool,
+        return_lse: Literal[False] = False,
+        return_column_sums: Literal[True],
         out: ArrayLike | None = None,
         **options: Unpack[ScoreOptions],
-    ) -> Array | tuple[Array, Array]: ...
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def attend(
+        self,
+        query: ArrayLike,
+        *,
+        sequences: Iterable[int] | None = None,
+        return_lse: Literal[True],
+        return_column_sums: Literal[True],
+        out: ArrayLike | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> tuple[Array, Array, Array]: ...
+    @overload
+    def attend(
+        self,
+        query: ArrayLike,
+        *,
+        sequences: Iterable[int] | None = None,
+        return_lse: bool = False,
+        return_column_sums: bool = False,
+        out: ArrayLike | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Array | tuple[Array, ...]: ...
     @takes(ScoreOptions, is_causal=True)
     def attend(
         self,
@@ -372,9 +398,10 @@ class PagedKVCache(StoredCache):
         *,
         sequences: Iterable[int] | None = None,
         return_lse: bool = False,
+        return_column_sums: bool = False,
         out: ArrayLike | None = None,
         **options: Unpack[ScoreOptions],
-    ) -> Array | tuple[Array, Array]:
+    ) -> Array | tuple[Array, ...]:
         """Compute the attention of the last queries of sequences over all that these have.
 
         Parameters
@@ -390,12 +417,20 @@ class PagedKVCache(StoredCache):
             which may have been evicted.
         scale, is_causal, window, softcap, alibi_slopes, sinks, return_lse, out
             As for `attention`, but is_causal unless said otherwise.
+        return_column_sums : bool
+            Also return what each position gets from these queries, of which the heavy hitters [2]_
+            get the most. Of one query, if at most 16 heads share a key head, keys and values are
+            read once, and the memory of the sums is all that it takes; otherwise the keys are read
+            once more.
 
         Returns
         -------
         out : ndarray of shape (batch, q_heads, q_len, value_head_dim)
             Of the query's dtype. A query that sees no key gives 0.
         lse : ndarray of shape (batch, q_heads, q_len), float32, only if return_lse
+        column_sums : ndarray of shape (batch, q_heads, kv_len), float32, only if asked for
+            The probabilities with which the values are weighed, summed over the queries: 0 where
+            there is no token, or none of the queries sees it.
 
         Raises
         ------
@@ -403,13 +438,24 @@ class PagedKVCache(StoredCache):
             An argument breaks a rule.
         MemoryError, KeyboardInterrupt
             As for `attention`.
+
+        References
+        ----------
+        .. [2] Z. Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of
+           Large Language Models", 2023, https://arxiv.org/abs/2306.14048
         """
         asked = options_of(PagedKVCache.attend, options)
-        return self._attend(query, sequences, asked, return_lse, out)
+        return self._attend(query, sequences, asked, return_lse, return_column_sums, out)
 
     def _attend(
-        self, query: Any, sequences: Any, options: Options, return_lse: Any, out: Any
-    ) -> Array | tuple[Array, Array]:
+        self,
+        query: Any,
+        sequences: Any,
+        options: Options,
+        return_lse: Any,
+        return_column_sums: Any,
+        out: Any,
+    ) -> Array | tuple[Array, ...]:
         """Do what `attend` does, with options that were given to either cache."""
         rows, n = self._rows(sequences)
         library = library_of(query)
@@ -435,8 +481,11 @@ class PagedKVCache(StoredCache):
         if return_lse is not False:
             return_lse = boolean("return_lse", return_lse)
         inputs = (q, *pool.arrays, checked.mask, checked.bias)
-        result = result_array(out, library, shapes.out_shape, q.dtype, inputs)
+        result: Array = result_array(out, library, shapes.out_shape, q.dtype, inputs)
         lse = np.empty(shapes.lse_shape, np.float32) if return_lse else None
+        sums = None
+        if return_column_sums is not False and boolean("return_column_sums", return_column_sums):
+            sums = np.zeros((*shapes.lse_shape[:2], kv_len), np.float32)
         if kv_len == 0:  # then the pool may have no page yet
             result[...] = 0
             if lse is not None:
@@ -445,10 +494,12 @@ class PagedKVCache(StoredCache):
             key, value, *scales = pool.arrays
             parts = pool.parts[rows] if pool.has_parts else None
             where = (lengths - shapes.q_len, lengths, begins, parts, pool.table[rows])
-            how = (shapes.batch_shape, checked, kv_len, *where, *(scales or (None, None)))
+            how = (shapes.batch_shape, checked, kv_len, *where, *(scales or (None, None)), sums)
             _core.cache_attention(q, key, value, result, lse, *how)
-        result, lse = library.to_caller(out, result, lse)
-        return result if lse is None else (result, lse)
+        result, lse, sums = library.to_caller(out, result, lse, sums)
+        if lse is None and sums is None:
+            return result
+        return tuple(x for x in (result, lse, sums) if x is not None)
 
     def truncate(self, lengths: ArrayLike, *, sequences: Iterable[int] | None = None) -> None:
         """Forget the last tokens of sequences, as if they had never been appended.

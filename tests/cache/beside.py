@@ -47,9 +47,10 @@ class Beside:
 
     def evict(self, keep, keep_first=0, renumber=False):
         self.cache.evict(keep, keep_first=keep_first, renumber=renumber)
+        keeps, firsts = (np.broadcast_to(x, self.batch) for x in (keep, keep_first))
         for b in range(self.batch):
             n = len(self.tokens[b])
-            stays = (self.positions[b] < keep_first) | (np.arange(n) >= n - keep)
+            stays = (self.positions[b] < firsts[b]) | (np.arange(n) >= n - keeps[b])
             self.tokens[b], self.positions[b] = self.tokens[b][stays], self.positions[b][stays]
             if renumber:
                 self.positions[b] = np.arange(stays.sum())
@@ -102,9 +103,8 @@ class Beside:
         for b in range(self.batch):
             operands, own = self.dense(b, query, dtype, options)
             length = int(self.cache.lengths[b])
-            weights = reference.attention_weights(
-                query[b], operands[0], compute_dtype=np.float64, **own
-            )
+            exact = (x.astype(np.float64) for x in (query[b], operands[0]))
+            weights = reference.attention_weights(*exact, **own)
             np.testing.assert_allclose(
                 sums[b, :, :length], weights.sum(axis=1), rtol=2e-5, atol=2e-6
             )

@@ -31,16 +31,16 @@ def test_options(dtype, q_len, name):
 @sums_of
 @every_dtype
 @closed_up_or_not
-@pytest.mark.parametrize("heads", [2, 34, 64])
+@pytest.mark.parametrize("heads", [2, 34])
 @pytest.mark.parametrize("q_len", [1, 3, 17])
 def test_heads_and_gaps(dtype, renumber, heads, q_len):
-    _, both = beside(dtype, 3000)
+    _, both = beside(dtype, 1500)
     query = problem(dtype, 1, q_len, heads=heads)[0]
-    both.append(2500)
-    both.evict([1500, 2500], [700, 0], renumber)
+    both.append(1400)
+    both.evict([900, 1400], [400, 0], renumber)
     both.check_sums(query, dtype)
     both.append(60)
-    both.evict([1100, 1000], [10, 4], renumber)
+    both.evict([600, 700], [10, 4], renumber)
     both.check_sums(query, dtype)
     both.evict(0, 1, renumber)
     both.check_sums(query, dtype)

@@ -416,7 +416,7 @@ class Run:
             if sums is not None:
                 weights = np.zeros((heads, q_len, max(lengths)))
                 weights[..., start : len(tokens)] = fastattn.reference.attention_weights(
-                    query[b], key, compute_dtype=np.float64, **own
+                    query[b].astype(np.float64), key.astype(np.float64), **own
                 )
                 np.testing.assert_allclose(sums[b], weights.sum(axis=1), rtol=1e-3, atol=1e-4)
             if spec["dtype"] != "int8" and not tokens.begin and not tokens.moved:

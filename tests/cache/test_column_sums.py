@@ -10,10 +10,8 @@ from tests.cache.beside import OPTIONS, beside, closed_up_or_not
 from tests.cache.problems import BFLOAT16, NAN, every_dtype, every_isa, filled, problem
 from tests.support.correctness import assert_same_bits
 
-sums_of = pytest.mark.promise("column-sums-of-a-cache")
 
-
-@sums_of
+@pytest.mark.promise("column-sums-of-a-cache")
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("q_len", [1, 5, 40])
@@ -28,7 +26,7 @@ def test_options(dtype, q_len, name):
         assert_allclose(sums.sum(axis=2), q_len, rtol=1e-5)
 
 
-@sums_of
+@pytest.mark.promise("column-sums-of-a-cache")
 @every_dtype
 @closed_up_or_not
 @pytest.mark.parametrize("heads", [2, 34])
@@ -48,7 +46,7 @@ def test_heads_and_gaps(dtype, renumber, heads, q_len):
     assert not both.check_sums(query, dtype).any()
 
 
-@sums_of
+@pytest.mark.promise("column-sums-of-a-cache")
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16])
 @pytest.mark.parametrize("q_len", [1, 2, 16, 100])
 def test_they_are_those_of_attention_statistics(dtype, q_len):
@@ -62,7 +60,7 @@ def test_they_are_those_of_attention_statistics(dtype, q_len):
     assert_allclose(sums, expected.column_sums, rtol=1e-5, atol=1e-7)
 
 
-@sums_of
+@pytest.mark.promise("column-sums-of-a-cache")
 def test_what_is_returned():
     query, key, value = problem(np.float32, 200, 3)
     cache = filled(key, value)
@@ -83,8 +81,7 @@ def test_what_is_returned():
     assert not cache.attend(query[:, :, :0], return_column_sums=True)[1].any()
 
 
-@sums_of
-@pytest.mark.promise("bitwise-threads", "sharing-changes-no-bit")
+@pytest.mark.promise("column-sums-of-a-cache", "bitwise-threads", "sharing-changes-no-bit")
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16, np.int8])
 @pytest.mark.parametrize("q_len", [1, 30])
 def test_threads_and_company_change_no_bit(dtype, q_len, threads):
@@ -105,7 +102,7 @@ def test_threads_and_company_change_no_bit(dtype, q_len, threads):
             assert_same_bits(own[1], expected[1][[b]])
 
 
-@sums_of
+@pytest.mark.promise("column-sums-of-a-cache")
 @pytest.mark.parametrize("q_len", [1, 3, 20])
 def test_nan_reaches_the_rows_that_see_it(q_len):
     query, key, value = problem(np.float32, 300, q_len)
@@ -119,7 +116,7 @@ def test_nan_reaches_the_rows_that_see_it(q_len):
     assert_allclose(cache.attend(query, return_column_sums=True)[1].sum(axis=2), q_len, rtol=1e-5)
 
 
-@sums_of
+@pytest.mark.promise("column-sums-of-a-cache")
 def test_heavy_hitters_are_found():
     query, key, value = problem(np.float32, 2000)
     key[:, :, 123] = 9 * query[:, ::2, 0] / np.linalg.norm(query[:, ::2, 0], axis=-1)[..., None]

@@ -20,6 +20,7 @@ OPERANDS = ("query", "key", "value")
 SAVED = ("grad_out", *OPERANDS, "out", "lse")
 OF_GRADIENTS = ("grad_lse", "return_dbias", "return_dsinks")
 RESULTS = ("return_lse", "out")
+OF_CACHE_CALLS = ("return_lse", "return_column_sums", "out")
 STATISTICS = ("entropy", "column_sums", "row_weights", "top", "blocks", "maximum")
 CAUSAL = {"is_causal": True}
 # By name, what stands before the options, the options, what stands after them, and the defaults
@@ -32,8 +33,8 @@ DOORS = {
     "attention_statistics": (("query", "key"), OF_WEIGHTS, STATISTICS, {}),
     "maps.rollout": (("layers",), OF_WEIGHTS, ("tokens", "direction"), {"is_causal": None}),
     "explain": (OPERANDS, ALL, (), {}),
-    "KVCache.attend": (("self", "query"), OF_CACHES, RESULTS, CAUSAL),
-    "PagedKVCache.attend": (("self", "query"), OF_CACHES, ("sequences", *RESULTS), CAUSAL),
+    "KVCache.attend": (("self", "query"), OF_CACHES, OF_CACHE_CALLS, CAUSAL),
+    "PagedKVCache.attend": (("self", "query"), OF_CACHES, ("sequences", *OF_CACHE_CALLS), CAUSAL),
     "reference.attention": (OPERANDS, ALL, (*RESULTS, "compute_dtype", "batch_index"), {}),
     "reference.varlen_attention": ((*OPERANDS, *PACKED), ALL, ("return_lse", "compute_dtype"), {}),
     "reference.attention_backward": (SAVED, ALL, (*PACKED, *OF_GRADIENTS, "compute_dtype"), {}),

@@ -430,6 +430,9 @@ def check_cache(r, spec):
         ("attend", {"query": query, "out": np.zeros((2, 4, 3, 5), np.float32)}),
         ("truncate", {"lengths": r.one(-1, 0, 131, [130, 6], 1.5, [1, 2, 3], None)}),
         ("evict", {"keep": r.one(-1, 1.5, "a", [1, 2, 3], 2**62, None)}),
+        ("evict", {"keep": 3, "keep_first": r.one(-1, 6, 1.5, "a", [1, 2, 3], 2**62, None)}),
+        ("evict", {"keep": 3, "renumber": r.one(0, None, "a")}),
+        ("attend", {"query": query, "return_column_sums": r.one(1, None, "a")}),
     ]
     if paged:
         calls += [

@@ -153,7 +153,7 @@ def _arrays_of(contents: Contents, kind: str) -> dict[str, Any]:
         np.add.at(changes, (table, last), -1)
     unread = changes[:, :-1].cumsum(axis=1) == 0
     arrays: dict[str, Any] = {
-        "format": np.array(_format(kind, pool.has_parts)),
+        "format": np.array(_format(kind, bool(parts.any()))),
         "dtype": np.array(dtype.name),
         "limit": np.array(limit),
         "sequences": np.array(ids, np.int64),
@@ -162,7 +162,7 @@ def _arrays_of(contents: Contents, kind: str) -> dict[str, Any]:
         "lengths": lengths,
         "begins": begins,
     }
-    if pool.has_parts:
+    if parts.any():
         arrays["parts"] = parts
     for name, x in zip(ARRAYS, pool.arrays, strict=False):
         pages = np.ascontiguousarray(x[used])

@@ -431,7 +431,7 @@ class PagedKVCache(StoredCache):
             key, value, *scales = pool.arrays
             where = (lengths - shapes.q_len, lengths, begins, pool.table[rows])
             how = (shapes.batch_shape, checked, kv_len, *where, *(scales or (None, None)))
-            _core.cache_attention(q, key, value, result, lse, *how)
+            library.compute(_core.cache_attention, q, key, value, result, lse, *how)
         result, lse = library.to_caller(out, result, lse)
         return result if lse is None else (result, lse)
 

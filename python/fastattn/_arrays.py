@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn import _dlpack
+from fastattn import _core, _dlpack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,6 +68,22 @@ def as_numpy(name: str, x: Any) -> Any:
     return library_of(x).array(name, x)
 
 
+class _PoolOfCaller:
+    """Calls inside a with statement run in the calling thread's own pool of threads.
+
+    torch's operators use that pool too: a second one would make them slow (cpp/parallel.h).
+    """
+
+    def __enter__(self) -> None:
+        _core.use_pool_of_caller(True)
+
+    def __exit__(self, *error: object) -> None:
+        _core.use_pool_of_caller(False)
+
+
+pool_of_caller = _PoolOfCaller()
+
+
 class Library:
     """What a call does with arrays of NumPy; a subclass says what differs for another library's."""
 
@@ -99,6 +115,10 @@ class Library:
     def destination(self, out: Any) -> Any:
         """Return a view of the out that was given."""
         return out
+
+    def compute(self, call: Any, *arguments: Any, **named: Any) -> Any:
+        """Return what a call that computes returns, made where the library's own would be."""
+        return call(*arguments, **named)
 
     def to_caller(self, out: Any, *results: Array | None) -> tuple[Any, ...]:
         """Return results as the library's arrays; the first as the out that was given, if any."""
@@ -144,6 +164,10 @@ class _Torch(Library):
         if out.is_neg():
             raise ValueError("out must be written as it is, got a tensor whose negative bit is set")
         return self.array("out", out)
+
+    def compute(self, call: Any, *arguments: Any, **named: Any) -> Any:
+        with pool_of_caller:
+            return call(*arguments, **named)
 
     def to_caller(self, out: Any, *results: Array | None) -> tuple[Any, ...]:
         if out is not None and not out.is_inference():

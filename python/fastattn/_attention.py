@@ -194,7 +194,7 @@ def attention(
         result = result_array(out, library, shapes.out_shape, q.dtype, inputs)
     lse = np.empty(shapes.lse_shape, arithmetic(q.dtype)) if return_lse else None
     if result.size or lse is not None:
-        _core.attention(q, k, v, result, lse, shapes.batch_shape, checked)
+        library.compute(_core.attention, q, k, v, result, lse, shapes.batch_shape, checked)
     if library is not NUMPY:
         result, lse = library.to_caller(out, result, lse)
     return result if lse is None else (result, lse)
@@ -310,6 +310,7 @@ def varlen_attention(
             lse[:, rows] = -np.inf
     if lse is not None or result.size:
         q, k, v, heads_first = (x.swapaxes(0, 1) for x in (q, k, v, result))
-        _core.varlen_attention(q, k, v, heads_first, lse, shapes.batch_shape, checked, *starts)
+        where = (heads_first, lse, shapes.batch_shape)
+        library.compute(_core.varlen_attention, q, k, v, *where, checked, *starts)
     result, lse = library.to_caller(out, result, lse)
     return result if lse is None else (result, lse)

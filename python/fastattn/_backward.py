@@ -187,7 +187,7 @@ kv_lengths, dropout_p, seed
             dbias=None if one_column else dbias,
             delta=delta,
         )
-        call(*inputs, shapes.batch_shape, checked, *starts, arrays)
+        library.compute(call, *inputs, shapes.batch_shape, checked, *starts, arrays)
     grads: list[Array] = []
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is passed on
         for whole, x in zip(wholes, (q, k, v), strict=True):

@@ -88,7 +88,8 @@ def scaled_dot_product_attention(
     if library is NUMPY:
         return attention(q, k, v, **options)
     out = library.empty(sizes(q.shape, k.shape, v.shape).out_shape, q.dtype)
-    (result,) = library.to_caller(None, attention(q, k, v, out=out, **options))
+    computed = library.compute(attention, q, k, v, out=out, **options)
+    (result,) = library.to_caller(None, computed)
     return result  # type: ignore[no-any-return]
 
 

@@ -169,7 +169,7 @@ kv_lengths
         key_starts=key_starts,
     )
     if shapes.has_pairs:
-        _core.attention_statistics(q, k, shapes.batch_shape, checked, arrays)
+        library.compute(_core.attention_statistics, q, k, shapes.batch_shape, checked, arrays)
     results = {name: getattr(arrays, name) for name in AttentionStatistics._fields}
     converted = library.to_caller(None, *results.values())
     return AttentionStatistics(**dict(zip(results, converted, strict=True)))

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do the functions of flash-attn mean what flash-attn's do? Beside the plain formula in float64."""
 
+import functools
 import inspect
 import itertools
+import re
 
 import pytest
 import torch
@@ -261,6 +263,40 @@ def test_errors():
     for x in (q, q.clone().requires_grad_()):
         with pytest.raises(ValueError, match="cu_seqlens_q must ascend"):
             flash_attn_varlen_func(x, k, v, bad, KV_STARTS[:3], 11, 9)
+
+
+OFF = [{"softcap": None}, {"window_size": None}, {"window_size": [None, -1]}]
+WRONG = {
+    "softcap must be a number, not str": {"softcap": "30"},
+    "softcap must be finite, got softcap=nan": {"softcap": float("nan")},
+    "window_size must be a pair (left, right), not -1": {"window_size": -1},
+    "window_size must be a pair of integers, not (2.0, 0.5)": {"window_size": (2.0, 0.5)},
+}
+
+
+@pytest.mark.promise("flash-attn-means-flash-attn")
+def test_what_is_off_and_what_is_wrong_in_every_function():
+    q, k, v = (x.detach().float() for x in packed_problem())
+    kv, rows = torch.stack([k, v], 1), [x[None] for x in (q, k, v)]
+    qkv = torch.stack([k, k, v], 1)
+    starts = Q_STARTS, KV_STARTS
+    calls = [
+        functools.partial(flash_attn_func, *rows),
+        functools.partial(flash_attn_kvpacked_func, rows[0], kv[None]),
+        functools.partial(flash_attn_qkvpacked_func, qkv[None]),
+        functools.partial(flash_attn_varlen_func, q, k, v, *starts, 11, 9),
+        functools.partial(flash_attn_varlen_kvpacked_func, q, kv, *starts, 11, 9),
+        functools.partial(flash_attn_varlen_qkvpacked_func, qkv, KV_STARTS, 9),
+        functools.partial(flash_attn_with_kvcache, *rows),
+    ]
+    assert {call.func.__name__ for call in calls} == set(SIGNATURES) | {"flash_attn_with_kvcache"}
+    for call in calls:
+        expected = call()
+        for options in OFF:
+            assert torch.equal(call(**options), expected)
+        for message, options in WRONG.items():
+            with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
+                call(**options)
 
 
 def count_threads():

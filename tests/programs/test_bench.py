@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,33 +20,38 @@ import pytest
 
 import fastattn
 from fastattn import __main__, _selftest, reference
-from fastattn.bench import cases, libraries, measure, report
+from fastattn.bench import cases, libraries, measure, report, rivals
 from fastattn.bench.accuracy import expected, max_error, sampled
-from fastattn.bench.calls import CALLS
+from fastattn.bench.calls import CALLS, as_views
 from fastattn.bench.cases import Case, Floor, promise
 from fastattn.bench.libraries import PREPARE, missing
 
 PATIENCE = 60
 SMALL = [
-    Case("plain", 70, 70, 2, 16),
-    Case("batched", 33, 65, 2, 16, batch=3),
-    Case("causal", 70, 70, 2, 16, is_causal=True),
-    Case("causal-gqa", 70, 70, 4, 16, kv_heads=2, is_causal=True),
-    Case("gqa", 70, 70, 4, 16, kv_heads=2),
-    Case("decode", 1, 90, 4, 16, kv_heads=2, bound_by=("read",)),
-    Case("decode-each", 1, 90, 4, 16),
-    Case("decode-ragged", 1, 90, 4, 16, kv_heads=2, batch=3, lengths=(90, 7, 41)),
-    Case("draft", 5, 90, 4, 16, kv_heads=2, is_causal=True, at_end=True),
-    Case("padded", 70, 70, 2, 16, batch=2, lengths=(70, 41)),
-    Case("added", 70, 70, 2, 16, float_mask=True),
-    Case("window", 70, 70, 2, 16, window=(9, 4)),
-    Case("left-window", 70, 70, 2, 16, window=(9, 0)),
-    Case("double", 70, 70, 2, 16, dtype="float64"),
+    Case("plain", 70, 70, 2, 64),
+    Case("batched", 33, 65, 2, 64, batch=3),
+    Case("causal", 70, 70, 2, 64, is_causal=True),
+    Case("causal-gqa", 70, 70, 4, 64, kv_heads=2, is_causal=True),
+    Case("gqa", 70, 70, 4, 64, kv_heads=2),
+    Case("decode", 1, 90, 4, 64, kv_heads=2, bound_by=("read",)),
+    Case("decode-each", 1, 90, 4, 64),
+    Case("decode-ragged", 1, 90, 4, 64, kv_heads=2, batch=3, lengths=(90, 7, 41)),
+    Case("draft", 5, 90, 4, 64, kv_heads=2, is_causal=True, at_end=True),
+    Case("padded", 70, 70, 2, 64, batch=2, lengths=(70, 41)),
+    Case("added", 70, 70, 2, 64, float_mask=True),
+    Case("window", 70, 70, 2, 64, window=(9, 4)),
+    Case("left-window", 70, 70, 2, 64, window=(9, 0)),
+    Case("double", 70, 70, 2, 16, dtype="float64"),  # onnxruntime rounds the scale of others
     *(
-        Case(f"{name}-{dtype}", *sizes, 4, 16, kv_heads=2, dtype=dtype)
+        Case(f"{name}-{dtype}", *sizes, 4, 64, kv_heads=2, dtype=dtype)
         for dtype in ("bfloat16", "float16")
         for name, sizes in (("half", (70, 70)), ("decode", (1, 90)))
     ),
+    Case("views", 70, 70, 4, 64, kv_heads=2, is_causal=True, call="views"),
+    Case("half-causal", 70, 70, 4, 64, dtype="bfloat16", is_causal=True),
+    Case("half-draft", 5, 90, 4, 64, 2, 3, dtype="bfloat16", is_causal=True, at_end=True),
+    Case("half-window", 70, 70, 2, 64, dtype="bfloat16", window=(9, 0)),
+    Case("half-padded", 70, 70, 2, 64, batch=2, dtype="bfloat16", lengths=(70, 41)),
 ]
 PACKED = {"lengths": (70, 41, 3), "batch": 3, "ragged_queries": True}
 OWN = [  # the other ways in which fastattn is asked
@@ -59,13 +65,32 @@ OWN = [  # the other ways in which fastattn is asked
     Case("append", 1, 90, 4, 16, kv_heads=2, bound_by=(), call="append"),
     Case("pages", 1, 200, 4, 16, kv_heads=2, batch=3, call="pages"),
     Case("pages-shared", 1, 200, 4, 16, kv_heads=2, batch=3, shared=150, call="pages"),
+    Case("tensors", 1, 90, 4, 16, kv_heads=2, call="tensors"),
+    Case("tensors-torch", 1, 90, 4, 16, kv_heads=2, call="tensors to fastattn.torch"),
+]
+SCORES = [
+    Case("softcap", 70, 70, 4, 32, kv_heads=2, is_causal=True, softcap=2.0),
+    Case("alibi", 70, 70, 4, 32, is_causal=True, alibi=True),
+    Case("alibi-draft", 5, 90, 4, 32, is_causal=True, at_end=True, alibi=True),
+    Case("sinks", 1, 90, 4, 32, kv_heads=2, sinks=True),
+    Case("sinks-window", 70, 70, 4, 32, kv_heads=2, window=(9, 0), sinks=True),
+]
+OF_VLLM = [  # what it has calls for too
+    *SCORES,
+    *(replace(x, head_dim=32) for x in OWN if x.call in ("kv_lengths", "varlen", "pages")),
 ]
 BOUNDS = {"float64": 1e-12, "float32": 1e-4, "float16": 4e-3, "bfloat16": 4e-2, "int8": 0.1}
 UNKNOWN = {  # what a library does not compute in
+    "vllm": ("float64",),
+    "pace": ("float64", "float32", "float16"),
     "onnxruntime": ("bfloat16",),
     "openvino": ("float64", "float16"),
     "jax": ("float64", "float16"),
     "numpy": ("bfloat16", "float16"),
+}
+REFUSED = {  # what it cannot express, and what it says
+    "vllm": {"added": "knows no mask that is added", "window": "no window whose sides differ"},
+    "pace": {"half-bfloat16": "is always causal", "half-padded": "knows no mask"},
 }
 EVERY = [case for suite in cases.SUITES.values() for case in suite]
 
@@ -83,7 +108,7 @@ def options(case, inputs):
         "is_causal": case.is_causal,
         "window": case.window,
         "query_offset": case.query_offset,
-    }
+    } | cases.score_options(case)
 
 
 @pytest.fixture
@@ -169,7 +194,7 @@ def test_what_is_shared_is_the_same():
         assert (x[1:, :, 150:] != x[:1, :, 150:]).any(axis=(1, 2, 3)).all()
 
 
-@by_name(SMALL)
+@by_name(SMALL + SCORES)
 def test_sampled_rows_are_those_of_the_definition(case):
     inputs = cases.make_inputs(case)
     wide = [x.astype(np.float64) for x in inputs[:3]]
@@ -208,13 +233,73 @@ def test_library_computes_attention(library, member):
             with pytest.raises(measure.Failure, match=f" {case.dtype}"):
                 worker.ask(PATIENCE, "prepare", case)
             continue
+        if reason := REFUSED.get(library, {}).get(case.name):
+            with pytest.raises(measure.Failure, match=reason):
+                worker.ask(PATIENCE, "prepare", case)
+            continue
         _, rows = worker.ask(PATIENCE, "prepare", case)
         assert max_error(rows, expected(case)) < BOUNDS[case.dtype], case
         assert all(seconds > 0 for seconds in worker.ask(PATIENCE, "measure", 0.0)), case
 
 
-@by_name(OWN)
+@by_name(OF_VLLM)
+def test_vllm_computes_what_few_can(case, member):
+    _, rows = member("vllm").ask(PATIENCE, "prepare", case)
+    assert max_error(rows, expected(case)) < BOUNDS[case.dtype]
+
+
+def test_pace_has_sinks(member):
+    case = replace(SCORES[-1], dtype="bfloat16")
+    _, rows = member("pace").ask(PATIENCE, "prepare", case)
+    assert max_error(rows, expected(case)) < BOUNDS[case.dtype]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("first", 5, 90, 2, 32, is_causal=True),  # its queries stand at the first keys
+        Case("padded", 70, 70, 2, 32, batch=2, lengths=(70, 41), is_causal=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_vllm_wants_the_last_query_at_the_last_key(case, member):
+    with pytest.raises(measure.Failure, match="wants the last query at the last key"):
+        member("vllm").ask(PATIENCE, "prepare", case)
+
+
+@pytest.mark.parametrize("library", rivals.PREPARE)
+def test_rivals_are_found_in_folders_of_their_own(library, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rivals, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if "site-packages" not in x])
+    distribution = rivals.DISTRIBUTIONS[library]
+    package = tmp_path / distribution / library
+    (package / "lib").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    assert distribution in missing(library)  # without operators it is of no use
+    assert __main__.main(["bench", "--libraries", library]) == 2
+    assert f"{distribution}: run benchmarks/rivals.sh" in capsys.readouterr().err
+    files = ("_C.abi3.so", "_C_AVX512.abi3.so", "_C_AVX2.abi3.so")
+    for file in (*files, "libzentorch.so", "lib/libpace_cpp.so"):
+        (package / file).touch()
+    about = tmp_path / distribution / f"{distribution.replace('-', '_')}-1.2.3.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Name: {distribution}\nVersion: 1.2.3\n")
+    assert distribution not in missing(library)
+    assert rivals.operators(library).is_relative_to(package)
+    assert measure.description([library], 2)["versions"][library] == "1.2.3"
+
+
+def test_views_are_laid_out_as_a_model_does():
+    inputs = cases.make_inputs(SMALL[1])
+    for x, y in zip(inputs[:3], as_views(inputs)[:3], strict=True):
+        assert np.array_equal(x, y)
+        assert y.swapaxes(1, 2).flags.c_contiguous
+
+
+@by_name(OWN + SCORES)
 def test_ways_to_ask_fastattn(case):
+    if case.call in cases.TENSOR_CALLS:
+        pytest.importorskip("torch")
     prepared = CALLS[case.call](case, cases.make_inputs(case))
     prepared.call()  # a call must leave what the next one needs
     rows = prepared.to_numpy(prepared.call())[np.ix_(*sampled(case))]
@@ -345,6 +430,22 @@ def test_baseline_takes_turns_with_its_case(answers):
     assert other["speedup"] == 2
     assert other["percent"] == ours["percent"] / 2
     assert other["how"] == "call, in float32"
+
+
+def test_tensors_have_processes_with_torch(monkeypatch):
+    pytest.importorskip("torch")
+    case = next(case for case in EVERY if case.call == "tensors")
+    case, other = (replace(x, kv_len=90) for x in (case, case.baseline))
+    pace = measure.Pace(rounds=1, quiet_seconds=0, turn_seconds=0.01)
+    with closing(measure.Bench(["fastattn"], 2, pace, lambda text: None)) as bench:
+        [result] = bench.run([replace(case, baseline=other)])
+        for member in bench._members.values():
+            command = Path(f"/proc/{member._process.pid}/cmdline").read_text()
+            assert "import torch, fastattn;" in command  # its threads are torch's then
+    ours, theirs = result["libraries"].values()
+    assert ours["how"].startswith("fastattn.attention behind an operator of torch")
+    assert theirs["how"].startswith("fastattn.torch.attention behind an operator of torch")
+    assert max(ours["max_error"], theirs["max_error"]) < BOUNDS["float32"]
 
 
 @pytest.mark.parametrize("bound_by", [("arithmetic",), ("read",), ("read", "arithmetic"), ()])
@@ -492,6 +593,18 @@ def test_chart_is_drawn(tmp_path):
 
     chart.save(a_run(), tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_chart_names_the_version_of_a_rival():
+    pytest.importorskip("matplotlib")
+    from fastattn.bench import chart
+
+    run = {"machine": {"version": "1"}, "versions": {"torch": "2", "vllm": "3"}}
+    assert [chart._named(run, x) for x in ("fastattn", "torch", "vllm")] == [
+        "fastattn 1",
+        "torch 2",
+        "vllm 3",
+    ]
 
 
 # ---- The commands

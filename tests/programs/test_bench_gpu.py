@@ -188,7 +188,7 @@ def errors_of_torch():
     """Return errors of the real PyTorch, its CPU for a GPU, and which backends are then allowed."""
     torch = importlib.import_module("torch")
     tensor = gpu_libraries.tensor
-    gpu_libraries.tensor = lambda torch, x: tensor(torch, x, "cpu")
+    gpu_libraries.tensor = lambda x, device: tensor(x)
     errors = []
     for case in SMALL:
         inputs = cases.make_inputs(case)

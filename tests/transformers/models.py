@@ -199,14 +199,14 @@ def assert_alike(models, rows=..., **inputs):
         torch.testing.assert_close(ours[name], theirs[name], **TOLERANCE, msg=name)
 
 
-def record(monkeypatch):
-    """Return a list that gets the keywords of each call of fastattn.torch.attention."""
+def record(monkeypatch, name="attention"):
+    """Return a list that gets the keywords of each call of a function of fastattn.torch."""
     calls = []
-    attention = fastattn.torch.attention
+    attention = getattr(fastattn.torch, name)
 
     def attend(*tensors, **keywords):
         calls.append({n: x for n, x in keywords.items() if x is not None})
         return attention(*tensors, **keywords)
 
-    monkeypatch.setattr(fastattn.torch, "attention", attend)
+    monkeypatch.setattr(fastattn.torch, name, attend)
     return calls

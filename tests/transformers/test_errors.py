@@ -125,7 +125,7 @@ def test_a_model_that_extends_one():
 
 
 @pytest.mark.promise("transformers-refuses-other-attention")
-@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks", "read_index"])
 def test_what_is_not_supported(name):
     x = torch.zeros(1, 2, 4, 8)
     with pytest.raises(NotImplementedError, match=rf"\({name}\), as Module asks for"):

@@ -65,6 +65,18 @@ def chunks(n=4, left_padding=(0, 0)):
     return masking_utils.chunked_causal_mask_function(n, torch.tensor(left_padding))
 
 
+def packed(numbers=(0,) * 5 + (1,) * 9 + (2,) * 18):
+    """Sequences of a row of 32, of which the pattern may be a part."""
+    of_sequence = torch.tensor(numbers).repeat(2, 1)
+    return masking_utils.and_masks(
+        causal(), masking_utils.packed_sequence_mask_function(of_sequence)
+    )
+
+
+def packed_and_mixed():
+    return packed((0, 1) * 16)
+
+
 def prefix(n=6):
     return masking_utils.or_masks(causal(), lambda b, h, q, k: k < n)
 
@@ -88,6 +100,8 @@ def chunks_behind_padding():
         chunks,
         chunks_behind_padding,
         one_chunk,
+        packed,
+        packed_and_mixed,
         prefix,
     ],
 )

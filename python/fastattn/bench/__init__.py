@@ -2,10 +2,11 @@
 """Measure how fast exact attention is on this machine, in fastattn and in other libraries.
 
 The command `fastattn bench`, called by `__main__.py`. cases.py says what is measured, calls.py how
-fastattn is called, libraries.py how each other library is. worker.py calls one library in a process
-of its own, measure.py gives the workers turns, accuracy.py compares results with float64, report.py
-and chart.py show them. processor.py has what is measured differently on the CPU than on a GPU
-(gpu.py); gpu_libraries.py calls libraries there. This process itself never touches CUDA.
+fastattn is called, libraries.py how each other library is, rivals.py how those are that are
+installed apart, operands.py what all of these need. worker.py calls one library in a process of its
+own, measure.py gives the workers turns, accuracy.py compares results with float64, report.py and
+chart.py show them. processor.py has what is measured differently on the CPU than on a GPU (gpu.py);
+gpu_libraries.py calls libraries there. This process itself never touches CUDA.
 benchmarks/README.md explains the method and how to read the tables.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 import fastattn
-from fastattn.bench import cases, chart, measure, report
+from fastattn.bench import cases, chart, measure, report, rivals
 from fastattn.bench.libraries import LIBRARIES, missing
 
 
@@ -152,7 +153,8 @@ def _chosen_libraries(options: argparse.Namespace) -> list[str]:
         raise ValueError(f"--libraries must be of {', '.join(known)}, got {', '.join(unknown)}")
     for name in asked:
         if absent := missing(name):
-            raise ValueError(f"--libraries: {name} needs {' and '.join(absent)}: pip install it")
+            remedy = "run benchmarks/rivals.sh" if name in rivals.PREPARE else "pip install it"
+            raise ValueError(f"--libraries: {name} needs {' and '.join(absent)}: {remedy}")
     return [name for name in known if name in asked]
 
 

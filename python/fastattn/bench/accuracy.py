@@ -8,7 +8,7 @@ would take the definition minutes; the rows of a head are alike, so a sample sho
 import numpy as np
 
 from fastattn import reference
-from fastattn.bench.cases import Array, Case, make_inputs, seen_by_position
+from fastattn.bench.cases import Array, Case, make_inputs, score_options, seen_by_position
 
 ROWS = 64
 
@@ -47,7 +47,13 @@ def expected(case: Case) -> Array:
             grad_out, query, key, value, None, None, mask=mask, bias=bias
         )
         return grads[0]
-    return np.asarray(reference.attention(query, key, value, mask=mask, bias=bias))
+    more = score_options(case)
+    if case.alibi:
+        distance = np.abs(np.arange(case.kv_len) - (rows + case.query_offset)[:, None])
+        bias = -more.pop("alibi_slopes")[heads, None, None] * distance
+    if case.sinks:
+        more["sinks"] = more["sinks"][heads]
+    return np.asarray(reference.attention(query, key, value, mask=mask, bias=bias, **more))
 
 
 def max_error(rows: Array, truth: Array) -> float:

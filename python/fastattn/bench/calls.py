@@ -6,13 +6,14 @@ done before the clock starts.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import fastattn
-from fastattn.bench.cases import Array, Case, Inputs, numpy_dtype
+from fastattn.bench.cases import Array, Case, Inputs, numpy_dtype, score_options
+from fastattn.bench.operands import module, tensor, tokens_first
 
 
 class Prepared(NamedTuple):
@@ -36,6 +37,7 @@ def _attention(case: Case, inputs: Inputs) -> Prepared:
         options["query_offset"] = case.query_offset
     if case.window is not None:
         options["window"] = case.window
+    options |= score_options(case)
     if grad_out is not None:
         result, lse = fastattn.attention(query, key, value, return_lse=True, **options)
 
@@ -48,6 +50,32 @@ def _attention(case: Case, inputs: Inputs) -> Prepared:
         return fastattn.attention(query, key, value, **options)
 
     return Prepared(call, _as_it_is, f"attention({', '.join(options)})")
+
+
+def as_views(inputs: Inputs) -> Inputs:
+    """Lay query, key and value out as a model does: (batch, seq, heads, dim), transposed."""
+    query, key, value = (tokens_first(x).swapaxes(1, 2) for x in inputs[:3])
+    return inputs._replace(query=query, key=key, value=value)
+
+
+def _views(case: Case, inputs: Inputs) -> Prepared:
+    prepared = _attention(case, as_views(inputs))
+    return prepared._replace(how=f"{prepared.how} of transposed views")
+
+
+def _tensors(case: Case, inputs: Inputs) -> Prepared:
+    """Let an operator of torch run just before, as in a model: its threads still spin then."""
+    torch = module("torch")
+    door = fastattn if case.call == "tensors" else module("fastattn.torch")
+    operands = [tensor(x) for x in inputs[:3]]
+    hidden = torch.ones(1 << 16)  # enough for torch to use its threads
+
+    def call() -> Any:
+        hidden.mul_(1.0)
+        return door.attention(*operands)
+
+    how = f"{door.__name__}.attention behind an operator of torch"
+    return Prepared(call, lambda out: out.double().numpy(), how)
 
 
 def _packed(case: Case, inputs: Inputs) -> Prepared:
@@ -74,17 +102,20 @@ def _packed(case: Case, inputs: Inputs) -> Prepared:
 
     def padded(out: Array | list[Array]) -> Array:
         if isinstance(out, list):
-            parts = out
-        else:
-            parts = [x.swapaxes(0, 1) for x in np.split(out, ends[:-1])]
-        whole = np.zeros(case.output_shape, query.dtype)
-        for i, part in enumerate(parts):
-            whole[i, :, : part.shape[1]] = part
-        return whole
+            return padded_rows(case, [x.swapaxes(0, 1) for x in out])
+        return padded_rows(case, np.split(out, ends[:-1]))
 
     if case.call == "varlen":
         return Prepared(together, padded, "varlen_attention")
     return Prepared(one_by_one, padded, f"attention, {len(sequences)} calls")
+
+
+def padded_rows(case: Case, sequences: Sequence[Array]) -> Array:
+    """Put sequences, each (rows, heads, dim), into one array in fastattn's layout."""
+    whole = np.zeros(case.output_shape, sequences[0].dtype)
+    for i, rows in enumerate(sequences):
+        whole[i, :, : len(rows)] = rows.swapaxes(0, 1)
+    return whole
 
 
 def _cache(case: Case, inputs: Inputs) -> Prepared:
@@ -156,6 +187,9 @@ CALLS: dict[str, Callable[[Case, Inputs], Prepared]] = {
     "attention": _attention,
     "backward": _attention,
     "kv_lengths": _attention,
+    "views": _views,
+    "tensors": _tensors,
+    "tensors to fastattn.torch": _tensors,
     "varlen": _packed,
     "one by one": _packed,
     "cache": _cache,

@@ -14,6 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+ALONE = ("fastattn",)
+WITH_TORCH = ("fastattn", "torch")
+WITH_VLLM = ("fastattn", "vllm")
+SERVERS = (*WITH_TORCH, "vllm", "zentorch", "pace")
+DECODERS = (*SERVERS, "onnxruntime")  # the others are several times slower
+TENSOR_CALLS = ("tensors", "tensors to fastattn.torch")  # of fastattn in a process with torch
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,9 @@ class Case:
     ragged_queries: bool = False  # the lengths are those of the queries too
     shared: int = 0  # how many first keys and values the whole batch has in common
     float_mask: bool = False  # added mask (1, q_heads, q_len, kv_len)
+    softcap: float | None = None
+    alibi: bool = False  # with the slopes of its paper
+    sinks: bool = False
     call: str = "attention"  # how fastattn is called: a name in calls.py, or in GPU_CALLS
     cache_dtype: str = ""  # of the keys and values in a cache; empty: dtype
     bound_by: tuple[str, ...] = ("arithmetic",)  # and/or "read": caches are cold then
@@ -138,6 +147,15 @@ def _beside_float32(case: Case) -> Case:
     return _beside(case, "in float32", dtype="float32")
 
 
+def _as_views(name: str, tokens: int, heads: int, head_dim: int, **rest: Any) -> Case:
+    """Lay the arrays out as a model does; a copy to fastattn's layout should gain nothing."""
+    floor = promise(baseline=1 / 1.05)
+    case = _square(
+        name, tokens, heads, head_dim, call="views", libraries=ALONE, floor=floor, **rest
+    )
+    return _beside(case, "contiguous", call="attention")
+
+
 def _decode(name: str, kv_len: int, kv_heads: int, **rest: Any) -> Case:
     """Decode with 32 heads of 128 and one query unless told otherwise, with cold CPU caches."""
     return Case(
@@ -155,20 +173,18 @@ _TITLES = {
     "bert-512": "BERT-base\n8 x 512 tokens",
     "padded-512": "BERT-base, padded\n8 x 64..512 tokens",
     "gpt2-1k": "GPT-2\n1k tokens, causal",
+    "gpt2-1k-views": "GPT-2, as it lays out heads\n1k tokens, causal",
     "llama-2k": "Llama-3-8B prefill\n2k tokens, causal, GQA",
     "causal-8k": "8 heads of 128\n8k tokens, causal, GQA",
     "document-32k": "long document, 4 heads\n32k tokens, window 256",
     "decode-4k": "Llama-3-8B decode\n1 token after 4k, GQA",
 }
-ALONE = ("fastattn",)
-WITH_TORCH = ("fastattn", "torch")
-DECODERS = (*WITH_TORCH, "onnxruntime")  # the others are several times slower
-
 FAMILIAR = [
     _square("bert-128", 128, 12, 64, batch=8),
     _square("bert-512", 512, 12, 64, batch=8),
     _square("padded-512", 512, 12, 64, batch=8, lengths=tuple(range(512, 0, -64))),
     _square("gpt2-1k", 1024, 12, 64, is_causal=True),
+    _square("gpt2-1k-views", 1024, 12, 64, is_causal=True, call="views"),
     _square("llama-2k", 2048, 32, 128, kv_heads=8, is_causal=True),
     _square("causal-8k", 8192, 8, 128, kv_heads=2, is_causal=True),
     _square("document-32k", 32768, 4, 64, window=(256, 256)),
@@ -179,9 +195,9 @@ FAMILIAR = [
 FLOORS = [
     _square("f32-512-d64", 512, 12, 64, floor=promise(76, best=1.15)),
     _square("f32-2k-d64", 2048, 12, 64, floor=promise(86, best=1.1)),
-    _square("f32-2k-d64-causal", 2048, 12, 64, is_causal=True, floor=promise(80, best=1.4)),
+    _square("f32-2k-d64-causal", 2048, 12, 64, is_causal=True, floor=promise(80, best=1.05)),
     _square("f32-2k-d128", 2048, 12, 128, floor=promise(90, best=1.05)),
-    _square("f32-4k-d128-causal", 4096, 12, 128, is_causal=True, floor=promise(88, best=1.3)),
+    _square("f32-4k-d128-causal", 4096, 12, 128, is_causal=True, floor=promise(88, best=1.1)),
     _square(
         "f32-2k-d64-padding",
         2048,
@@ -193,9 +209,48 @@ FLOORS = [
     ),
     _square("f32-2k-d64-float-mask", 2048, 12, 64, float_mask=True, floor=promise(torch=2.0)),
     _square("f32-8k-d64-window", 8192, 12, 64, window=(256, 0), floor=promise(65, torch=8.0)),
+    _as_views("f32-2k-d64-views", 2048, 12, 64),
+    _as_views("f32-2k-d128-causal-views", 2048, 12, 128, is_causal=True),
+    # Rows of a head lie 4 KiB apart, where a window leaves little to hide the misses behind.
+    _as_views("f32-8k-d64-window-views", 8192, 16, 64, window=(256, 0)),
+    _as_views("f32-8k-d32-window-views", 8192, 32, 32, window=(256, 0)),
     _square("f64-2k-d64", 2048, 12, 64, dtype="float64", floor=promise(76)),
     _square("avx2-2k-d64", 2048, 12, 64, isa="avx2", libraries=ALONE, floor=promise(75)),
     _square("avx2-2k-d128", 2048, 12, 128, isa="avx2", libraries=ALONE, floor=promise(80)),
+    # What else models do to their scores: Gemma 2, MPT, GPT-OSS.
+    _square(
+        "f32-2k-d256-softcap",
+        2048,
+        8,
+        256,
+        kv_heads=4,
+        is_causal=True,
+        softcap=50.0,
+        libraries=WITH_VLLM,
+        floor=promise(vllm=1.0),
+    ),
+    _square(
+        "f32-2k-d128-alibi",
+        2048,
+        16,
+        128,
+        is_causal=True,
+        alibi=True,
+        libraries=WITH_VLLM,
+        floor=promise(vllm=1.0),
+    ),
+    _square(
+        "f32-4k-d64-sinks-window",
+        4096,
+        64,
+        64,
+        kv_heads=8,
+        is_causal=True,
+        window=(127, 0),
+        sinks=True,
+        libraries=WITH_VLLM,
+        floor=promise(vllm=1.0),
+    ),
     _square("tiny", 8, 2, 64, floor=promise(torch=2.0)),
     _square("one-by-one", 1, 1, 1, floor=promise(numpy=1.0)),
     _square("memory-128k", 131072, 1, 64, libraries=ALONE, floor=promise(extra_mebibytes=16.0)),
@@ -215,8 +270,19 @@ HALF = [
         64,
         dtype="bfloat16",
         is_causal=True,
-        floor=promise(72, best=2.0),
+        floor=promise(72, best=1.25),
     ),
+    _square(
+        "bf16-2k-d128-causal",
+        2048,
+        12,
+        128,
+        dtype="bfloat16",
+        is_causal=True,
+        floor=promise(best=1.25),
+    ),
+    _as_views("bf16-2k-d128-views", 2048, 12, 128, dtype="bfloat16"),
+    _as_views("bf16-8k-d128-window-views", 8192, 16, 128, dtype="bfloat16", window=(256, 0)),
     _beside_float32(
         _square(
             "fp16-2k-d64", 2048, 12, 64, dtype="float16", floor=promise(baseline=0.95, torch=4.0)
@@ -260,11 +326,35 @@ SERVING = [
         _decode(f"decode-{k}k-{name}", k * 1024, kv_heads, libraries=DECODERS, floor=floor)
         for k, percent in ((4, 80), (32, 84))
         for (name, kv_heads), floor in (
-            (_GROUPED, promise(percent, onnxruntime=2.5, torch=8.0)),
+            (_GROUPED, promise(percent, best=1.4, onnxruntime=2.5, torch=8.0)),
             (_EACH, promise(percent, onnxruntime=1.2, torch=3.0)),
         )
     ),
-    _decode("decode-8k-gqa-bf16", 8192, 8, dtype="bfloat16", floor=promise(74, torch=30.0)),
+    # The same for tensors: `attention` beside the door that is for them.
+    _beside(
+        _decode(
+            "decode-4k-gqa-tensors",
+            4096,
+            8,
+            call="tensors",
+            libraries=DECODERS,
+            floor=promise(baseline=1 / 1.1, best=1.4),
+        ),
+        "through fastattn.torch",
+        call="tensors to fastattn.torch",
+    ),
+    _decode(
+        "decode-8k-gqa-bf16", 8192, 8, dtype="bfloat16", floor=promise(74, best=1.4, torch=30.0)
+    ),
+    _decode(
+        "decode-8k-gqa-bf16-sinks",
+        8192,
+        8,
+        dtype="bfloat16",
+        sinks=True,
+        libraries=(*WITH_VLLM, "pace"),
+        floor=promise(best=1.4),
+    ),
     _decode("decode-8k-gqa-fp16", 8192, 8, dtype="float16", floor=promise(60, onnxruntime=5.0)),
     _decode(
         "decode-ragged",
@@ -305,7 +395,7 @@ SERVING = [
             is_causal=True,
             at_end=True,
             bound_by=("read", "arithmetic"),
-            libraries=WITH_TORCH,
+            libraries=SERVERS,
             floor=promise(91, torch=3.0),
         )
         for short, dtype in (("f32", "float32"), ("bf16", "bfloat16"))
@@ -322,7 +412,7 @@ SERVING = [
             shared=4096,
             call="pages",
             bound_by=("read", "arithmetic"),
-            libraries=WITH_TORCH,
+            libraries=SERVERS,
             floor=promise(77, baseline=2.0),
         ),
         "nothing shared",
@@ -338,7 +428,7 @@ SERVING = [
             lengths=tuple((37 * i + 50) % 64 * 16 + 16 for i in range(64)),  # 16..1024, shuffled
             ragged_queries=True,
             call="varlen",
-            libraries=WITH_TORCH,
+            libraries=SERVERS,
             floor=promise(baseline=1 / 1.05, torch=2.0),
         ),
         "one by one",
@@ -486,6 +576,23 @@ def shrunk(case: Case) -> Case:
         lengths=(48,) if case.lengths else (),
         shared=min(case.shared, 32),
     )
+
+
+def score_options(case: Case) -> dict[str, Any]:
+    """
+    Return what else `attention` is told of the scores and their sum, by the names it has there.
+
+    The slopes are those of ALiBi (Press et al., 2022) for 2**n heads.
+    """
+    heads = np.arange(1, case.q_heads + 1, dtype=np.float32)
+    options: dict[str, Any] = {}
+    if case.softcap is not None:
+        options["softcap"] = case.softcap
+    if case.alibi:
+        options["alibi_slopes"] = np.exp2(-8 * heads / case.q_heads)
+    if case.sinks:
+        options["sinks"] = 2 * np.cos(heads)
+    return options
 
 
 def make_inputs(case: Case) -> Inputs:

@@ -15,6 +15,9 @@ COLORS = {
     "fastattn": "#d1495b",
     "baseline": "#e5a3ab",
     "torch": "#2e4057",
+    "vllm": "#3a7d6b",
+    "zentorch": "#6fa695",
+    "pace": "#a9cbc0",
     "onnxruntime": "#5b7b9a",
     "openvino": "#8fa9bf",
     "jax": "#b9c9d6",
@@ -114,6 +117,6 @@ def _named(run: Result, library: str) -> str:
     """Return the label of a library: its name and version."""
     if library == BASELINE:
         return "fastattn, another call"
-    module = NEEDS.get(library, (library,))[0]
+    module = library if library in run["versions"] else NEEDS.get(library, (library,))[0]
     version = run["versions"].get(module, run["machine"]["version"])
     return f"{library} {version}"

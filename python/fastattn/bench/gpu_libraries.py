@@ -12,17 +12,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from fastattn.bench.calls import Prepared
 from fastattn.bench.cases import Array, Case, Inputs
-
-
-def tensor(torch: Any, x: Array, device: str = "cuda") -> Any:
-    """Copy an array to the GPU."""
-    if x.dtype.name == "bfloat16":  # torch does not know NumPy's
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
-    return torch.from_numpy(x).to(device)
+from fastattn.bench.operands import tensor
 
 
 def to_numpy(x: Any) -> Array:
@@ -36,14 +28,14 @@ def _first_to_numpy(grads: Any) -> Array:
 
 
 def _fastattn(case: Case, inputs: Inputs, _threads: int) -> Prepared:
-    torch, cuda = importlib.import_module("torch"), importlib.import_module("fastattn.cuda")
-    operands = [tensor(torch, x) for x in inputs[:3]]
+    cuda = importlib.import_module("fastattn.cuda")
+    operands = [tensor(x, "cuda") for x in inputs[:3]]
     options = {"is_causal": True} if case.is_causal else {}
     plan = cuda.explain(*operands, **options)
     if inputs.grad_out is None:
         how = f"cuda.attention({', '.join(options)}): {plan['kernel']}"
         return Prepared(lambda: cuda.attention(*operands, **options), to_numpy, how)
-    grad_out = tensor(torch, inputs.grad_out)
+    grad_out = tensor(inputs.grad_out, "cuda")
     out, lse = cuda.attention(*operands, return_lse=True, **options)
 
     def backward() -> Any:
@@ -101,11 +93,11 @@ def _triton(case: Case, inputs: Inputs, _threads: int) -> Prepared:
 
 def _by_autograd(torch: Any, attention: Callable[..., Any], inputs: Inputs, how: str) -> Prepared:
     """Prepare the result, or its gradients by autograd."""
-    operands = [tensor(torch, x) for x in inputs[:3]]
+    operands = [tensor(x, "cuda") for x in inputs[:3]]
     if inputs.grad_out is None:
         return Prepared(lambda: attention(*operands), to_numpy, how)
     leaves = [x.requires_grad_() for x in operands]
-    out, grad_out = attention(*leaves), tensor(torch, inputs.grad_out)
+    out, grad_out = attention(*leaves), tensor(inputs.grad_out, "cuda")
 
     def backward() -> Any:
         return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)

@@ -2,13 +2,12 @@
 """How each library computes a case, at its best.
 
 Called by worker.py, in a process that holds one library alone; calls.py has fastattn's own calls,
-gpu_libraries.py those of all libraries on a GPU.
+rivals.py those of operators that are installed apart, gpu_libraries.py those of all on a GPU.
 Every library gets its natural layout (the conversion is not counted) and its fastest operator that
 expresses the case. What need not be repeated (building, compiling, binding a dense mask) is done
 before the clock starts. A library that cannot express a case raises Unsupported.
 """
 
-import importlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -16,13 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn.bench import gpu_libraries
-from fastattn.bench.calls import CALLS, Prepared
-from fastattn.bench.cases import Array, Case, Inputs, numpy_dtype, seen_by_position
-
-
-class Unsupported(Exception):
-    """The library has no way to express the case; the message says what is missing."""
+from fastattn.bench import gpu_libraries, rivals
+from fastattn.bench.calls import CALLS, Prepared, as_views
+from fastattn.bench.cases import Array, Case, Inputs, numpy_dtype
+from fastattn.bench.operands import (
+    additive,
+    all_masks,
+    module,
+    plainly_causal,
+    require,
+    require_scores,
+    tensor,
+    tokens_first,
+)
 
 
 def thread_environment(threads: int) -> dict[str, str]:
@@ -31,67 +36,23 @@ def thread_environment(threads: int) -> dict[str, str]:
     return dict.fromkeys(names, str(threads))  # NPROC is XLA's (jax)
 
 
-def _module(name: str) -> Any:
-    """Import a module that may not be installed, and whose types are not checked."""
-    return importlib.import_module(name)
-
-
-def _plainly_causal(case: Case, inputs: Inputs) -> bool:
-    """Tell whether a flag for causality expresses the whole mask of the case."""
-    return case.is_causal and not case.at_end and case.window is None and inputs.mask is None
-
-
-def _all_masks(case: Case, inputs: Inputs) -> Array | None:
-    """Fold causality and window into one mask, for a library that knows dense masks alone."""
-    if not case.is_causal and case.window is None:
-        return inputs.mask
-    seen = seen_by_position(case)[None, None]
-    if inputs.mask is None:
-        return seen
-    if inputs.mask.dtype == bool:
-        return seen & inputs.mask
-    return np.where(seen, inputs.mask, inputs.mask.dtype.type(-np.inf))
-
-
-def _require(case: Case, *dtypes: str, otherwise: str = "does not compute in {}") -> None:
-    if case.dtype not in dtypes:
-        raise Unsupported(otherwise.format(case.dtype))
-
-
-def _require_scores(case: Case) -> None:
-    """Fail at once, not after a long preparation, where scores and a mask cannot fit in memory."""
-    np.empty((case.batch * case.q_heads + 2, case.q_len, case.kv_len), numpy_dtype(case.dtype))
-
-
-def _additive(mask: Array, dtype: str) -> Array:
-    """Turn a bool mask into one to be added."""
-    if mask.dtype != bool:
-        return mask
-    return np.where(mask, 0, -np.inf).astype(numpy_dtype(dtype))
-
-
-def _tokens_first(x: Array) -> Array:
-    """Turn (batch, heads, seq, dim) into a contiguous (batch, seq, heads, dim)."""
-    return np.ascontiguousarray(x.transpose(0, 2, 1, 3))
-
-
 def _fastattn(case: Case, inputs: Inputs, threads: int) -> Prepared:
-    _module("fastattn").set_num_threads(threads)
+    module("fastattn").set_num_threads(threads)
     return CALLS[case.call](case, inputs)
 
 
 def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """Compute softmax(Q K^T) V by matmul, without avoidable copies; BLAS decides the threads."""
-    _require(case, "float32", "float64", otherwise="has no BLAS for {}")
-    _require_scores(case)
+    require(case, "float32", "float64", otherwise="has no BLAS for {}")
+    require_scores(case)
     query, key, value, *_ = inputs
     kv_heads = key.shape[1]
     grouped = (case.batch, kv_heads, case.groups, case.q_len, case.head_dim)
     queries = query.reshape(grouped) * query.dtype.type(case.head_dim**-0.5)
     keys, values = key[:, :, None].swapaxes(-1, -2), value[:, :, None]
-    mask = _all_masks(case, inputs)
+    mask = all_masks(case, inputs)
     if mask is not None:
-        mask = _additive(mask, case.dtype)
+        mask = additive(mask, case.dtype)
         heads = mask.shape[1]
         mask = mask.reshape(
             mask.shape[0], *((1, 1) if heads == 1 else grouped[1:3]), *mask.shape[2:]
@@ -110,19 +71,16 @@ def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 
 def _torch(case: Case, inputs: Inputs, threads: int) -> Prepared:
-    torch = _module("torch")
+    torch = module("torch")
     torch.set_num_threads(threads)
 
-    def tensor(x: Array) -> Any:
-        if x.dtype.name == "bfloat16":  # torch does not know NumPy's
-            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(x)
-
+    if case.call == "views":
+        inputs = as_views(inputs)
     query, key, value = map(tensor, inputs[:3])
     options: dict[str, Any] = {}
-    if _plainly_causal(case, inputs):
+    if plainly_causal(case, inputs):
         options["is_causal"] = True
-    elif (mask := _all_masks(case, inputs)) is not None:
+    elif (mask := all_masks(case, inputs)) is not None:
         options["attn_mask"] = tensor(mask)
     if case.groups > 1:
         options["enable_gqa"] = True
@@ -145,16 +103,16 @@ def _torch(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 
 def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
-    jax = _module("jax")
-    _require(case, "float32", "bfloat16")
+    jax = module("jax")
+    require(case, "float32", "bfloat16")
     operands = {
-        name: jax.numpy.asarray(_tokens_first(x))
+        name: jax.numpy.asarray(tokens_first(x))
         for name, x in zip(("query", "key", "value"), inputs[:3], strict=True)
     }
     mask = inputs.mask
     flags: dict[str, Any] = {"is_causal": case.is_causal, "local_window_size": case.window}
     if case.at_end:  # the flags count from the first key
-        mask, flags = _all_masks(case, inputs), {}
+        mask, flags = all_masks(case, inputs), {}
     if mask is not None:
         operands["mask" if mask.dtype == bool else "bias"] = jax.numpy.asarray(mask)
 
@@ -172,11 +130,11 @@ def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 
 def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
-    openvino, op = _module("openvino"), _module("openvino.opset13")
-    _require(case, "float32", "bfloat16", otherwise="computes {} as another type")
+    openvino, op = module("openvino"), module("openvino.opset13")
+    require(case, "float32", "bfloat16", otherwise="computes {} as another type")
     query, key, value, *_ = inputs
-    is_causal = _plainly_causal(case, inputs)
-    mask = None if is_causal else _all_masks(case, inputs)
+    is_causal = plainly_causal(case, inputs)
+    mask = None if is_causal else all_masks(case, inputs)
     heads = key.shape[1]
     grouped = case.groups > 1
     # The operator wants as many key heads as query heads. Where heads have no mask of their own,
@@ -246,7 +204,7 @@ class _OnnxModel(NamedTuple):
 def _onnx_flat(inputs: Inputs) -> dict[str, Array]:
     """Lay query, key and value out as (batch, seq, heads * head_dim)."""
     names = ("query", "key", "value")
-    arrays = (_tokens_first(x) for x in inputs[:3])
+    arrays = (tokens_first(x) for x in inputs[:3])
     return {k: x.reshape(*x.shape[:2], -1) for k, x in zip(names, arrays, strict=True)}
 
 
@@ -303,10 +261,10 @@ def _onnx_multi_head(case: Case, inputs: Inputs) -> _OnnxModel | None:
         seen = np.arange(case.kv_len) < np.array(case.lengths)[:, None]
         arrays["padding"] = seen.astype(np.int32)
         names += ",,padding"
-    elif _plainly_causal(case, inputs):
+    elif plainly_causal(case, inputs):
         attributes["unidirectional"] = 1
-    elif (mask := _all_masks(case, inputs)) is not None:
-        arrays["added"] = _additive(mask, case.dtype)
+    elif (mask := all_masks(case, inputs)) is not None:
+        arrays["added"] = additive(mask, case.dtype)
         names += ",,,added"
     outputs = {"out": arrays["query"].shape}
     return _OnnxModel("MultiHeadAttention", names, arrays, outputs, attributes)
@@ -315,8 +273,8 @@ def _onnx_multi_head(case: Case, inputs: Inputs) -> _OnnxModel | None:
 def _onnx_attention(case: Case, inputs: Inputs) -> _OnnxModel | None:
     """Attention of opset 23: any heads, float64 too; a mask has all rows, heads broadcast."""
     arrays = dict(zip(("query", "key", "value"), inputs[:3], strict=True))
-    is_causal = _plainly_causal(case, inputs)
-    mask = None if is_causal else _all_masks(case, inputs)
+    is_causal = plainly_causal(case, inputs)
+    mask = None if is_causal else all_masks(case, inputs)
     if mask is not None:
         rows = (*mask.shape[:2], case.q_len, case.kv_len)
         arrays["mask"] = np.ascontiguousarray(np.broadcast_to(mask, rows))
@@ -329,7 +287,7 @@ ONNX_OPERATORS = (_onnx_group_query, _onnx_multi_head, _onnx_attention)
 
 
 def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Prepared:
-    onnxruntime, helper = _module("onnxruntime"), _module("onnx.helper")
+    onnxruntime, helper = module("onnxruntime"), module("onnx.helper")
     types = helper.np_dtype_to_tensor_dtype
     declared = [
         helper.make_tensor_value_info(name, types(x.dtype), x.shape)
@@ -377,9 +335,9 @@ def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Prepared:
 
 def _onnxruntime(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """Try each operator that can express the case, and keep the fastest."""
-    _require(case, "float32", "float64", "float16")
+    require(case, "float32", "float64", "float16")
     if case.window is not None and case.window[1] > 0:
-        _require_scores(case)  # no operator with a mask is fused
+        require_scores(case)  # no operator with a mask is fused
     best: tuple[float, _OnnxModel] | None = None
     failures = []
     for build in ONNX_OPERATORS:
@@ -415,13 +373,18 @@ def _seconds(call: Callable[[], Any]) -> float:
 PREPARE: dict[str, Callable[[Case, Inputs, int], Prepared]] = {
     "fastattn": _fastattn,
     "torch": _torch,
+    **rivals.PREPARE,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "jax": _jax,
     "numpy": _numpy,
 }
 LIBRARIES = {"cpu": PREPARE, "cuda": gpu_libraries.PREPARE}  # by device
+BESIDE_TORCH = "fastattn-torch"  # the process of fastattn for cases whose arrays are tensors
+WORKERS = LIBRARIES | {"cpu": PREPARE | {BESIDE_TORCH: _fastattn}}
 NEEDS = {
+    BESIDE_TORCH: ("torch", "fastattn"),
+    **dict.fromkeys(rivals.PREPARE, ("torch",)),
     "onnxruntime": ("onnxruntime", "onnx"),
     "torch-flash": ("torch",),
     "torch-cudnn": ("torch",),
@@ -431,6 +394,9 @@ NEEDS = {
 
 
 def missing(library: str) -> list[str]:
-    """Name the modules that `library` needs and this Python lacks."""
+    """Name what `library` needs and this Python lacks."""
     needed = NEEDS.get(library, (library,))
-    return [name for name in needed if importlib.util.find_spec(name) is None]
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
+    if library in rivals.PREPARE and rivals.operators(library) is None:
+        absent.append(rivals.DISTRIBUTIONS[library])
+    return absent

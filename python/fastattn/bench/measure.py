@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import fastattn
+from fastattn.bench import rivals
 from fastattn.bench.accuracy import expected, max_error
-from fastattn.bench.cases import Case, work
-from fastattn.bench.libraries import NEEDS
+from fastattn.bench.cases import TENSOR_CALLS, Case, work
+from fastattn.bench.libraries import BESIDE_TORCH, NEEDS
 from fastattn.bench.worker import start
 
 PROBE_SECONDS = 0.06
@@ -130,7 +131,7 @@ class Bench:
         self._device = device
         self._pace = pace
         self._progress = progress
-        self._members: dict[tuple[str, str | None], Member] = {}
+        self._members: dict[tuple[str, str, str | None], Member] = {}
 
     def close(self) -> None:
         """End the workers."""
@@ -163,7 +164,7 @@ class Bench:
         for library, its_case in self._asked(case).items():
             self._progress(f"{case.name}: {library}, first call")
             with self._reasons(outcomes, library):
-                outcome, rows = self._ask(library, case.isa, "prepare", its_case)
+                outcome, rows = self._ask(library, case, "prepare", its_case)
                 its_truth = truth if its_case is case else expected(its_case)
                 outcomes[library] = outcome | {"max_error": max_error(rows, its_truth)}
                 if its_case is not case:
@@ -198,13 +199,13 @@ class Bench:
         rates = {}
         with contextlib.suppress(Failure):  # fastattn's own outcome says why
             for limit in work(case):
-                rates[limit] = self._probe(case.isa, limit)
+                rates[limit] = self._probe(case, limit)
         samples = {}
         for library in libraries:
             if "failure" not in outcomes[library]:
                 with self._reasons(outcomes, library):
                     turn = self._pace.turn_seconds
-                    samples[library] = self._ask(library, case.isa, "measure", turn)
+                    samples[library] = self._ask(library, case, "measure", turn)
         return {"disturbance": self._disturbance(clocks), "rates": rates, "samples": samples}
 
     @contextlib.contextmanager
@@ -235,14 +236,19 @@ class Bench:
             if self._disturbance(clocks) < BUSY:
                 break
 
-    def _ask(self, library: str, isa: str | None, request: str, *arguments: Any) -> Any:
-        if (library, isa) not in self._members:
-            module = "fastattn" if library == BASELINE else library
-            self._members[library, isa] = Member(module, self._threads, isa, self._device)
-        return self._members[library, isa].ask(self._pace.patience_seconds, request, *arguments)
+    def _ask(self, library: str, case: Case | None, request: str, *arguments: Any) -> Any:
+        """Ask the library's process; fastattn has several, by instruction set, one with torch."""
+        isa = None if case is None else case.isa
+        worker = "fastattn" if library == BASELINE else library
+        if worker == "fastattn" and case is not None and case.call in TENSOR_CALLS:
+            worker = BESIDE_TORCH
+        member = library, worker, isa
+        if member not in self._members:
+            self._members[member] = Member(worker, self._threads, isa, self._device)
+        return self._members[member].ask(self._pace.patience_seconds, request, *arguments)
 
-    def _probe(self, isa: str | None, limit: str) -> float:
-        return float(self._ask("fastattn", isa, "probe", limit, PROBE_SECONDS))
+    def _probe(self, case: Case | None, limit: str) -> float:
+        return float(self._ask("fastattn", case, "probe", limit, PROBE_SECONDS))
 
 
 def _quiet(rounds: list[Result]) -> int:
@@ -298,8 +304,10 @@ def description(libraries: Iterable[str], threads: int, device: str = "cpu") -> 
     """Say what is compared, and on what."""
     names = [name for library in libraries for name in NEEDS.get(library, (library,))]
     names += GPU_PACKAGES if device == "cuda" else ()
+    versions = {name: _version(name) for name in names}
+    versions |= {name: rivals.version(name) for name in libraries if name in rivals.PREPARE}
     machine = dict(fastattn.info()) | {"threads": threads}
-    return {"machine": machine, "versions": {name: _version(name) for name in names}}
+    return {"machine": machine, "versions": versions}
 
 
 def _version(name: str) -> str:

@@ -22,7 +22,7 @@ from fastattn.bench.accuracy import sampled
 from fastattn.bench.calls import Prepared
 from fastattn.bench.cases import Array, Case, make_inputs, shrunk
 from fastattn.bench.gpu import Gpu
-from fastattn.bench.libraries import LIBRARIES, NEEDS, thread_environment
+from fastattn.bench.libraries import NEEDS, WORKERS, thread_environment
 from fastattn.bench.processor import Processor
 
 WARM_SECONDS = 0.05  # of calls before the first sample of a turn
@@ -37,7 +37,7 @@ class Worker:
     """The requests that a worker answers: each public method is one."""
 
     def __init__(self, library: str, threads: int, device: str = "cpu") -> None:
-        self._prepare = LIBRARIES[device][library]
+        self._prepare = WORKERS[device][library]
         self._threads = threads
         self._device = device
         self._case: Case

@@ -32,7 +32,7 @@ def kernel_options(
         "scale": softmax_scale,
         "is_causal": bool(causal),
         "window": None if left is right is None else (left, right),
-        "softcap": None if softcap is None or softcap <= 0 else softcap,
+        "softcap": None if isinstance(softcap, numbers.Real) and softcap <= 0 else softcap,
         "alibi_slopes": alibi_slopes,
     }
 

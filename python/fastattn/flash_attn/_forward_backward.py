@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastattn
+from fastattn._arrays import pool_of_caller
 from fastattn.flash_attn._arguments import check_axes, kernel_options
 from fastattn.flash_attn._calls import dense, packed, packed_arguments
 from fastattn.flash_attn._functions import (
@@ -30,7 +31,6 @@ from fastattn.torch._tensors import (
     array_of,
     drawn_dropout,
     lse_dtype,
-    pool_of_caller,
     small_array_of,
     tensor_of,
 )

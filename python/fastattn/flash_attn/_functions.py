@@ -13,7 +13,7 @@ import torch
 
 import fastattn
 import fastattn.torch
-from fastattn._arrays import as_numpy
+from fastattn._arrays import as_numpy, pool_of_caller
 from fastattn.flash_attn._arguments import (
     check_axes,
     indices_of,
@@ -23,7 +23,7 @@ from fastattn.flash_attn._arguments import (
 )
 from fastattn.flash_attn._calls import dense, packed, packed_arguments
 from fastattn.flash_attn._rotary import rows_at, turned
-from fastattn.torch._tensors import drawn_dropout, lse_dtype, pool_of_caller
+from fastattn.torch._tensors import drawn_dropout, lse_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -495,7 +495,7 @@ class PagedKVCache(StoredCache):
             parts = pool.parts[rows] if pool.has_parts else None
             where = (lengths - shapes.q_len, lengths, begins, parts, pool.table[rows])
             how = (shapes.batch_shape, checked, kv_len, *where, *(scales or (None, None)), sums)
-            _core.cache_attention(q, key, value, result, lse, *how)
+            library.compute(_core.cache_attention, q, key, value, result, lse, *how)
         result, lse, sums = library.to_caller(out, result, lse, sums)
         if lse is None and sums is None:
             return result

@@ -10,11 +10,11 @@ import torch
 import fastattn
 from fastattn import _core
 from fastattn._arguments import boolean, finite_number, packed_sizes, sizes
+from fastattn._arrays import pool_of_caller
 from fastattn.torch._options import STARTS, BackwardCall, Gradients, keywords
 from fastattn.torch._tensors import (
     array_of,
     lse_dtype,
-    pool_of_caller,
     result_like,
     small_array_of,
     tensor_of,

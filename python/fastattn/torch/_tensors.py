@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
-from fastattn import _core
 from fastattn._arrays import (
     BFLOAT16_BITS,
     array_of_tensor,
@@ -122,19 +121,3 @@ def drawn_dropout(dropout_p: float) -> dict[str, Any]:
         if not (torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0):
             seed = int(seed)
     return {"dropout_p": dropout_p, "seed": seed}
-
-
-class _PoolOfCaller:
-    """Calls inside a with statement run in the calling thread's own pool of threads.
-
-    torch's operators use that pool too: a second one would make them slow (cpp/parallel.h).
-    """
-
-    def __enter__(self) -> None:
-        _core.use_pool_of_caller(True)
-
-    def __exit__(self, *error: object) -> None:
-        _core.use_pool_of_caller(False)
-
-
-pool_of_caller = _PoolOfCaller()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention of one layer: what transformers calls in every one.
 
-The call itself is `fastattn.torch.attention`.
+The call itself is `fastattn.torch.attention`; `varlen_attention` where sequences are packed in a
+row (`_packed.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transformers.utils import output_capturing
 import fastattn
 import fastattn.torch
 from fastattn.torch._tensors import drawn_dropout
+from fastattn.transformers import _packed
 from fastattn.transformers._mask import Pattern
 
 
@@ -54,7 +56,8 @@ def attention(
     output_attentions : bool
         Return the probabilities.
     **others
-        What else the model was called with. sliding_window is in the mask already.
+        What else the model was called with: cu_seq_lens_q and cu_seq_lens_k say where packed
+        sequences start, which see themselves alone. sliding_window is in the mask already.
 
     Returns
     -------
@@ -62,6 +65,11 @@ def attention(
     weights : Tensor of shape (batch, q_heads, q_len, kv_len), or None
         Without dropout, and without a gradient.
     """
+    if getattr(attention_mask, "is_chunked", False) and _packed.are_told(others):
+        raise NotImplementedError(
+            "attn_implementation='fastattn' has chunks within packed sequences where position_ids "
+            "restart, and use_cache=False: got cu_seq_lens_q, and chunks of the whole row"
+        )
     if type(attention_mask) is Pattern and attention_mask.is_made:
         attention_mask = attention_mask.whole()
     _refuse(module, attention_mask, s_aux, others)
@@ -75,11 +83,17 @@ def attention(
         if is_causal is None:
             is_causal = getattr(module, "is_causal", False)
         seen = {"is_causal": True, "query_offset": 0} if is_causal and query.shape[2] > 1 else {}
-    seen.update(bias=position_bias, scale=scaling, softcap=softcap, sinks=s_aux)
+    options: dict[str, Any] = {"bias": position_bias, "scale": scaling}
+    options |= {"softcap": softcap, "sinks": s_aux}
     dropped = drawn_dropout(dropout) if dropout > 0 and module.training else {}
-    out = fastattn.torch.attention(query, key, value, **seen, **dropped)
-    weights = _weights(query, key, seen) if output_attentions or _collected() else None
-    return out.transpose(1, 2).contiguous(), weights
+    weighed = bool(output_attentions) or _collected()
+    if "starts" in seen or _packed.are_told(others):
+        out, seen = _packed.attention(query, key, value, seen, options | dropped, others, weighed)
+    else:
+        out = fastattn.torch.attention(query, key, value, **seen, **options, **dropped)
+        out = out.transpose(1, 2)
+    weights = _weights(query, key, seen | options) if weighed else None
+    return out.contiguous(), weights
 
 
 def _refuse(
@@ -95,6 +109,7 @@ def _refuse(
         ("indices", "sparse attention by indices of keys"),
         ("block_indices", "sparse attention by indices of blocks"),
         ("sinks", "sinks that differ from token to token"),
+        ("read_index", "continuous batching"),
     ):
         if others.get(name) is not None:
             raise NotImplementedError(
@@ -106,27 +121,11 @@ def _refuse(
             f"{type(module).__name__} has sinks, and does not pass them to "
             "attn_implementation='fastattn' as s_aux"
         )
-    given = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if others.get(name) is not None]
-    starts = [others[name] for name in given]
-    if starts and len(starts[0]) > 2 and not _tells_apart(attention_mask, starts[0], starts[-1]):
-        raise NotImplementedError(
-            "attn_implementation='fastattn' tells packed sequences apart by their position_ids, or "
-            f"by an attention_mask, got {given[0]} of {len(starts[0]) - 1} sequences without"
-        )
     if attention_mask is not None and attention_mask.dim() < 3:
         raise ValueError(
             "attention_mask must have the axes (batch, heads, q_len, kv_len) where a layer gets "
             f"it, got attention_mask.shape={tuple(attention_mask.shape)}"
         )
-
-
-def _tells_apart(mask: Tensor | None, starts: Tensor, kv_starts: Tensor) -> bool:
-    """Tell whether a mask lets no packed sequence see another."""
-    if mask is None or type(mask) is Pattern or len(starts) != len(kv_starts):
-        return False
-    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
-    inner = zip(starts[1:-1].tolist(), kv_starts[1:-1].tolist(), strict=True)
-    return all(bool(hidden[..., i:, :j].all() & hidden[..., :i, j:].all()) for i, j in inner)
 
 
 def _check_lengths(mask: Pattern, query: Tensor, key: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
+
+from fastattn.transformers import _packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,12 +39,16 @@ class Pattern(Tensor):
     them beside ours, it must not be added to, and neither must what is made of it.
     """
 
+    is_chunked: bool = False  # by the row, whatever sequences are packed in it
     _seen: dict[str, Any]
     _whole: Tensor | None
 
     @staticmethod
     def __new__(cls: type[Self], shape: tuple[int, ...], seen: dict[str, Any]) -> Self:
-        """Take the shape, and the keywords of `fastattn.attention` that say what is seen."""
+        """Take the shape, and the keywords of `fastattn.attention` that say what is seen.
+
+        Beside them `starts`, of packed sequences in the batch's rows behind each other.
+        """
         self: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device="cpu")
         torch._C._set_throw_on_mutable_data_ptr(self)  # an error for extensions, not a crash
         self._seen = seen
@@ -61,7 +68,7 @@ class Pattern(Tensor):
         return self._whole is not None
 
     def seen(self) -> dict[str, Any]:
-        """Return keywords of `fastattn.attention` that say what is seen, before it is made."""
+        """Return the keywords that say what is seen, before it is made."""
         return dict(self._seen)
 
     def whole(self) -> Tensor:
@@ -139,8 +146,9 @@ def _whole(
     window: tuple[int | None, int | None] = (None, None),
     kv_lengths: Tensor | None = None,
     mask: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
-    """Return the mask of that shape that keywords of `fastattn.attention` mean."""
+    """Return the mask of that shape that the keywords of a pattern mean."""
     key = torch.arange(shape[-1], device="cpu")
     distance = key - torch.arange(query_offset, query_offset + shape[-2], device="cpu")[:, None]
     left, right = window
@@ -155,6 +163,8 @@ def _whole(
         whole &= key < kv_lengths[:, None, None, None]
     if mask is not None:
         whole &= mask
+    if starts is not None:
+        whole &= _packed.shared((starts, starts), *shape[-2:])
     return whole
 
 
@@ -221,8 +231,18 @@ def mask(
         return make()
     first, first_key = int(q_offset), int(kv_offset)
     known = _known(mask_function, max(first + q_length, first_key + kv_length))
+    starts = None if known is None else _starts(mask_function)
+    if starts is not None and (
+        (first, first_key, q_length) != (0, 0, kv_length)
+        or int(starts[-1]) != batch_size * q_length
+    ):
+        known = None  # sequences of another row than this
     if known is None:
-        return make() if q_length == 1 else Pattern.of(make())  # one may go to a compiled model
+        if q_length == 1:
+            return make()  # it may go to a compiled model
+        made = Pattern.of(make())
+        made.is_chunked = _is_chunked(mask_function)
+        return made
     causal_layer, left, right = known
     offset = first - first_key  # of the first query, among the keys
     end = offset + q_length  # of the queries, likewise
@@ -241,6 +261,8 @@ def mask(
         seen["window"] = (left, right)
     needed = min(max(end, 0), kv_length) if causal else kv_length
     seen |= _keys_seen(attention_mask, first_key, kv_length, needed)
+    if starts is not None:
+        seen["starts"] = starts
 
     if q_length == 1:  # the mask is no larger than the words
         may_skip = allow_is_causal_skip if causal_layer else allow_is_bidirectional_skip
@@ -268,11 +290,13 @@ def _codes(*functions: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 # What the functions consist of that transformers composes a mask function of.
-AND, WINDOW, WINDOW_BOTH_WAYS, CHUNKS = _codes(
+AND, WINDOW, WINDOW_BOTH_WAYS, CHUNKS, RESTARTED, PACKED = _codes(
     masking_utils.and_masks(),
     masking_utils.sliding_window_overlay(1),
     masking_utils.sliding_window_bidirectional_overlay(1),
     masking_utils.chunked_overlay(1, torch.zeros(1)),
+    masking_utils.remap_positions_for_packed_sequence(masking_utils.and_masks(), torch.zeros(1)),
+    masking_utils.packed_sequence_mask_function(torch.zeros(1)),
 )
 
 
@@ -293,7 +317,7 @@ def _known(
     if mask_function is masking_utils.bidirectional_mask_function:
         return False, None, None
     code = getattr(mask_function, "__code__", None)
-    if code not in (AND, WINDOW, WINDOW_BOTH_WAYS, CHUNKS):
+    if code not in (AND, WINDOW, WINDOW_BOTH_WAYS, CHUNKS, RESTARTED, PACKED):
         return None
     given = inspect.getclosurevars(mask_function).nonlocals
     if code is WINDOW:
@@ -303,12 +327,38 @@ def _known(
     if code is CHUNKS:
         whole = end <= given["chunk_size"] and not given["left_padding"].any()
         return (False, None, None) if whole else None
+    if code is RESTARTED:  # distances within a sequence stay, chunks do not
+        return _known(given["mask_function"], sys.maxsize)
+    if code is PACKED:
+        numbers = given["packed_sequence_mask"]
+        together = bool((numbers[:, 1:] >= numbers[:, :-1]).all())
+        return (False, None, None) if together else None
     parts = [_known(f, end) for f in given["mask_functions"]]
     found = [part for part in parts if part is not None]
     if len(found) < len(parts):
         return None
     causal, left, right = zip(*found, strict=True)
     return any(causal), _least(left), _least(right)
+
+
+def _starts(mask_function: Callable[..., Any]) -> Tensor | None:
+    """Return where the packed sequences start that a known function keeps apart, if it does."""
+    code = getattr(mask_function, "__code__", None)
+    if code not in (AND, PACKED):
+        return None
+    given = inspect.getclosurevars(mask_function).nonlocals
+    if code is PACKED:
+        return _packed.restarts_of(given["packed_sequence_mask"])
+    found = [x for x in map(_starts, given["mask_functions"]) if x is not None]
+    return torch.cat(found).unique() if found else None
+
+
+def _is_chunked(mask_function: Callable[..., Any]) -> bool:
+    """Tell whether a function has chunks that position_ids do not start anew."""
+    code = getattr(mask_function, "__code__", None)
+    if code is not AND:
+        return code is CHUNKS
+    return any(map(_is_chunked, inspect.getclosurevars(mask_function).nonlocals["mask_functions"]))
 
 
 def _least(sides: tuple[int | None, ...]) -> int | None:

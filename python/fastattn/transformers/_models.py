@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which models may have our attention: `register`, and what it lets transformers refuse.
+"""Which models may have our attention: `register`, and what it lets transformers accept and refuse.
+
+Who asks for "flash" in a name, such as sentence-transformers, packs texts instead of padding them,
+and asks transformers for the functions behind the name: so there is a second one.
 
 A layer that computes attention in its own way would go on doing so, and add our bool mask to its
 scores as a number: 1 where it should be 0, 0 where it should be -inf. Nothing would fail. So a
@@ -15,15 +18,21 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+    modeling_flash_attention_utils,
+)
 
+from fastattn.flash_attn import flash_attn_func, flash_attn_varlen_func
 from fastattn.transformers._attention import attention
 from fastattn.transformers._mask import mask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NAME = "fastattn"
+NAME, FLASH = NAMES = ("fastattn", "fastattn_flash")
 
 
 def register() -> None:
@@ -32,10 +41,13 @@ def register() -> None:
     Models that are loaded with it, or told by ``model.set_attn_implementation("fastattn")``,
     compute attention here, on the CPU. More than once does nothing.
 
+    ``"fastattn_flash"`` is the same, under a name that tells others to pack texts, not to pad them:
+    ``SentenceTransformer(folder, model_kwargs={"attn_implementation": "fastattn_flash"})``.
+
     What is not supported is an error, never another computation: a model that does not use
     transformers' AttentionInterface, or not in all of its layers, when it is made or told; when it
-    runs, another device, sparse attention by indices, sinks per token, packed sequences that
-    neither a mask nor position_ids tell apart, a mask made for other lengths, continuous batching.
+    runs, another device, sparse attention by indices, sinks per token, chunks within sequences that
+    only cu_seq_lens_q tells apart, a mask made for other lengths, continuous batching.
 
     See Also
     --------
@@ -52,9 +64,11 @@ def register() -> None:
     >>> config = transformers.GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=10)
     >>> model = transformers.AutoModel.from_config(config, attn_implementation="fastattn")
     """
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
+    for name in NAMES:
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)
     _refuse_models()
+    _answer_for_flash()
 
 
 @functools.cache
@@ -65,8 +79,8 @@ def _refuse_models() -> None:
 
     @functools.wraps(accepted)
     def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
-        if requested_attention == NAME:
-            _refuse(type(self))
+        if requested_attention in NAMES:
+            _refuse(type(self), requested_attention)
         return accepted(self, requested_attention, *args, **kwargs)
 
     @functools.wraps(set_implementation)
@@ -75,11 +89,11 @@ def _refuse_models() -> None:
         before = {id(m.config): (m.config, m.config._attn_implementation_internal) for m in parts}
         try:
             set_implementation(self, attn_implementation, **kwargs)
-            if attn_implementation == NAME:  # transformers would warn, and go on without
-                _refuse(type(self))
+            if attn_implementation in NAMES:  # transformers would warn, and go on without
+                _refuse(type(self), attn_implementation)
             for part in parts:
-                if part.config._attn_implementation == NAME:
-                    _refuse(type(part))
+                if part.config._attn_implementation in NAMES:
+                    _refuse(type(part), part.config._attn_implementation)
         except ValueError:
             for config, implementation in before.values():
                 config._attn_implementation_internal = implementation
@@ -89,14 +103,38 @@ def _refuse_models() -> None:
     PreTrainedModel.set_attn_implementation = set_checked
 
 
-def _refuse(model: Any) -> None:
+@functools.cache
+def _answer_for_flash() -> None:
+    """Let transformers find what it looks for behind a name with "flash" in it."""
+    adjusted = PreTrainedModel._check_and_adjust_attn_implementation
+    imported = modeling_flash_attention_utils._lazy_imports
+
+    @functools.wraps(adjusted)
+    def unchanged(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        if attn_implementation == FLASH:  # transformers would take another for some models
+            return self.get_correct_attn_implementation(FLASH)
+        return adjusted(self, attn_implementation, *args, **kwargs)
+
+    @functools.wraps(imported)
+    def ours(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        if implementation != FLASH:
+            return imported(implementation, *args, **kwargs)
+        utils = modeling_flash_attention_utils
+        pad_input, unpad_input = utils._pad_input, utils._unpad_input
+        return flash_attn_func, flash_attn_varlen_func, None, pad_input, unpad_input
+
+    PreTrainedModel._check_and_adjust_attn_implementation = unchanged
+    modeling_flash_attention_utils._lazy_imports = ours
+
+
+def _refuse(model: Any, name: str) -> None:
     """Refuse a class of models in which some layer does not ask for attention."""
     layer = _own_attention(model)
     if _asks_for_attention(model) and layer is None:
         return
     where = "" if layer is None else f" in {layer}"
     raise ValueError(
-        f"{model.__name__} does not support attn_implementation='{NAME}': it computes attention in "
+        f"{model.__name__} does not support attn_implementation='{name}': it computes attention in "
         f"its own way{where}, without transformers' AttentionInterface"
     )
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A case in the terms of another library: its tensors, masks and layout, what it cannot express.
+
+Called by calls.py, libraries.py, gpu_libraries.py and rivals.py, which call the libraries.
+"""
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from fastattn.bench.cases import Array, Case, Inputs, numpy_dtype, seen_by_position
+
+
+class Unsupported(Exception):
+    """The library has no way to express the case; the message says what is missing."""
+
+
+def module(name: str) -> Any:
+    """Import a module that may not be installed, and whose types are not checked."""
+    return importlib.import_module(name)
+
+
+def plainly_causal(case: Case, inputs: Inputs) -> bool:
+    """Tell whether a flag for causality expresses the whole mask of the case."""
+    return case.is_causal and not case.at_end and case.window is None and inputs.mask is None
+
+
+def all_masks(case: Case, inputs: Inputs) -> Array | None:
+    """Fold causality and window into one mask, for a library that knows dense masks alone."""
+    if not case.is_causal and case.window is None:
+        return inputs.mask
+    seen = seen_by_position(case)[None, None]
+    if inputs.mask is None:
+        return seen
+    if inputs.mask.dtype == bool:
+        return seen & inputs.mask
+    return np.where(seen, inputs.mask, inputs.mask.dtype.type(-np.inf))
+
+
+def require(case: Case, *dtypes: str, otherwise: str = "does not compute in {}") -> None:
+    """Refuse every other dtype."""
+    if case.dtype not in dtypes:
+        raise Unsupported(otherwise.format(case.dtype))
+
+
+def require_scores(case: Case) -> None:
+    """Fail at once, not after a long preparation, where scores and a mask cannot fit in memory."""
+    np.empty((case.batch * case.q_heads + 2, case.q_len, case.kv_len), numpy_dtype(case.dtype))
+
+
+def additive(mask: Array, dtype: str) -> Array:
+    """Turn a bool mask into one to be added."""
+    if mask.dtype != bool:
+        return mask
+    number = numpy_dtype(dtype).type
+    added: Array = np.where(mask, number(0), number(-np.inf))
+    return added
+
+
+def tokens_first(x: Array) -> Array:
+    """Turn (batch, heads, seq, dim) into a contiguous (batch, seq, heads, dim)."""
+    return np.ascontiguousarray(x.transpose(0, 2, 1, 3))
+
+
+def tensor(x: Array, device: str = "cpu") -> Any:
+    """Give an array to torch, on the CPU without a copy."""
+    torch = module("torch")
+    if x.dtype.name == "bfloat16":  # torch does not know NumPy's
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(x).to(device)

@@ -47,6 +47,7 @@ class Blocks {
         threads_ = team_size(items(), seconds);
 
         const bool in_window = call.visible_at_most() < args_.kv_len;
+        across_heads_ = in_window && args_.key.head_stride < args_.key.row_stride;
         int query_tiles = in_window ? kMostQueryTilesInWindow : kMostQueryTiles;
         const size_t room = std::min(kBlockBytes, kAllBlockBytes / size_t(threads_));
         for (; query_tiles > 1; query_tiles /= 2) {
@@ -135,8 +136,8 @@ class Blocks {
             const int64_t head = i / some_blocks % some_heads;
             const int64_t batch = i / some_blocks / some_heads;
             TileCounts one{};
-            functions_.count(
-                block((batch * args_.kv_heads + head) * blocks_ + index, memory.get(), {}), one);
+            const Sequence sequence = call_.sequence(batch);
+            functions_.count(block(sequence, head, blocks_ - 1 - index, memory.get(), {}), one);
             take_back(memory.get(), scratch_bytes_);
             int64_t times = batches / some_batches * (args_.kv_heads / some_heads);
             if (index > 0) times *= (blocks_ - 1) / (some_blocks - 1);
@@ -187,42 +188,45 @@ class Blocks {
         return block_rows_ * int64_t(functions_.decode.partial_bytes(call_.shared_block()));
     }
 
+    // Some rows of a head.
+    struct Place {
+        int64_t batch, head, index;
+    };
+
+    // Late blocks first: under a causal mask they are the long ones, and what ends last is short.
+    Place place(int64_t item) const {
+        const int64_t heads = args_.kv_heads;
+        if (call_.packed()) {
+            const int64_t index = item / heads;
+            const auto next = std::upper_bound(first_block_.begin(), first_block_.end(), index) - 1;
+            const int64_t batch = next - first_block_.begin();
+            return {batch, item % heads, blocks(call_.sequence(batch)) - 1 - (index - *next)};
+        }
+        const int64_t in_batch = item % (heads * blocks_);
+        const int64_t head = across_heads_ ? in_batch % heads : in_batch / blocks_;
+        const int64_t index = across_heads_ ? in_batch / heads : in_batch % blocks_;
+        return {item / (heads * blocks_), head, blocks_ - 1 - index};
+    }
+
     // memory: scratch_bytes_ of it.
     void attend(int64_t item, char* memory, const Stop& stop) const {
-        const int64_t batch = item / blocks_ / args_.kv_heads;
-        if (!call_.has_first_part(batch)) {
-            return functions_.attend(block(item, memory, stop), nullptr);
-        }
+        const Place at = place(item);
         const auto part = [&](const Sequence& sequence) {
-            return block(sequence, item / blocks_ % args_.kv_heads, blocks_ - 1 - item % blocks_,
-                         memory, stop);
+            return block(sequence, at.head, at.index, memory, stop);
         };
+        const Block newest = part(call_.sequence(at.batch));
+        if (!call_.has_first_part(at.batch)) return functions_.attend(newest, nullptr);
         Scratch scratch(memory);
         BlockMemory(block_rows_, kernel_bytes_, scratch);
         char* const partials = scratch.take<char>(partials_bytes_);
         char* const later = scratch.take<char>(partials_bytes_);
-        functions_.attend(part(call_.first_part(batch)), partials);
-        const Block newest = part(call_.sequence(batch));
-        functions_.attend(newest, later);
+        functions_.attend(part(call_.first_part(at.batch)), partials);
+        functions_.attend(part(call_.sequence(at.batch)), later);
         functions_.decode.merge(newest, partials, later);
         functions_.decode.finish(newest, partials);
     }
 
-    // Late blocks first: under a causal mask they are the long ones, and what ends last is short.
     // memory: scratch_bytes_ of it.
-    Block block(int64_t item, char* memory, const Stop& stop) const {
-        const int64_t head = item / blocks_ % args_.kv_heads;
-        if (!call_.packed()) {
-            const Sequence sequence = call_.sequence(item / blocks_ / args_.kv_heads);
-            return block(sequence, head, blocks_ - 1 - item % blocks_, memory, stop);
-        }
-        const int64_t index = item / args_.kv_heads;
-        const auto next = std::upper_bound(first_block_.begin(), first_block_.end(), index) - 1;
-        const Sequence sequence = call_.sequence(next - first_block_.begin());
-        return block(sequence, item % args_.kv_heads, blocks(sequence) - 1 - (index - *next),
-                     memory, stop);
-    }
-
     Block block(const Sequence& sequence, int64_t kv_head, int64_t index, char* memory,
                 const Stop& stop) const {
         const int64_t first = index * block_rows_;
@@ -248,6 +252,9 @@ class Blocks {
     size_t kernel_bytes_ = 0, scratch_bytes_ = 0;           // of one thread
     int64_t partials_bytes_ = 0;                            // of one part; 0: there are no parts
     int threads_ = 1;
+    // One block of all heads after the other: where the heads of a token are neighbours and few
+    // keys are seen, the next block finds the same pages of memory.
+    bool across_heads_ = false;
 };
 
 }  // namespace

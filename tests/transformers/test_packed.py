@@ -62,7 +62,11 @@ def of_random(heads=4, kv_heads=2, length=55, grad=False):
     ]
 
 
-@pytest.mark.promise("transformers-means-eager", "transformers-makes-no-mask-of-pairs")
+@pytest.mark.promise(
+    "packed-sequences-see-themselves",
+    "transformers-means-eager",
+    "transformers-makes-no-mask-of-pairs",
+)
 @pytest.mark.parametrize("implementation", ["fastattn", "fastattn_flash"])
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_each_sees_itself_alone(monkeypatch, name, implementation, way):

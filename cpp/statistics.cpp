@@ -6,6 +6,7 @@
 // order. Called by src/statistics.cpp; calls the kernel's table (kernel/kernel.h) through
 // parallel_for.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -20,7 +21,8 @@ namespace {
 // Spans are long enough that a query tile's transposition costs little, and there are enough of
 // them for many threads.
 constexpr int64_t kLeastSpan = 512, kMostSpans = 128;
-constexpr size_t kEdgeBytes = 16 << 20;        // see Sums
+constexpr size_t kEdgeBytes = 16 << 20;  // see Sums
+constexpr double kLog2e = 1.44269504088896340736;
 constexpr double kSecondsPerScore = 1e-9;      // to make a probability of it, roughly
 constexpr size_t kAllScratchBytes = 32 << 20;  // of all threads together, but for one alone
 
@@ -74,30 +76,16 @@ class Heads {
         const int64_t tiles = parts(args_.call.q_len, rows_), items = tiles * count();
         const int threads = team_size(items, seconds());
         Scratch layout;
-        cut(layout);
-        layout.take<RowStatistics>(rows_);
+        cut_to_look(layout);
         const size_t bytes = layout.used();
         const Memory memory = allocate(bytes * size_t(threads));
-        return parallel_for(items, threads, interrupt,
-                            [&](int64_t item, int worker, const Stop& stop) {
-                                // Late rows first: under a causal mask they take the longest.
-                                const int64_t first = (tiles - 1 - item % tiles) * rows_;
-                                Scratch scratch(memory.get() + size_t(worker) * bytes);
-                                const BlockMemory mine = cut(scratch);
-                                RowStatistics* const asked = scratch.take<RowStatistics>(rows_);
-                                StatisticsBlock look{};
-                                const int64_t head = item / tiles;
-                                const Sequence sequence = call_.sequence(head / args_.call.q_heads);
-                                look.block = block(sequence, head, first, mine, stop);
-                                look.statistics = asked;
-                                look.top = args_.top;
-                                look.entropy = args_.entropy != nullptr;
-                                for (int r = 0; r < look.block.row_count; ++r) {
-                                    asked[r] = row(item / tiles * args_.call.q_len + first + r);
-                                }
-                                functions_.statistics.look(look);
-                                take_back(memory.get() + size_t(worker) * bytes, bytes);
-                            });
+        return parallel_for(
+            items, threads, interrupt, [&](int64_t item, int worker, const Stop& stop) {
+                char* const mine = memory.get() + size_t(worker) * bytes;
+                // Late rows first: under a causal mask they take the longest.
+                look_at(item / tiles, (tiles - 1 - item % tiles) * rows_, mine, stop);
+                take_back(mine, bytes);
+            });
     }
 
    protected:
@@ -132,6 +120,61 @@ class Heads {
     size_t kernel_bytes_ = 0;
 
    private:
+    struct LookMemory {
+        BlockMemory block;
+        RowStatistics* asked;
+        double* first_part;  // the softmax of each row
+    };
+
+    LookMemory cut_to_look(Scratch& scratch) const {
+        const BlockMemory block = cut(scratch);
+        RowStatistics* const asked = scratch.take<RowStatistics>(rows_);
+        return {block, asked, scratch.take<double>(2 * rows_)};
+    }
+
+    // The query tile that begins with row `first` of a head. Of parts (Parts), nothing but the
+    // softmax is asked; a sink counts once, when both are known.
+    void look_at(int64_t head, int64_t first, char* memory, const Stop& stop) const {
+        Scratch scratch(memory);
+        const LookMemory mine = cut_to_look(scratch);
+        const int64_t batch = head / args_.call.q_heads;
+        const int64_t index = head * args_.call.q_len + first;
+        const bool parts = call_.has_first_part(batch);
+        const auto look = [&](const Sequence& sequence) {
+            StatisticsBlock look{};
+            look.block = block(sequence, head, first, mine.block, stop);
+            look.statistics = mine.asked;
+            look.top = args_.top;
+            look.entropy = args_.entropy != nullptr;
+            for (int r = 0; r < look.block.row_count; ++r) {
+                mine.asked[r] = row(index + r);
+                if (parts) mine.block.rows[r].sink = -std::numeric_limits<double>::infinity();
+            }
+            functions_.statistics.look(look);
+            return look.block.row_count;
+        };
+        if (!parts) {
+            look(call_.sequence(batch));
+            return;
+        }
+        const int rows = look(call_.first_part(batch));
+        for (int i = 0; i < 2 * rows; ++i) mine.first_part[i] = softmax(index).get(i);
+        look(call_.sequence(batch));
+        const double* const sinks = args_.call.sinks;
+        const double sink = sinks == nullptr ? 0 : sinks[head % args_.call.q_heads] * kLog2e;
+        for (int r = 0; r < rows; ++r) {
+            const Numbers newest = softmax(index + r);
+            const double* const before = mine.first_part + 2 * r;
+            const double largest = std::max(before[0], newest.get(0));
+            double sum = 0;
+            if (before[1] != 0) sum += std::exp2(before[0] - largest) / before[1];
+            if (newest.get(1) != 0) sum += std::exp2(newest.get(0) - largest) / newest.get(1);
+            if (sum != 0 && sinks != nullptr) sum += std::exp2(sink - largest);
+            newest.set(0, largest);
+            newest.set(1, sum == 0 ? 0 : 1 / sum);
+        }
+    }
+
     // What is asked of one row of all.
     RowStatistics row(int64_t index) const {
         return {softmax(index).data, numbers(args_.entropy).at(index).data,
@@ -368,16 +411,22 @@ bool attention_column_sums(AttentionArgs args, void* column_sums, Interrupt inte
     const int64_t size = wide ? 8 : 4, sums = heads * args.kv_len;
     const Memory softmax = allocate(size_t(rows * 2 * size));
     lend(softmax.get(), rows * 2 * size);
-    args.softmax = softmax.get();
     if (!call.takes_scores()) {
+        // Scores of another order of sums would not match a softmax: query tiles' own is taken.
+        const bool in_tiles =
+            !call.decodes(args.q_len) || args.q_len * call.group > call.functions.decode.most_rows;
+        if (in_tiles) args.softmax = softmax.get();
         if (!attention(args, interrupt)) return false;
+        if (rows == 0 || args.kv_len == 0) return true;
         StatisticsArgs statistics;
         statistics.call = args;
         statistics.call.value = statistics.call.value_scale = {};
         statistics.call.value_head_dim = 0;
         statistics.column_sums = column_sums;
-        return rows == 0 || args.kv_len == 0 || Sums(statistics).add(interrupt);
+        const Sums all(statistics);
+        return (in_tiles || all.look(interrupt)) && all.add(interrupt);
     }
+    args.softmax = softmax.get();
     constexpr double unseen = -std::numeric_limits<double>::infinity();
     if (wide) {
         std::fill_n(static_cast<double*>(column_sums), sums, unseen);

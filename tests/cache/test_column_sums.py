@@ -61,6 +61,27 @@ def test_they_are_those_of_attention_statistics(dtype, q_len):
 
 
 @pytest.mark.promise("column-sums-of-a-cache")
+@every_isa
+@pytest.mark.parametrize("gap", [False, True])
+@pytest.mark.parametrize("q_len", [1, 2, 8, 16, 33])
+def test_rows_sum_to_one_however_large_scores_are(q_len, gap):
+    query, key, value = problem(np.float32, 1300, q_len)
+    cache = filled(key, value)
+    if gap:
+        cache.evict(700, keep_first=90)
+    for scale in (1.0, 100.0):
+        _, sums = cache.attend(query, scale=scale, return_column_sums=True)
+        assert_allclose(sums.sum(axis=2), q_len, rtol=1e-5)
+    sinks = np.array([-3, 0.5, 900, 2], np.float32)
+    _, lse, sums = cache.attend(
+        query, scale=100.0, sinks=sinks, return_lse=True, return_column_sums=True
+    )
+    without = lse.astype(np.float64)
+    seen = 1 / (1 + np.exp(np.minimum(sinks[:, None] - without, 700)))
+    assert_allclose(sums.sum(axis=2), seen.sum(axis=2), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.promise("column-sums-of-a-cache")
 def test_what_is_returned():
     query, key, value = problem(np.float32, 200, 3)
     cache = filled(key, value)

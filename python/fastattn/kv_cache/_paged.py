@@ -421,7 +421,7 @@ class PagedKVCache(StoredCache):
             Also return what each position gets from these queries, of which the heavy hitters [2]_
             get the most. Of one query, if at most 16 heads share a key head, keys and values are
             read once, and the memory of the sums is all that it takes; otherwise the keys are read
-            once more.
+            once more, or twice by 2 to 16 queries.
 
         Returns
         -------

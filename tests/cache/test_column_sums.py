@@ -119,8 +119,24 @@ def test_threads_and_company_change_no_bit(dtype, q_len, threads):
     for b in range(3):
         own = cache.attend(query[[b]], return_column_sums=True, sequences=[b])
         assert_same_bits(own[0], expected[0][[b]])
-        if q_len == 1:
-            assert_same_bits(own[1], expected[1][[b]])
+        assert_same_bits(own[1], expected[1][[b]])
+
+
+@pytest.mark.promise("column-sums-of-a-cache")
+@every_isa
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16, np.int8])
+@pytest.mark.parametrize("q_len", [1, 3, 30])
+def test_a_long_neighbour_changes_no_bit(dtype, q_len):
+    """Beyond 65,536 keys the longest sequence says how many a thread sums at a time."""
+    query, key, value = problem(dtype, 70_000, q_len, dims=(4, 4))
+    cache = PagedKVCache(2, 4, dtype=dtype)
+    for keep in (3000, 70_000):
+        cache.append(key[:1, :, :keep], value[:1, :, :keep], sequences=[cache.add()])
+    for keep_first in (7, 0):  # with a gap, then without
+        cache.evict(2000, keep_first=keep_first, sequences=[0])
+        both = cache.attend(query, return_column_sums=True)[1]
+        alone = cache.attend(query[:1], return_column_sums=True, sequences=[0])[1]
+        assert_same_bits(both[:1, :, : alone.shape[2]], alone)
 
 
 @pytest.mark.promise("column-sums-of-a-cache")

@@ -25,6 +25,7 @@ from fastattn.bench.accuracy import expected, max_error, sampled
 from fastattn.bench.calls import CALLS, as_views
 from fastattn.bench.cases import Case, Floor, promise
 from fastattn.bench.libraries import PREPARE, missing
+from fastattn.bench.operands import Unsupported
 
 PATIENCE = 60
 SMALL = [
@@ -265,6 +266,23 @@ def test_pace_has_sinks(member):
 def test_vllm_wants_the_last_query_at_the_last_key(case, member):
     with pytest.raises(measure.Failure, match="wants the last query at the last key"):
         member("vllm").ask(PATIENCE, "prepare", case)
+
+
+@pytest.mark.parametrize("library", ["vllm", "pace"])
+@pytest.mark.parametrize("window", [(None, 3), (3, None), (9, 4)])
+def test_rivals_know_no_window_whose_sides_differ(library, window):
+    case = Case("sides", 70, 70, 2, 32, dtype="bfloat16", window=window)
+    with pytest.raises(Unsupported, match="knows no window whose sides differ"):
+        PREPARE[library](case, cases.make_inputs(case), 2)
+
+
+@by_name(SCORES)
+@pytest.mark.parametrize("library", [x for x in PREPARE if x not in ("fastattn", "vllm")])
+def test_scores_that_a_library_does_not_know_are_refused(library, case):
+    case = replace(case, sinks=case.sinks and library != "pace")  # which has them
+    for name in cases.score_options(case):
+        with pytest.raises(Unsupported, match=f"knows no {name}$"):
+            PREPARE[library](case, cases.make_inputs(case), 2)
 
 
 @pytest.mark.parametrize("library", rivals.PREPARE)

@@ -195,9 +195,23 @@ FAMILIAR = [
 FLOORS = [
     _square("f32-512-d64", 512, 12, 64, floor=promise(76, best=1.15)),
     _square("f32-2k-d64", 2048, 12, 64, floor=promise(86, best=1.1)),
-    _square("f32-2k-d64-causal", 2048, 12, 64, is_causal=True, floor=promise(80, best=1.05)),
+    _square(
+        "f32-2k-d64-causal",
+        2048,
+        12,
+        64,
+        is_causal=True,
+        floor=promise(80, best=1.05, onnxruntime=1.4),
+    ),
     _square("f32-2k-d128", 2048, 12, 128, floor=promise(90, best=1.05)),
-    _square("f32-4k-d128-causal", 4096, 12, 128, is_causal=True, floor=promise(88, best=1.1)),
+    _square(
+        "f32-4k-d128-causal",
+        4096,
+        12,
+        128,
+        is_causal=True,
+        floor=promise(88, best=1.1, onnxruntime=1.3),
+    ),
     _square(
         "f32-2k-d64-padding",
         2048,
@@ -270,7 +284,7 @@ HALF = [
         64,
         dtype="bfloat16",
         is_causal=True,
-        floor=promise(72, best=1.25),
+        floor=promise(72, best=1.25, openvino=2.0),
     ),
     _square(
         "bf16-2k-d128-causal",

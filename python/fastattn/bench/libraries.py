@@ -24,6 +24,7 @@ from fastattn.bench.operands import (
     module,
     plainly_causal,
     require,
+    require_plain_scores,
     require_scores,
     tensor,
     tokens_first,
@@ -43,6 +44,7 @@ def _fastattn(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """Compute softmax(Q K^T) V by matmul, without avoidable copies; BLAS decides the threads."""
+    require_plain_scores(case)
     require(case, "float32", "float64", otherwise="has no BLAS for {}")
     require_scores(case)
     query, key, value, *_ = inputs
@@ -71,6 +73,7 @@ def _numpy(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 
 def _torch(case: Case, inputs: Inputs, threads: int) -> Prepared:
+    require_plain_scores(case)
     torch = module("torch")
     torch.set_num_threads(threads)
 
@@ -103,6 +106,7 @@ def _torch(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 
 def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
+    require_plain_scores(case)
     jax = module("jax")
     require(case, "float32", "bfloat16")
     operands = {
@@ -130,6 +134,7 @@ def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 
 def _openvino(case: Case, inputs: Inputs, threads: int) -> Prepared:
+    require_plain_scores(case)
     openvino, op = module("openvino"), module("openvino.opset13")
     require(case, "float32", "bfloat16", otherwise="computes {} as another type")
     query, key, value, *_ = inputs
@@ -335,6 +340,7 @@ def _onnx_session(model: _OnnxModel, case: Case, threads: int) -> Prepared:
 
 def _onnxruntime(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """Try each operator that can express the case, and keep the fastest."""
+    require_plain_scores(case)
     require(case, "float32", "float64", "float16")
     if case.window is not None and case.window[1] > 0:
         require_scores(case)  # no operator with a mask is fused

@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.bench.cases import Array, Case, Inputs, numpy_dtype, seen_by_position
+from fastattn.bench.cases import (
+    Array,
+    Case,
+    Inputs,
+    numpy_dtype,
+    score_options,
+    seen_by_position,
+)
 
 
 class Unsupported(Exception):
@@ -42,6 +49,13 @@ def require(case: Case, *dtypes: str, otherwise: str = "does not compute in {}")
     """Refuse every other dtype."""
     if case.dtype not in dtypes:
         raise Unsupported(otherwise.format(case.dtype))
+
+
+def require_plain_scores(case: Case, *known: str) -> None:
+    """Refuse what the case does to its scores and their sum, but what the library knows."""
+    for name in score_options(case):
+        if name not in known:
+            raise Unsupported(f"knows no {name}")
 
 
 def require_scores(case: Case) -> None:

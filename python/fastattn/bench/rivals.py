@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the attention of vLLM, ZenTorch and AMD PACE computes a case, each at its best.
+"""How the attention of vLLM, ZenTorch and AMD PACE computes a case.
+
+Each is at its best, but vLLM on a CPU with tile instructions (AMX): its kernels of vectors are
+asked for everywhere, those of tiles nowhere.
 
 Called by worker.py through libraries.py, in a process that holds one of them alone. Their packages
 require versions of others that exclude each other, but their compiled operators need torch alone:
@@ -27,6 +30,7 @@ from fastattn.bench.operands import (
     module,
     plainly_causal,
     require,
+    require_plain_scores,
     tensor,
     tokens_first,
 )
@@ -82,11 +86,9 @@ def _window_of_last_queries(case: Case) -> tuple[bool, int]:
         case.query_offset != case.kv_len - case.q_len or (case.lengths and not case.ragged_queries)
     ):
         raise Unsupported("wants the last query at the last key")
-    if left is None:
-        return is_causal, -1
     if not is_causal and left != right:
         raise Unsupported("knows no window whose sides differ")
-    return is_causal, left + 1
+    return is_causal, -1 if left is None else left + 1
 
 
 def _vllm(case: Case, inputs: Inputs, threads: int) -> Prepared:
@@ -141,6 +143,7 @@ def _vllm(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 def _zentorch(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """Fold grouped heads into the queries where rows need not know their position."""
+    require_plain_scores(case)
     require(case, "float32", "bfloat16", "float16", "float64")
     attention = _load("zentorch", threads).ops.zentorch.zentorch_sdpa
     query, *key_value = inputs[:3]
@@ -168,6 +171,7 @@ def _zentorch(case: Case, inputs: Inputs, threads: int) -> Prepared:
 
 def _pace(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """Attend to a pool of slabs, which is filled before the clock starts."""
+    require_plain_scores(case, "sinks")
     require(case, "bfloat16")
     if inputs.mask is not None:
         raise Unsupported("knows no mask, nor lengths that differ")

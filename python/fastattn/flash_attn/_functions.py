@@ -13,7 +13,7 @@ import torch
 
 import fastattn
 import fastattn.torch
-from fastattn._arrays import as_numpy, pool_of_caller
+from fastattn._arrays import as_numpy
 from fastattn.flash_attn._arguments import (
     check_axes,
     indices_of,
@@ -367,8 +367,7 @@ def flash_attn_with_kvcache(
             paged = fastattn.PagedKVCache.from_pages(
                 as_numpy("k_cache", key), as_numpy("v_cache", value), table.numpy(), ends.numpy()
             )
-            with pool_of_caller:
-                out, lse = paged.attend(query, **options, return_lse=True)
+            out, lse = paged.attend(query, **options, return_lse=True)
         else:
             options |= {"kv_lengths": ends, "query_offset": ends - q.shape[1]}
             if cache_batch_idx is None and len(key) == batch:

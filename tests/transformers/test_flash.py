@@ -130,6 +130,29 @@ def test_models_with_attention_of_their_own(name):
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.promise("transformers-refuses-other-attention", "transformers-means-eager")
+def test_a_layer_that_never_asks():
+    """Kosmos-2.5 computes what is eager, to which it would add flash-attn's mask of 1 and 0."""
+    from transformers.models.kosmos2_5 import modeling_kosmos2_5
+
+    sizes = {"hidden_size": 32, "patch_embed_hidden_size": 24, "num_hidden_layers": 1}
+    config = transformers.models.kosmos2_5.configuration_kosmos2_5.Kosmos2_5VisionConfig(
+        **sizes, num_attention_heads=4, head_dim=8, intermediate_size=48
+    )
+    kind = modeling_kosmos2_5.Kosmos2_5VisionModel
+    with pytest.raises(ValueError, match=r"'fastattn_flash': .* in Kosmos2_5VisionAttention"):
+        kind._from_config(config, attn_implementation="fastattn_flash")
+    patches = torch.randn(1, 9, 26, generator=torch.Generator().manual_seed(0)).abs()
+    patches[:, 6:] = 0
+    outs = []
+    for implementation in ("eager", "fastattn"):
+        torch.manual_seed(0)
+        outs.append(
+            kind._from_config(config, attn_implementation=implementation).eval()(patches)[0]
+        )
+    torch.testing.assert_close(*outs, **TOLERANCE)
+
+
 @pytest.mark.promise("transformers-refuses-other-attention")
 def test_chunks_longer_than_one():
     """Refused by transformers under any name with "flash"."""

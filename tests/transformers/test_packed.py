@@ -2,6 +2,7 @@
 """Sequences packed in a row: each sees itself alone, forward and backward, or it is refused."""
 # ruff: noqa: E501 - the tables have a line per case
 
+import copy
 import itertools
 import re
 
@@ -29,7 +30,8 @@ POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
 IDS = tokens(1, 55)
 WAYS = {
     "cu_seq_lens": PACKED,
-    "the longest in a tensor": PACKED | {"max_length_q": torch.tensor(30)},
+    "the longest in a tensor": PACKED
+    | {"max_length_q": torch.tensor(30), "max_length_k": torch.tensor([30])},
     "cu_seq_lens_q": {"cu_seq_lens_q": STARTS},
     "cu_seq_lens_k": {"cu_seq_lens_k": STARTS.tolist()},
     "and a mask": PACKED | {"attention_mask": torch.ones(1, 55, dtype=torch.long)},
@@ -43,6 +45,7 @@ CASES = [
     *((name, way) for name in ("llama", "mistral", "gpt2") for way in WITHOUT_CACHE.items()),
 ]
 ATTENTION = AttentionInterface()["fastattn"]
+CHUNKS = "'fastattn' cannot chunk packed sequences told by cu_seq_lens_q: pass position_ids that"
 CROSS = "cu_seq_lens_q and cu_seq_lens_k must be "
 
 
@@ -84,9 +87,40 @@ def test_chunks_of_packed_sequences():
     inputs = {"input_ids": IDS, "position_ids": POSITIONS}
     for way in WITHOUT_CACHE.values():
         assert_alone("llama4", model(**inputs, **way)[0])
-    refused = "has chunks within packed sequences where position_ids restart, and use_cache=False"
-    with pytest.raises(NotImplementedError, match=refused):
-        model(**inputs, **PACKED)
+    for wrong in ({}, {"use_cache": False, "position_ids": torch.arange(55)[None]}):
+        with pytest.raises(NotImplementedError, match=CHUNKS):
+            model(**inputs | PACKED | wrong)
+    other = torch.tensor([0, 10, 17, 24, 25, 55])  # positions do not restart at 17
+    with pytest.raises(NotImplementedError, match=CHUNKS):
+        model(**inputs, use_cache=False, cu_seq_lens_q=other)
+
+
+@pytest.mark.promise("transformers-refuses-other-attention")
+@pytest.mark.parametrize(
+    "changed",
+    [
+        copy.deepcopy,
+        lambda mask: mask[:, :, :, :55],
+        lambda mask: copy.deepcopy(mask)[:, :, :55].clone(),
+        lambda mask: torch.ones(1, 1, 55, 55, dtype=torch.bool) & mask,
+        lambda mask: torch.cat(mask.split(30, -1), -1),
+        lambda mask: torch.zeros(1, 1, 55, 55).masked_fill(~mask, -torch.inf),
+    ],
+)
+def test_chunks_of_a_mask_that_a_model_changed(monkeypatch, changed):
+    """Whatever is made of the mask, its chunks are those of the row."""
+    module = transformers.models.llama4.modeling_llama4
+    chunked = module.create_chunked_causal_mask
+    monkeypatch.setattr(
+        module, "create_chunked_causal_mask", lambda **given: changed(chunked(**given))
+    )
+    model = model_of("llama4", "fastattn")
+    inputs = {"input_ids": IDS, "position_ids": POSITIONS, **PACKED}
+    with pytest.raises(NotImplementedError, match=CHUNKS):
+        model(**inputs)
+    out = model(**inputs, use_cache=False)[0]
+    monkeypatch.undo()
+    assert_alone("llama4", out)
 
 
 @pytest.mark.promise("transformers-means-eager")
@@ -249,7 +283,7 @@ def test_dropout_stays_in_its_sequence(bias):
     assert not torch.equal(out[:, 10:], attend(0.0)[:, 10:])
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["llama", "llama4", "bert"])
 def test_compiled(name):
     torch.compiler.reset()
     model = model_of(name, "fastattn")
@@ -261,6 +295,10 @@ def test_compiled(name):
         torch.testing.assert_close(compiled(**inputs)[0], model(**inputs)[0], **TOLERANCE)
         with pytest.raises(ValueError, match=r"cu_seq_lens_q must be within 0\.\.55"):
             compiled(**inputs | {"cu_seq_lens_q": STARTS + 1})
+        if name == "llama4":
+            for wrong in ({"use_cache": True}, {"position_ids": torch.arange(55)[None]}):
+                with pytest.raises(NotImplementedError, match=CHUNKS):
+                    compiled(**inputs | wrong)
         torch.compiler.reset()
         whole = torch.compile(model, backend="aot_eager", fullgraph=True)
         with pytest.raises(torch._dynamo.exc.Unsupported, match="where packed sequences start is"):
@@ -299,6 +337,10 @@ def test_under_caches():
         ({"cu_seq_lens_k": torch.tensor([0, 10, 23, 25, 55])}, ValueError, CROSS + "equal in a causal layer and in one with a window, got 24 and 23 at 2"),
         ({"max_length_q": 29}, ValueError, "max_length_q must be 30, the longest of cu_seq_lens_q, or more, got 29"),
         ({"max_length_k": torch.tensor(14)}, ValueError, "max_length_k must be 30, the longest of cu_seq_lens_k, or more, got 14"),
+        ({"max_length_q": torch.tensor([30, 30])}, TypeError, "max_length_q must be an int, not Tensor"),
+        ({"max_length_q": torch.tensor(torch.nan)}, TypeError, "max_length_q must be an int, not float"),
+        ({"max_length_q": torch.nan}, TypeError, "max_length_q must be an int, not float"),
+        ({"max_length_k": "x"}, TypeError, "max_length_k must be an int, not str"),
     ],
 )  # fmt: skip
 @pytest.mark.promise("transformers-refuses-other-attention")

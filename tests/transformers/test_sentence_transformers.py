@@ -36,17 +36,26 @@ KINDS = {
 }
 
 
+MIXING = transformers.MobileBertConfig(
+    **SIZES, num_attention_heads=4, embedding_size=16, intra_bottleneck_size=32, pad_token_id=0
+)
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request, tmp_path_factory):
-    """Return where a tiny model of random weights lies, with a tokenizer of letters."""
+    """Return where a tiny model lies."""
+    return saved(KINDS[request.param], tmp_path_factory.mktemp(request.param))
+
+
+def saved(config, place):
+    """Save a model of random weights, with a tokenizer of letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {"[PAD]": 0, "[CLS]": 1, "[UNK]": 2} | {x: i for i, x in enumerate("abcdefgh", 3)}
     letters = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     letters.pre_tokenizer = pre_tokenizers.Whitespace()
-    place = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    transformers.AutoModel.from_config(KINDS[request.param]).save_pretrained(place)
+    transformers.AutoModel.from_config(config).save_pretrained(place)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=letters, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
     ).save_pretrained(place)
@@ -83,6 +92,16 @@ def test_gradients(folder):
     for name, expected in theirs.items():
         if expected is not None:
             torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_model_that_mixes_neighbours(monkeypatch, tmp_path):
+    """Outside attention, texts beside each other in a row would mix too, unless padded."""
+    place = saved(MIXING, tmp_path)
+    model, expected = loaded(place, "fastattn_flash"), loaded(place, "sdpa").encode(TEXTS)
+    model[0].unpad_inputs = False
+    calls = record(monkeypatch)
+    assert abs(model.encode(TEXTS) - expected).max() <= 1e-5 * abs(expected).max()
+    assert len(calls) == 2
 
 
 def test_the_page():

@@ -65,11 +65,7 @@ def attention(
     weights : Tensor of shape (batch, q_heads, q_len, kv_len), or None
         Without dropout, and without a gradient.
     """
-    if getattr(attention_mask, "is_chunked", False) and _packed.are_told(others):
-        raise NotImplementedError(
-            "attn_implementation='fastattn' has chunks within packed sequences where position_ids "
-            "restart, and use_cache=False: got cu_seq_lens_q, and chunks of the whole row"
-        )
+    chunk_size = getattr(attention_mask, "chunk_size", None)
     if type(attention_mask) is Pattern and attention_mask.is_made:
         attention_mask = attention_mask.whole()
     _refuse(module, attention_mask, s_aux, others)
@@ -88,7 +84,9 @@ def attention(
     dropped = drawn_dropout(dropout) if dropout > 0 and module.training else {}
     weighed = bool(output_attentions) or _collected()
     if "starts" in seen or _packed.are_told(others):
-        out, seen = _packed.attention(query, key, value, seen, options | dropped, others, weighed)
+        out, seen = _packed.attention(
+            query, key, value, seen, options | dropped, others, weighed, chunk_size
+        )
     else:
         out = fastattn.torch.attention(query, key, value, **seen, **options, **dropped)
         out = out.transpose(1, 2)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
@@ -39,7 +39,6 @@ class Pattern(Tensor):
     them beside ours, it must not be added to, and neither must what is made of it.
     """
 
-    is_chunked: bool = False  # by the row, whatever sequences are packed in it
     _seen: dict[str, Any]
     _whole: Tensor | None
 
@@ -61,6 +60,11 @@ class Pattern(Tensor):
         self = cls(tuple(mask.shape), {})
         self._whole = mask
         return self
+
+    @property
+    def chunk_size(self) -> int | None:
+        """The size of chunks, which may be of the row, whatever sequences are packed in it."""
+        return getattr(self._whole, "chunk_size", None)
 
     @property
     def is_made(self) -> bool:
@@ -97,9 +101,9 @@ class Pattern(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         found = _on_masks(function, getattr(function, "__name__", ""), args, kwargs)
-        if function is Tensor.as_subclass or not _is_mask(found):
+        if function is Tensor.as_subclass:
             return found
-        return Pattern.of(found)
+        return tree_map_only(Tensor, lambda x: Pattern.of(x) if _is_mask(x) else x, found)
 
     @classmethod
     def __torch_dispatch__(
@@ -134,8 +138,14 @@ def _on_masks(
             "without transformers' AttentionInterface, which attn_implementation='fastattn' "
             "needs"
         )
+    leaves = tree_leaves((args, kwargs))
+    sizes = [x.chunk_size for x in leaves if getattr(x, "chunk_size", None) is not None]
     args, kwargs = tree_map_only(Pattern, Pattern.whole, (args, kwargs or {}))
-    return function(*args, **kwargs)
+    found = function(*args, **kwargs)
+    for x in tree_leaves(found) if sizes else ():
+        if isinstance(x, Tensor) and not isinstance(x, Pattern):  # which has its mask's
+            x.chunk_size = min(sizes)
+    return found
 
 
 def _whole(
@@ -221,6 +231,9 @@ def mask(
             device=device,
             **others,
         )
+        chunk_size = getattr(others.get("config"), "attention_chunk_size", None)
+        if chunk_size is not None and chunk_size == others.get("local_size"):
+            made.chunk_size = chunk_size
         return made
 
     plain = attention_mask is None or (attention_mask.dim(), attention_mask.dtype) == (
@@ -240,9 +253,7 @@ def mask(
     if known is None:
         if q_length == 1:
             return make()  # it may go to a compiled model
-        made = Pattern.of(make())
-        made.is_chunked = _is_chunked(mask_function)
-        return made
+        return Pattern.of(make())
     causal_layer, left, right = known
     offset = first - first_key  # of the first query, among the keys
     end = offset + q_length  # of the queries, likewise
@@ -351,14 +362,6 @@ def _starts(mask_function: Callable[..., Any]) -> Tensor | None:
         return _packed.restarts_of(given["packed_sequence_mask"])
     found = [x for x in map(_starts, given["mask_functions"]) if x is not None]
     return torch.cat(found).unique() if found else None
-
-
-def _is_chunked(mask_function: Callable[..., Any]) -> bool:
-    """Tell whether a function has chunks that position_ids do not start anew."""
-    code = getattr(mask_function, "__code__", None)
-    if code is not AND:
-        return code is CHUNKS
-    return any(map(_is_chunked, inspect.getclosurevars(mask_function).nonlocals["mask_functions"]))
 
 
 def _least(sides: tuple[int | None, ...]) -> int | None:

@@ -129,7 +129,7 @@ def _answer_for_flash() -> None:
 
 def _refuse(model: Any, name: str) -> None:
     """Refuse a class of models in which some layer does not ask for attention."""
-    layer = _own_attention(model)
+    layer = _own_attention(model, name)
     if _asks_for_attention(model) and layer is None:
         return
     where = "" if layer is None else f" in {layer}"
@@ -150,7 +150,7 @@ def _asks_for_attention(model: Any) -> bool:
 
 
 @functools.cache
-def _own_attention(model: type) -> str | None:
+def _own_attention(model: type, name: str) -> str | None:
     """Return the name of a class in a model that does not ask for attention, if there is one.
 
     It adds a mask to scores by itself, or chooses its layers from a table of implementations that
@@ -167,6 +167,8 @@ def _own_attention(model: type) -> str | None:
         if source is not None:
             names = vars(sys.modules[kind.__module__])
             if _adds_mask(source) or _chooses_from_table(source, names):
+                return kind.__name__
+            if name == FLASH and _never_asks(source, names):  # and gets the mask of flash-attn
                 return kind.__name__
             waiting += _modules_named(source, names)
     return None
@@ -203,6 +205,16 @@ def _chooses_from_table(source: ast.ClassDef, names: dict[str, Any]) -> bool:
         and node.slice.attr == "_attn_implementation"
         and isinstance(names.get(node.value.id), dict)
         and NAME not in names[node.value.id]
+        for node in ast.walk(source)
+    )
+
+
+def _never_asks(source: ast.ClassDef, names: dict[str, Any]) -> bool:
+    """Tell whether a class looks for attention among the interface's attributes: it has none."""
+    return any(
+        isinstance(node, ast.Call)
+        and _named(node.func) == "getattr"
+        and isinstance(names.get(_named(node.args[0])), AttentionInterface)
         for node in ast.walk(source)
     )
 

@@ -38,6 +38,7 @@ def attention(
     options: dict[str, Any],
     others: dict[str, Any],
     as_mask: bool,
+    chunk_size: int | None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return out, of shape (batch, q_len, q_heads, value_head_dim), and what each query saw.
 
@@ -47,6 +48,8 @@ def attention(
         The other options of the call, and what else the layer was given.
     as_mask : bool
         What each query saw is wanted in the words of `fastattn.attention`.
+    chunk_size : int, optional
+        The size of the chunks in the mask that `seen` has.
     """
     seen = dict(seen)
     restarts = seen.pop("starts", None)
@@ -54,6 +57,8 @@ def attention(
     told = _told(query, key, others, seen) if are_told(others) else None
     if told is not None:
         parts.append(told)
+        if chunk_size is not None:
+            _check_chunks(seen["mask"], told, chunk_size)
     if not parts:
         return fastattn.torch.attention(query, key, value, **seen, **options).transpose(1, 2), seen
     first, (queries, keys) = parts[0], parts[-1]
@@ -101,11 +106,14 @@ def _told(
                 f"{starts[0]}..{starts[-1]}"
             )
         longest, most = np.diff(starts).max(initial=0), others.get(f"max_length_{side}")
-        if most is not None and longest > int(most):
-            raise ValueError(
-                f"max_length_{side} must be {longest}, the longest of {name}, or more, got "
-                f"{int(most)}"
-            )
+        if most is not None:
+            if isinstance(most, (torch.Tensor, np.ndarray)) and most.shape in ((), (1,)):
+                most = most.item()
+            if longest > (most := _arguments.whole_number(f"max_length_{side}", most)):
+                raise ValueError(
+                    f"max_length_{side} must be {longest}, the longest of {name}, or more, got "
+                    f"{most}"
+                )
         found.append(starts)
     queries, keys = found
     if len(queries) != len(keys):
@@ -122,6 +130,24 @@ def _told(
             f"window, got {queries[unlike[0]]} and {keys[unlike[0]]} at {unlike[0]}"
         )
     return torch.from_numpy(queries), torch.from_numpy(keys)
+
+
+def _check_chunks(mask: Tensor, starts: Starts, size: int) -> None:
+    """Refuse a mask whose chunks do not start anew in each sequence: its numbers tell."""
+    queries, keys = starts
+    if torch.equal(queries, keys) and mask.shape[-2:] == (queries[-1], keys[-1]):
+        position = torch.arange(int(queries[-1]))
+        position -= torch.repeat_interleave(queries[:-1], queries.diff())
+        chunk = position // size
+        pairs = shared(starts, len(position), len(position))
+        right = (pairs & (chunk[:, None] == chunk)).tril()
+        found = (mask if mask.dtype == torch.bool else mask == 0) & pairs
+        if torch.equal(found, right.expand_as(found)):
+            return
+    raise NotImplementedError(
+        "attn_implementation='fastattn' cannot chunk packed sequences told by cu_seq_lens_q: "
+        "pass position_ids that restart, use_cache=False, and no attention_mask"
+    )
 
 
 def restarts_of(sequence: Tensor) -> Tensor:

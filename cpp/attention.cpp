@@ -44,7 +44,7 @@ class Blocks {
         if (most_rows_ == 0) return;
         if (!call.packed()) seconds *= double(call.batches);
         cut(1);
-        threads_ = team_size(items(), seconds);
+        threads_ = team_size(items(), seconds, call.threads);
 
         const bool in_window = call.visible_at_most() < args_.kv_len;
         across_heads_ = in_window && args_.key.head_stride < args_.key.row_stride;

@@ -69,6 +69,7 @@ struct AttentionArgs {
     int64_t left = kUnlimited, right = kUnlimited;
     double dropout_p = 0.0;  // within 0..1
     uint64_t seed = 0;       // of what dropout draws
+    int threads = 0;         // to plan for; 0: those at hand
 };
 
 // The gradients of a call, whose out and lse are what it gave. grad_out is like out, grad_lse and

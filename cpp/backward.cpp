@@ -40,7 +40,7 @@ class Backward {
         for (const Head& head : heads_) seconds += call_.seconds(head.sequence);
         seconds *= kTimesForward / double(args.call.kv_heads);
         choose_block_keys(seconds);
-        threads_ = team_size(items(), seconds);
+        threads_ = team_size(items(), seconds, call_.threads);
         // As many chains at a time as keep all threads from waiting for each other.
         size_t most = 1;
         for (const Chain& chain : chains_) {
@@ -136,7 +136,7 @@ class Backward {
         const size_t fixed = functions_.scratch_bytes(block, 0);
         const size_t each = functions_.scratch_bytes(block, tile) - fixed;
         block_keys_ = tile * std::max<int64_t>(int64_t(kBlockBytes / each), 1);
-        const int64_t threads = team_size(INT64_MAX, seconds);
+        const int64_t threads = team_size(INT64_MAX, seconds, call_.threads);
         for (;; block_keys_ = block_keys_ / 2 / tile * tile) {
             count_key_blocks();
             if (block_keys_ < 2 * tile || items() >= kItemsPerThread * threads) break;

@@ -48,7 +48,8 @@ Dropout dropout_of(const AttentionArgs& args) {
 Call::Call(const AttentionArgs& arguments)
     : args(arguments),
       functions(args.query.dtype == Dtype::kFloat64 ? kernel().float64 : kernel().float32),
-      group(args.q_heads / std::max<int64_t>(args.kv_heads, 1)) {
+      group(args.q_heads / std::max<int64_t>(args.kv_heads, 1)),
+      threads(args.threads > 0 ? args.threads : threads_at_hand()) {
     int64_t heads = args.kv_heads;
     for (const int64_t size : args.batch_shape) {
         batches *= size;

@@ -103,7 +103,7 @@ class Decode {
             add_member(slice, sequence, !parts, true);
             slice.carried.add(more);
         }
-        slice.team = team_size(slice.splits * call_.args.kv_heads, slice.seconds);
+        slice.team = team_size(slice.splits * call_.args.kv_heads, slice.seconds, call_.threads);
         return slice;
     }
 

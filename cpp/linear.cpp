@@ -31,7 +31,7 @@ bool linear(const LinearArgs& args, Interrupt interrupt) {
     const double work = double(args.in_features) * double(args.out_features);
     const double bytes = double(args.weight_stride) * double(args.out_features);
     const double seconds = std::max(2 * work * double(args.rows) / kFlops, bytes / kBytes);
-    const int64_t wanted = kItemsPerThread * team_size(kMostThreads, seconds);
+    const int64_t wanted = kItemsPerThread * team_size(kMostThreads, seconds, threads_at_hand());
 
     // Few rows leave no widened weights that should stay near.
     const int64_t near = kBlockBytes / std::max<int64_t>(args.in_features * 4, 1);
@@ -48,7 +48,7 @@ bool linear(const LinearArgs& args, Interrupt interrupt) {
                  8) *
         8;
     const int64_t items = column_blocks * ceil_div(args.rows, rows);
-    const int threads = team_size(items, seconds);
+    const int threads = team_size(items, seconds, threads_at_hand());
 
     const auto block = [&](int64_t item, void* scratch) {
         const int64_t row = item / column_blocks * rows, column = item % column_blocks * columns;

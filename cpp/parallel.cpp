@@ -40,11 +40,6 @@ constexpr auto kSpin =
     std::chrono::microseconds(50);  // before a thread sleeps: waking takes as long
 constexpr auto kLongSpin = std::chrono::microseconds(200);  // where more calls follow
 constexpr auto kRetry = std::chrono::seconds(1);            // after threads could not be had
-#if defined(__SANITIZE_THREAD__)
-constexpr double kTeamSeconds = 0;  // small calls have a team, too: there is more to see
-#else
-constexpr double kTeamSeconds = 10e-6;  // what waking a team costs
-#endif
 // In bytes, whatever the default is: libgomp puts some 200 there for every thread that it makes.
 constexpr size_t kOwnerStack = 2 << 20;
 
@@ -357,10 +352,7 @@ int get_num_threads() {
     return openmp_set ? openmp : std::min(openmp, usable_cpus());
 }
 
-int team_size(int64_t items, double seconds) {
-    if (items <= 1 || seconds < 2 * kTeamSeconds || omp_in_parallel()) return 1;
-    return int(std::min<int64_t>(items, get_num_threads()));
-}
+int threads_at_hand() { return omp_in_parallel() ? 1 : get_num_threads(); }
 
 bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body, bool more) {
     if (threads > 1 && pool_of_caller && process_id() == process_of_load) {

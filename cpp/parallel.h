@@ -9,13 +9,13 @@
 
 #include "attention.h"
 #include "kernel/kernel.h"
+#include "schedule.h"
 
 namespace fastattn {
 
-// The team for so many items that take about so many seconds together on one thread: one thread
-// where waking a team would cost more than it saves. Ask once per call, and give parallel_for the
-// answer.
-int team_size(int64_t items, double seconds);
+// What team_size() (schedule.h) is asked with, once per call: get_num_threads(), or 1 within a
+// parallel region.
+int threads_at_hand();
 
 // Runs body(item, worker, stop) for every item in [0, items), worker in [0, threads). A body looks
 // at stop now and then and returns early when it says so. False: interrupted, some items did not

@@ -74,7 +74,7 @@ class Heads {
 
     bool look(Interrupt interrupt) const {
         const int64_t tiles = parts(args_.call.q_len, rows_), items = tiles * count();
-        const int threads = team_size(items, seconds());
+        const int threads = team_size(items, seconds(), call_.threads);
         Scratch layout;
         cut_to_look(layout);
         const size_t bytes = layout.used();
@@ -218,8 +218,9 @@ class Sums : Heads {
                 ? count()
                 : std::clamp<int64_t>(int64_t(kEdgeBytes / sizeof(double)) / edges, 1, count());
         const size_t bytes = scratch(nullptr).used;
-        const int threads = int(std::clamp<int64_t>(int64_t(kAllScratchBytes / bytes), 1,
-                                                    team_size(at_once * spans_, seconds())));
+        const int threads =
+            int(std::clamp<int64_t>(int64_t(kAllScratchBytes / bytes), 1,
+                                    team_size(at_once * spans_, seconds(), call_.threads)));
         const Memory memory = allocate(bytes * size_t(threads));
         const size_t edge_bytes = size_t(at_once * edges) * sizeof(double);
         const Memory edge_memory = allocate(edge_bytes);
@@ -435,7 +436,7 @@ bool attention_column_sums(AttentionArgs args, void* column_sums, Interrupt inte
     }
     args.scores = column_sums;
     if (!attention(args, interrupt)) return false;
-    const int threads = team_size(heads, double(sums) * kSecondsPerScore);
+    const int threads = team_size(heads, double(sums) * kSecondsPerScore, call.threads);
     return parallel_for(heads, threads, interrupt, [&](int64_t head, int, const Stop&) {
         call.functions.statistics.normalise(
             static_cast<char*>(column_sums) + head * args.kv_len * size, args.kv_len,

@@ -6,6 +6,7 @@ What fails here hangs or kills the process, so each check runs in a process of i
 
 import ctypes
 import importlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -477,6 +478,44 @@ def idle_seconds(calls):
 @pytest.mark.promise("nothing-spins")
 def test_nothing_spins_after_a_call():
     assert min(run(idle_seconds, 3) for _ in range(3)) < 1e-3
+
+
+# Arguments that another thread changes during the call.
+
+
+def change_lengths():
+    """Call while a thread writes numbers into lengths that lie far outside the arrays."""
+    query = problem(2, 64)[0].swapaxes(0, 1).copy()
+    starts, lengths = np.array([0, 64]), np.array([64])
+    ended, outcomes = threading.Event(), set()
+
+    def change():
+        for number in itertools.cycle((64, 2**50)):  # between two rounds others may run
+            starts[1] = lengths[0] = number
+            if ended.is_set():
+                break
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    sys.setswitchinterval(1e-5)
+    end = time.monotonic() + 20
+    while len(outcomes) < 2 and time.monotonic() < end:
+        for _ in range(500):
+            try:
+                fastattn.varlen_attention(query, query, query, starts, starts)
+                batch = query.swapaxes(0, 1)[None]
+                fastattn.attention(batch, batch, batch, kv_lengths=lengths)
+                outcomes.add("computed")
+            except ValueError as error:
+                if "must be within 0.." in str(error):
+                    outcomes.add("refused")
+    ended.set()
+    changing.join()
+    return sorted(outcomes)
+
+
+def test_lengths_that_another_thread_changes():
+    assert run(change_lengths) == ["computed", "refused"]
 
 
 # Ctrl-C and other signals, the interpreter's lock, its end.

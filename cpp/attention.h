@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "schedule.h"
 
 namespace fastattn {
 
@@ -120,6 +121,10 @@ bool attention_statistics(const StatisticsArgs& args, Interrupt interrupt);  // 
 // type (statistics.cpp).
 bool attention_column_sums(AttentionArgs args, void* column_sums, Interrupt interrupt);
 Plan plan_attention(const AttentionArgs& args);
+// How the threads of a call would share it; nothing is computed, and only lengths and the like are
+// read.
+Schedule schedule_attention(const AttentionArgs& args);
+Schedule schedule_backward(const GradientArgs& args);  // backward.cpp
 
 // Instruction sets (dispatch.cpp).
 std::vector<std::string> isas();            // in this build, best first

@@ -161,7 +161,7 @@ sinks, kv_lengths, dropout_p, seed
         As for `attention`.
     threads : int, optional
         How the call would run with so many threads, which this machine need not have; with those
-        at hand unless given. An array on a GPU has none.
+        at hand unless given. Not for arrays on a GPU.
 
     Returns
     -------
@@ -184,9 +184,8 @@ sinks, kv_lengths, dropout_p, seed
     if library.on_gpu:
         from fastattn import cuda
 
-        if threads is not None:
-            raise ValueError(f"threads must be None for arrays on a GPU, got threads={threads}")
-        return cuda.explain(query, key, value, **options)
+        given: Any = options if threads is None else {**options, "threads": threads}
+        return cuda.explain(query, key, value, **given)
     q, k, v, shapes, checked = check(library.array("query", query), key, value, asked)
     countable(shapes)
     asked_of = 0 if threads is None else number_of_threads("threads", threads)

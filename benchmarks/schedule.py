@@ -12,7 +12,8 @@ given to threads as a real call does, and the time that threads would stand idle
 
 Efficiency is the work, in seconds of one thread, over the threads times the time of the call. A
 call whose work is less than 10 us for each thread cannot use them all: it counts against the team
-that was chosen for it, which * marks.
+that was chosen for it, which * marks. Waking a team is no part of efficiency but of the times in
+milliseconds: a thread that is awake wakes another in 10 us.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 THREADS = (1, 2, 8, 32, 64, 96)
 LEAST = {32: 0.85, 96: 0.70}  # efficiency that the guard asks for
 EXCEPTIONS: dict[str, str] = {}  # cases that may have less, at most three, and why
-WAKING_SECONDS = 10e-6  # one thread wakes two, two wake four: the time of each such step
+WAKING_SECONDS = 10e-6  # of one thread by another, which then both wake the next
 SHARE_SECONDS = 10e-6  # of work for each thread: less is not worth waking it
 TOLERANCE = 0.10  # of a prediction, at MEASURED threads
 MEASURED = (1, 2)
@@ -136,13 +137,13 @@ def _lower_turns(phase: Phase) -> Array:
     return lower
 
 
-def duration(plans: Sequence[Plan]) -> float:
+def duration(plans: Sequence[Plan], waking_seconds: float = WAKING_SECONDS) -> float:
     """Return how long a call takes. Its team wakes at the beginning, and stays awake."""
     whole = 0.0
     for plan in plans:
         now = 0.0
         for phase in plan.phases:
-            waking = (WAKING_SECONDS * thread.bit_length() for thread in range(phase.threads))
+            waking = (waking_seconds * thread.bit_length() for thread in range(phase.threads))
             now = finished(phase, [max(now, awake) for awake in waking])
         whole += now
     return whole
@@ -151,7 +152,7 @@ def duration(plans: Sequence[Plan]) -> float:
 class Usage(NamedTuple):
     """How a machine is used."""
 
-    seconds: float
+    seconds: float  # of the call, if its team sleeps before
     team: int  # the largest
     efficiency: float
     is_small: bool  # and counts against its team, not against the machine
@@ -159,11 +160,12 @@ class Usage(NamedTuple):
 
 def usage(plans: Sequence[Plan], threads: int) -> Usage:
     """Say how a call uses a machine with so many threads."""
-    work, seconds = sum(plan.seconds for plan in plans), duration(plans)
+    work, awake = sum(plan.seconds for plan in plans), duration(plans, 0.0)
     team = max((phase.threads for plan in plans for phase in plan.phases), default=1)
     is_small = work < SHARE_SECONDS * threads * len(plans)
     of = team if is_small else threads
-    return Usage(seconds, team, work / (of * seconds) if seconds else 1.0, is_small)
+    efficiency = work / (of * awake) if awake else 1.0
+    return Usage(duration(plans), team, efficiency, is_small)
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,7 @@ def show(jobs: Sequence[Job]) -> list[str]:
     """Print the table; return what is wrong."""
     wrong: list[str] = []
     width = max(len(job.name) for job in jobs)
-    say(f"{'efficiency / team':{width}} {'1 thread':>10}", *(f"{n:>8}" for n in THREADS))
+    say(f"{'efficiency / team':{width}}", *(f"{n:>8}" for n in THREADS), "  ms: 1    96")
     for job in jobs:
         used = {n: usage(plans, n) for n, plans in planned(job, THREADS) if plans}
         if not used:
@@ -304,10 +306,11 @@ def show(jobs: Sequence[Job]) -> list[str]:
         row = [
             f"{100 * x.efficiency:.0f}{'*' if x.is_small else '%'}/{x.team}" for x in used.values()
         ]
-        time_alone = f"{1e3 * used[1].seconds:.3g} ms"
-        say(f"{job.name:{width}} {time_alone:>10}", *(f"{x:>8}" for x in row))
+        milliseconds = (f"{1e3 * x.seconds:8.3g}" for x in (used[1], used[96]))
+        say(f"{job.name:{width}}", *(f"{x:>8}" for x in row), *milliseconds)
         wrong += faults(job.name, used)
     say("* too small for all threads: of the team that was chosen")
+    say(f"ms: with {1e6 * WAKING_SECONDS:.0f} us for one thread to wake another")
     for name, why in EXCEPTIONS.items():
         say(f"exception: {name}: {why}")
     return wrong
@@ -439,6 +442,9 @@ def compare(jobs: Sequence[Job], seconds: float) -> list[str]:
     width = max(len(job.name) for job in jobs)
     say(f"{'predicted, measured':{width}}", *(f"{n:>8} thread{'s' * (n > 1):7}" for n in MEASURED))
     for job in jobs:
+        if not any(plans for _, plans in planned(job, MEASURED)):
+            say(f"{job.name:{width}}  computes nothing")
+            continue
         row = []
         for n, found in measure(job, seconds).items():
             worst = max(worst, abs(found.error))

@@ -88,6 +88,22 @@ def test_a_bad_schedule_fails_the_guard(simulator):
     assert used([1e-5], threads=8)[96].efficiency <= 1 / 8
 
 
+def test_predictions_use_what_was_recorded(simulator):
+    one = phase(simulator, 2, [1.0, 3.0], [(2.0, 0, 0)], [2.0])
+    plan = simulator.Plan(0, [one._replace(first_step=np.zeros(1, int)), one])
+    recorded = [np.array([8.0, 6.0, 6.0])]
+    parts = simulator._spread(one, recorded[0])
+    assert parts.tolist() == [2, 6, 6, 6]
+    recordings = [simulator._Recording(recorded, beside) for beside in (0.5, 0.25, 9.0)]
+    waking = simulator.WAKING_SECONDS
+    assert simulator._predicted([plan], recordings, 0.0) == pytest.approx(12 + waking + 0.5)
+    by_memory = simulator._predicted([plan], recordings, 40.0)
+    assert by_memory == pytest.approx(24 + waking + 0.5)
+    with pytest.raises(ValueError, match="3 items ran, of 2"):
+        fewer = one._replace(first_step=np.array([0, 2, 4]))
+        simulator._predicted([simulator.Plan(0, [fewer])], recordings, 0.0)
+
+
 def test_the_guard_has_few_exceptions(simulator):
     names = {job.name for job in simulator.suite_jobs()}
     assert len(simulator.EXCEPTIONS) <= 3

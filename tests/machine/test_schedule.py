@@ -99,9 +99,9 @@ def test_predictions_use_what_was_recorded(simulator):
     assert simulator._predicted([plan], recordings, 0.0) == pytest.approx(12 + waking + 0.5)
     by_memory = simulator._predicted([plan], recordings, 40.0)
     assert by_memory == pytest.approx(24 + waking + 0.5)
+    other = simulator.Plan(0, [one._replace(first_step=np.array([0, 2, 4]))])
     with pytest.raises(ValueError, match="3 items ran, of 2"):
-        fewer = one._replace(first_step=np.array([0, 2, 4]))
-        simulator._predicted([simulator.Plan(0, [fewer])], recordings, 0.0)
+        simulator._predicted([other], recordings, 0.0)
 
 
 def test_the_guard_has_few_exceptions(simulator):

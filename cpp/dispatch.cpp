@@ -70,8 +70,9 @@ std::atomic<const Kernel*> current{nullptr};
 const Kernel& kernel() {
     const Kernel* chosen = current.load(std::memory_order_acquire);
     if (chosen == nullptr) {
-        chosen = &choose();
-        current.store(chosen, std::memory_order_release);
+        // What set_isa() has stored meanwhile, and is then in `chosen`, wins.
+        const Kernel* const best = &choose();
+        if (current.compare_exchange_strong(chosen, best, std::memory_order_acq_rel)) return *best;
     }
     return *chosen;
 }

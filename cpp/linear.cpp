@@ -75,7 +75,7 @@ bool linear(const LinearArgs& args, Interrupt interrupt) {
         functions.multiply(block(item, mine));
         take_back(mine, scratch_bytes);
     };
-    return parallel_for(items, threads, interrupt, multiply, true);
+    return parallel_for(items, threads, interrupt, multiply, {.more = true});
 }
 
 }  // namespace fastattn

@@ -1,32 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// parallel_for over OpenMP. libgomp ties a pool of threads to the thread that enters a parallel
-// region and hangs in a forked child that enters one on a thread whose pool stayed in the parent.
-// So no caller enters a region: an owner thread does, which is made when it is first needed, and
-// anew after a fork. The caller is a worker beside that team: it begins at once, while the others
-// wake, and looks every 50 ms whether the user wants to stop. libgomp also ends a process that
-// cannot have another thread: the owner tries that out before.
+// parallel_for over workers of our own. They are made when they are first needed, and anew after a
+// fork. A call takes those that are free, and more of them between two of its items as other calls
+// let them go; where none is free, the caller works alone. The caller is a worker beside them: it
+// begins at once, while the others wake, waits for none that has not begun when the work is done,
+// and looks every 50 ms whether the user wants to stop.
 //
-// Callers whose thread has a pool anyway (use_pool_of_caller) do enter regions, of 50 ms at most,
-// and look between two of them. A signal handler that forks then does so outside.
+// Not over OpenMP, because libgomp ties a pool to the thread that enters a parallel region, hangs
+// in a forked child that enters one, wakes the whole pool for any team, waits for the last sleeper,
+// lets its threads spin for milliseconds after a region, gives them the affinity of one thread, and
+// ends a process that cannot have another one. docs/threads.md has the figures.
+//
+// Callers whose thread has such a pool anyway, which is awake (use_pool_of_caller), do enter
+// regions, of 50 ms at most, and look between two of them. A signal handler that forks then does so
+// outside.
 #include "parallel.h"
 
 #include <omp.h>
 #include <pthread.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cctype>
 #include <chrono>
 #include <condition_variable>
-#include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <mutex>
 #include <new>
+#include <utility>
+#include <vector>
 #if defined(__SANITIZE_THREAD__)
 #include <thread>
-#include <vector>
 #endif
 
 #include "platform.h"
@@ -39,35 +43,46 @@ constexpr auto kPatience = std::chrono::milliseconds(50);  // between two looks 
 constexpr auto kSpin =
     std::chrono::microseconds(50);  // before a thread sleeps: waking takes as long
 constexpr auto kLongSpin = std::chrono::microseconds(200);  // where more calls follow
-constexpr auto kRetry = std::chrono::seconds(1);            // after threads could not be had
-// In bytes, whatever the default is: libgomp puts some 200 there for every thread that it makes.
-constexpr size_t kOwnerStack = 2 << 20;
+constexpr auto kRetry = std::chrono::seconds(1);            // after a thread could not be had
+constexpr auto kLookAgain = std::chrono::milliseconds(5);   // whether OpenMP's threads are awake
+constexpr double kLongItem = 0.25;  // seconds, as Hints has them: a fifth of it with AVX-512
+constexpr size_t kStack = 1 << 20;  // of a worker, in bytes; the kernel's memory is on the heap
+constexpr int kRoused = 4;          // workers that one thread rouses: those rouse others
 
 struct Job {
     int64_t items;
-    int helpers;       // beside the caller
-    int most_helpers;  // of the team, which may have more threads than the job
+    int helpers;  // beside the caller, at most
     const Body* body;
-    bool more = false;  // calls follow
+    Hints hints{};
     std::atomic<int64_t> next{0};
     std::atomic<bool> stopped{false};
-    std::atomic<bool> done{false};  // the team has left
+    // Of workers:
+    std::atomic<int> joined{0}, away{0};  // that have begun; that are to come or have not left
+    std::atomic<int> roused{0};           // the first that nobody has tried to rouse
+    int cpu = -1;                         // of the caller
+    CpuSet cpus{};                        // for the others
 };
 
 bool job_stopped(void* job) {
     return static_cast<Job*>(job)->stopped.load(std::memory_order_relaxed);
 }
 
-// worker: 0 is the caller. No item is begun after the end.
-void work(Job& job, int worker, const Stop& stop,
-          Clock::time_point end = Clock::time_point::max()) {
+// worker: 0 is the caller. No item is begun after the end. Before each, it is asked to `look`.
+template <class Look>
+void work(Job& job, int worker, const Stop& stop, Clock::time_point end, const Look& look) {
     if (worker > job.helpers) return;
     const DefaultModes modes;
     while (end == Clock::time_point::max() || Clock::now() < end) {
+        look();
         const int64_t item = job.next.fetch_add(1, std::memory_order_relaxed);
         if (item >= job.items || stop.requested(stop.context)) return;
         (*job.body)(item, worker, stop);
     }
+}
+
+void work(Job& job, int worker, const Stop& stop,
+          Clock::time_point end = Clock::time_point::max()) {
+    work(job, worker, stop, end, [] {});
 }
 
 // The caller at work. It is asked about Ctrl-C inside the kernel, between two key tiles.
@@ -98,6 +113,226 @@ void spin_until(const Condition& condition, Clock::duration most = kSpin) {
     while (!condition() && Clock::now() < end) pause_core();
 }
 
+// The CPUs for so many threads: those of the calling one, or, where it is bound to fewer, those of
+// the process. OpenMP may have bound its first thread, and knows which others there are.
+CpuSet cpus_for(int threads) {
+    CpuSet cpus = cpus_of(0);
+    if (cpus.count() == 0 || cpus.count() >= threads) return cpus;
+    cpus.add(cpus_of(process_id()));
+    for (int place = 0; place < omp_get_num_places(); ++place) {
+        std::vector<int> ids(size_t(omp_get_place_num_procs(place)));
+        omp_get_place_proc_ids(place, ids.data());
+        for (const int id : ids) cpus.add(id);
+    }
+    return cpus;
+}
+
+class Workers;
+
+// A thread that waits for jobs.
+struct alignas(64) Worker {
+    Workers* all;
+    int index;
+    std::atomic<Job*> job{nullptr};  // offered, and not begun; or kTaken; null: the worker is free
+    std::atomic<bool> sleeps{false};
+    std::atomic<int> thread{0};  // its thread_id()
+    // With the mutex:
+    std::mutex mutex;
+    std::condition_variable wake;
+    int cpu = -1;        // where it fell asleep
+    bool moved = false;  // it may not run on all of them now
+
+    CpuSet cpus{};  // that it may run on; for itself alone
+};
+
+alignas(Job) char taken;
+Job* const kTaken = reinterpret_cast<Job*>(&taken);
+
+// The workers of a process. Never destroyed: they may outlive main().
+class Workers {
+   public:
+    bool is_of_this_process() const { return process_ == process_id(); }
+
+    // False: a signal handler has forked and this is the child, where the workers are not.
+    bool run(Job& job, Interrupt interrupt, int most) {
+        Caller caller{job, interrupt};
+        caller.process = process_;
+        int recruits = 0;
+        const auto recruit_more = [&] {
+            if (recruits < job.helpers && job.next.load(std::memory_order_relaxed) < job.items) {
+                recruits += recruit(job, job.helpers - recruits, most);
+            }
+        };
+        work(job, 0, {caller_stopped, &caller}, Clock::time_point::max(), recruit_more);
+        if (recruits == 0) return !caller.in_child;
+        if (caller.in_child) return false;
+        const int size = std::min(most, size_.load(std::memory_order_acquire));
+        for (int i = 0; i < size; ++i) {
+            Job* offered = &job;
+            if (workers_[i]->job.compare_exchange_strong(offered, nullptr)) --job.away;
+        }
+        const auto all_left = [&] { return job.away.load(std::memory_order_acquire) == 0; };
+        spin_until(all_left);
+        if (all_left()) return true;
+        std::unique_lock<std::mutex> lock(mutex_);
+        while (!left_.wait_for(lock, kPatience, all_left)) {
+            lock.unlock();
+            ask(caller);
+            if (caller.in_child) return false;
+            lock.lock();
+        }
+        return true;
+    }
+
+   private:
+    // Offers the job to so many of the first `most` workers, as far as they are free, and returns
+    // to how many. Threads that are missing are made.
+    int recruit(Job& job, int wanted, int most) {
+        if (job.cpu < 0) {
+            job.cpu = current_cpu();
+            job.cpus = cpus_for(1 + job.helpers);
+        }
+        int found = 0;
+        const int size = size_.load(std::memory_order_acquire);
+        for (int i = 0; i < std::min(most, size) && found < wanted; ++i) {
+            found += offer(*workers_[i], job);
+        }
+        if (found > 0) {
+            job.roused = 0;
+            rouse_some(job);
+        }
+        if (found < wanted && size < most) found += make(job, wanted - found, most);
+        return found;
+    }
+
+    bool offer(Worker& worker, Job& job) {
+        if (worker.job.load(std::memory_order_relaxed) != nullptr) return false;
+        ++job.away;
+        Job* none = nullptr;
+        if (worker.job.compare_exchange_strong(none, &job)) return true;
+        --job.away;
+        return false;
+    }
+
+    // Makes workers that begin with the job. Returns how many could be made.
+    int make(Job& job, int wanted, int most) {
+        const std::unique_lock<std::mutex> lock(making_, std::try_to_lock);
+        if (!lock.owns_lock() || Clock::now() < retry_) return 0;
+        int made = 0;
+        for (; made < wanted; ++made) {
+            const int size = size_.load(std::memory_order_relaxed);
+            if (size >= most) break;
+            Worker* const worker = new (std::nothrow) Worker;
+            if (worker == nullptr) break;
+            worker->all = this;
+            worker->index = size;
+            worker->job = &job;
+            ++job.away;
+            if (!make_thread(worker)) {
+                --job.away;
+                delete worker;
+                retry_ = Clock::now() + kRetry;
+                break;
+            }
+            workers_[size] = worker;
+            size_.store(size + 1, std::memory_order_release);
+        }
+        return made;
+    }
+
+    static bool make_thread(Worker* worker) {
+        pthread_attr_t attributes;
+        if (pthread_attr_init(&attributes) != 0) return false;
+        pthread_attr_setstacksize(&attributes, kStack);
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        sigset_t every, before;  // signals are for the threads of the program
+        sigfillset(&every);
+        for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGPROF}) sigdelset(&every, fault);
+        pthread_sigmask(SIG_SETMASK, &every, &before);
+        pthread_t thread;
+        const bool made = pthread_create(&thread, &attributes, serve_jobs, worker) == 0;
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        pthread_attr_destroy(&attributes);
+        return made;
+    }
+
+    static void* serve_jobs(void* argument) {
+        Worker& worker = *static_cast<Worker*>(argument);
+        worker.all->serve(worker);
+    }
+
+    [[noreturn]] void serve(Worker& me) {
+        me.thread = thread_id();
+        Clock::duration spin = kSpin;
+        for (;;) {
+            const auto offered = [&] { return me.job.load() != nullptr; };
+            spin_until(offered, spin);
+            if (!offered()) sleep_until(me, offered);
+            Job* job = me.job.load();
+            if (job == nullptr || !me.job.compare_exchange_strong(job, kTaken)) continue;
+            keep_to(job->cpus, me);
+            spin = job->hints.more ? kLongSpin : kSpin;
+            if (job->next.load(std::memory_order_relaxed) < job->items) rouse_some(*job);
+            work(*job, 1 + job->joined.fetch_add(1), {job_stopped, job});
+            me.job = nullptr;
+            if (job->away.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+            const std::lock_guard<std::mutex> lock(mutex_);  // the job is no more
+            left_.notify_all();
+        }
+    }
+
+    template <class Offered>
+    static void sleep_until(Worker& me, const Offered& offered) {
+        std::unique_lock<std::mutex> lock(me.mutex);
+        me.cpu = current_cpu();
+        me.sleeps = true;
+        me.wake.wait(lock, offered);
+        me.sleeps = false;
+    }
+
+    // Wakes some of those to whom the job is offered.
+    void rouse_some(Job& job) {
+        const int size = size_.load(std::memory_order_acquire), here = current_cpu();
+        for (int roused = 0; roused < kRoused;) {
+            const int i = job.roused.fetch_add(1);
+            if (i >= size) return;
+            Worker& worker = *workers_[i];
+            if (worker.job.load() != &job || !worker.sleeps.load()) continue;
+            {
+                const std::lock_guard<std::mutex> lock(worker.mutex);
+                if (worker.cpu == job.cpu || worker.cpu == here) {
+                    worker.moved = run_on(worker.thread, job.cpus.without(job.cpu).without(here));
+                }
+            }
+            worker.wake.notify_one();
+            ++roused;
+        }
+    }
+
+    // The system is slow to let a worker go from a CPU that another thread needs: where it fell
+    // asleep on the caller's, it was woken elsewhere, and is free to go anywhere again.
+    static void keep_to(const CpuSet& cpus, Worker& me) {
+        bool moved;
+        {
+            const std::lock_guard<std::mutex> lock(me.mutex);
+            moved = std::exchange(me.moved, false);
+        }
+        if (!moved && me.cpus == cpus) return;
+        me.cpus = cpus;
+        run_on(0, cpus);
+    }
+
+    const int process_ = process_id();
+    std::atomic<int> size_{0};
+    Worker* workers_[kMostThreads] = {};
+    std::mutex making_;
+    Clock::time_point retry_{};
+    std::mutex mutex_;
+    std::condition_variable left_;  // some job
+};
+
+bool never_stopped(void*) { return false; }
+
 // Runs body(thread) on so many threads, of which the calling one is 0. ThreadSanitizer does not see
 // how libgomp makes its threads wait for each other and would take what they do in turn for races;
 // in its build, they are those of the standard library.
@@ -114,178 +349,21 @@ void run_team(int threads, const Work& body) {
 #endif
 }
 
-// stack: in bytes; 0: the default. False: the thread could not be made.
-bool make_thread(pthread_t& thread, size_t stack, void* (*run)(void*), void* argument) {
-    pthread_attr_t attributes;
-    if (pthread_attr_init(&attributes) != 0) return false;
-    if (stack > 0) pthread_attr_setstacksize(&attributes, stack);
-    const bool made = pthread_create(&thread, &attributes, run, argument) == 0;
-    pthread_attr_destroy(&attributes);
-    return made;
-}
-
-// The stack size that libgomp takes from the environment for its threads; 0: the default.
-size_t openmp_stack() {
-    const char* text = std::getenv("OMP_STACKSIZE");
-    if (text == nullptr) text = std::getenv("GOMP_STACKSIZE");
-    size_t number = 0;
-    char unit = 'K';
-    if (text == nullptr || std::sscanf(text, "%zu %c", &number, &unit) < 1) return 0;
-    switch (std::toupper(static_cast<unsigned char>(unit))) {
-        case 'B':
-            return number;
-        case 'M':
-            return number << 20;
-        case 'G':
-            return number << 30;
-        default:
-            return number << 10;
-    }
-}
-
-struct Probe {
-    std::mutex* gate;
-    pthread_t handle;
-    int id;
-};
-
-void* wait_at_gate(void* argument) {
-    Probe& probe = *static_cast<Probe*>(argument);
-    probe.id = thread_id();
-    const std::lock_guard<std::mutex> lock(*probe.gate);
-    return nullptr;
-}
-
-// Makes threads like libgomp's, all at once, and ends them: how many of the `wanted` ones can the
-// process have, beside the memory that libgomp then needs? The system counts none of them any more.
-int try_threads(int wanted) {
-    const std::unique_ptr<char[]> records(new (std::nothrow) char[(64 + size_t(wanted)) << 10]);
-    const std::unique_ptr<Probe[]> probes(new (std::nothrow) Probe[size_t(wanted)]);
-    if (records == nullptr || probes == nullptr) return 0;
-    std::mutex gate;
-    gate.lock();
-    const size_t stack = openmp_stack();
-    int made = 0;
-    for (; made < wanted; ++made) {
-        Probe& probe = probes[size_t(made)];
-        probe.gate = &gate;
-        if (!make_thread(probe.handle, stack, wait_at_gate, &probe)) break;
-    }
-    gate.unlock();
-    for (int i = 0; i < made; ++i) {
-        const Probe& probe = probes[size_t(i)];
-        pthread_join(probe.handle, nullptr);
-        while (thread_exists(probe.id)) yield();
-    }
-    return made;
-}
-
-// The thread that enters parallel regions. Never destroyed: it may outlive main().
-class Owner {
-   public:
-    Owner() : process_(process_id()) {}
-
-    bool is_of_this_process() const { return process_ == process_id(); }
-
-    // One call at a time; a caller that finds the owner busy does its work itself.
-    std::mutex& busy() { return busy_; }
-
-    // False: a signal handler has forked and this is the child, where the team is not.
-    bool run(Job& job, Interrupt interrupt) {
-        const bool helped = offer(job);
-        if (!helped) job.helpers = 0;
-        Caller caller{job, interrupt};
-        if (helped) caller.process = process_;
-        work(job, 0, {caller_stopped, &caller});
-        if (!helped) return true;
-        if (caller.in_child) return false;
-        if (withdraw(job)) return true;
-        spin_until([&] { return job.done.load(std::memory_order_acquire); });
-        std::unique_lock<std::mutex> lock(mutex_);
-        while (!done_.wait_for(lock, kPatience, [&] { return job.done.load(); })) {
-            lock.unlock();
-            ask(caller);
-            if (caller.in_child) return false;
-            lock.lock();
-        }
-        return true;
-    }
-
-   private:
-    // False: no thread could be made.
-    bool offer(Job& job) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (!started_) {
-            pthread_t thread;
-            if (!make_thread(thread, kOwnerStack, serve_jobs, this)) return false;
-            pthread_detach(thread);
-            started_ = true;
-        }
-        job_ = &job;
-        wake_.notify_one();
-        return true;
-    }
-
-    // True: all is done, and the owner has not even begun.
-    bool withdraw(Job& job) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (job_ != &job) return false;
-        job_ = nullptr;
-        return true;
-    }
-
-    static void* serve_jobs(void* owner) { static_cast<Owner*>(owner)->serve(); }
-
-    [[noreturn]] void serve() {
-        omp_set_dynamic(0);  // libgomp must not make the team smaller
-        Clock::duration spin = kSpin;
-        for (;;) {
-            spin_until([&] { return job_.load(std::memory_order_relaxed) != nullptr; }, spin);
-            std::unique_lock<std::mutex> lock(mutex_);
-            wake_.wait(lock, [&] { return job_ != nullptr; });
-            Job& job = *job_;
-            spin = job.more ? kLongSpin : kSpin;
-            job_ = nullptr;
-            lock.unlock();
-            resize(job);
-            const Stop stop{job_stopped, &job};
-            if (team_ == 1) {
-                work(job, 1, stop);
-            } else {
-                run_team(team_, [&](int thread) { work(job, 1 + thread, stop); });
-            }
-            lock.lock();
-            job.done = true;
-            done_.notify_one();
-        }
-    }
-
-    // Sets team_ for the job; to fewer threads than it asks for if the process cannot have them. A
-    // team stays as it is for a job of fewer threads: libgomp would end the others and soon make
-    // them again.
-    void resize(const Job& job) {
-        if (team_ > job.most_helpers) team_ = job.helpers;
-        if (team_ >= job.helpers || Clock::now() < retry_) return;
-        const int missing = job.helpers - team_;
-        const int had = try_threads(missing + 1) - 1;  // one to spare
-        team_ += std::max(had, 0);
-        if (had < missing) retry_ = Clock::now() + kRetry;
-    }
-
-    const int process_;
-    std::mutex busy_, mutex_;
-    std::condition_variable wake_, done_;
-    std::atomic<Job*> job_{nullptr};  // offered, and not begun
-    bool started_ = false;
-    int team_ = 1;  // the owner, and the threads that libgomp keeps for it
-    Clock::time_point retry_{};
-};
-
-bool never_stopped(void*) { return false; }
-
-thread_local bool pool_of_caller = false;
+const int process_of_load = process_id();  // a child of it may have none of its OpenMP threads
 std::atomic<bool> pool_in_use{false};      // by one caller at a time
-const int process_of_load = process_id();  // a child of it may have none of its threads
+thread_local bool pool_of_caller = false;
+thread_local int pool_thread = 0;  // a thread_id() of that pool; 0: not known
+
+// A region ends when the last sleeper has come, which may be later than the caller alone would end.
+bool pool_is_awake() {
+    thread_local Clock::time_point looked{};
+    thread_local bool awake = true;
+    const auto now = Clock::now();
+    if (now - looked < kLookAgain) return awake;
+    looked = now;
+    awake = pool_thread == 0 || !thread_sleeps(pool_thread);
+    return awake;
+}
 
 // Works in the calling thread's own pool. That pool stays as large as its thread wants it to be:
 // libgomp would end what a smaller team leaves out, and make it again for the next operator.
@@ -293,9 +371,13 @@ bool run_in_pool_of_caller(Job& job, Interrupt interrupt) {
     const int team = std::max(1 + job.helpers, omp_get_max_threads());
     Caller caller{job, interrupt};
     caller.process = process_of_load;
+    int* const second = &pool_thread;
     while (job.next < job.items && !job.stopped && !caller.in_child) {
         const auto end = Clock::now() + kPatience;
-        run_team(team, [&](int thread) { work(job, thread, {never_stopped, nullptr}, end); });
+        run_team(team, [&](int thread) {
+            if (thread == 1) *second = thread_id();
+            work(job, thread, {never_stopped, nullptr}, end);
+        });
         if (Clock::now() >= end) ask(caller);
     }
     Caller child{job, interrupt};
@@ -303,14 +385,16 @@ bool run_in_pool_of_caller(Job& job, Interrupt interrupt) {
     return !job.stopped;
 }
 
-std::atomic<Owner*> owner{nullptr};
+std::atomic<Workers*> workers{nullptr};
 
-// After a fork the parent's owner is abandoned, not touched: its mutexes may be locked for ever.
-Owner& owner_of_this_process() {
-    Owner* current = owner.load(std::memory_order_acquire);
+// After a fork the parent's workers are abandoned, not touched: mutexes may be locked for ever.
+Workers& workers_of_this_process() {
+    Workers* current = workers.load(std::memory_order_acquire);
     while (current == nullptr || !current->is_of_this_process()) {
-        Owner* const fresh = new Owner;
-        if (owner.compare_exchange_strong(current, fresh, std::memory_order_acq_rel)) return *fresh;
+        Workers* const fresh = new Workers;
+        if (workers.compare_exchange_strong(current, fresh, std::memory_order_acq_rel)) {
+            return *fresh;
+        }
         delete fresh;
     }
     return *current;
@@ -327,13 +411,34 @@ int number_in(const char* variable) {
 }
 
 // OpenMP is asked for the affinity: with OMP_PROC_BIND it has bound the calling thread to one CPU.
+// Of a core's siblings one counts, as for PyTorch: two share the units that multiply.
 int usable_cpus() {
     static const int limit = cpu_quota();
-    const int cpus = omp_get_num_procs();
-    return limit > 0 ? std::min(cpus, limit) : cpus;
+    const int cpus = omp_get_num_procs(), cores = cores_of(cpus_for(cpus));
+    const int most = cores > 0 ? std::min(cpus, cores) : cpus;
+    return limit > 0 ? std::min(most, limit) : most;
 }
 
 std::atomic<int> wanted_threads{0};
+
+// See record_items(). Of the thread; never destroyed.
+thread_local std::vector<std::vector<double>>* recording = nullptr;
+
+bool work_alone(int64_t items, Interrupt interrupt, const Body& body) {
+    Job job{items, 0, &body};
+    Caller caller{job, interrupt};
+    work(job, 0, {caller_stopped, &caller});
+    return !job.stopped;
+}
+
+bool record(int64_t items, Interrupt interrupt, const Body& body) {
+    std::vector<double>& seconds = recording->emplace_back(size_t(items));
+    return work_alone(items, interrupt, [&](int64_t item, int worker, const Stop& stop) {
+        const auto start = Clock::now();
+        body(item, worker, stop);
+        seconds[size_t(item)] = std::chrono::duration<double>(Clock::now() - start).count();
+    });
+}
 
 }  // namespace
 
@@ -352,30 +457,36 @@ int get_num_threads() {
     return openmp_set ? openmp : std::min(openmp, usable_cpus());
 }
 
+void record_items(bool on) {
+    if (on && recording == nullptr) recording = new std::vector<std::vector<double>>;
+    if (!on) delete std::exchange(recording, nullptr);
+}
+
+std::vector<std::vector<double>> recorded_items() {
+    return recording == nullptr ? std::vector<std::vector<double>>{}
+                                : std::exchange(*recording, {});
+}
+
 int threads_at_hand() { return omp_in_parallel() ? 1 : get_num_threads(); }
 
-bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body, bool more) {
-    if (threads > 1 && pool_of_caller && process_id() == process_of_load) {
-        const int most = get_num_threads();
-        if (most > 1 && !pool_in_use.exchange(true)) {
-            Job job{items, std::min(threads, most) - 1, most - 1, &body};
+bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body, Hints hints) {
+    if (recording != nullptr) return record(items, interrupt, body);
+    if (threads > 1 && !omp_in_parallel()) {
+        const int most = get_num_threads() - 1;  // beside the caller
+        Job job{items, std::min(threads - 1, most), &body, hints};
+        const bool in_pool = pool_of_caller && process_id() == process_of_load &&
+                             hints.item_seconds <= kLongItem && pool_is_awake();
+        if (most > 0 && in_pool && !pool_in_use.exchange(true)) {
             const bool finished = run_in_pool_of_caller(job, interrupt);
             pool_in_use = false;
             return finished;
         }
-    } else if (threads > 1) {
-        Owner& the_owner = owner_of_this_process();
-        std::unique_lock<std::mutex> lock(the_owner.busy(), std::try_to_lock);
-        const int most = get_num_threads();
-        if (lock.owns_lock() && most > 1) {
-            Job job{items, std::min(threads, most) - 1, most - 1, &body, more};
-            if (the_owner.run(job, interrupt) || job.stopped) return !job.stopped;
+        if (most > 0 && !in_pool) {
+            if (workers_of_this_process().run(job, interrupt, most)) return !job.stopped;
+            if (job.stopped) return false;
         }
     }
-    Job job{items, 0, 0, &body};
-    Caller caller{job, interrupt};
-    work(job, 0, {caller_stopped, &caller});
-    return !job.stopped;
+    return work_alone(items, interrupt, body);
 }
 
 }  // namespace fastattn

@@ -13,25 +13,33 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <string>
+#include <vector>
 
 namespace fastattn {
 namespace {
 
-// What follows the prefix in the first line of the file that begins with it.
-std::string line_after(const std::string& prefix, const std::string& path) {
+std::vector<std::string> lines_of(const std::string& path) {
     char line[4096];
-    std::string rest;
+    std::vector<std::string> lines;
     FILE* const file = std::fopen(path.c_str(), "re");
     while (file != nullptr && std::fgets(line, sizeof line, file) != nullptr) {
-        if (std::strncmp(line, prefix.c_str(), prefix.size()) != 0) continue;
-        rest = line + prefix.size();
-        if (rest.ends_with('\n')) rest.pop_back();
-        break;
+        lines.emplace_back(line, std::strcspn(line, "\n"));
     }
     if (file != nullptr) std::fclose(file);
-    return rest;
+    return lines;
+}
+
+std::string first_line(const std::string& path) {
+    const std::vector<std::string> lines = lines_of(path);
+    return lines.empty() ? "" : lines[0];
+}
+
+const char* variable_or(const char* variable, const char* otherwise) {
+    const char* const text = std::getenv(variable);
+    return text != nullptr ? text : otherwise;
 }
 
 }  // namespace
@@ -42,7 +50,11 @@ int thread_id() { return int(syscall(SYS_gettid)); }
 
 bool is_main_thread() { return thread_id() == process_id(); }
 
-bool thread_exists(int thread) { return syscall(SYS_tgkill, process_id(), thread, 0) == 0; }
+bool thread_sleeps(int thread) {
+    const std::string stat = first_line("/proc/self/task/" + std::to_string(thread) + "/stat");
+    const size_t name_end = stat.rfind(") ");
+    return name_end != std::string::npos && stat[name_end + 2] == 'S';
+}
 
 void yield() { sched_yield(); }
 
@@ -58,24 +70,96 @@ void free_aligned(void* memory) { std::free(memory); }
 
 void prefer_large_pages(void* memory, size_t bytes) { madvise(memory, bytes, MADV_HUGEPAGE); }
 
+int CpuSet::count() const {
+    int count = 0;
+    for (const uint64_t word : words) count += __builtin_popcountll(word);
+    return count;
+}
+
+void CpuSet::add(int cpu) {
+    if (cpu >= 0 && cpu < 64 * int(std::size(words))) words[cpu / 64] |= uint64_t(1) << cpu % 64;
+}
+
+void CpuSet::add(const CpuSet& others) {
+    for (size_t i = 0; i < std::size(words); ++i) words[i] |= others.words[i];
+}
+
+CpuSet CpuSet::without(int cpu) const {
+    CpuSet rest = *this;
+    if (cpu >= 0 && cpu < 64 * int(std::size(words))) {
+        rest.words[cpu / 64] &= ~(uint64_t(1) << cpu % 64);
+    }
+    return rest;
+}
+
+int current_cpu() { return sched_getcpu(); }
+
+CpuSet cpus_of(int thread) {
+    CpuSet cpus;
+    const bool told = syscall(SYS_sched_getaffinity, thread, sizeof cpus.words, cpus.words) > 0;
+    return told ? cpus : CpuSet{};
+}
+
+bool run_on(int thread, const CpuSet& cpus) {
+    return cpus.count() > 0 &&
+           syscall(SYS_sched_setaffinity, thread, sizeof cpus.words, cpus.words) == 0;
+}
+
+int cores_of(const CpuSet& cpus) {
+    // The first sibling of each CPU. Leaked on purpose: see dispatch.cpp.
+    static const std::vector<int>& first_siblings = *new const std::vector<int>([] {
+        const std::string root = variable_or("FASTATTN_CPU_ROOT", "/sys/devices/system/cpu");
+        std::vector<int> first;
+        for (int cpu = 0; cpu < 64 * int(std::size(CpuSet{}.words)); ++cpu) {
+            const std::string siblings =
+                first_line(root + "/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+            first.push_back(siblings.empty() ? -1 : std::atoi(siblings.c_str()));
+        }
+        return first;
+    }());
+    CpuSet cores;
+    for (size_t cpu = 0; cpu < first_siblings.size(); ++cpu) {
+        if ((cpus.words[cpu / 64] >> cpu % 64 & 1) == 0) continue;
+        if (first_siblings[cpu] < 0) return 0;
+        cores.add(first_siblings[cpu]);
+    }
+    return cores.count();
+}
+
 int cpu_quota() {
-    const char* forced = std::getenv("FASTATTN_CGROUP_ROOT");
-    const std::string root = forced != nullptr ? forced : "/sys/fs/cgroup";
+    const std::string root = variable_or("FASTATTN_CGROUP_ROOT", "/sys/fs/cgroup");
+    const std::string process = variable_or("FASTATTN_CGROUP_OF_PROCESS", "/proc/self/cgroup");
     double cpus = std::numeric_limits<double>::infinity();
     const auto limit_to = [&](double limit, double period) {
         if (limit > 0 && period > 0) cpus = std::min(cpus, limit / period);
     };
-    // Version 2: this process's control group and those around it.
-    std::string group = line_after("0::", "/proc/self/cgroup");
-    for (;;) {
-        double limit = 0, period = 0;
-        const std::string line = line_after("", root + group + "/cpu.max");
-        if (std::sscanf(line.c_str(), "%lf %lf", &limit, &period) == 2) limit_to(limit, period);
-        if (group.empty()) break;
-        group.erase(std::min(group.rfind('/'), group.size() - 1));
+    // A group of either version and those around it. In a container, the names may be those
+    // outside.
+    const auto look = [&](const std::string& hierarchy, std::string group) {
+        for (;;) {
+            const std::string at = root + hierarchy + group;
+            double limit = 0, period = 0;
+            const std::string both = first_line(at + "/cpu.max");
+            if (std::sscanf(both.c_str(), "%lf %lf", &limit, &period) == 2) limit_to(limit, period);
+            limit_to(std::atof(first_line(at + "/cpu.cfs_quota_us").c_str()),
+                     std::atof(first_line(at + "/cpu.cfs_period_us").c_str()));
+            if (group.empty()) break;
+            group.erase(std::min(group.rfind('/'), group.size() - 1));
+        }
+    };
+    look("", "");
+    look("/cpu", "");
+    for (const std::string& line : lines_of(process)) {  // number:controllers:/group
+        const size_t first = line.find(':'), second = line.find(':', first + 1);
+        if (second == std::string::npos) continue;
+        const std::string controllers = line.substr(first + 1, second - first - 1);
+        const std::string group = line.substr(second + 1);
+        if (controllers.empty()) look("", group);
+        if (("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
+        for (const std::string& hierarchy : {controllers, std::string("cpu")}) {
+            look("/" + hierarchy, group);
+        }
     }
-    limit_to(std::atof(line_after("", root + "/cpu/cpu.cfs_quota_us").c_str()),
-             std::atof(line_after("", root + "/cpu/cpu.cfs_period_us").c_str()));
     return std::isfinite(cpus) ? int(std::min(std::ceil(cpus), 1e6)) : 0;
 }
 

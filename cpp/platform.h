@@ -8,13 +8,14 @@
 
 #include <cfenv>
 #include <cstddef>
+#include <cstdint>
 
 namespace fastattn {
 
 int process_id();
 int thread_id();                 // of the calling thread; no other one of the system has it
 bool is_main_thread();           // the one that the process began with
-bool thread_exists(int thread);  // in this process, by its thread_id()
+bool thread_sleeps(int thread);  // of this process, by its thread_id(); false: or there is none
 void yield();                    // lets another thread have the CPU
 [[noreturn]] void sleep_forever();
 
@@ -31,6 +32,23 @@ void free_aligned(void* memory);
 
 // Asks for large pages behind memory that nothing has touched yet.
 void prefer_large_pages(void* memory, size_t bytes);
+
+// Some CPUs, by the system's numbers; a system that has others is asked for none.
+struct CpuSet {
+    uint64_t words[16] = {};
+
+    int count() const;
+    void add(int cpu);
+    void add(const CpuSet& others);
+    CpuSet without(int cpu) const;
+    bool operator==(const CpuSet&) const = default;
+};
+
+int current_cpu();           // of the calling thread; -1: the system does not tell
+CpuSet cpus_of(int thread);  // that a thread may run on, by its thread_id(); 0: the calling one;
+                             // empty: the system does not tell
+bool run_on(int thread, const CpuSet& cpus);  // false: it stays as it is
+int cores_of(const CpuSet& cpus);             // that they belong to; 0: the system does not tell
 
 // The CPUs that the process's control groups let it use by their quota, rounded up; 0: no quota.
 int cpu_quota();

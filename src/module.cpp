@@ -3,6 +3,7 @@
 // The extension module `_core`. Only the files of this folder know Python: calls.cpp says which
 // call it is, arrays.cpp what arrays look like, tensors.cpp reads tensors, linear.cpp and
 // layers.cpp have a model's layers, gil.h lets go of Python's lock.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -42,6 +43,14 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not
     m.def("set_isa", [](const std::optional<std::string>& name) { set_isa(name.value_or("")); });
     m.def("set_num_threads", set_num_threads);
     m.def("get_num_threads", get_num_threads);
+    m.def("record_items", record_items);
+    m.def("recorded_items", [] {
+        py::list calls;
+        for (const std::vector<double>& items : recorded_items()) {
+            calls.append(py::array_t<double>(py::ssize_t(items.size()), items.data()));
+        }
+        return calls;
+    });
     m.def("probe_fma", [](const std::string& dtype_name, double seconds) {
         return without_gil([&] { return measure_fma(dtype_named(dtype_name), seconds); });
     });

@@ -121,8 +121,7 @@ bool attention_statistics(const StatisticsArgs& args, Interrupt interrupt);  // 
 // type (statistics.cpp).
 bool attention_column_sums(AttentionArgs args, void* column_sums, Interrupt interrupt);
 Plan plan_attention(const AttentionArgs& args);
-// How the threads of a call would share it; nothing is computed, and only lengths and the like are
-// read.
+// What attention() would do; it looks at lengths and places, not at what is attended to.
 Schedule schedule_attention(const AttentionArgs& args);
 Schedule schedule_backward(const GradientArgs& args);  // backward.cpp
 

@@ -408,4 +408,10 @@ void plan_decode(const Call& call, Plan& plan) {
                          decode.carried_bytes(slice) + decode.waiting_bytes(tasks);
 }
 
+void schedule_decode(const Call& call, Schedule& schedule) {
+    Plan plan;
+    plan_decode(call, plan);
+    schedule.phases.push_back({plan.threads, {{{call.seconds()}}}});
+}
+
 }  // namespace fastattn

@@ -16,6 +16,20 @@ namespace {
 
 constexpr double kFlopsPerSecond = 50e9;  // of one thread, roughly
 
+// reference.py has the same: a pair is kept iff its number is at least round(dropout_p * 2**32).
+Dropout dropout_of(const AttentionArgs& args) {
+    Dropout dropout;
+    if (args.dropout_p == 0) return dropout;
+    const double threshold = std::nearbyint(args.dropout_p * 0x1p32);
+    dropout.drops = threshold > 0;
+    if (dropout.drops) dropout.last_dropped = uint32_t(threshold - 1);
+    dropout.seed = args.seed;
+    dropout.scale = args.dropout_p < 1 ? 1 / (1 - args.dropout_p) : 0;
+    return dropout;
+}
+
+}  // namespace
+
 int64_t size_of(Dtype dtype) {
     switch (dtype) {
         case Dtype::kBool:
@@ -30,20 +44,6 @@ int64_t size_of(Dtype dtype) {
             return 8;
     }
 }
-
-// reference.py has the same: a pair is kept iff its number is at least round(dropout_p * 2**32).
-Dropout dropout_of(const AttentionArgs& args) {
-    Dropout dropout;
-    if (args.dropout_p == 0) return dropout;
-    const double threshold = std::nearbyint(args.dropout_p * 0x1p32);
-    dropout.drops = threshold > 0;
-    if (dropout.drops) dropout.last_dropped = uint32_t(threshold - 1);
-    dropout.seed = args.seed;
-    dropout.scale = args.dropout_p < 1 ? 1 / (1 - args.dropout_p) : 0;
-    return dropout;
-}
-
-}  // namespace
 
 Call::Call(const AttentionArgs& arguments)
     : args(arguments),

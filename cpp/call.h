@@ -26,6 +26,8 @@ struct Sequence {
     int64_t shift;             // what was added to positions
 };
 
+int64_t size_of(Dtype dtype);  // in bytes
+
 struct Interval {
     int64_t begin, end;  // keys; begin <= end
 };
@@ -134,7 +136,7 @@ struct BlockMemory {
 bool decode(const Call& call, Interrupt interrupt);
 // Adds how many threads and how much scratch memory that takes.
 void plan_decode(const Call& call, Plan& plan);
-// Adds the phases of that.
+// Adds what decode() does.
 void schedule_decode(const Call& call, Schedule& schedule);
 
 }  // namespace fastattn

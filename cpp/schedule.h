@@ -76,4 +76,44 @@ struct RowCut {
 RowCut cut_rows(RowsToCut work, const RowCosts& costs, int threads,
                 const std::function<size_t(int64_t rows, bool in_spans)>& bytes);
 
+// Decoding (decode.cpp). A task attends with some rows to a split of the keys.
+
+// Memory, at most, where one row does not need more: with the lists less than 16 MiB.
+constexpr size_t kTeamBytes = 11 << 20;    // scratch memory of all threads
+constexpr size_t kCarriedBytes = 3 << 19;  // partials of what is merged so far
+constexpr size_t kWaitingBytes = 5 << 19;  // partials that are not merged yet
+constexpr size_t kMostMembers = 2048;      // that are worked on at a time
+constexpr size_t kMostShares = 8192;       // of members in the tasks of a list
+
+// In seconds of one thread, roughly.
+struct DecodeCosts {
+    double key_bytes, pair_flops, row_bytes;  // a key and its value; a query and a key; a partial
+
+    double attend(double keys, double pairs) const;
+    double merge(double rows) const;
+};
+
+// So many rows of a task, at most, and for so many threads is there memory for them.
+struct TaskShape {
+    int64_t rows;
+    int threads;
+};
+
+// Into how many rows tasks of `rows` are cut, of which there are `items` to be done: as few as make
+// the team end soonest. scratch_bytes, seconds: of a task of so many rows.
+TaskShape shape_tasks(int64_t rows, int64_t least_rows, int64_t items, int threads,
+                      const std::function<size_t(int64_t)>& scratch_bytes,
+                      const std::function<double(int64_t)>& seconds);
+
+// How many rows may attend together in a task, so that there is memory for them.
+int64_t rows_together(int64_t rows, int threads, size_t row_bytes,
+                      const std::function<size_t(int64_t)>& scratch_bytes);
+
+// How many members that see the same keys attend to them together, so that they are read once, and
+// all threads have work.
+int64_t members_of_task(int64_t items, int threads);
+
+// How many of the items make a wave, where there is no memory for more: whole rounds of the team.
+int64_t items_of_wave(int64_t items, int threads);
+
 }  // namespace fastattn

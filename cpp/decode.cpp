@@ -633,10 +633,4 @@ void schedule_decode(const Call& call, Schedule& schedule) {
     });
 }
 
-void schedule_decode(const Call& call, Schedule& schedule) {
-    Plan plan;
-    plan_decode(call, plan);
-    schedule.phases.push_back({plan.threads, {{{call.seconds()}}}});
-}
-
 }  // namespace fastattn

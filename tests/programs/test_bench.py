@@ -68,6 +68,9 @@ OWN = [  # the other ways in which fastattn is asked
     Case("pages-shared", 1, 200, 4, 16, kv_heads=2, batch=3, shared=150, call="pages"),
     Case("tensors", 1, 90, 4, 16, kv_heads=2, call="tensors"),
     Case("tensors-torch", 1, 90, 4, 16, kv_heads=2, call="tensors to fastattn.torch"),
+    Case("drop-in", 20, 20, 4, 16, is_causal=True, call="drop-in"),
+    Case("slept", 20, 20, 4, 16, sleep_ms=1, before="numpy"),
+    Case("after-torch", 20, 20, 4, 16, before="torch"),
 ]
 SCORES = [
     Case("softcap", 70, 70, 4, 32, kv_heads=2, is_causal=True, softcap=2.0),

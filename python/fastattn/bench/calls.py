@@ -78,6 +78,16 @@ def _tensors(case: Case, inputs: Inputs) -> Prepared:
     return Prepared(call, lambda out: out.double().numpy(), how)
 
 
+def _drop_in(case: Case, inputs: Inputs) -> Prepared:
+    attention = module("fastattn.torch").attention
+    operands = [tensor(x) for x in inputs[:3]]
+
+    def call() -> Any:
+        return attention(*operands, is_causal=case.is_causal)
+
+    return Prepared(call, lambda out: out.double().numpy(), "fastattn.torch.attention(is_causal)")
+
+
 def _packed(case: Case, inputs: Inputs) -> Prepared:
     """Pack the sequences, and attend to all in one call, or to each in a call of its own."""
     ends = np.cumsum(case.lengths)
@@ -190,6 +200,7 @@ CALLS: dict[str, Callable[[Case, Inputs], Prepared]] = {
     "views": _views,
     "tensors": _tensors,
     "tensors to fastattn.torch": _tensors,
+    "drop-in": _drop_in,
     "varlen": _packed,
     "one by one": _packed,
     "cache": _cache,

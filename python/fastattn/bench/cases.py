@@ -19,7 +19,8 @@ WITH_TORCH = ("fastattn", "torch")
 WITH_VLLM = ("fastattn", "vllm")
 SERVERS = (*WITH_TORCH, "vllm", "zentorch", "pace")
 DECODERS = (*SERVERS, "onnxruntime")  # the others are several times slower
-TENSOR_CALLS = ("tensors", "tensors to fastattn.torch")  # of fastattn in a process with torch
+# Of fastattn in a process with torch; all but the last come right behind an operator of torch.
+TENSOR_CALLS = ("tensors", "tensors to fastattn.torch", "drop-in")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Case:
     cache_dtype: str = ""  # of the keys and values in a cache; empty: dtype
     bound_by: tuple[str, ...] = ("arithmetic",)  # and/or "read": caches are cold then
     device: str = "cpu"  # or "cuda"
+    sleep_ms: int = 0  # how long the process has slept before each call
+    before: str = ""  # what ran right before each call: a matrix product of "numpy" or "torch"
     isa: str | None = None  # the FASTATTN_ISA, or FASTATTN_CUDA_KERNEL, that this case is about
     libraries: tuple[str, ...] = ()  # empty: every library; else these alone
     baseline: "Case | None" = None  # another call of fastattn, timed in turn with this one
@@ -92,6 +95,11 @@ class Case:
     def title(self) -> str:
         """What a person calls the case, in one or two lines."""
         return _TITLES.get(self.name, self.name)
+
+    @property
+    def is_beside_torch(self) -> bool:
+        """Whether fastattn is called in a process that uses PyTorch."""
+        return self.before == "torch" or self.call in TENSOR_CALLS
 
     @property
     def groups(self) -> int:
@@ -564,6 +572,28 @@ GPU = [
     ),
 ]
 
+# A call after idleness, as a server meets it at each request, or after another library's threads.
+_WHEN: dict[str, dict[str, Any]] = {
+    "in-a-loop": {},
+    **{f"after-{ms}ms": {"sleep_ms": ms} for ms in (5, 20, 100)},
+    **{f"after-{library}": {"before": library} for library in ("numpy", "torch")},
+}
+_CALLED = {"": "attention", "-drop-in": "drop-in"}
+IDLE = [
+    _square(
+        f"gpt2-{when}{suffix}",
+        1024,
+        12,
+        64,
+        is_causal=True,
+        call=call,
+        libraries=(*WITH_TORCH, "vllm"),
+        **_WHEN[when],
+    )
+    for suffix, call in _CALLED.items()
+    for when in _WHEN
+]
+
 SUITES = {
     "familiar": FAMILIAR,
     "floors": FLOORS,
@@ -571,6 +601,7 @@ SUITES = {
     "serving": SERVING,
     "training": TRAINING,
     "growth": GROWTH,
+    "idle": IDLE,
 }
 GPU_SUITES = {"gpu": GPU}
 SUITES_OF = {"cpu": SUITES, "cuda": GPU_SUITES}  # the first suite of a device is its default

@@ -21,7 +21,7 @@ from typing import IO, Any
 import fastattn
 from fastattn.bench import rivals
 from fastattn.bench.accuracy import expected, max_error
-from fastattn.bench.cases import TENSOR_CALLS, Case, work
+from fastattn.bench.cases import Case, work
 from fastattn.bench.libraries import BESIDE_TORCH, NEEDS
 from fastattn.bench.worker import start
 
@@ -240,7 +240,7 @@ class Bench:
         """Ask the library's process; fastattn has several, by instruction set, one with torch."""
         isa = None if case is None else case.isa
         worker = "fastattn" if library == BASELINE else library
-        if worker == "fastattn" and case is not None and case.call in TENSOR_CALLS:
+        if worker == "fastattn" and case is not None and case.is_beside_torch:
             worker = BESIDE_TORCH
         member = library, worker, isa
         if member not in self._members:

@@ -27,10 +27,11 @@ class Processor:
         self._threads = threads
         self._cold: Array | None = None  # to read it pushes all other memory out of the caches
         self._resident: int | None = None
+        self._matrix: Any = None  # see _product()
 
     def release(self) -> None:
         """Free the memory of the case before."""
-        self._cold = None
+        self._cold = self._matrix = None
 
     def limit_memory(self) -> None:
         """Let a call that asks for too much fail in this process, not bring down the machine."""
@@ -56,8 +57,12 @@ class Processor:
             return None
         return max(_kibibytes("VmHWM") * 1024 - self._resident - output_bytes, 0)
 
-    def timed(self, _case: Case, call: Callable[[], Any], loops: int, cold: bool = False) -> float:
+    def timed(self, case: Case, call: Callable[[], Any], loops: int, cold: bool = False) -> float:
         """Return the seconds of a call, the mean of `loops`; cold: inputs are in no cache."""
+        if case.before:
+            self._product(case.before)
+        if case.sleep_ms:
+            time.sleep(case.sleep_ms / 1000)
         if cold:
             if self._cold is None:
                 self._cold = np.ones(FLUSH_BYTES // 8)
@@ -66,6 +71,16 @@ class Processor:
         for _ in range(loops):
             call()
         return (time.perf_counter() - begin) / loops
+
+    def _product(self, library: str) -> None:
+        """Multiply matrices for about a millisecond, with that library's threads."""
+        if self._matrix is None:
+            self._matrix = np.ones((512, 512), np.float32)
+            if library == "torch":
+                import torch
+
+                self._matrix = torch.from_numpy(self._matrix)
+        self._matrix @ self._matrix
 
     def probe(self, limit: str, seconds: float) -> float:
         """Measure a limit: "read" in bytes/s, of a dtype's arithmetic in FLOP/s."""

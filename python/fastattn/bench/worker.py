@@ -85,7 +85,9 @@ class Worker:
         while time.perf_counter() < begin + WARM_SECONDS:  # threads find their cores
             took = timed(case, call, 1)
         from_memory = "read" in case.bound_by
-        loops = 1 if from_memory else max(1, int(SAMPLE_SECONDS / took))
+        loops = max(1, int(SAMPLE_SECONDS / took))
+        if from_memory or case.sleep_ms or case.before:  # which are before a sample
+            loops = 1
         samples: list[float] = []
         end = time.perf_counter() + seconds
         while not samples or time.perf_counter() < end:

@@ -395,13 +395,12 @@ class _Timer:
 
     def recorded(self) -> _Recording:
         """Return the seconds of a call's items."""
-        _core.recorded_items()
         _core.record_items(True)
         try:
             seconds = self.timed()
+            phases = [x for x in _core.recorded_items() if x.size]
         finally:
             _core.record_items(False)
-        phases = [x for x in _core.recorded_items() if x.size]
         each = len(phases) // self._loops
         items = [np.mean(phases[i::each], axis=0) for i in range(each)]
         return _Recording(items, seconds - sum(x.sum() for x in items))

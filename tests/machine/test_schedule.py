@@ -127,22 +127,45 @@ def test_suites_use_machines_with_many_cores(simulator):
     assert planned > 60
 
 
+def items_that_ran(call):
+    """Return how many items each loop of a call has."""
+    _core.record_items(True)
+    try:
+        call()
+        return [len(items) for items in _core.recorded_items()]
+    finally:
+        _core.record_items(False)
+
+
 @pytest.mark.parametrize("call", CALLS)
-def test_each_kind_of_call_is_planned(simulator, call):
+def test_what_is_planned_runs(simulator, threads, call):
     if call in cases.TENSOR_CALLS:
         pytest.importorskip("torch")
     lengths = (640, 200, 512) if call in ("kv_lengths", "varlen", "one by one") else ()
+    of_cache = call in ("cache", "append", "pages")
     case = cases.Case(
-        "a-case", 640, 640, 4, 64, 2, batch=3, lengths=lengths, call=call, is_causal=not lengths
+        "a-case",
+        1 if of_cache else 640,
+        4000 if of_cache else 640,
+        4,
+        64,
+        2,
+        batch=3,
+        lengths=lengths,
+        call=call,
+        is_causal=not lengths,
+        at_end=of_cache,
     )
-    if call in ("cache", "append", "pages"):
-        case = cases.Case("a-case", 1, 640, 4, 64, 2, batch=3, call=call)
-    for n, plans in simulator.planned(simulator.of_case(case), (1, 3)):
+    job = simulator.of_case(case)
+    prepared = job.prepare(True)
+    for n, plans in simulator.planned(job, (1, 3)):
         assert len(plans) == {"append": 0, "one by one": 3}.get(call, 1)
-        for plan in plans:
-            assert plan.seconds > 0
-            assert all(1 <= phase.threads <= n for phase in plan.phases)
-            assert simulator.duration([plan]) < 1.01 * plan.seconds + 1e-4
+        threads(n)
+        phases = [phase for plan in plans for phase in plan.phases]
+        assert items_that_ran(prepared) == [len(phase.first_step) - 1 for phase in phases]
+        assert all(1 <= phase.threads <= n for phase in phases)
+        assert all((phase.seconds > 0).all() for phase in phases)
+        assert simulator.duration(plans) <= sum(plan.seconds for plan in plans) + 1e-4
 
 
 def test_planning_computes_nothing():

@@ -97,7 +97,8 @@ struct Link {
 // The tasks that are done at a time.
 struct Wave {
     std::vector<Share> shares;
-    std::vector<Task> tasks;
+    std::vector<Task> tasks;        // those that take longest first
+    std::vector<size_t> unlike;     // the first of those that take about as long
     Places waiting;                 // of each task
     std::vector<Link> links;        // of one member after the other, each in the order of the keys
     int64_t most_rows[2] = {0, 0};  // of a task, without and with query tiles
@@ -152,19 +153,19 @@ class Decode {
 
     // carried: carried_bytes() of it.
     bool run(const Slice& slice, const Wave& wave, char* carried, Interrupt interrupt) const {
-        const size_t scratch = scratch_bytes(wave);
-        const Memory memory = allocate(bytes(slice, wave));
+        const size_t scratch = scratch_bytes(wave), team = size_t(slice.team);
+        const Memory memory =
+            allocate(scratch * team + wave.waiting.bytes(slice.heads, partial_bytes_));
         std::vector<std::atomic<char>> missing(wave.links.size() * size_t(slice.heads));
         for (size_t i = 0; i < missing.size(); ++i) {
             missing[i] = is_first(slice, wave, i / size_t(slice.heads)) ? 1 : 2;
         }
-        const Work work{slice, wave, carried, memory.get() + scratch * size_t(slice.team),
-                        missing.data()};
+        const Work work{slice, wave, carried, memory.get() + scratch * team, missing.data()};
         return parallel_for(int64_t(wave.tasks.size()) * slice.heads, slice.team, interrupt,
                             [&](int64_t item, int worker, const Stop& stop) {
                                 char* const mine = memory.get() + size_t(worker) * scratch;
-                                const Task& task = wave.tasks[size_t(item / slice.heads)];
-                                attend(work, task, item % slice.heads, mine, stop);
+                                const Item which = item_of(slice, wave, item);
+                                attend(work, *which.task, which.head, mine, stop);
                                 take_back(mine, scratch);
                             });
     }
@@ -172,14 +173,15 @@ class Decode {
     // What run() does. Most partials are merged as soon as they are there.
     Phase phase(const Slice& slice, const Wave& wave) const {
         Phase phase{slice.team, {}};
-        for (const Task& task : wave.tasks) {
+        for (int64_t item = 0; item < int64_t(wave.tasks.size()) * slice.heads; ++item) {
+            const Task& task = *item_of(slice, wave, item).task;
             double seconds = task.seconds;
             for (int i = task.first; i < task.first + task.count; ++i) {
                 const Share& share = wave.shares[size_t(i)];
-                if (share.link >= 0)
-                    seconds += costs_.merge(double(slice.members[size_t(share.member)].rows));
+                if (share.link < 0) continue;
+                seconds += costs_.merge(double(slice.members[size_t(share.member)].rows));
             }
-            phase.items.insert(phase.items.end(), size_t(slice.heads), {Step{seconds}});
+            phase.items.push_back({Step{seconds}});
         }
         return phase;
     }
@@ -200,6 +202,24 @@ class Decode {
         char *carried, *waiting;
         std::atomic<char>* missing;
     };
+
+    struct Item {
+        const Task* task;
+        int64_t head;  // in the slice
+    };
+
+    // All tasks of a head come one after the other, as its keys do in memory; but long ones first.
+    static Item item_of(const Slice& slice, const Wave& wave, int64_t item) {
+        const std::vector<size_t>& unlike = wave.unlike;
+        for (size_t i = 0;; ++i) {
+            const size_t end = i + 1 < unlike.size() ? unlike[i + 1] : wave.tasks.size();
+            const int64_t count = int64_t(end - unlike[i]);
+            if (item < count * slice.heads) {
+                return {&wave.tasks[unlike[i] + size_t(item % count)], item / count};
+            }
+            item -= count * slice.heads;
+        }
+    }
 
     // The sequences that are decoded, from batch element `next` on, as many as fit a slice. It may
     // have none.
@@ -249,6 +269,7 @@ class Decode {
             threads = shape.threads;
         }
         slice.items = 0;
+        slice.members.reserve(whole.size());
         for (size_t i = 0, parts; i < whole.size(); i += parts) {
             parts = whole[i].ends ? 1 : 2;
             const int64_t each = rows_of[in_query_tiles(whole[i])];
@@ -267,6 +288,7 @@ class Decode {
         }
         slice.team = team_size(slice.items, seconds, threads);
         for (const bool in_tiles : {false, true}) {
+            if (slice.members.size() == 1) break;
             slice.most_together[in_tiles] =
                 rows_together(kMostTogether, slice.team, row_bytes(slice),
                               [&](int64_t rows) { return scratch_bytes(rows, in_tiles); });
@@ -318,8 +340,16 @@ class Decode {
             wave.shares[size_t(wave.links[i].share)].link = int(i);
         }
         // What ends last is short.
-        std::stable_sort(tasks.begin(), tasks.end(),
-                         [](const Task& a, const Task& b) { return a.seconds > b.seconds; });
+        if (slice.team > 1) {
+            std::stable_sort(tasks.begin(), tasks.end(),
+                             [](const Task& a, const Task& b) { return a.seconds > b.seconds; });
+        }
+        for (size_t i = 0; i < tasks.size(); ++i) {
+            const bool like =
+                i > 0 &&
+                (slice.team == 1 || are_alike(tasks[wave.unlike.back()].seconds, tasks[i].seconds));
+            if (!like) wave.unlike.push_back(i);
+        }
         return wave;
     }
 

@@ -60,7 +60,7 @@ double time_of(const RowsToCut& work, const RowCosts& costs, int64_t rows, bool 
 }
 
 constexpr int64_t kItemsPerThread = 2;  // that sharing keys leaves, at least
-constexpr double kWorthCutting = 0.95;  // of the time without: each cut reads the keys again
+constexpr double kWorthCutting = 0.8;   // of the time without: each cut reads the keys again
 
 // Of one thread.
 constexpr double kBytesPerSecond = 25e9, kFlopsPerSecond = 200e9;
@@ -144,6 +144,8 @@ int64_t rows_together(int64_t rows, int threads, size_t row_bytes,
 int64_t members_of_task(int64_t items, int threads) {
     return std::max<int64_t>(items / (threads * kItemsPerThread), 1);
 }
+
+bool are_alike(double seconds, double others) { return others > 0.75 * seconds; }
 
 int64_t items_of_wave(int64_t items, int threads) {
     return items > threads ? items / threads * threads : items;

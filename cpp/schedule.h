@@ -113,6 +113,9 @@ int64_t rows_together(int64_t rows, int threads, size_t row_bytes,
 // all threads have work.
 int64_t members_of_task(int64_t items, int threads);
 
+// Whether two tasks, of which the first takes longer, may run in any order.
+bool are_alike(double seconds, double others);
+
 // How many of the items make a wave, where there is no memory for more: whole rounds of the team.
 int64_t items_of_wave(int64_t items, int threads);
 

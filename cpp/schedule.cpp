@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "split.h"
 
@@ -65,6 +66,13 @@ constexpr double kWorthCutting = 0.8;   // of the time without: each cut reads t
 // Of one thread.
 constexpr double kBytesPerSecond = 25e9, kFlopsPerSecond = 200e9;
 constexpr double kTaskSeconds = 0.5e-6, kMergedRowSeconds = 50e-9;
+
+// Of gradients.
+constexpr size_t kKeyBlockBytes = 1 << 20;  // of what is kept of a key block: for the caches
+constexpr size_t kSumsBytes = 64 << 20;     // of the queries' gradients, unless one head has more
+constexpr double kKeyBlocksPerThread = 4;
+constexpr int kMostParts = 4;
+constexpr double kGradientFlops = 50e9;  // a second
 
 }  // namespace
 
@@ -149,6 +157,61 @@ bool are_alike(double seconds, double others) { return others > 0.75 * seconds; 
 
 int64_t items_of_wave(int64_t items, int threads) {
     return items > threads ? items / threads * threads : items;
+}
+
+double gradient_seconds(int64_t rows, int64_t keys, int64_t columns) {
+    return double(rows) * double(keys + 32) * double(5 * columns + 80) / kGradientFlops;
+}
+
+// Parts need no more work, but the scratch memory of all key blocks.
+GradientCut cut_gradients(int64_t key_tile, int threads,
+                          const std::function<size_t(int64_t keys)>& bytes,
+                          const std::function<GradientLoad(int64_t block_keys)>& load) {
+    const size_t each = bytes(key_tile) - bytes(0);
+    GradientCut cut{key_tile * std::max<int64_t>(int64_t(kKeyBlockBytes / each), 1), 1, 1};
+    if (threads == 1) return cut;
+    GradientLoad now = load(cut.block_keys);
+    cut.threads = team_size(INT64_MAX, now.total, threads);
+    const double most = now.total / (kKeyBlocksPerThread * cut.threads);
+    if (cut.threads == 1) return cut;
+    while (now.longest > most && cut.block_keys > key_tile) {
+        cut.block_keys -= key_tile;
+        now = load(cut.block_keys);
+    }
+    cut.threads = team_size(now.key_blocks, now.total, cut.threads);
+    const size_t room = 2 * kKeyBlockBytes * size_t(cut.threads);
+    if (cut.threads > 1 && size_t(now.key_blocks) * bytes(cut.block_keys) <= room) {
+        cut.parts = int(std::min<double>(std::ceil(now.longest / most), kMostParts));
+    }
+    return cut;
+}
+
+// A window needs few: as many again for each thread keep them from waiting for each other.
+int64_t gradient_places(int64_t all, int64_t most, int64_t in_flight, size_t bytes, int threads) {
+    const int64_t wanted = std::min(2 * in_flight, most) * threads;
+    const int64_t room = int64_t(kSumsBytes / bytes);
+    return std::min(std::max(std::min(wanted, room), in_flight), all);
+}
+
+// As many chains at a time as there are places for; of these, key block by key block.
+void order_gradients(const std::vector<GradientChain>& chains, int64_t places, int parts,
+                     const std::function<void(size_t, int64_t, int)>& add) {
+    for (size_t first = 0, past; first < chains.size(); first = past) {
+        int64_t row_blocks = 0;
+        for (past = first; past < chains.size(); ++past) {
+            row_blocks += chains[past].row_blocks;
+            if (past > first && row_blocks > places) break;
+        }
+        for (int part = 0; part < parts; ++part) {
+            std::vector<size_t> left(past - first);
+            std::iota(left.begin(), left.end(), first);
+            for (int64_t i = 0; !left.empty(); ++i) {
+                for (const size_t chain : left) add(chain, chains[chain].first_key_block + i, part);
+                std::erase_if(left,
+                              [&](size_t chain) { return chains[chain].key_blocks == i + 1; });
+            }
+        }
+    }
 }
 
 }  // namespace fastattn

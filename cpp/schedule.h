@@ -119,4 +119,34 @@ bool are_alike(double seconds, double others);
 // How many of the items make a wave, where there is no memory for more: whole rounds of the team.
 int64_t items_of_wave(int64_t items, int threads);
 
+// ---- Gradients (backward.cpp) ----
+
+// The time on one thread for the gradients of rows and the keys that they see, roughly.
+double gradient_seconds(int64_t rows, int64_t keys, int64_t columns);
+
+struct GradientLoad {
+    int64_t key_blocks;
+    double longest, total;  // seconds, of the key blocks
+};
+// parts: of the rows that see a key block, each part an item, done one after the other.
+struct GradientCut {
+    int64_t block_keys;
+    int parts, threads;
+};
+// How keys and rows are cut into items. bytes: a thread's scratch memory for so many keys.
+GradientCut cut_gradients(int64_t key_tile, int threads,
+                          const std::function<size_t(int64_t keys)>& bytes,
+                          const std::function<GradientLoad(int64_t block_keys)>& load);
+
+// For how many row blocks there are sums at a time, of so many bytes each. There are `all` row
+// blocks, `most` in one chain, and `in_flight` are needed at the same time in any case.
+int64_t gradient_places(int64_t all, int64_t most, int64_t in_flight, size_t bytes, int threads);
+
+struct GradientChain {
+    int64_t row_blocks, first_key_block, key_blocks;
+};
+// Calls add(chain, key_block, part) in the order in which items start.
+void order_gradients(const std::vector<GradientChain>& chains, int64_t places, int parts,
+                     const std::function<void(size_t, int64_t, int)>& add);
+
 }  // namespace fastattn

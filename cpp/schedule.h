@@ -36,6 +36,46 @@ struct Schedule {
     size_t scratch_bytes = 0;  // all threads together, at most
 };
 
+// Prefill (attention.cpp): the rows of each head are cut into blocks, of whole vectors but for the
+// last, and if need be their keys into spans.
+
+constexpr size_t kForwardBytes = 15 << 20;    // of all threads; 16 MiB are promised
+constexpr size_t kPartialsBytes = 4 << 20;    // at most, of partials that are not merged yet
+constexpr int64_t kMostUnits = 1 << 14;       // in a list
+constexpr int64_t kTailRounds = 4;            // of all threads, that run across heads: the shortest
+constexpr double kMergeBytesPerSecond = 8e9;  // of partials
+
+// What rows cost one thread, in seconds, roughly.
+struct RowCosts {
+    double pair;  // of a row and a key
+    double key;   // which is read, and made ready, once for all rows of a block
+    double row;   // which is loaded, and whose result is stored
+
+    RowCosts(int64_t head_dim, int64_t value_head_dim, int64_t lanes, bool widens);
+    double block(double rows, double keys) const { return keys * (rows * pair + key) + rows * row; }
+};
+
+// What there is to cut: of unlike heads, the largest.
+struct RowsToCut {
+    double heads;      // of all sequences, key heads
+    int64_t rows = 0;  // of a head
+    int64_t keys = 0;  // that one of its rows sees
+    double pairs = 0;  // of all rows with the keys that they see
+    int64_t lanes, query_tile;
+    bool in_window;
+};
+
+struct RowCut {
+    int64_t rows = 1;       // of a block
+    bool in_spans = false;  // what several threads have of a block is merged
+    int threads = 1;
+    double seconds = 0;  // that this takes, roughly
+};
+
+// bytes: what a thread needs for blocks of so many rows; in spans, a partial is among it.
+RowCut cut_rows(RowsToCut work, const RowCosts& costs, int threads,
+                const std::function<size_t(int64_t rows, bool in_spans)>& bytes);
+
 // Decoding (decode.cpp). A task attends with some rows to a split of the keys.
 
 // Memory, at most, where one row does not need more: with the lists less than 16 MiB.

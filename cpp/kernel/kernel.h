@@ -172,6 +172,7 @@ struct StatisticsFunctions {
 
 // The functions for arithmetic in one type; float32's take half precision too.
 struct Functions {
+    int lanes;  // rows of a query tile are in vectors of so many
     int query_tile, key_tile;
     size_t (*scratch_bytes)(const Block&);         // looks at the sizes and row_count alone
     void (*attend)(const Block&, void* partials);  // null: it stores the result instead

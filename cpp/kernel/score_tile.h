@@ -17,6 +17,7 @@ namespace {
 
 // A sum over head_dim is in parts of this depth, for accuracy.
 constexpr int64_t kDepth = 512;
+constexpr int64_t kStagedColumns = 32;  // of values; few, so that many threads have room
 static_assert(kPageKeys % kKeyTile == 0);
 
 // Calls visit<First, Last>(begin, end) for the keys of a tile between one cut and the next, with
@@ -32,35 +33,40 @@ template <int Columns, int Index = 0, class Visit>
     if constexpr (Index + 2 < 2 * Columns) between_cuts<Columns, Index + 1>(cuts, visit);
 }
 
-// The scratch memory that the query tiles of a row block use in turn.
-template <class T>
-struct Shared {
-    T* scores;   // (keys, `width` lanes) S^T, then P^T; of this, pairs fill half the rows
-    T* staging;  // (keys, value_head_dim or lanes) rows of a mask, or values to use instead
-    T* key;      // (keys, head_dim) and
-    T* value;    // (keys, value_head_dim): of a narrower type, widened; or values, in pairs
-    int64_t key_tile = -1, value_tile = -1;  // the key tiles that they are of
-    bool fetches = false;                    // reading keys takes longer than their use
-    int64_t fetched = -1;  // the key tile at which values, and keys to come, were fetched
-
-    Shared(const Block& block, int64_t width, Scratch& scratch) {
-        constexpr int lanes = Vec<T>::lanes;
-        const int64_t keys = block.kv_len < kKeyTile ? block.kv_len + block.kv_len % 2 : kKeyTile;
-        const int64_t columns = block.value_head_dim > lanes ? block.value_head_dim : lanes;
-        const bool prepares = block.kv_dtype != kDtype<T>;
-        scores = scratch.take<T>(keys * width);
-        staging = scratch.take<T>(Vec<T>::padded(keys) * columns);
-        key = scratch.take<T>(prepares ? Vec<T>::padded(keys * block.head_dim) : 0);
-        value = scratch.take<T>(prepares ? Vec<T>::padded(keys * block.value_head_dim) : 0);
-    }
-};
-
 // Whether the products are those of pairs: not for an odd head_dim, whose last would be half one.
 template <class T>
 bool in_pairs(const Block& block) {
     return kMultipliesPairs && sizeof(T) == 4 && block.query_dtype == Dtype::kBFloat16 &&
            block.kv_dtype == Dtype::kBFloat16 && block.head_dim % 2 == 0;
 }
+
+// The scratch memory that the query tiles of a row block use in turn. One that is alone is done
+// with the keys of a tile when it prepares the values.
+template <class T>
+struct Shared {
+    T* scores;   // (keys, `width` lanes) S^T, then P^T; of this, pairs fill half the rows
+    T* staging;  // (keys, kStagedColumns or lanes) rows of a mask, or values to use instead
+    T* key;      // (keys, head_dim) and
+    T* value;    // (keys, value_head_dim): of a narrower type, widened; or values, in pairs
+    int64_t key_tile = -1, value_tile = -1;  // the key tiles that they are of
+    bool fetches = false;                    // reading keys takes longer than their use
+    int64_t fetched = -1;  // the key tile at which values, and keys to come, were fetched
+
+    Shared(const Block& block, int64_t width, bool alone, Scratch& scratch) {
+        using V = Vec<T>;
+        const int64_t keys = block.kv_len < kKeyTile ? block.kv_len + block.kv_len % 2 : kKeyTile;
+        const int64_t columns =
+            block.value_head_dim < kStagedColumns ? block.value_head_dim : kStagedColumns;
+        scores = scratch.take<T>(keys * width);
+        staging = scratch.take<T>(V::padded(keys) * (columns > V::lanes ? columns : V::lanes));
+        int64_t of_key = V::padded(keys * block.head_dim);
+        int64_t of_value = V::padded(keys * block.value_head_dim);
+        if (block.kv_dtype == kDtype<T>) of_key = of_value = 0;
+        if (in_pairs<T>(block)) of_key = 0, of_value = V::padded(keys / 2 * block.value_head_dim);
+        key = scratch.take<T>(alone && of_value > of_key ? of_value : of_key);
+        value = alone ? key : scratch.take<T>(of_value);
+    }
+};
 
 // Rows that fill up to Columns vectors, and their scores with one key tile after the other.
 //

@@ -57,7 +57,7 @@ struct StatisticsMemory {
 
     StatisticsMemory(const Block& block, void* memory)
         : scratch(memory),
-          shared(block, Vec<T>::padded(block.row_count), scratch),
+          shared(block, Vec<T>::padded(block.row_count), true, scratch),
           query(scratch.take<T>(block.head_dim * Vec<T>::padded(block.row_count))) {}
 };
 

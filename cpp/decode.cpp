@@ -260,7 +260,7 @@ class Decode {
         for (const bool in_tiles : {false, true}) {
             if (most_rows[in_tiles] == 0) continue;
             const TaskShape shape = shape_tasks(
-                most_rows[in_tiles], in_tiles ? functions_.decode.most_rows : 1, slice.items,
+                most_rows[in_tiles], in_tiles ? functions_.lanes : 1, slice.items,
                 threads, [&](int64_t rows) { return scratch_bytes(rows, in_tiles); },
                 [&](int64_t rows) {
                     return costs_.attend(keys_of_split, keys_of_split * double(rows));
@@ -378,11 +378,11 @@ class Decode {
                         scratch_bytes(wave.most_rows[1], true));
     }
 
-    // Positions grow with the queries, and so do both ends of what they see.
     Member member(const Sequence& sequence, bool starts, bool ends) const {
         Member member{sequence, 0, sequence.q_len * call_.group, 0, starts, ends, 0, 0, 0, 0};
-        member.end = call_.interval(sequence, sequence.q_len - 1).end;
-        member.begin = std::min(call_.interval(sequence, 0).begin, member.end);
+        const Interval seen = call_.interval(sequence, 0, sequence.q_len - 1);
+        member.begin = seen.begin;
+        member.end = seen.end;
         member.first_split = member.begin / kSplitKeys;
         member.last_split =
             std::max((member.end + kSplitKeys - 1) / kSplitKeys - 1, member.first_split);

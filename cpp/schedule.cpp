@@ -60,6 +60,7 @@ double time_of(const RowsToCut& work, const RowCosts& costs, int64_t rows, bool 
     return split * (time_of(full, each, more, less, threads) + uneven);
 }
 
+// Decoding.
 constexpr int64_t kItemsPerThread = 2;  // that sharing keys leaves, at least
 constexpr double kWorthCutting = 0.8;   // of the time without: each cut reads the keys again
 

@@ -273,6 +273,41 @@ def test_peak_memory_at_131072_tokens(case):
     assert run(peak, case, timeout=120) < 16 * MIB
 
 
+# (batch, heads, kv_heads, q_len, kv_len, head_dim, value_head_dim)
+DECODED = [
+    (1, 128, 1, 1, 65536, 576, 512),
+    (64, 128, 1, 1, 8192, 576, 512),
+    (1, 128, 1, 2, 65536, 576, 576),
+    (16, 16, 1, 1, 16384, 576, 576),
+    (64, 32, 8, 1, 8192, 128, 128),
+    (64, 32, 32, 1, 65536, 128, 128),
+    (1, 128, 128, 16, 131072, 128, 128),
+    (1, 32, 8, 16, 8192, 128, 128),
+    (1, 8, 8, 16, 300000, 8, 8),
+    (4096, 8, 8, 1, 512, 64, 64),
+]
+
+
+@pytest.mark.promise("forward-memory")
+@each_dtype
+@pytest.mark.parametrize("threads", [1, 2, 3, 16, 32, 96, 256])
+def test_memory_of_decoding_in_many_threads(dtype, threads, request):
+    usual = fastattn.get_num_threads()
+    request.addfinalizer(lambda: fastattn.set_num_threads(usual))
+    fastattn.set_num_threads(threads)
+    dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    for batch, heads, kv_heads, q_len, kv_len, head_dim, value_head_dim in DECODED:
+        shapes = (
+            (batch, heads, q_len, head_dim),
+            (batch, kv_heads, kv_len, head_dim),
+            (batch, kv_heads, kv_len, value_head_dim),
+        )
+        operands = [np.broadcast_to(np.zeros((), dtype), shape) for shape in shapes]
+        report = fastattn.explain(*operands)
+        assert report["scratch_bytes"] <= 16 * MIB
+        assert 1 <= report["threads"] <= threads
+
+
 def peak_of_statistics():
     """Return what `peak` does for all statistics of 131072 tokens at once, and their size."""
     fastattn.set_num_threads(2)

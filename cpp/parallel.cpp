@@ -227,6 +227,7 @@ class Workers {
             worker->all = this;
             worker->index = size;
             worker->job = &job;
+            worker->cpus = job.cpus;
             ++job.away;
             if (!make_thread(worker)) {
                 --job.away;
@@ -263,6 +264,7 @@ class Workers {
 
     [[noreturn]] void serve(Worker& me) {
         me.thread = thread_id();
+        run_on(0, me.cpus);
         Clock::duration spin = kSpin;
         for (;;) {
             const auto offered = [&] { return me.job.load() != nullptr; };
@@ -270,7 +272,7 @@ class Workers {
             if (!offered()) sleep_until(me, offered);
             Job* job = me.job.load();
             if (job == nullptr || !me.job.compare_exchange_strong(job, kTaken)) continue;
-            keep_to(job->cpus, me);
+            if (me.cpus != job->cpus) run_on(0, me.cpus = job->cpus);
             spin = job->hints.more ? kLongSpin : kSpin;
             if (job->next.load(std::memory_order_relaxed) < job->items) rouse_some(*job);
             work(*job, 1 + job->joined.fetch_add(1), {job_stopped, job});
@@ -286,11 +288,13 @@ class Workers {
         std::unique_lock<std::mutex> lock(me.mutex);
         me.cpu = current_cpu();
         me.sleeps = true;
-        me.wake.wait(lock, offered);
+        me.wake.wait(lock, [&] { return offered() || me.moved; });
         me.sleeps = false;
+        if (std::exchange(me.moved, false)) run_on(0, me.cpus);
     }
 
-    // Wakes some of those to whom the job is offered.
+    // Wakes some of those to whom the job is offered. One that fell asleep on the CPU of a thread
+    // that works now would wait for it there: it is woken on another one.
     void rouse_some(Job& job) {
         const int size = size_.load(std::memory_order_acquire), here = current_cpu();
         for (int roused = 0; roused < kRoused;) {
@@ -307,19 +311,6 @@ class Workers {
             worker.wake.notify_one();
             ++roused;
         }
-    }
-
-    // The system is slow to let a worker go from a CPU that another thread needs: where it fell
-    // asleep on the caller's, it was woken elsewhere, and is free to go anywhere again.
-    static void keep_to(const CpuSet& cpus, Worker& me) {
-        bool moved;
-        {
-            const std::lock_guard<std::mutex> lock(me.mutex);
-            moved = std::exchange(me.moved, false);
-        }
-        if (!moved && me.cpus == cpus) return;
-        me.cpus = cpus;
-        run_on(0, cpus);
     }
 
     const int process_ = process_id();

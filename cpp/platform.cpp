@@ -128,7 +128,7 @@ int cores_of(const CpuSet& cpus) {
 
 int cpu_quota() {
     const std::string root = variable_or("FASTATTN_CGROUP_ROOT", "/sys/fs/cgroup");
-    const std::string process = variable_or("FASTATTN_CGROUP_OF_PROCESS", "/proc/self/cgroup");
+    const std::string process = variable_or("FASTATTN_CGROUP_FILE", "/proc/self/cgroup");
     double cpus = std::numeric_limits<double>::infinity();
     const auto limit_to = [&](double limit, double period) {
         if (limit > 0 && period > 0) cpus = std::min(cpus, limit / period);

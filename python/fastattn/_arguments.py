@@ -85,7 +85,9 @@ def check_packed(
     shapes, q_starts, kv_starts = packed_sizes(query, key, value, cu_seqlens_q, cu_seqlens_kv)
     checked = check_options(shapes, dtype, options)
     if options.kv_lengths is not None:
-        lengths_within(as_numpy("kv_lengths", options.kv_lengths), np.diff(kv_starts))
+        given = as_numpy("kv_lengths", options.kv_lengths)
+        lengths = given if checked.kv_lengths is None else checked.kv_lengths
+        lengths_within(lengths, np.diff(kv_starts))
     return query, key, value, shapes, checked, (q_starts, kv_starts)
 
 
@@ -352,6 +354,7 @@ def starts(name: str, x: Any, total: int) -> Array:
         raise TypeError(f"{name} must be an array of integers, not {array.dtype.name}")
     if array.ndim != 1 or not array.size:
         raise ValueError(f"{name} must have shape (sequences + 1,), got {name}.shape={array.shape}")
+    array = array.copy()  # another thread may change what the caller has
     if array[0] < 0 or array[-1] > total:
         raise ValueError(
             f"{name} must be within 0..{total}, the rows there are, got {array[0]}..{array[-1]}"
@@ -464,10 +467,10 @@ def integers(name: str, x: Any, batch_shape: tuple[int, ...], default: int) -> t
             f"{name} must broadcast to the batch shape {batch_shape}, "
             f"got {name}.shape={array.shape}"
         )
-    values = distinct(array, array.ndim)
+    values = distinct(array, array.ndim).copy()  # another thread may change what the caller has
     if not values.size:
         return array, default, default
-    return array, int(values.min()), int(values.max())
+    return np.broadcast_to(values, array.shape), int(values.min()), int(values.max())
 
 
 def lengths_within(kv_lengths: Any, longest: Array) -> None:

@@ -393,8 +393,8 @@ def test_unknown_variables(monkeypatch):
     monkeypatch.setenv("FASTATTN_THREADS", "2")
     text = (
         "FASTATTN_THREADS is not an environment variable of fastattn: "
-        "FASTATTN_ISA, FASTATTN_NUM_THREADS, FASTATTN_CGROUP_ROOT, OMP_NUM_THREADS, "
-        "FASTATTN_CUDA_KERNEL, FASTATTN_CACHE_DIR"
+        "FASTATTN_ISA, FASTATTN_NUM_THREADS, FASTATTN_CGROUP_FILE, FASTATTN_CGROUP_ROOT, "
+        "FASTATTN_CPU_ROOT, OMP_NUM_THREADS, FASTATTN_CUDA_KERNEL, FASTATTN_CACHE_DIR"
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(text)}$"):
         _machine.warn_of_unknown_variables()

@@ -13,6 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from pathlib import Path
 
@@ -237,6 +239,30 @@ def test_a_page_names_every_environment_variable():
     page = in_checkout("docs/environment.md")
     sources = [path for part in ("cpp", "src", "python") for path in (ROOT / part).glob("**/*")]
     text = "".join(path.read_text() for path in sources if path.suffix in (".py", ".cpp", ".h"))
-    variables = set(re.findall(r"\bFASTATTN_[A-Z_]*(?:ISA|THREADS|ROOT|CUDA_KERNEL|DIR)\b", text))
-    assert len(variables) == 5
+    variables = set(
+        re.findall(r"\bFASTATTN_[A-Z_]*(?:ISA|THREADS|ROOT|FILE|CUDA_KERNEL|DIR)\b", text)
+    )
+    assert len(variables) == 7
     assert not [name for name in variables if name not in page]
+
+
+def test_a_variant_that_is_set_stays_while_others_ask():
+    """Ask for the variant in use, in one thread, while another one sets it."""
+    isa, ended = fastattn.info()["isa"], threading.Event()
+
+    def ask():
+        while not ended.is_set():
+            _core.isa()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for _ in range(2000):
+            _core.set_isa(None)
+            _core.set_isa("generic")
+            time.sleep(0)
+            assert _core.isa() == "generic"
+    finally:
+        ended.set()
+        asking.join()
+        _core.set_isa(isa)

@@ -6,6 +6,7 @@ What fails here hangs or kills the process, so each check runs in a process of i
 
 import ctypes
 import importlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -22,7 +23,14 @@ import pytest
 import fastattn
 from fastattn import _core
 from tests.support.child import run
-from tests.support.threads import FORK_SECONDS, fork_in_a_handler, in_fork, interrupt, tasks
+from tests.support.threads import (
+    FORK_SECONDS,
+    fork_in_a_handler,
+    in_fork,
+    interrupt,
+    task_ids,
+    tasks,
+)
 
 CPUS = len(os.sched_getaffinity(0))
 NO_QUOTA = {"FASTATTN_CGROUP_ROOT": "/nowhere"}
@@ -285,21 +293,32 @@ def test_affinity(used_before):
     [
         ({"cpu.max": "max 100000\n"}, math.inf),
         ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "30000 100000\n"}, 1),
         ({"cpu.max": "100001 100000\n"}, 2),
         ({"cpu.max": "1000000 100000\n"}, 10),
         ({"cpu.max": "nonsense\n"}, math.inf),
         ({"cpu.max": "0 0\n"}, math.inf),
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
         ({"cpu/cpu.cfs_quota_us": "70000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/a/cpu.cfs_quota_us": "70000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 1),
+        (
+            {"cpu,cpuacct/a/b/cpu.cfs_quota_us": "5\n", "cpu,cpuacct/a/b/cpu.cfs_period_us": "5\n"},
+            1,
+        ),
+        ({f"cpuset/a/cpu.cfs_{name}_us": "5\n" for name in ("quota", "period")}, math.inf),
         ({}, math.inf),
     ],
     ids=str,
 )
 def test_quota(tmp_path, files, cpus):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    groups = "9:cpuset:/a\nnonsense\n4:cpu,cpuacct:/a/b\n0::/\n"
+    for name, text in (files | {"of_process": groups}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
-    env = {"FASTATTN_CGROUP_ROOT": str(tmp_path)}
+    env = {
+        "FASTATTN_CGROUP_ROOT": str(tmp_path),
+        "FASTATTN_CGROUP_FILE": str(tmp_path / "of_process"),
+    }
     assert run(default_threads, env=env) == min(CPUS, cpus)
     assert run(default_threads, env=env | {"OMP_NUM_THREADS": "3"}) == 3
 
@@ -319,6 +338,184 @@ def test_quota_of_this_group_and_those_around_it(tmp_path, levels):
         pytest.skip("in the root control group")
     (limited / "cpu.max").write_text("100000 100000\n")
     assert run(default_threads, env={"FASTATTN_CGROUP_ROOT": str(tmp_path)}) == 1
+
+
+@pytest.mark.promise("thread-count-has-an-order")
+@pytest.mark.parametrize(("siblings", "cores"), [("{cpu}", CPUS), ("0-999", 1), (None, CPUS)])
+def test_siblings_of_a_core_count_once(tmp_path, siblings, cores):
+    for cpu in os.sched_getaffinity(0) if siblings is not None else ():
+        (tmp_path / f"cpu{cpu}/topology").mkdir(parents=True)
+        file = tmp_path / f"cpu{cpu}/topology/thread_siblings_list"
+        file.write_text(siblings.format(cpu=cpu) + "\n")
+    env = {"FASTATTN_CPU_ROOT": str(tmp_path), **NO_QUOTA}
+    assert run(default_threads, env=env) == cores
+    assert run(default_threads, env=env | {"FASTATTN_NUM_THREADS": "3"}) == 3
+
+
+# What the team may run on, when it comes, and what it costs while nobody calls.
+
+
+def cpus_of_the_team(pinned, every):
+    """Return what the threads that a call makes may run on; pinned: its own is bound to a CPU."""
+    before = task_ids()
+    fastattn.set_num_threads(3)
+    expected = attend(problem())
+    assert np.abs(expected - fastattn.reference.attention(*[problem()] * 3)).max() < 1e-5
+
+    def call():
+        if pinned:
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        for _ in range(5):
+            assert np.array_equal(attend(problem()), expected)
+
+    in_thread(call)
+    end = time.monotonic() + 20
+    while True:  # until the thread that called is gone, and the others have fallen asleep
+        found = [sorted(os.sched_getaffinity(thread)) for thread in task_ids() - before]
+        if found == [every] * 2 or time.monotonic() > end:
+            return found
+        time.sleep(0.01)
+
+
+BINDINGS = [
+    {},
+    {"OMP_PROC_BIND": "true"},
+    {"OMP_PROC_BIND": "spread", "OMP_PLACES": "threads"},
+    {"GOMP_CPU_AFFINITY": "0-63"},
+    {"OMP_PROC_BIND": "nonsense"},
+    {"GOMP_CPU_AFFINITY": "nonsense"},
+    {"GOMP_CPU_AFFINITY": "4000-4090"},
+    {"OMP_PLACES": "nonsense"},
+    {"OMP_PLACES": "{0}:4096:1"},
+    {"OMP_WAIT_POLICY": "nonsense"},
+    {"OMP_WAIT_POLICY": "active"},
+    {"OMP_NUM_THREADS": "nonsense", "OMP_STACKSIZE": "nonsense"},
+]
+
+
+@pytest.mark.promise("the-team-has-the-process-s-cpus")
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("env", BINDINGS, ids=str)
+def test_team_has_the_cpus_of_the_process(env, pinned):
+    every = sorted(os.sched_getaffinity(0))
+    assert run(cpus_of_the_team, pinned, every, env=env) == [every] * 2
+
+
+def change_affinity():
+    """Call while the CPUs of the process become fewer and more again; return the teams' CPUs."""
+    every = os.sched_getaffinity(0)
+    fastattn.set_num_threads(3)
+    before = task_ids()
+    expected, cpus = attend(problem()), []
+    for allowed in ({min(every)}, every):
+        os.sched_setaffinity(0, allowed)
+        end = time.monotonic() + 20
+        while True:  # until each of the team has had an item
+            assert np.array_equal(attend(problem()), expected)
+            found = {tuple(os.sched_getaffinity(thread)) for thread in task_ids() - before}
+            if found == {tuple(allowed)} or time.monotonic() > end:
+                break
+        cpus.append([sorted(one) for one in found])
+    return cpus
+
+
+def test_affinity_that_changes():
+    every = sorted(os.sched_getaffinity(0))
+    assert run(change_affinity) == [[[min(every)]], [every]]
+
+
+def seconds_of(threads):
+    """Return the CPU time that these threads have used."""
+    ticks = 0
+    for thread in threads:
+        stat = Path(f"/proc/self/task/{thread}/stat").read_text()
+        ticks += sum(map(int, stat.rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def helped_late():
+    """Begin a long call while a short one has the team; return the shares of caller and team."""
+    fastattn.set_num_threads(2)
+    before = task_ids()
+    attend(problem())
+    team = task_ids() - before
+    short, long = problem(4, 2048), problem(16, 8192)
+    ended = threading.Event()
+
+    def hold_the_team():
+        for _ in range(3):
+            attend(short)
+        ended.set()
+
+    holder = threading.Thread(target=hold_the_team)
+    holder.start()
+    while not seconds_of(team):  # the short call has it
+        time.sleep(1e-3)
+    begin = time.thread_time()
+    attend(long)
+    mine = time.thread_time() - begin
+    holder.join()
+    return mine, seconds_of(team)
+
+
+def test_a_long_call_gets_its_team_when_that_is_free():
+    mine, teams = run(helped_late)
+    assert teams > mine / 4
+
+
+def idle_seconds(calls):
+    """Return the CPU time that the process uses after calls, while it sleeps, and until then."""
+    fastattn.set_num_threads(4)
+    array = problem()
+    for _ in range(calls):
+        attend(array)
+        time.sleep(1e-3)
+    begin = time.process_time()
+    time.sleep(0.1)
+    return time.process_time() - begin
+
+
+@pytest.mark.promise("nothing-spins")
+def test_nothing_spins_after_a_call():
+    assert min(run(idle_seconds, 3) for _ in range(3)) < 1e-3
+
+
+# Arguments that another thread changes during the call.
+
+
+def change_lengths():
+    """Call while a thread writes numbers into lengths that lie far outside the arrays."""
+    query = problem(2, 64)[0].swapaxes(0, 1).copy()
+    starts, lengths = np.array([0, 64]), np.array([64])
+    ended, outcomes = threading.Event(), set()
+
+    def change():
+        for number in itertools.cycle((64, 2**50)):  # between two rounds others may run
+            starts[1] = lengths[0] = number
+            if ended.is_set():
+                break
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    sys.setswitchinterval(1e-5)
+    begin = time.monotonic()
+    while time.monotonic() < begin + (2 if len(outcomes) == 2 else 20):
+        for _ in range(500):
+            try:
+                fastattn.varlen_attention(query, query, query, starts, starts)
+                batch = query.swapaxes(0, 1)[None]
+                fastattn.attention(batch, batch, batch, kv_lengths=lengths)
+                outcomes.add("computed")
+            except ValueError as error:
+                if "must be within 0.." in str(error):
+                    outcomes.add("refused")
+    ended.set()
+    changing.join()
+    return sorted(outcomes)
+
+
+def test_lengths_that_another_thread_changes():
+    assert run(change_lengths) == ["computed", "refused"]
 
 
 # Ctrl-C and other signals, the interpreter's lock, its end.

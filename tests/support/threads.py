@@ -10,6 +10,11 @@ from pathlib import Path
 from tests.support.child import start
 
 
+def task_ids():
+    """Return the threads of the process."""
+    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+
+
 def tasks():
     """Return how many threads this process has."""
     return len(list(Path("/proc/self/task").iterdir()))

@@ -4,6 +4,7 @@
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def calls_of_tensors(query):
 
 def count_pools():
     """Return the threads that torch's operators add, and those that ours adds to these."""
-    torch.set_num_threads(3)
+    torch.set_num_threads(2)
     before = tasks()
     query = big()
     query.sqrt()
@@ -145,11 +146,33 @@ def count_pools():
     return [torch_has, both_have, tasks() - before > both_have, len(runtimes)]
 
 
+# Its threads never sleep, unless there are more of them than CPUs.
+AWAKE = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "active"}
+
+
 @pytest.mark.promise("torchs-pool-is-shared", "one-openmp-runtime")
 @pytest.mark.parametrize("imports", [("torch", "fastattn"), ("fastattn", "torch")], ids=str)
 def test_torchs_pool_is_ours(imports):
-    env = {"OMP_NUM_THREADS": "3"}
-    assert run(count_pools, imports=imports, env=env) == [2, 2, True, 1]
+    assert run(count_pools, imports=imports, env=AWAKE) == [1, 1, True, 1]
+
+
+def call_after_sleep():
+    """Return the threads that a call adds to torch's while these are awake, and when they sleep."""
+    torch.set_num_threads(2)
+    query = big()
+    query.sqrt()
+    before = tasks()
+    ft.scaled_dot_product_attention(query, query, query)
+    time.sleep(0.5)
+    expected = ft.scaled_dot_product_attention(query, query, query)
+    added = tasks() - before
+    assert torch.equal(ft.scaled_dot_product_attention(query, query, query), expected)
+    return added
+
+
+def test_torchs_pool_is_left_asleep():
+    assert run(call_after_sleep, env={"OMP_NUM_THREADS": "2"}) == 1
+    assert run(call_after_sleep, env=AWAKE) == 0
 
 
 def attend_in_threads():

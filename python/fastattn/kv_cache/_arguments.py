@@ -65,6 +65,7 @@ def rows_of_tables(
         raise TypeError(f"tables must be an array of integers, not {table.dtype.name}")
     if table.ndim != 2:
         raise ValueError(f"tables must have shape (batch, columns), got tables.shape={table.shape}")
+    table = table.copy()  # another thread may change what the caller has
     n, columns = table.shape
     most = columns * pool.page_size
     if parts is None:

@@ -527,12 +527,14 @@ class Blocks {
     // Some rows of a block, from its row `first` on.
     Block block(const Sequence& sequence, const Place& at, int64_t first, int64_t count,
                 char* memory, const Stop& stop) const {
-        first += at.index * block_rows_;
+        const int64_t begin = at.index * block_rows_;
+        const int64_t end = std::min(rows(sequence), begin + std::min(first + count, block_rows_));
+        first += begin;
         Scratch scratch(memory);
         const BlockMemory mine(block_rows_, kernel_bytes_, scratch);
         Block block = call_.shared_block();
         block.rows = mine.rows;
-        block.row_count = int(std::clamp<int64_t>(rows(sequence) - first, 0, count));
+        block.row_count = int(std::max<int64_t>(end - first, 0));
         block.scratch = mine.kernel;
         block.stop = stop;
         call_.set_keys(block, sequence, at.head);

@@ -76,8 +76,9 @@ def test_threads_that_share_keys_change_no_bit(kv_len, dtype, threads):
 @pytest.mark.promise("bitwise-threads", "forward-memory")
 def test_keys_are_shared(threads):
     """One block has work for many threads, also beyond the memory of one wave of partials."""
-    for q_len, kv_len, dim in ((17, 3 * SPAN, 16), (40, 600 * SPAN, 256)):
-        query, key = np.zeros((1, q_len, dim)), np.broadcast_to(np.zeros(dim), (1, kv_len, dim))
+    for q_len, kv_len, dim in ((17, 3 * SPAN, 16), (40, 600 * SPAN, 64)):
+        query = np.zeros((1, q_len, dim), np.float32)
+        key = np.broadcast_to(query[:, :1], (1, kv_len, dim))
         for count in (1, 2, 3, 32, 96):
             threads(count)
             report = explain(query, key, key)

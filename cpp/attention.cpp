@@ -191,13 +191,16 @@ class Blocks {
         for (int64_t batch = 0; batch < sequences(); ++batch) {
             const Sequence sequence = call_.sequence(batch);
             if (!included(sequence) || sequence.q_len == 0) continue;
-            work.heads += double(args_.kv_heads);
+            double pairs = 0;
+            const auto add = [&](const Sequence& part) {
+                work.keys = std::max(work.keys, most_keys(part));
+                pairs += double(args_.q_heads) * call_.pairs(part);
+            };
+            add(sequence);
+            if (call_.has_first_part(batch)) add(call_.first_part(batch));
             work.rows = std::max(work.rows, rows(sequence));
-            work.keys = std::max(work.keys, most_keys(sequence));
-            work.pairs += double(args_.q_heads) * call_.pairs(sequence);
-            if (!call_.has_first_part(batch)) continue;
-            work.keys = std::max(work.keys, most_keys(call_.first_part(batch)));
-            work.pairs += double(args_.q_heads) * call_.pairs(call_.first_part(batch));
+            work.pairs += pairs;
+            if (pairs > 0) work.heads += double(args_.kv_heads);
         }
         const double alike = call_.unlike() ? 1 : double(call_.batches);
         work.heads *= alike;
@@ -420,7 +423,7 @@ class Blocks {
             std::min(kPartialsBytes, kForwardBytes - std::min(kForwardBytes, taken));
         const double fit = double(room / slot_bytes(block_rows_)) - 1;
         slots_ = int64_t(std::max(std::min(fit, most_units), 1.));
-        if (slots_ > threads_) slots_ -= slots_ % threads_;
+        if (fit < most_units && slots_ > threads_) slots_ -= slots_ % threads_;
     }
 
     // False: all is done.
@@ -524,12 +527,14 @@ class Blocks {
     // Some rows of a block, from its row `first` on.
     Block block(const Sequence& sequence, const Place& at, int64_t first, int64_t count,
                 char* memory, const Stop& stop) const {
-        first += at.index * block_rows_;
+        const int64_t begin = at.index * block_rows_;
+        const int64_t end = std::min(rows(sequence), begin + std::min(first + count, block_rows_));
+        first += begin;
         Scratch scratch(memory);
         const BlockMemory mine(block_rows_, kernel_bytes_, scratch);
         Block block = call_.shared_block();
         block.rows = mine.rows;
-        block.row_count = int(std::clamp<int64_t>(rows(sequence) - first, 0, count));
+        block.row_count = int(std::max<int64_t>(end - first, 0));
         block.scratch = mine.kernel;
         block.stop = stop;
         call_.set_keys(block, sequence, at.head);

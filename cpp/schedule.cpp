@@ -52,7 +52,7 @@ double time_of(const RowsToCut& work, const RowCosts& costs, int64_t rows, bool 
     const double uneven = threads == 1 ? 0 : each * kUneven;
     const double split = in_spans ? kSpansTake : 1;
     if (work.pairs < kAlike * work.heads * of_head * keys) {
-        return split * (std::max(each, all / threads) + uneven);
+        return split * (std::max(each, all / threads) + 2 * uneven);
     }
     const double full = work.heads * std::floor(of_head / of_block) * std::floor(keys / span);
     const double more = work.heads * blocks * spans - full;

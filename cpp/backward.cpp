@@ -443,7 +443,7 @@ class Backward {
     std::vector<Chain> chains_;
     std::vector<Item> items_;
     int64_t block_keys_ = 0, key_blocks_ = 0;
-    int64_t places_ = 0;      // row blocks whose sums there is room for
+    int64_t places_ = 1;      // row blocks whose sums there is room for
     int64_t most_turns_ = 1;  // of a row block
     size_t scratch_bytes_ = 0;
     int threads_ = 1;

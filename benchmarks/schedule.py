@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import importlib.util
 import itertools
 import statistics
 import sys
@@ -267,9 +268,20 @@ def more_jobs() -> list[Job]:
 
 
 def suite_jobs() -> list[Job]:
-    """All that `fastattn bench` measures on a CPU, if this one can run it."""
-    found = [of_case(case) for suite in cases.SUITES.values() for case in suite]
-    return [job for job in found if job.isa in (None, *_core.supported_isas())]
+    """All that `fastattn bench` measures on a CPU, if this one can run it.
+
+    Left out is what the same call finds after idleness or after another library.
+    """
+    found = [case for suite in cases.SUITES.values() for case in suite]
+    isas = (None, *_core.supported_isas())
+    has_torch = importlib.util.find_spec("torch") is not None
+    return [
+        of_case(case)
+        for case in found
+        if case.isa in isas
+        and not (case.sleep_ms or case.before)
+        and (has_torch or not case.is_beside_torch)
+    ]
 
 
 def planned(job: Job, threads: Sequence[int]) -> Iterator[tuple[int, list[Plan]]]:

@@ -191,5 +191,3 @@ def test_accuracy(dtype, threads):
     query, key, value = make_problem(33, 3 * SPAN + 11, 16, heads=1, dtype=dtype, mean=1.0)
     threads(16)
     assert_within_gate(with_lse(query, key, value, scale=1.0), query, key, value, scale=1.0)
-
-

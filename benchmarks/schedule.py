@@ -9,6 +9,7 @@ given to threads as a real call does, and the time that threads would stand idle
     python benchmarks/schedule.py            # all cases of the suites, and some more
     python benchmarks/schedule.py --guard    # exit with 1 if a case leaves too much idle
     python benchmarks/schedule.py --measure  # compare with the clock, at 1 and 2 threads
+    python benchmarks/schedule.py --measure --threads 4,8 --case gpt2-1k --case varlen
 
 Efficiency is the work, in seconds of one thread, over the threads times the time of the call. A
 call whose work is less than 10 us for each thread cannot use them all: it counts against the team
@@ -50,8 +51,7 @@ LEAST = {32: 0.85, 96: 0.70}  # efficiency that the guard asks for
 EXCEPTIONS: dict[str, str] = {}  # cases that may have less, at most three, and why
 WAKING_SECONDS = 10e-6  # of one thread by another, which then both wake the next
 SHARE_SECONDS = 10e-6  # of work for each thread: less is not worth waking it
-TOLERANCE = 0.10  # of a prediction, at MEASURED threads
-MEASURED = (1, 2)
+MEASURED, TOLERANCE = (1, 2), 0.10  # threads, unless told otherwise, and of a prediction there
 
 
 class Phase(NamedTuple):
@@ -301,24 +301,26 @@ def faults(name: str, used: dict[int, Usage]) -> list[str]:
     return [
         f"{name}: {100 * used[n].efficiency:.0f} % of {n} threads, not {100 * least:.0f} %"
         for n, least in LEAST.items()
-        if used[n].efficiency < least and name not in EXCEPTIONS
+        if n in used and used[n].efficiency < least and name not in EXCEPTIONS
     ]
 
 
-def show(jobs: Sequence[Job]) -> list[str]:
+def show(jobs: Sequence[Job], threads: Sequence[int]) -> list[str]:
     """Print the table; return what is wrong."""
     wrong: list[str] = []
     width = max(len(job.name) for job in jobs)
-    say(f"{'efficiency / team':{width}}", *(f"{n:>8}" for n in THREADS), "  ms: 1    96")
+    shown = (f"{n:>8}" for n in (*threads, f"{threads[0]}: ms", f"{threads[-1]}: ms"))
+    say(f"{'efficiency / team':{width}}", *shown)
     for job in jobs:
-        used = {n: usage(plans, n) for n, plans in planned(job, THREADS) if plans}
+        used = {n: usage(plans, n) for n, plans in planned(job, threads) if plans}
         if not used:
             say(f"{job.name:{width}}  computes nothing")
             continue
         row = [
             f"{100 * x.efficiency:.0f}{'*' if x.is_small else '%'}/{x.team}" for x in used.values()
         ]
-        milliseconds = (f"{1e3 * x.seconds:8.3g}" for x in (used[1], used[96]))
+        ends = used[threads[0]], used[threads[-1]]
+        milliseconds = (f"{1e3 * x.seconds:8.3g}" for x in ends)
         say(f"{job.name:{width}}", *(f"{x:>8}" for x in row), *milliseconds)
         wrong += faults(job.name, used)
     say("* too small for all threads: of the team that was chosen")
@@ -340,7 +342,7 @@ class Comparison(NamedTuple):
         return self.predicted / self.measured - 1
 
 
-def measure(job: Job, seconds: float) -> dict[int, Comparison]:
+def measure(job: Job, threads: Sequence[int], seconds: float) -> dict[int, Comparison]:
     """Predict a call from the times of its items, each run alone, and time it, in turn.
 
     Threads that read memory at once are slower than one alone: an item then lasts at least as long
@@ -351,12 +353,12 @@ def measure(job: Job, seconds: float) -> dict[int, Comparison]:
     try:
         call = job.prepare(True)
         timer = _Timer(call, job.bytes_read > 0)
-        recordings: dict[int, list[_Recording]] = {n: [] for n in MEASURED}
-        samples: dict[int, list[float]] = {n: [] for n in MEASURED}
-        rates: dict[int, list[float]] = {n: [] for n in MEASURED}
+        recordings: dict[int, list[_Recording]] = {n: [] for n in threads}
+        samples: dict[int, list[float]] = {n: [] for n in threads}
+        rates: dict[int, list[float]] = {n: [] for n in threads}
         begin = time.perf_counter()
-        while len(samples[1]) < 5 or time.perf_counter() - begin < seconds:
-            for n in MEASURED:
+        while len(samples[threads[0]]) < 3 or time.perf_counter() - begin < seconds:
+            for n in threads:
                 fastattn.set_num_threads(n)
                 if job.bytes_read:
                     rates[n].append(_core.probe_read(FLUSH_BYTES >> 20, 1))
@@ -371,7 +373,7 @@ def measure(job: Job, seconds: float) -> dict[int, Comparison]:
                 ),
                 statistics.median(samples[n]),
             )
-            for n in MEASURED
+            for n in threads
         }
     finally:
         fastattn.set_num_threads(usual)
@@ -392,7 +394,7 @@ class _Timer:
         self._call = call
         self._flushed = np.ones(FLUSH_BYTES // 8) if cold else None
         self._loops = 1
-        took = min(self.timed() for _ in range(3))
+        took = min(self.timed() for _ in range(1 if cold else 2))
         if not cold:  # a call that is too short for the clock is repeated
             self._loops = max(1, int(1e-3 / took))
 
@@ -446,18 +448,18 @@ def _spread(phase: Phase, seconds: Array) -> Array:
     return parts
 
 
-def compare(jobs: Sequence[Job], seconds: float) -> list[str]:
+def compare(jobs: Sequence[Job], threads: Sequence[int], seconds: float) -> list[str]:
     """Print predictions beside measurements; return which are too far apart."""
     wrong: list[str] = []
     worst = 0.0
     width = max(len(job.name) for job in jobs)
-    say(f"{'predicted, measured':{width}}", *(f"{n:>8} thread{'s' * (n > 1):7}" for n in MEASURED))
+    say(f"{'predicted, measured':{width}}", *(f"{n:>8} thread{'s' * (n > 1):14}" for n in threads))
     for job in jobs:
-        if not any(plans for _, plans in planned(job, MEASURED)):
+        if not any(plans for _, plans in planned(job, threads)):
             say(f"{job.name:{width}}  computes nothing")
             continue
         row = []
-        for n, found in measure(job, seconds).items():
+        for n, found in measure(job, threads, seconds).items():
             worst = max(worst, abs(found.error))
             row.append(
                 f"{1e3 * found.predicted:8.3g} {1e3 * found.measured:8.3g} ms {found.error:+5.0%}"
@@ -482,6 +484,7 @@ def main() -> int:
     add("--guard", action="store_true", help="exit with 1 if a case uses a machine too badly")
     add("--measure", action="store_true", help="compare predictions with the clock")
     add("--seconds", type=float, default=3.0, help="to measure each case (%(default)s)")
+    add("--threads", metavar="A,B", help="these numbers of threads alone")
     add("--case", action="append", metavar="NAME", help="this case alone; may be repeated")
     options = parser.parse_args()
     jobs = {job.name: job for job in (*suite_jobs(), *more_jobs())}
@@ -489,9 +492,11 @@ def main() -> int:
         if name not in jobs:
             parser.error(f"--case must be one of {', '.join(jobs)}, got {name}")
     chosen = [jobs[name] for name in options.case or jobs]
-    if options.measure and not hasattr(_core, "record_items"):
-        parser.error("--measure needs recordings of items, which are not in this build")
-    wrong = compare(chosen, options.seconds) if options.measure else show(chosen)
+    threads = [int(n) for n in options.threads.split(",")] if options.threads else None
+    if options.measure:
+        wrong = compare(chosen, threads or MEASURED, options.seconds)
+    else:
+        wrong = show(chosen, threads or THREADS)
     if options.guard or options.measure:
         sys.stderr.write("".join(f"{each}\n" for each in wrong))
         return int(bool(wrong))

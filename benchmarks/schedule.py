@@ -394,9 +394,9 @@ class _Timer:
         self._call = call
         self._flushed = np.ones(FLUSH_BYTES // 8) if cold else None
         self._loops = 1
-        took = min(self.timed() for _ in range(1 if cold else 2))
-        if not cold:  # a call that is too short for the clock is repeated
-            self._loops = max(1, int(1e-3 / took))
+        self.timed()  # the first call is slower
+        if not cold:  # one that is too short for the clock is repeated
+            self._loops = max(1, int(1e-3 / self.timed()))
 
     def timed(self) -> float:
         """Return the seconds of a call."""

@@ -227,57 +227,73 @@ class Decode {
         Slice slice;
         slice.first_head = head;
         slice.heads = std::min(heads_, call_.args.kv_heads - head);
-        std::vector<Member> whole;  // not cut into rows yet
         size_t count = 0, carried = 0;
-        double seconds = 0, keys = 0;
-        int64_t most_rows[2] = {0, 0};
-        for (const int64_t stop = std::min(call_.batches, next + kMostVisited); next < stop;
-             ++next) {
+        const int64_t stop = std::min(call_.batches, next + kMostVisited);
+        for (; next < stop; ++next) {
             const Sequence sequence = call_.sequence(next);
             if (sequence.q_len == 0 || !call_.decodes(sequence.q_len)) continue;
             const bool parts = call_.has_first_part(next);
             const Member newest = member(sequence, !parts, true);
             count += 1 + size_t(newest.rows) / 16;
-            if (!newest.one_split()) carried += size_t(newest.rows * slice.heads) * partial_bytes_;
-            if (!whole.empty() && (count > kMostMembers || carried > kCarriedBytes)) break;
-            if (parts) whole.push_back(member(call_.first_part(next), true, false));
-            whole.push_back(newest);
-            int64_t& most = most_rows[in_query_tiles(newest)];
-            most = std::max(most, newest.rows);
+            if (!newest.one_split()) carried += size_t(newest.rows) * row_bytes(slice);
+            const bool fits = count <= kMostMembers && carried <= kCarriedBytes;
+            if (!slice.members.empty() && !fits) break;
+            if (parts) slice.members.push_back(member(call_.first_part(next), true, false));
+            slice.members.push_back(newest);
         }
-        for (const Member& member : whole) {
+        if (!slice.members.empty()) share_out(slice);
+        return slice;
+    }
+
+    // Cuts the members into rows, and finds the team.
+    void share_out(Slice& slice) const {
+        double seconds = 0, keys = 0;
+        int64_t most_rows[2] = {0, 0};
+        for (const Member& member : slice.members) {
             seconds += call_.seconds(member.sequence);
             keys += double(member.end - member.begin);
             slice.items += member.splits() * slice.heads;
             slice.first_split = std::min(slice.first_split, member.first_split);
             slice.last_split = std::max(slice.last_split, member.last_split);
+            int64_t& most = most_rows[in_query_tiles(member)];
+            most = std::max(most, member.rows);
         }
-        if (whole.empty()) return slice;
-
+        keys *= double(slice.heads) / double(slice.items);  // of a split
         int threads = team_size(INT64_MAX, seconds, call_.threads);
-        const double keys_of_split = keys * double(slice.heads) / double(slice.items);
         int64_t rows_of[2] = {1, 1};
         for (const bool in_tiles : {false, true}) {
             if (most_rows[in_tiles] == 0) continue;
             const TaskShape shape = shape_tasks(
-                most_rows[in_tiles], in_tiles ? functions_.lanes : 1, slice.items,
-                threads, [&](int64_t rows) { return scratch_bytes(rows, in_tiles); },
-                [&](int64_t rows) {
-                    return costs_.attend(keys_of_split, keys_of_split * double(rows));
-                });
+                most_rows[in_tiles], in_tiles ? functions_.lanes : 1, slice.items, threads,
+                partial_bytes_, [&](int64_t rows) { return scratch_bytes(rows, in_tiles); },
+                [&](int64_t rows) { return costs_.attend(keys, keys * double(rows)); });
             rows_of[in_tiles] = shape.rows;
             threads = shape.threads;
         }
-        slice.items = 0;
+        cut(slice, rows_of);
+        slice.team = team_size(slice.items, seconds, threads);
+        for (const bool in_tiles : {false, true}) {
+            if (slice.members.size() == 1) break;
+            slice.most_together[in_tiles] =
+                rows_together(kMostTogether, slice.team, row_bytes(slice),
+                              [&](int64_t rows) { return scratch_bytes(rows, in_tiles); });
+        }
+    }
+
+    // Into members of so many rows, without and with query tiles.
+    void cut(Slice& slice, const int64_t (&most_rows)[2]) const {
+        std::vector<Member> whole;
+        whole.swap(slice.members);
         slice.members.reserve(whole.size());
+        slice.items = 0;
         for (size_t i = 0, parts; i < whole.size(); i += parts) {
             parts = whole[i].ends ? 1 : 2;
-            const int64_t each = rows_of[in_query_tiles(whole[i])];
-            for (int64_t first = 0; first < whole[i].rows; first += each) {
+            const int64_t most = most_rows[in_query_tiles(whole[i])];
+            for (int64_t first = 0; first < whole[i].rows; first += most) {
                 for (size_t part = i; part < i + parts; ++part) {
                     Member some = whole[part];
                     some.first_row = first;
-                    some.rows = std::min(each, some.rows - first);
+                    some.rows = std::min(most, some.rows - first);
                     some.carried = slice.carried.count();
                     slice.items += some.splits() * slice.heads;
                     slice.members.push_back(some);
@@ -286,71 +302,68 @@ class Decode {
                 if (!last.one_split()) slice.carried.add(last.rows);
             }
         }
-        slice.team = team_size(slice.items, seconds, threads);
-        for (const bool in_tiles : {false, true}) {
-            if (slice.members.size() == 1) break;
-            slice.most_together[in_tiles] =
-                rows_together(kMostTogether, slice.team, row_bytes(slice),
-                              [&](int64_t rows) { return scratch_bytes(rows, in_tiles); });
-        }
-        return slice;
     }
 
     // The tasks from a position on, as many as fit a wave.
     Wave take(const Slice& slice, Position& next) const {
         Wave wave;
-        std::vector<Task>& tasks = wave.tasks;
-        size_t rows = 0;
-        bool full = false;
-        for (; !full && next.split <= slice.last_split; next = {next.split + 1}) {
-            const std::vector<int> order = members_of(slice, next.split);
-            while (next.place < order.size()) {
-                const Task task = first_task(slice, order, next, int(wave.shares.size()));
-                rows += size_t(task.rows);
-                full = !tasks.empty() && (rows * row_bytes(slice) > kWaitingBytes ||
-                                          wave.shares.size() + size_t(task.count) > kMostShares);
-                if (full) break;
-                for (int i = 0; i < task.count; ++i) wave.shares.push_back({order[next.place++]});
-                tasks.push_back(task);
-            }
-            if (full) break;
-        }
-        if (full) {
-            const int64_t items = int64_t(tasks.size()) * slice.heads;
+        if (!add_tasks(slice, next, wave)) {
+            const int64_t items = int64_t(wave.tasks.size()) * slice.heads;
             const size_t some = size_t(items_of_wave(items, slice.team) / slice.heads);
-            if (some > 0 && some < tasks.size()) {
-                next = {tasks[some].split, tasks[some].place};
-                wave.shares.resize(size_t(tasks[some].first));
-                tasks.resize(some);
+            if (some > 0 && some < wave.tasks.size()) {
+                const Task& task = wave.tasks[some];
+                next = {task.split, task.place};
+                wave.shares.resize(size_t(task.first));
+                wave.tasks.resize(some);
             }
         }
-        for (Task& task : tasks) {
+        for (Task& task : wave.tasks) {
             const int first = wave.shares[size_t(task.first)].member;
-            const bool in_tiles = in_query_tiles(slice.members[size_t(first)]);
-            wave.most_rows[in_tiles] = std::max(wave.most_rows[in_tiles], task.rows);
+            int64_t& most = wave.most_rows[in_query_tiles(slice.members[size_t(first)])];
+            most = std::max(most, task.rows);
             task.waiting = wave.waiting.count();
             wave.waiting.add(task.rows);
             add_links(slice, task, wave);
         }
         std::stable_sort(wave.links.begin(), wave.links.end(), [&](const Link& a, const Link& b) {
-            return slice.members[size_t(a.member)].carried <
-                   slice.members[size_t(b.member)].carried;
+            return carried(slice, a) < carried(slice, b);
         });
         for (size_t i = 0; i < wave.links.size(); ++i) {
             wave.shares[size_t(wave.links[i].share)].link = int(i);
         }
-        // What ends last is short.
-        if (slice.team > 1) {
-            std::stable_sort(tasks.begin(), tasks.end(),
+        if (slice.team > 1) {  // what ends last is short
+            std::stable_sort(wave.tasks.begin(), wave.tasks.end(),
                              [](const Task& a, const Task& b) { return a.seconds > b.seconds; });
         }
-        for (size_t i = 0; i < tasks.size(); ++i) {
-            const bool like =
-                i > 0 &&
-                (slice.team == 1 || are_alike(tasks[wave.unlike.back()].seconds, tasks[i].seconds));
-            if (!like) wave.unlike.push_back(i);
+        for (size_t i = 0; i < wave.tasks.size(); ++i) {
+            const bool alike =
+                i > 0 && (slice.team == 1 ||
+                          are_alike(wave.tasks[wave.unlike.back()].seconds, wave.tasks[i].seconds));
+            if (!alike) wave.unlike.push_back(i);
         }
         return wave;
+    }
+
+    // Moves the position behind them. False: there is no memory for more.
+    bool add_tasks(const Slice& slice, Position& next, Wave& wave) const {
+        size_t rows = 0;
+        for (; next.split <= slice.last_split; next = {next.split + 1}) {
+            const std::vector<int> order = members_of(slice, next.split);
+            while (next.place < order.size()) {
+                const Task task = first_task(slice, order, next, int(wave.shares.size()));
+                rows += size_t(task.rows);
+                const bool fits = rows * row_bytes(slice) <= kWaitingBytes &&
+                                  wave.shares.size() + size_t(task.count) <= kMostShares;
+                if (!wave.tasks.empty() && !fits) return false;
+                for (int i = 0; i < task.count; ++i) wave.shares.push_back({order[next.place++]});
+                wave.tasks.push_back(task);
+            }
+        }
+        return true;
+    }
+
+    static size_t carried(const Slice& slice, const Link& link) {
+        return slice.members[size_t(link.member)].carried;
     }
 
     size_t row_bytes(const Slice& slice) const { return size_t(slice.heads) * partial_bytes_; }
@@ -368,6 +381,7 @@ class Decode {
         if (rows == 0) return 0;
         Block block = call_.shared_block();
         block.row_count = int(rows);
+        block.in_span = true;
         Scratch scratch;
         BlockMemory(rows, kernel_bytes(block, in_tiles), scratch);
         return scratch.used();
@@ -489,15 +503,14 @@ class Decode {
 
     // Whether no link comes before this one, or in an earlier wave.
     static bool is_first(const Slice& slice, const Wave& wave, size_t link) {
-        const auto carried = [&](size_t i) {
-            return slice.members[size_t(wave.links[i].member)].carried;
-        };
-        return link == 0 || carried(link - 1) != carried(link);
+        return link == 0 ||
+               carried(slice, wave.links[link - 1]) != carried(slice, wave.links[link]);
     }
 
     Block block(const Slice& slice, const Member& member, int64_t head, Row* rows) const {
         Block block = call_.shared_block();
         call_.set_keys(block, member.sequence, slice.first_head + head);
+        block.in_span = true;
         block.rows = rows;
         block.row_count = int(member.rows);
         return block;

@@ -125,13 +125,14 @@ double DecodeCosts::merge(double rows) const {
 }
 
 TaskShape shape_tasks(int64_t rows, int64_t least_rows, int64_t items, int threads,
-                      const std::function<size_t(int64_t)>& scratch_bytes,
+                      size_t row_bytes, const std::function<size_t(int64_t)>& scratch_bytes,
                       const std::function<double(int64_t)>& seconds) {
     TaskShape best{rows, 1};
     if (threads == 1) return best;
     double least = std::numeric_limits<double>::infinity();
     for (int64_t some = rows; some == rows || some >= least_rows; some /= 2) {
-        const size_t room = kTeamBytes / scratch_bytes(some);
+        const size_t room =
+            std::min(kTeamBytes / scratch_bytes(some), kWaitingBytes / (size_t(some) * row_bytes));
         const int team = int(std::clamp<size_t>(room, 1, size_t(threads)));
         const int64_t all = items * ((rows + some - 1) / some);
         const double end = double((all + team - 1) / team) * seconds(some);

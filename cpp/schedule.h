@@ -79,11 +79,11 @@ RowCut cut_rows(RowsToCut work, const RowCosts& costs, int threads,
 // Decoding (decode.cpp). A task attends with some rows to a split of the keys.
 
 // Memory, at most, where one row does not need more: with the lists less than 16 MiB.
-constexpr size_t kTeamBytes = 11 << 20;    // scratch memory of all threads
-constexpr size_t kCarriedBytes = 3 << 19;  // partials of what is merged so far
-constexpr size_t kWaitingBytes = 5 << 19;  // partials that are not merged yet
-constexpr size_t kMostMembers = 2048;      // that are worked on at a time
-constexpr size_t kMostShares = 8192;       // of members in the tasks of a list
+constexpr size_t kTeamBytes = 43 << 18;     // scratch memory of all threads
+constexpr size_t kCarriedBytes = 5 << 18;   // partials of what is merged so far
+constexpr size_t kWaitingBytes = 13 << 18;  // partials that are not merged yet
+constexpr size_t kMostMembers = 2048;       // that are worked on at a time
+constexpr size_t kMostShares = 4096;        // of members in the tasks of a list
 
 // In seconds of one thread, roughly.
 struct DecodeCosts {
@@ -100,9 +100,9 @@ struct TaskShape {
 };
 
 // Into how many rows tasks of `rows` are cut, of which there are `items` to be done: as few as make
-// the team end soonest. scratch_bytes, seconds: of a task of so many rows.
+// the team end soonest. row_bytes: of a partial; scratch_bytes, seconds: of a task of so many rows.
 TaskShape shape_tasks(int64_t rows, int64_t least_rows, int64_t items, int threads,
-                      const std::function<size_t(int64_t)>& scratch_bytes,
+                      size_t row_bytes, const std::function<size_t(int64_t)>& scratch_bytes,
                       const std::function<double(int64_t)>& seconds);
 
 // How many rows may attend together in a task, so that there is memory for them.

@@ -76,6 +76,7 @@ struct Block {
     int64_t mask_stride, bias_stride;  // from one key to the next
     double scale, softcap;
     bool alibi;
+    bool in_span;  // no row sees keys of two spans (split.h): less scratch memory is needed
     Dropout dropout;
     void* scratch;  // scratch_bytes() of the function called, aligned
     Stop stop;

@@ -45,7 +45,8 @@ struct Matrices {
     Matrices(const Block& block, int64_t width, Scratch& scratch)
         : query(scratch.take<T>(block.head_dim * width)),
           acc(scratch.take<T>(block.value_head_dim * width)),
-          total(scratch.take<T>(block.kv_len > kSpanKeys ? block.value_head_dim * width : 0)) {}
+          total(scratch.take<T>(
+              block.kv_len > kSpanKeys && !block.in_span ? block.value_head_dim * width : 0)) {}
 };
 
 // Rows that fill up to Columns vectors, and what is known of them after the key tiles so far.
@@ -178,6 +179,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
 
     // Finds or prepares the values likewise.
     void find_values(int64_t tile) {
+        if (shared->some_at_a_time) return;
         const int64_t keys = this->keys_of(tile);
         if constexpr (InPairs) {
             tile_value = reinterpret_cast<const BFloat16*>(shared->value);
@@ -200,15 +202,15 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
                     tile_value = this->shared->value, value_stride = value_head_dim;
                     if (this->shared->value_tile == tile) return;
                     this->shared->value_tile = tile;
-                    widen(value, this->block.value.stride, keys, value_head_dim,
-                          this->shared->value);
-                    if constexpr (sizeof(From) == 1) {
-                        this->multiply_rows(this->block.value_scale, tile, keys, value_head_dim,
-                                            this->shared->value);
-                    }
+                    this->widen_values(tile, this->keys_of(tile), 0, value_head_dim,
+                                       this->shared->value);
                 }
             });
         }
+    }
+
+    void widen_values(int64_t first, int64_t rows, int64_t d, int64_t columns, T* to) const {
+        this->widen_rows(block.value, block.value_scale, first, rows, d, columns, to);
     }
 
     void begin_span() {
@@ -228,8 +230,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
         passes.prefetch(keys);
         const bool fetches = shared->fetches && shared->fetched != tile;
         shared->fetched = tile;
-        this->compute_scores(tile_key + (keys.begin - tile) * key_stride,
-                             fetches ? &keys : nullptr);
+        this->compute_scores(keys, fetches);
         find_values(tile);
         if (!InPairs && scale_scores) this->apply_score_scale(keys);
         const bool drops = block.dropout.drops;
@@ -265,14 +266,18 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
                 }
             });
         };
-        if (!apart) {
+        if (!apart && !shared->some_at_a_time) {
             return add_columns(0, value_head_dim, tile_value + (keys.begin - tile) * value_stride,
                                value_stride);
         }
         for (int64_t first = 0, last; first < value_head_dim; first = last) {
             last =
                 value_head_dim - first < kStagedColumns ? value_head_dim : first + kStagedColumns;
-            stage_finite(keys, first, last);
+            if (apart) {
+                stage_finite(keys, first, last);
+            } else {
+                stage_columns(keys, first, last);
+            }
             add_columns(first, last, reinterpret_cast<const Element*>(staging), last - first);
         }
     }
@@ -378,7 +383,10 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
     bool add_nonfinite(Span keys) {
         bool found = false;
         const auto check = [&](int64_t first, int64_t last) {
-            if (first < last) found |= !all_finite(value_row(first), row_stride(), last - first);
+            const int64_t rows = shared->some_at_a_time ? 1 : last - first;
+            for (; first < last; first += rows) {
+                found |= !all_finite(value_row(first), row_stride(), rows);
+            }
         };
         if (block.dropout.drops) {
             check(keys.begin, keys.end);
@@ -402,8 +410,21 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
         return true;
     }
 
-    // `staging` takes the columns [first, last) of the tile's values, with zeros for those that are
-    // not finite.
+    // `staging` takes the columns [first, last) of the keys' values.
+    void stage_columns(Span keys, int64_t first, int64_t last) const {
+        const int64_t columns = last - first;
+        if constexpr (InPairs) {
+            auto* to = reinterpret_cast<BFloat16*>(staging);
+            for (int64_t j = 0; j < keys.size(); j += 2, to += 2 * columns) {
+                const BFloat16* const from = value_row(keys.begin + j) + first;
+                store_pairs(from, j + 1 < keys.size() ? from + row_stride() : nullptr, columns, to);
+            }
+        } else {
+            widen_values(keys.begin, keys.size(), first, columns, staging);
+        }
+    }
+
+    // Likewise, with zeros for those that are not finite.
     void stage_finite(Span keys, int64_t first, int64_t last) const {
         constexpr int64_t size = Operand::size;
         for (int64_t j = 0; j < keys.size(); ++j) {
@@ -420,8 +441,13 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
 
     // A key's values, where they are not laid out in pairs.
     const Element* value_row(int64_t key) const {
-        if constexpr (InPairs) return row_of<Element>(block, block.value, key);
-        return tile_value + key % kKeyTile * value_stride;
+        if constexpr (InPairs) {
+            return row_of<Element>(block, block.value, key);
+        } else {
+            if (!shared->some_at_a_time) return tile_value + key % kKeyTile * value_stride;
+            widen_values(key, 1, 0, value_head_dim, shared->value);
+            return shared->value;
+        }
     }
     int64_t row_stride() const { return InPairs ? block.value.stride : value_stride; }
 

@@ -91,10 +91,12 @@ class Blocks {
             const auto merge = [&](int64_t i, char* mine, const Stop&) {
                 merge_rows(wave, i, mine, slots);
             };
-            if (!parallel_for(int64_t(wave.units.size()), threads_, interrupt,
-                              attend_in_scratch(attend)) ||
-                !parallel_for(int64_t(wave.merges.size()) * pieces(wave), merging_team(wave),
-                              interrupt, attend_in_scratch(merge))) {
+            const int64_t attended = int64_t(wave.units.size());
+            if (!parallel_for(attended, threads_, interrupt, attend_in_scratch(attend)))
+                return false;
+            if (wave.merges.empty()) continue;
+            const int64_t merged = int64_t(wave.merges.size()) * pieces(wave);
+            if (!parallel_for(merged, merging_team(wave), interrupt, attend_in_scratch(merge))) {
                 return false;
             }
             carry(wave, slots);
@@ -224,13 +226,13 @@ class Blocks {
         blocks_ = (most_rows + block_rows_ - 1) / block_rows_;
         all_blocks_ = blocks_ * call_.batches;
         late_first_ = args_.right != kUnlimited;
-        if (threads_ > 1 && call_.unlike()) {
-            std::vector<std::pair<double, int64_t>> longest;
+        if (threads_ > 1 && call_.unlike() && call_.batches <= kMostSorted) {
+            std::vector<std::pair<float, int32_t>> longest;
             for (int64_t batch = 0; batch < call_.batches; ++batch) {
                 const Sequence sequence = call_.sequence(batch);
                 const int64_t most = std::min(rows(sequence), block_rows_);
                 const double pairs = most > 0 ? double(most) * double(most_keys(sequence)) : 0;
-                longest.emplace_back(-pairs, batch);
+                longest.emplace_back(float(-pairs), int32_t(batch));
             }
             std::sort(longest.begin(), longest.end());
             for (const auto& [pairs, batch] : longest) order_.push_back(batch);
@@ -549,7 +551,7 @@ class Blocks {
     const RowCosts costs_;
     const int64_t partial_bytes_;                           // of a row
     int64_t block_rows_ = 1, blocks_ = 0, all_blocks_ = 0;  // blocks of the longest head; of all
-    std::vector<int64_t> order_;                            // of batch elements; empty: their own
+    std::vector<int32_t> order_;                            // of batch elements; empty: their own
     std::vector<int64_t> first_block_;  // of each packed sequence, in that order
     // The last blocks of each head that run one after the other across heads, so that the shortest
     // are the last of all.

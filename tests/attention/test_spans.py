@@ -2,7 +2,7 @@
 """Few blocks of rows and many keys: threads share a block's keys, and no bit tells of it.
 
 The softmax begins anew at each multiple of SPAN keys; what several threads have of a block is
-merged in order.
+merged in order. And whose work is counted where threads are chosen.
 """
 
 import itertools
@@ -88,6 +88,21 @@ def test_keys_are_shared(threads):
                 assert report["threads"] == count
 
 
+def test_work_of_all_batch_elements_counts(threads):
+    """Also where the first one has no keys, or sees none."""
+    query, key, value = make_problem(64, 512, heads=2, batch=(3,))
+    for options in (
+        {},
+        {"kv_lengths": [0, 512, 512]},
+        {"is_causal": True, "query_offset": [-600, 448, 448]},
+    ):
+        for count in (2, 4):
+            threads(count)
+            assert explain(query, key, value, **options)["threads"] == count
+    threads(4)
+    assert explain(query, key, value, kv_lengths=0)["threads"] == 1
+
+
 @pytest.mark.promise("bitwise-threads")
 def test_partials_beyond_one_wave_change_no_bit(threads):
     """What waits to be merged is bounded; a block may go on in the next wave."""
@@ -104,7 +119,7 @@ def test_partials_beyond_one_wave_change_no_bit(threads):
 
 @pytest.mark.promise("bitwise-query-chunks")
 @every_arithmetic
-@pytest.mark.parametrize("kv_len", (SPAN + 1, 2 * SPAN))
+@pytest.mark.parametrize("kv_len", [SPAN + 1, 2 * SPAN])
 def test_query_chunks_change_no_bit(kv_len, dtype, threads):
     operands, options = everything(60, kv_len, dtype)
     threads(1)

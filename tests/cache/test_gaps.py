@@ -51,10 +51,11 @@ def test_threads_that_share_keys_change_no_bit(dtype, renumber, threads):
     both.append(14_000)
     both.evict([5000, 8100], [4200, 5000], renumber)
     threads(1)
-    expected = both.cache.attend(query, return_lse=True)
+    asked = {"return_lse": True, "return_column_sums": True}
+    expected = both.cache.attend(query, **asked)
     for count in (3, 30):
         threads(count)
-        assert_same_bits(both.cache.attend(query, return_lse=True), expected)
+        assert_same_bits(both.cache.attend(query, **asked), expected)
     if dtype == np.float32:
         both.check(query, dtype)
 

@@ -28,6 +28,7 @@ namespace fastattn {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+constexpr int64_t kRun = 4;  // row blocks that are visited first to last: memory is fetched ahead
 constexpr auto kSpin = std::chrono::microseconds(20);  // before a thread that waits sleeps
 constexpr Clock::duration kLongestSleep = std::chrono::milliseconds(10);
 
@@ -95,7 +96,7 @@ class Backward {
     struct Head {
         int64_t batch, kv_head;
         const void* bias;  // whose gradient is asked for
-        int64_t first_row_block, row_blocks;
+        Interval row_blocks;
         int64_t before;  // row blocks of the heads before it in its chain
     };
     // Heads that share the gradient of a bias, and are worked on one after the other; or one head.
@@ -145,9 +146,6 @@ class Backward {
         return {call_.interval(sequence, first / call_.group).begin,
                 call_.interval(sequence, last / call_.group).end};
     }
-    Interval keys_of(const Head& head, const Sequence& sequence, int64_t row_block) const {
-        return keys_of(sequence, head.first_row_block + row_block);
-    }
 
     // Rows that come later see later keys: those that see none are the first and the last ones.
     void find_heads() {
@@ -163,7 +161,7 @@ class Backward {
             const Call::Rows dbias = call_.rows(args_.dbias, batch);
             for (int64_t kv_head = 0; kv_head < args_.call.kv_heads; ++kv_head) {
                 const void* const bias = dbias.at(kv_head * call_.group, s.q_start);
-                heads_.push_back({batch, kv_head, bias, first, past - first, 0});
+                heads_.push_back({batch, kv_head, bias, {first, past}, 0});
             }
         }
     }
@@ -177,7 +175,7 @@ class Backward {
             }
             Chain& chain = chains_.back();
             head.before = chain.row_blocks;
-            chain.row_blocks += head.row_blocks;
+            chain.row_blocks += head.row_blocks.end - head.row_blocks.begin;
             ++chain.heads;
         }
         std::ranges::stable_sort(chains_, std::greater<>(), &Chain::row_blocks);  // longest first
@@ -196,8 +194,8 @@ class Backward {
             Interval blocks{INT64_MAX, 0};
             for (const Head& head : heads_of(chain)) {
                 const Sequence s = call_.sequence(head.batch);
-                const Interval first = keys_of(head, s, 0);
-                const Interval last = keys_of(head, s, head.row_blocks - 1);
+                const Interval first = keys_of(s, head.row_blocks.begin);
+                const Interval last = keys_of(s, head.row_blocks.end - 1);
                 blocks.begin = std::min(blocks.begin, first.begin / keys);
                 blocks.end = std::max(blocks.end, (last.end - 1) / keys + 1);
             }
@@ -229,10 +227,10 @@ class Backward {
         if (chain.heads > 1) return chain.row_blocks;
         const Head& head = heads_[chain.first_head];
         const Sequence s = call_.sequence(head.batch);
-        int64_t most = 0;
-        for (int64_t first = 0, i = 0; i < head.row_blocks; ++i) {
-            const int64_t begin = keys_of(head, s, i).begin / block_keys_;
-            while ((keys_of(head, s, first).end - 1) / block_keys_ < begin) ++first;
+        int64_t first = head.row_blocks.begin, most = 0;
+        for (int64_t i = first; i < head.row_blocks.end; ++i) {
+            const int64_t begin = keys_of(s, i).begin / block_keys_;
+            while ((keys_of(s, first).end - 1) / block_keys_ < begin) ++first;
             most = std::max(most, i - first + 1);
         }
         return most;
@@ -268,19 +266,36 @@ class Backward {
         });
     }
 
-    // The last row blocks come first, in heads of a chain that come one after the other.
+    // A part of the row blocks of a chain, the last ones of its first head first.
     Visits visits(const Chain& chain, const Head& head, const Sequence& sequence,
                   const Item& item) const {
         const int64_t begin = item.key_block * block_keys_, end = begin + block_keys_;
-        const auto keys = [&](int64_t i) { return keys_of(head, sequence, i); };
-        const int64_t first =
-            first_with(0, head.row_blocks, [&](int64_t i) { return keys(i).end > begin; });
-        const int64_t past =
-            first_with(first, head.row_blocks, [&](int64_t i) { return keys(i).begin >= end; });
-        const int64_t of_chain = head.before + head.row_blocks;
+        const int64_t past_of_head = head.row_blocks.end;
+        const int64_t first = first_with(head.row_blocks.begin, past_of_head, [&](int64_t i) {
+            return keys_of(sequence, i).end > begin;
+        });
+        const int64_t past = first_with(
+            first, past_of_head, [&](int64_t i) { return keys_of(sequence, i).begin >= end; });
+        const auto bound = [&](int part) -> int64_t {
+            if (part == parts_) return 0;
+            const int64_t row_block = past_of_head + head.before - chain.row_blocks * part / parts_;
+            return (row_block + kRun - 1) / kRun * kRun;
+        };
         return {{first, past},
-                {std::max(first, of_chain - chain.row_blocks * (item.part + 1) / parts_),
-                 std::min(past, of_chain - chain.row_blocks * item.part / parts_)}};
+                {std::max(first, bound(item.part + 1)), std::min(past, bound(item.part))}};
+    }
+
+    // Calls visit(i) for row blocks in the order of visits, until it returns false.
+    template <class Visit>
+    static bool each_row_block(const Interval& row_blocks, const Visit& visit) {
+        for (int64_t past = row_blocks.end; past > row_blocks.begin;) {
+            const int64_t first = std::max((past - 1) / kRun * kRun, row_blocks.begin);
+            for (int64_t i = first; i < past; ++i) {
+                if (!visit(i)) return false;
+            }
+            past = first;
+        }
+        return true;
     }
 
     // Where a key block adds to the sums of a row block, and when. A place is that of several row
@@ -291,7 +306,8 @@ class Backward {
     };
     Turn turn(const Chain& chain, const Head& head, const Interval& keys, int64_t row_block,
               int64_t key_block) const {
-        const int64_t row_block_of_all = chain.rows_before + head.before + row_block;
+        const int64_t row_block_of_all =
+            chain.rows_before + head.before + row_block - head.row_blocks.begin;
         const int64_t round = row_block_of_all / places_ * most_turns_;
         const int64_t mine = key_block - keys.begin / block_keys_;
         const bool last = key_block == (keys.end - 1) / block_keys_;
@@ -308,14 +324,17 @@ class Backward {
         for (const Head& head : heads_of(chain)) {
             const Sequence s = call_.sequence(head.batch);
             const Visits visits = this->visits(chain, head, s, item);
-            for (int64_t i = visits.part.end; i-- > visits.part.begin;) {
-                const Interval keys = keys_of(head, s, i);
+            each_row_block(visits.part, [&](int64_t i) {
+                const Interval keys = keys_of(s, i);
                 const int64_t begin = std::max(item.key_block * block_keys_, keys.begin);
                 const int64_t end = std::min((item.key_block + 1) * block_keys_, keys.end);
                 const Turn turn = this->turn(chain, head, keys, i, item.key_block);
-                steps.push_back(
-                    {gradient_seconds(block_rows_, end - begin, columns), turn.place, turn.number});
-            }
+                const int64_t rows =
+                    std::min<int64_t>(block_rows_, s.q_len * call_.group - i * block_rows_);
+                const double seconds = gradient_seconds(rows, end - begin, columns);
+                steps.push_back({seconds, turn.place, turn.number});
+                return true;
+            });
         }
         if (parts_ > 1) steps.push_back({0, places_ + item.number, 2 * item.parts_before + 1});
         return steps;
@@ -395,17 +414,16 @@ class Backward {
                     args_.dv.row_stride, 0};
         block.dbias_stride = args_.dbias.col_stride;
         if (part.end == all.end) functions_.begin_keys(block);
-        for (int64_t i = part.end; i-- > part.begin;) {
+        const bool finished = each_row_block(part, [&](int64_t i) {
             if (stop.requested(stop.context)) return false;
-            const int64_t first = (head.first_row_block + i) * block_rows_;
+            const int64_t first = i * block_rows_;
             const int64_t past = std::min(first + block_rows_, sequence.q_len * call_.group);
             block.block.row_count = int(past - first);
             call_.set_rows(rows, block.block.row_count, sequence, head.kv_head, first);
             set_more(more, block.block.row_count, sequence, head.kv_head, first);
             functions_.differentiate(block);
 
-            const Turn turn =
-                this->turn(chain, head, keys_of(head, sequence, i), i, item.key_block);
+            const Turn turn = this->turn(chain, head, keys_of(sequence, i), i, item.key_block);
             if (!wait(turn.place, turn.number, stop)) return false;
             char* const sums = sums_ + size_t(turn.place) * sums_bytes_;
             lend(sums, int64_t(query_sums_bytes_));
@@ -414,9 +432,10 @@ class Backward {
             if (turn.last) functions_.store_query_sums(block);
             take_back(sums, sums_bytes_);
             turns_[turn.place].store(turn.next, std::memory_order_release);
-        }
-        if (part.begin == all.begin) functions_.finish_keys(block);
-        return true;
+            return true;
+        });
+        if (finished && part.begin == all.begin) functions_.finish_keys(block);
+        return finished;
     }
 
     void set_more(GradientRow* to, int count, const Sequence& s, int64_t kv_head,

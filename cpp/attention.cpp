@@ -1,77 +1,107 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Who does which part of a call with many queries: cuts each sequence into row blocks, which share
-// a key and value head, gives each thread its scratch memory, and lets the kernel attend. Called by
+// a key and value head, gives each thread its scratch memory, and lets the kernel attend. Where
+// blocks are too few for all threads, their keys are cut too, into spans, and what each gives is
+// merged in order. How large blocks are, and whether there are spans, schedule.cpp says. Called by
 // src/; calls the kernel's table (kernel/kernel.h) through parallel_for. Sequences that are decoded
 // go to decode.cpp.
 #include "attention.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "call.h"
 #include "kernel/kernel.h"
 #include "parallel.h"
+#include "split.h"
 
 namespace fastattn {
 namespace {
 
-// Query tiles of a row block: each key tile is brought near once for all of them, so the more the
-// better, while they stay in the second-level cache, leave each thread a choice of blocks, and keep
-// the promise that extra memory is small. Beyond 4 only a window gains, whose blocks overlap in
-// keys.
-constexpr int kMostQueryTiles = 4, kMostQueryTilesInWindow = 8;
-constexpr size_t kBlockBytes = 384 << 10;  // of one thread
-constexpr size_t kAllBlockBytes = 8 << 20;
-constexpr int64_t kBlocksPerThread = 16;
 constexpr double kMostVisited = 2e7;  // tiles; plan() takes seconds to look at so many
 
 // The row blocks of all sequences, or of those that are not decoded.
 class Blocks {
    public:
     Blocks(const Call& call, bool every)
-        : call_(call), args_(call.args), functions_(call.functions), every_(every) {
+        : call_(call),
+          args_(call.args),
+          functions_(call.functions),
+          every_(every),
+          costs_(args_.head_dim, args_.value_head_dim, functions_.lanes,
+                 args_.key.dtype !=
+                     (args_.query.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32)),
+          partial_bytes_(functions_.decode.partial_bytes(call.shared_block())) {
         if (args_.kv_heads == 0) return;
-        double seconds = 0;
-        const int64_t unlike = call.packed() ? call.batches : std::min<int64_t>(call.batches, 1);
-        for (int64_t batch = 0; batch < unlike; ++batch) {
-            const Sequence sequence = call.sequence(batch);
-            if (!included(sequence)) continue;
-            most_rows_ = std::max(most_rows_, rows(sequence));
-            seconds += call.seconds(sequence);
+        const RowsToCut work = look();
+        if (work.rows == 0) return;
+        const double pieces = work.heads * std::ceil(double(work.rows) / double(work.lanes)) *
+                              std::ceil(double(work.keys) / double(kSpanKeys));
+        const double seconds = work.pairs * costs_.pair;
+        const int team =
+            team_size(int64_t(std::min(pieces, double(kMostThreads))), seconds, call.threads);
+        const RowCut best = cut_rows(work, costs_, team, [&](int64_t rows, bool in_spans) {
+            return thread_bytes(rows, in_spans) + (in_spans ? slot_bytes(rows) : 0);
+        });
+        in_spans_ = best.in_spans;
+        threads_ = best.threads;
+        block_rows_ = best.rows;
+        kernel_bytes_ = kernel_bytes(block_rows_);
+        thread_bytes_ = thread_bytes(block_rows_, in_spans_);
+        across_heads_ = work.in_window && args_.key.head_stride < args_.key.row_stride;
+        cut(work.rows);
+        if (in_spans_) {
+            choose_slots(double(items()) * (std::ceil(double(work.keys) / double(kSpanKeys)) + 3));
+        } else {
+            threads_ = int(std::min<int64_t>(threads_, items()));
         }
-        if (most_rows_ == 0) return;
-        if (!call.packed()) seconds *= double(call.batches);
-        cut(1);
-        threads_ = team_size(items(), seconds, call.threads);
-
-        const bool in_window = call.visible_at_most() < args_.kv_len;
-        across_heads_ = in_window && args_.key.head_stride < args_.key.row_stride;
-        int query_tiles = in_window ? kMostQueryTilesInWindow : kMostQueryTiles;
-        const size_t room = std::min(kBlockBytes, kAllBlockBytes / size_t(threads_));
-        for (; query_tiles > 1; query_tiles /= 2) {
-            cut(query_tiles);
-            if (items() >= kBlocksPerThread * threads_ && room_for(kernel_bytes()) <= room) break;
-        }
-        cut(query_tiles);
-        kernel_bytes_ = kernel_bytes();
-        partials_bytes_ = args_.kv_parts == nullptr ? 0 : partials_bytes();
-        Scratch scratch;
-        BlockMemory(block_rows_, kernel_bytes_, scratch);
-        for (int part = 0; part < 2; ++part) scratch.take<char>(partials_bytes_);
-        scratch_bytes_ = scratch.used();
     }
 
     bool run(Interrupt interrupt) const {
         if (items() == 0) return true;
-        const Memory memory = allocate(scratch_bytes_ * size_t(threads_));
-        return parallel_for(items(), threads_, interrupt,
-                            [&](int64_t item, int worker, const Stop& stop) {
-                                char* const mine = memory.get() + size_t(worker) * scratch_bytes_;
-                                attend(item, mine, stop);
-                                take_back(mine, scratch_bytes_);
-                            });
+        const Memory memory = allocate(bytes());
+        const auto attend_in_scratch = [&](const auto& attend) {
+            return [&, attend](int64_t item, int worker, const Stop& stop) {
+                char* const mine = memory.get() + size_t(worker) * thread_bytes_;
+                attend(item, mine, stop);
+                take_back(mine, thread_bytes_);
+            };
+        };
+        if (!in_spans_) {
+            return parallel_for(items(), threads_, interrupt,
+                                attend_in_scratch([&](int64_t item, char* mine, const Stop& stop) {
+                                    attend(place(item), mine, stop);
+                                }));
+        }
+        char* const slots = memory.get() + size_t(threads_) * thread_bytes_;
+        for (Wave wave; next(wave);) {
+            const auto attend = [&](int64_t i, char* mine, const Stop& stop) {
+                const Unit& unit = wave.units[size_t(i)];
+                char* partials = nullptr;
+                if (unit.slot != kNone) {
+                    partials = slots + size_t(unit.slot) * slot_bytes(block_rows_);
+                    lend(partials, block_rows_ * partial_bytes_);
+                }
+                attend_unit(unit, mine, partials, stop);
+            };
+            const auto merge = [&](int64_t i, char* mine, const Stop&) {
+                merge_rows(wave, i, mine, slots);
+            };
+            const int64_t attended = int64_t(wave.units.size());
+            if (!parallel_for(attended, threads_, interrupt, attend_in_scratch(attend)))
+                return false;
+            if (wave.merges.empty()) continue;
+            const int64_t merged = int64_t(wave.merges.size()) * pieces(wave);
+            if (!parallel_for(merged, merging_team(wave), interrupt, attend_in_scratch(merge))) {
+                return false;
+            }
+            carry(wave, slots);
+        }
+        return true;
     }
 
     // All sequences must be of the same lengths.
@@ -85,11 +115,65 @@ class Blocks {
         plan.tiles_skipped = counts.skipped;
         plan.tiles_edge = counts.edge;
         plan.pairs_computed = counts.pairs;
-        plan.scratch_bytes = scratch_bytes_ * size_t(threads_);
+        plan.scratch_bytes = bytes();
         return plan;
     }
 
+    // Adds the phases of run().
+    void add_phases(Schedule& schedule) const {
+        schedule.scratch_bytes = std::max(schedule.scratch_bytes, bytes());
+        if (!in_spans_) {
+            Phase phase{threads_, {}};
+            for (int64_t item = 0; item < items(); ++item) {
+                const Place at = place(item);
+                double all = 0;
+                for (int64_t n = 0; n < units(at); ++n) all += unit(at, n).seconds;
+                phase.items.push_back({{all}});
+            }
+            if (items() > 0) schedule.phases.push_back(phase);
+            return;
+        }
+        for (Wave wave; next(wave);) {
+            Phase attending{threads_, {}}, merging{merging_team(wave), {}};
+            for (const Unit& unit : wave.units) attending.items.push_back({{unit.seconds}});
+            for (const Merge& merge : wave.merges) {
+                for (int64_t i = 0; i < pieces(wave); ++i) {
+                    merging.items.push_back({{merging_seconds(merge) / double(pieces(wave))}});
+                }
+            }
+            schedule.phases.push_back(attending);
+            if (!merging.items.empty()) schedule.phases.push_back(merging);
+        }
+    }
+
    private:
+    // Some rows of a head.
+    struct Place {
+        int64_t batch, head, index;
+    };
+    // The keys of a block that lie in one span of one part.
+    struct Unit {
+        Place at;
+        bool first_part;
+        Interval keys;
+        double seconds;
+        int64_t slot;  // where its partials go; none: it is the only unit of its block
+    };
+    // Units of a block that come one after the other, and so do their partials.
+    struct Merge {
+        Place at;
+        int64_t first, count;  // slots
+        bool starts, ends;     // else the wave before, the next one has more of the block
+    };
+    // As many units as there are slots for.
+    struct Wave {
+        std::vector<Unit> units;
+        std::vector<Merge> merges;
+        int64_t merged_rows = 1;     // at a time
+        int64_t item = 0, done = 0;  // the next block, and how many of its units were in waves
+    };
+    static constexpr int64_t kNone = -1, kCarried = 0;  // slots
+
     bool included(const Sequence& sequence) const {
         return every_ || !call_.decodes(sequence.q_len);
     }
@@ -98,26 +182,97 @@ class Blocks {
         return (rows(sequence) + block_rows_ - 1) / block_rows_;
     }
     int64_t items() const { return all_blocks_ * args_.kv_heads; }
+    int64_t sequences() const { return call_.unlike() ? call_.batches : 1; }
 
-    // Cuts the rows into blocks of so many query tiles.
-    void cut(int query_tiles) {
-        block_rows_ = std::min<int64_t>(most_rows_, int64_t(query_tiles) * functions_.query_tile);
-        blocks_ = (most_rows_ + block_rows_ - 1) / block_rows_;
-        all_blocks_ = blocks_ * call_.batches;
-        if (!call_.packed()) return;
-        first_block_.clear();
-        all_blocks_ = 0;
-        for (int64_t batch = 0; batch < call_.batches; ++batch) {
+    RowsToCut look() const {
+        RowsToCut work{};
+        work.lanes = functions_.lanes;
+        work.query_tile = functions_.query_tile;
+        work.in_window = call_.visible_at_most() < args_.kv_len;
+        if (call_.batches == 0) return work;
+        for (int64_t batch = 0; batch < sequences(); ++batch) {
             const Sequence sequence = call_.sequence(batch);
+            if (!included(sequence) || sequence.q_len == 0) continue;
+            double pairs = 0;
+            const auto add = [&](const Sequence& part) {
+                work.keys = std::max(work.keys, most_keys(part));
+                pairs += double(args_.q_heads) * call_.pairs(part);
+            };
+            add(sequence);
+            if (call_.has_first_part(batch)) add(call_.first_part(batch));
+            work.rows = std::max(work.rows, rows(sequence));
+            work.pairs += pairs;
+            if (pairs > 0) work.heads += double(args_.kv_heads);
+        }
+        const double alike = call_.unlike() ? 1 : double(call_.batches);
+        work.heads *= alike;
+        work.pairs *= alike;
+        return work;
+    }
+
+    // That a row sees, roughly.
+    int64_t most_keys(const Sequence& sequence) const {
+        int64_t most = 0;
+        for (const int64_t i : {int64_t{0}, sequence.q_len / 2, sequence.q_len - 1}) {
+            const Interval keys = call_.interval(sequence, i);
+            most = std::max(most, keys.end - keys.begin);
+        }
+        return most;
+    }
+
+    // Sets what place() reads. The longest blocks come first, and what ends last is short: those
+    // of long sequences, and late ones where later rows see more keys.
+    void cut(int64_t most_rows) {
+        blocks_ = (most_rows + block_rows_ - 1) / block_rows_;
+        all_blocks_ = blocks_ * call_.batches;
+        late_first_ = args_.right != kUnlimited;
+        if (threads_ > 1 && call_.unlike() && call_.batches <= kMostSorted) {
+            std::vector<std::pair<float, int32_t>> longest;
+            for (int64_t batch = 0; batch < call_.batches; ++batch) {
+                const Sequence sequence = call_.sequence(batch);
+                const int64_t most = std::min(rows(sequence), block_rows_);
+                const double pairs = most > 0 ? double(most) * double(most_keys(sequence)) : 0;
+                longest.emplace_back(float(-pairs), int32_t(batch));
+            }
+            std::sort(longest.begin(), longest.end());
+            for (const auto& [pairs, batch] : longest) order_.push_back(batch);
+        }
+        if (!call_.packed()) {
+            const int64_t heads = call_.batches * args_.kv_heads, wanted = kTailRounds * threads_;
+            tail_ = threads_ == 1 ? 0 : std::min(blocks_, (wanted + heads - 1) / heads);
+            return;
+        }
+        all_blocks_ = 0;
+        for (int64_t rank = 0; rank < call_.batches; ++rank) {
+            const Sequence sequence = call_.sequence(ranked(rank));
             first_block_.push_back(all_blocks_);
             if (included(sequence)) all_blocks_ += blocks(sequence);
         }
     }
 
-    size_t kernel_bytes() const {
+    int64_t ranked(int64_t rank) const { return order_.empty() ? rank : order_[size_t(rank)]; }
+
+    // Bytes of one thread, and of a slot.
+    size_t thread_bytes(int64_t block_rows, bool in_spans) const {
+        Scratch scratch;
+        BlockMemory(block_rows, kernel_bytes(block_rows), scratch);
+        const bool merges = args_.kv_parts != nullptr && !in_spans;
+        for (int part = 0; merges && part < 2; ++part) {
+            scratch.take<char>(block_rows * partial_bytes_);
+        }
+        return scratch.used();
+    }
+    size_t slot_bytes(int64_t block_rows) const {
+        return room_for(size_t(block_rows * partial_bytes_));
+    }
+    size_t kernel_bytes(int64_t block_rows) const {
         Block block = call_.shared_block();
-        block.row_count = int(block_rows_);
+        block.row_count = int(block_rows);
         return functions_.scratch_bytes(block);
+    }
+    size_t bytes() const {
+        const size_t slots = in_spans_ ? size_t(slots_ + 1) * slot_bytes(block_rows_) : 0;
+        return size_t(threads_) * thread_bytes_ + slots;
     }
 
     // Of batch elements, heads and blocks that are alike, it visits one and counts it for all.
@@ -129,7 +284,7 @@ class Blocks {
         const int64_t some_blocks = blocks_are_alike() ? std::min<int64_t>(blocks_, 2) : blocks_;
         require_quick(double(some_batches) * double(some_heads) * double(some_blocks));
 
-        const Memory memory = allocate(scratch_bytes_);
+        const Memory memory = allocate(thread_bytes_);
         TileCounts counts{};
         for (int64_t i = 0; i < some_batches * some_heads * some_blocks; ++i) {
             const int64_t index = i % some_blocks;
@@ -137,8 +292,9 @@ class Blocks {
             const int64_t batch = i / some_blocks / some_heads;
             TileCounts one{};
             const Sequence sequence = call_.sequence(batch);
-            functions_.count(block(sequence, head, blocks_ - 1 - index, memory.get(), {}), one);
-            take_back(memory.get(), scratch_bytes_);
+            const Place at{batch, head, blocks_ - 1 - index};
+            functions_.count(block(sequence, at, 0, block_rows_, memory.get(), {}), one);
+            take_back(memory.get(), thread_bytes_);
             int64_t times = batches / some_batches * (args_.kv_heads / some_heads);
             if (index > 0) times *= (blocks_ - 1) / (some_blocks - 1);
             counts.skipped += times * one.skipped;
@@ -184,61 +340,207 @@ class Blocks {
             std::to_string(int64_t(tiles)));
     }
 
-    int64_t partials_bytes() const {
-        return block_rows_ * int64_t(functions_.decode.partial_bytes(call_.shared_block()));
-    }
-
-    // Some rows of a head.
-    struct Place {
-        int64_t batch, head, index;
-    };
-
-    // Late blocks first: under a causal mask they are the long ones, and what ends last is short.
     Place place(int64_t item) const {
         const int64_t heads = args_.kv_heads;
         if (call_.packed()) {
-            const int64_t index = item / heads;
-            const auto next = std::upper_bound(first_block_.begin(), first_block_.end(), index) - 1;
-            const int64_t batch = next - first_block_.begin();
-            return {batch, item % heads, blocks(call_.sequence(batch)) - 1 - (index - *next)};
+            const int64_t block = item / heads;
+            const auto next = std::upper_bound(first_block_.begin(), first_block_.end(), block) - 1;
+            const int64_t batch = ranked(next - first_block_.begin());
+            const int64_t of_batch = blocks(call_.sequence(batch));
+            return {batch, item % heads, index(block - *next, of_batch)};
         }
-        const int64_t in_batch = item % (heads * blocks_);
-        const int64_t head = across_heads_ ? in_batch % heads : in_batch / blocks_;
-        const int64_t index = across_heads_ ? in_batch / heads : in_batch % blocks_;
-        return {item / (heads * blocks_), head, blocks_ - 1 - index};
+        const int64_t all_heads = call_.batches * heads, before = blocks_ - tail_;
+        if (item >= all_heads * before) {
+            item -= all_heads * before;
+            const int64_t head = item % all_heads;
+            return {ranked(head / heads), head % heads, index(before + item / all_heads, blocks_)};
+        }
+        const int64_t in_batch = item % (heads * before);
+        const int64_t head = across_heads_ ? in_batch % heads : in_batch / before;
+        const int64_t turn = across_heads_ ? in_batch / heads : in_batch % before;
+        return {ranked(item / (heads * before)), head, index(turn, blocks_)};
+    }
+    int64_t index(int64_t turn, int64_t blocks) const {
+        return late_first_ ? blocks - 1 - turn : turn;
     }
 
-    // memory: scratch_bytes_ of it.
-    void attend(int64_t item, char* memory, const Stop& stop) const {
-        const Place at = place(item);
-        const auto part = [&](const Sequence& sequence) {
-            return block(sequence, at.head, at.index, memory, stop);
+    // The keys that some row of a block sees.
+    Interval seen(const Sequence& sequence, int64_t index) const {
+        const int64_t first = index * block_rows_;
+        const int64_t last = std::min(rows(sequence), first + block_rows_) - 1;
+        return call_.interval(sequence, first / call_.group, last / call_.group);
+    }
+    static int64_t spans(Interval keys) {
+        if (keys.begin == keys.end) return 0;
+        return (keys.end - 1) / kSpanKeys - keys.begin / kSpanKeys + 1;
+    }
+    Sequence part(int64_t batch, bool first) const {
+        return first ? call_.first_part(batch) : call_.sequence(batch);
+    }
+
+    // How many units a block has: one at least.
+    int64_t units(const Place& at) const {
+        int64_t all = spans(seen(call_.sequence(at.batch), at.index));
+        if (call_.has_first_part(at.batch)) all += spans(seen(part(at.batch, true), at.index));
+        return std::max<int64_t>(all, 1);
+    }
+
+    Unit unit(const Place& at, int64_t n) const {
+        const auto in_span = [&](bool first_part, Interval keys) {
+            return Unit{at, first_part, keys, seconds(at, part(at.batch, first_part), keys), kNone};
         };
-        const Block newest = part(call_.sequence(at.batch));
+        for (bool first_part = call_.has_first_part(at.batch);; first_part = false) {
+            const Interval keys = seen(part(at.batch, first_part), at.index);
+            const int64_t span = keys.begin / kSpanKeys + n;
+            if (n < spans(keys)) {
+                return in_span(first_part, {std::max(keys.begin, span * kSpanKeys),
+                                            std::min(keys.end, (span + 1) * kSpanKeys)});
+            }
+            if (!first_part) return in_span(false, {keys.begin, keys.begin});
+            n -= spans(keys);
+        }
+    }
+
+    // What a block takes for some of its keys.
+    double seconds(const Place& at, const Sequence& sequence, Interval keys) const {
+        const int64_t first = at.index * block_rows_;
+        const int64_t last = std::min(rows(sequence), first + block_rows_);
+        const int64_t tile = functions_.query_tile, lanes = functions_.lanes;
+        double pairs = 0;
+        for (int64_t row = first; row < last; row += tile) {
+            const int64_t end = std::min(row + tile, last);
+            const Interval seen =
+                call_.interval(sequence, row / call_.group, (end - 1) / call_.group);
+            const int64_t both = std::min(seen.end, keys.end) - std::max(seen.begin, keys.begin);
+            const int64_t padded = (end - row + lanes - 1) / lanes * lanes;
+            pairs += double(padded) * double(std::max<int64_t>(both, 0));
+        }
+        return pairs * costs_.pair + double(keys.end - keys.begin) * costs_.key +
+               double(last - first) * costs_.row;
+    }
+
+    void choose_slots(double most_units) {
+        const size_t taken = size_t(threads_) * thread_bytes_;
+        const size_t room =
+            std::min(kPartialsBytes, kForwardBytes - std::min(kForwardBytes, taken));
+        const double fit = double(room / slot_bytes(block_rows_)) - 1;
+        slots_ = int64_t(std::max(std::min(fit, most_units), 1.));
+        if (fit < most_units && slots_ > threads_) slots_ -= slots_ % threads_;
+    }
+
+    // False: all is done.
+    bool next(Wave& wave) const {
+        wave.units.clear();
+        wave.merges.clear();
+        int64_t used = kCarried;
+        while (wave.item < items() && int64_t(wave.units.size()) < kMostUnits) {
+            const Place at = place(wave.item);
+            const int64_t all = units(at);
+            const bool alone = all == 1;
+            const int64_t count = alone ? 1 : std::min(all - wave.done, slots_ - used);
+            if (count == 0) break;
+            if (!alone) {
+                wave.merges.push_back(
+                    {at, used + 1, count, wave.done == 0, wave.done + count == all});
+            }
+            for (int64_t n = 0; n < count; ++n) {
+                wave.units.push_back(unit(at, wave.done + n));
+                if (!alone) wave.units.back().slot = ++used;
+            }
+            wave.done += count;
+            if (wave.done < all) break;
+            wave.done = 0;
+            ++wave.item;
+        }
+        std::stable_sort(wave.units.begin(), wave.units.end(),
+                         [](const Unit& a, const Unit& b) { return a.seconds > b.seconds; });
+        const int64_t all_rows = int64_t(wave.merges.size()) * block_rows_;
+        wave.merged_rows = std::clamp<int64_t>(all_rows / (kTailRounds * threads_), 1, block_rows_);
+        return !wave.units.empty();
+    }
+
+    // Of each block that is merged, so many items.
+    int64_t pieces(const Wave& wave) const {
+        return (block_rows_ + wave.merged_rows - 1) / wave.merged_rows;
+    }
+    double merging_seconds(const Merge& merge) const {
+        return double(merge.count * block_rows_ * partial_bytes_) / kMergeBytesPerSecond;
+    }
+    int merging_team(const Wave& wave) const {
+        double all = 0;
+        for (const Merge& merge : wave.merges) all += merging_seconds(merge);
+        return team_size(int64_t(wave.merges.size()) * pieces(wave), all, threads_);
+    }
+
+    // memory: thread_bytes_ of it, here and below.
+    void attend(const Place& at, char* memory, const Stop& stop) const {
+        const Block newest = block(call_.sequence(at.batch), at, 0, block_rows_, memory, stop);
         if (!call_.has_first_part(at.batch)) return functions_.attend(newest, nullptr);
         Scratch scratch(memory);
         BlockMemory(block_rows_, kernel_bytes_, scratch);
-        char* const partials = scratch.take<char>(partials_bytes_);
-        char* const later = scratch.take<char>(partials_bytes_);
-        functions_.attend(part(call_.first_part(at.batch)), partials);
-        functions_.attend(part(call_.sequence(at.batch)), later);
-        functions_.decode.merge(newest, partials, later);
+        char* const partials = scratch.take<char>(block_rows_ * partial_bytes_);
+        char* const later = scratch.take<char>(block_rows_ * partial_bytes_);
+        for (int64_t n = 0; n < units(at); ++n) {
+            attend_unit(unit(at, n), memory, n == 0 ? partials : later, stop);
+            if (n > 0) functions_.decode.merge(newest, partials, later);
+        }
         functions_.decode.finish(newest, partials);
     }
 
-    // memory: scratch_bytes_ of it.
-    Block block(const Sequence& sequence, int64_t kv_head, int64_t index, char* memory,
-                const Stop& stop) const {
-        const int64_t first = index * block_rows_;
+    // partials: where those of the rows go; null: it stores the result.
+    void attend_unit(const Unit& unit, char* memory, char* partials, const Stop& stop) const {
+        const Sequence sequence = part(unit.at.batch, unit.first_part);
+        const Block some = block(sequence, unit.at, 0, block_rows_, memory, stop);
+        Scratch scratch(memory);
+        Row* const rows_here = BlockMemory(block_rows_, kernel_bytes_, scratch).rows;
+        for (Row* row = rows_here; row < rows_here + some.row_count; ++row) {
+            row->begin = std::clamp(row->begin, unit.keys.begin, unit.keys.end);
+            row->end = std::clamp(row->end, row->begin, unit.keys.end);
+        }
+        functions_.attend(some, partials);
+    }
+
+    // Merges some rows of a block with what came before, and stores them where nothing follows.
+    void merge_rows(const Wave& wave, int64_t item, char* memory, char* slots) const {
+        const Merge& merge = wave.merges[size_t(item / pieces(wave))];
+        const int64_t first = item % pieces(wave) * wave.merged_rows;
+        const Block some =
+            block(call_.sequence(merge.at.batch), merge.at, first, wave.merged_rows, memory, {});
+        if (some.row_count == 0) return;
+        const auto partials = [&](int64_t slot) {
+            return slots + size_t(slot) * slot_bytes(block_rows_) + first * partial_bytes_;
+        };
+        char* const into = partials(merge.starts ? merge.first : kCarried);
+        for (int64_t n = merge.starts ? 1 : 0; n < merge.count; ++n) {
+            functions_.decode.merge(some, into, partials(merge.first + n));
+        }
+        if (merge.ends) functions_.decode.finish(some, into);
+    }
+
+    // The last block may go on in the next wave.
+    void carry(const Wave& wave, char* slots) const {
+        if (wave.done == 0 || !wave.merges.back().starts) return;
+        const size_t size = slot_bytes(block_rows_);
+        lend(slots, block_rows_ * partial_bytes_);
+        std::memcpy(slots, slots + size_t(wave.merges.back().first) * size,
+                    size_t(block_rows_ * partial_bytes_));
+    }
+
+    // Some rows of a block, from its row `first` on.
+    Block block(const Sequence& sequence, const Place& at, int64_t first, int64_t count,
+                char* memory, const Stop& stop) const {
+        const int64_t begin = at.index * block_rows_;
+        const int64_t end = std::min(rows(sequence), begin + std::min(first + count, block_rows_));
+        first += begin;
         Scratch scratch(memory);
         const BlockMemory mine(block_rows_, kernel_bytes_, scratch);
         Block block = call_.shared_block();
         block.rows = mine.rows;
-        block.row_count = int(std::min(rows(sequence) - first, block_rows_));
+        block.row_count = int(std::max<int64_t>(end - first, 0));
         block.scratch = mine.kernel;
         block.stop = stop;
-        call_.set_keys(block, sequence, kv_head);
-        call_.set_rows(mine.rows, block.row_count, sequence, kv_head, first);
+        call_.set_keys(block, sequence, at.head);
+        call_.set_rows(mine.rows, block.row_count, sequence, at.head, first);
         return block;
     }
 
@@ -246,15 +548,22 @@ class Blocks {
     const AttentionArgs& args_;
     const Functions& functions_;
     const bool every_;
-    int64_t most_rows_ = 0;                                 // of one head of one sequence
-    int64_t block_rows_ = 1, blocks_ = 0, all_blocks_ = 0;  // blocks of such a head; of all
-    std::vector<int64_t> first_block_;                      // of each packed sequence
-    size_t kernel_bytes_ = 0, scratch_bytes_ = 0;           // of one thread
-    int64_t partials_bytes_ = 0;                            // of one part; 0: there are no parts
-    int threads_ = 1;
+    const RowCosts costs_;
+    const int64_t partial_bytes_;                           // of a row
+    int64_t block_rows_ = 1, blocks_ = 0, all_blocks_ = 0;  // blocks of the longest head; of all
+    std::vector<int32_t> order_;                            // of batch elements; empty: their own
+    std::vector<int64_t> first_block_;  // of each packed sequence, in that order
+    // The last blocks of each head that run one after the other across heads, so that the shortest
+    // are the last of all.
+    int64_t tail_ = 0;
+    bool late_first_ = false;
     // One block of all heads after the other: where the heads of a token are neighbours and few
     // keys are seen, the next block finds the same pages of memory.
     bool across_heads_ = false;
+    size_t kernel_bytes_ = 0, thread_bytes_ = 0;
+    int threads_ = 1;
+    bool in_spans_ = false;
+    int64_t slots_ = 0;  // beside kCarried
 };
 
 }  // namespace
@@ -271,6 +580,14 @@ Plan plan_attention(const AttentionArgs& args) {
     Plan plan = Blocks(call, true).plan();
     if (call.decodes(args.q_len)) plan_decode(call, plan);
     return plan;
+}
+
+Schedule schedule_attention(const AttentionArgs& args) {
+    const Call call(args);
+    Schedule schedule;
+    if (call.packed() || !call.decodes(args.q_len)) Blocks(call, false).add_phases(schedule);
+    if (call.packed() || call.decodes(args.q_len)) schedule_decode(call, schedule);
+    return schedule;
 }
 
 }  // namespace fastattn

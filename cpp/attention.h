@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "schedule.h"
 
 namespace fastattn {
 
@@ -120,6 +121,9 @@ bool attention_statistics(const StatisticsArgs& args, Interrupt interrupt);  // 
 // type (statistics.cpp).
 bool attention_column_sums(AttentionArgs args, void* column_sums, Interrupt interrupt);
 Plan plan_attention(const AttentionArgs& args);
+// What attention() would do; it looks at lengths and places, not at what is attended to.
+Schedule schedule_attention(const AttentionArgs& args);
+Schedule schedule_backward(const GradientArgs& args);  // backward.cpp
 
 // Instruction sets (dispatch.cpp).
 std::vector<std::string> isas();            // in this build, best first

@@ -3,27 +3,41 @@
 // Who does which part of the backward pass. An item of work is a key block of one head, against all
 // row blocks that see it: it alone makes the gradients of its keys and values. What it adds to the
 // queries' gradients it adds in its turn, key block after key block, so that the result depends on
-// no schedule. Items start in that order, each a row block behind the one before it, so that none
-// has to wait. Called by src/; calls the kernel's table (kernel/kernel.h) through parallel_for.
+// no schedule. Items start in that order, and each visits its row blocks from the last to the
+// first. So a key block first does what later ones wait for, and what it would have to wait for
+// comes last, when the key block before, which began earlier, has been there: this holds for all
+// that causality and windows let a row see. Called by src/; calls the kernel's table
+// (kernel/kernel.h) through parallel_for.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
-#include <map>
+#include <functional>
+#include <ranges>
+#include <span>
+#include <thread>
 #include <vector>
 
 #include "call.h"
 #include "kernel/kernel.h"
 #include "parallel.h"
 #include "platform.h"
+#include "schedule.h"
 
 namespace fastattn {
 namespace {
 
-constexpr size_t kBlockBytes = 1 << 20;  // of what is kept of a key block: for the caches
-constexpr size_t kSumsBytes = 64 << 20;  // of the queries' gradients, unless one head has more
-constexpr int64_t kItemsPerThread = 4;
-constexpr double kTimesForward = 2.5;
-constexpr int64_t kLeft = -1;  // a chain has left its slot
+using Clock = std::chrono::steady_clock;
+constexpr int64_t kRun = 4;  // row blocks that are visited first to last: memory is fetched ahead
+constexpr auto kSpin = std::chrono::microseconds(20);  // before a thread that waits sleeps
+constexpr Clock::duration kLongestSleep = std::chrono::milliseconds(10);
+
+// The first number of begin..end - 1 for which a condition holds that holds from there on.
+template <class Condition>
+int64_t first_with(int64_t begin, int64_t end, const Condition& condition) {
+    return *std::ranges::partition_point(std::views::iota(begin, end),
+                                         [&](int64_t i) { return !condition(i); });
+}
 
 class Backward {
    public:
@@ -34,58 +48,74 @@ class Backward {
           block_rows_(functions_.block_rows(call_.shared_block())),
           query_sums_bytes_(functions_.query_sums_bytes(call_.shared_block())),
           sums_bytes_(room_for(query_sums_bytes_)) {
-        if (args.call.q_heads == 0) return;
+        // Nothing is written; there may be more heads than could be counted.
+        if (args.call.q_len == 0 || args.call.kv_len == 0) return;
+        find_heads();
         find_chains();
-        double seconds = 0;
-        for (const Head& head : heads_) seconds += call_.seconds(head.sequence);
-        seconds *= kTimesForward / double(args.call.kv_heads);
-        choose_block_keys(seconds);
-        threads_ = team_size(items(), seconds, call_.threads);
-        // As many chains at a time as keep all threads from waiting for each other.
-        size_t most = 1;
-        for (const Chain& chain : chains_) {
-            most_row_blocks_ = std::max(most_row_blocks_, chain.row_blocks);
-            most = std::max(most, size_t(chain.row_blocks) * sums_bytes_);
-        }
-        slots_ = std::clamp(kSumsBytes / most, size_t(1), size_t(threads_));
+        const auto bytes = [&](int64_t keys) { return thread_bytes(keys); };
+        const auto load = [&](int64_t keys) { return load_of(keys); };
+        const GradientCut cut = cut_gradients(call_.functions.key_tile, call_.threads, bytes, load);
+        set_block_keys(cut.block_keys);
+        parts_ = cut.parts;
+        threads_ = cut.threads;
+        scratch_bytes_ = thread_bytes(block_keys_);
+        choose_places();
         make_items();
-        Block block = call_.shared_block();
-        block.row_count = block_rows_;
-        kernel_bytes_ = functions_.scratch_bytes(block, block_keys_);
-        Scratch scratch;
-        cut(scratch);
-        scratch_bytes_ = scratch.used();
     }
 
     bool run(Interrupt interrupt) {
         if (items_.empty()) return true;
-        const Memory scratch = allocate(scratch_bytes_ * size_t(threads_));
-        const Memory sums = allocate(slots_ * size_t(most_row_blocks_) * sums_bytes_);
-        std::vector<std::atomic<int64_t>> turns(slots_ * size_t(most_row_blocks_));
-        std::vector<std::atomic<int64_t>> done(chains_.size());
+        const Memory scratch = allocate(scratch_bytes_ * scratches());
+        const Memory sums = allocate(size_t(places_) * sums_bytes_);
+        std::vector<std::atomic<int64_t>> turns(turn_count());
         turns_ = turns.data();
-        done_ = done.data();
         sums_ = sums.get();
         return parallel_for(int64_t(items_.size()), threads_, interrupt,
                             [&](int64_t index, int worker, const Stop& stop) {
                                 // A forked child begins again, alone.
                                 if (index == 0 && process_id() != process_) begin_again();
-                                char* const memory =
-                                    scratch.get() + size_t(worker) * scratch_bytes_;
-                                differentiate(items_[size_t(index)], memory, stop);
+                                const Item& item = items_[size_t(index)];
+                                const size_t part =
+                                    parts_ > 1 ? size_t(item.number) : size_t(worker);
+                                differentiate(item, scratch.get() + part * scratch_bytes_, stop);
                             });
     }
 
+    Schedule schedule() const {
+        Schedule schedule;
+        schedule.scratch_bytes = scratch_bytes_ * scratches() + size_t(places_) * sums_bytes_;
+        if (items_.empty()) return schedule;
+        Phase phase{threads_, {}};
+        for (const Item& item : items_) phase.items.push_back(steps(item));
+        schedule.phases.push_back(std::move(phase));
+        return schedule;
+    }
+
    private:
+    // A head of keys and values that queries see, and the row blocks that see it.
     struct Head {
-        Sequence sequence;
-        int64_t kv_head;
-        int64_t first_row_block, row_blocks;  // among those of the chain
+        int64_t batch, kv_head;
+        const void* bias;  // whose gradient is asked for
+        Interval row_blocks;
+        int64_t before;  // row blocks of the heads before it in its chain
     };
     // Heads that share the gradient of a bias, and are worked on one after the other; or one head.
     struct Chain {
-        std::vector<size_t> heads;
-        int64_t row_blocks = 0, key_blocks = 0;
+        size_t first_head, heads;
+        int64_t row_blocks;
+        Interval key_blocks;               // that queries see
+        int64_t rows_before, keys_before;  // row blocks and key blocks of the chains before it
+    };
+    struct Item {
+        size_t chain;
+        int64_t key_block;
+        int64_t number;  // of the key block, among all
+        int part, parts_before;
+    };
+    // Row blocks of a head, counted from its first one.
+    struct Visits {
+        Interval all;   // that see a key block
+        Interval part;  // of these, in a part of an item
     };
     // A thread's scratch memory: the rows of a row block, and what the kernel cuts.
     struct ThreadMemory {
@@ -93,95 +123,235 @@ class Backward {
         GradientRow* more;
         void* kernel;
     };
-    struct Item {
-        size_t chain;
-        int64_t key_block;
-    };
 
-    ThreadMemory cut(Scratch& scratch) const {
+    ThreadMemory cut(Scratch& scratch, size_t kernel_bytes) const {
         return {scratch.take<Row>(block_rows_), scratch.take<GradientRow>(block_rows_),
-                scratch.reserve(kernel_bytes_)};
+                scratch.reserve(kernel_bytes)};
+    }
+    size_t thread_bytes(int64_t keys) const {
+        Block block = call_.shared_block();
+        block.row_count = block_rows_;
+        Scratch scratch;
+        cut(scratch, functions_.scratch_bytes(block, keys));
+        return scratch.used();
+    }
+    // Those of all parts of a key block are the same.
+    size_t scratches() const { return size_t(parts_ > 1 ? key_blocks_ : threads_); }
+    size_t turn_count() const { return size_t(places_ + (parts_ > 1 ? key_blocks_ : 0)); }
+
+    // The keys that a row block sees.
+    Interval keys_of(const Sequence& sequence, int64_t row_block) const {
+        const int64_t first = row_block * block_rows_;
+        const int64_t last = std::min(first + block_rows_, sequence.q_len * call_.group) - 1;
+        return {call_.interval(sequence, first / call_.group).begin,
+                call_.interval(sequence, last / call_.group).end};
+    }
+
+    // Rows that come later see later keys: those that see none are the first and the last ones.
+    void find_heads() {
+        for (int64_t batch = 0; batch < call_.batches; ++batch) {
+            const Sequence s = call_.sequence(batch);
+            if (s.q_len == 0 || s.begin >= s.end) continue;
+            const int64_t row_blocks = (s.q_len * call_.group + block_rows_ - 1) / block_rows_;
+            const int64_t first =
+                first_with(0, row_blocks, [&](int64_t i) { return keys_of(s, i).end > s.begin; });
+            const int64_t past = first_with(
+                first, row_blocks, [&](int64_t i) { return keys_of(s, i).begin >= s.end; });
+            if (first == past) continue;
+            const Call::Rows dbias = call_.rows(args_.dbias, batch);
+            for (int64_t kv_head = 0; kv_head < args_.call.kv_heads; ++kv_head) {
+                const void* const bias = dbias.at(kv_head * call_.group, s.q_start);
+                heads_.push_back({batch, kv_head, bias, {first, past}, 0});
+            }
+        }
     }
 
     void find_chains() {
-        const AttentionArgs& call = args_.call;
-        std::map<const char*, size_t> of_bias;
-        for (int64_t batch = 0; batch < call_.batches; ++batch) {
-            for (int64_t kv_head = 0; kv_head < call.kv_heads; ++kv_head) {
-                const Sequence sequence = call_.sequence(batch);
-                if (sequence.q_len == 0 || sequence.kv_len == 0) continue;
-                const int64_t rows = sequence.q_len * call_.group;
-                const int64_t row_blocks = (rows + block_rows_ - 1) / block_rows_;
-                size_t index = chains_.size();
-                if (args_.dbias.data != nullptr) {
-                    const void* const bias =
-                        call_.rows(args_.dbias, batch).at(kv_head * call_.group, sequence.q_start);
-                    index =
-                        of_bias.try_emplace(static_cast<const char*>(bias), index).first->second;
-                }
-                if (index == chains_.size()) chains_.emplace_back();
-                Chain& chain = chains_[index];
-                chain.heads.push_back(heads_.size());
-                heads_.push_back({sequence, kv_head, chain.row_blocks, row_blocks});
-                chain.row_blocks += row_blocks;
+        std::ranges::stable_sort(heads_, std::less<>(), &Head::bias);
+        for (size_t i = 0; i < heads_.size(); ++i) {
+            Head& head = heads_[i];
+            if (i == 0 || head.bias == nullptr || head.bias != heads_[i - 1].bias) {
+                chains_.push_back({i, 0, 0, {}, 0, 0});
             }
+            Chain& chain = chains_.back();
+            head.before = chain.row_blocks;
+            chain.row_blocks += head.row_blocks.end - head.row_blocks.begin;
+            ++chain.heads;
         }
+        std::ranges::stable_sort(chains_, std::greater<>(), &Chain::row_blocks);  // longest first
+    }
+
+    auto heads_of(const Chain& chain) const {
+        return std::span(heads_).subspan(chain.first_head, chain.heads);
     }
 
     // How many keys are worked on together changes no bit.
-    void choose_block_keys(double seconds) {
-        const int64_t tile = call_.functions.key_tile;
-        Block block = call_.shared_block();
-        block.row_count = block_rows_;
-        const size_t fixed = functions_.scratch_bytes(block, 0);
-        const size_t each = functions_.scratch_bytes(block, tile) - fixed;
-        block_keys_ = tile * std::max<int64_t>(int64_t(kBlockBytes / each), 1);
-        const int64_t threads = team_size(INT64_MAX, seconds, call_.threads);
-        for (;; block_keys_ = block_keys_ / 2 / tile * tile) {
-            count_key_blocks();
-            if (block_keys_ < 2 * tile || items() >= kItemsPerThread * threads) break;
-        }
-    }
-
-    void count_key_blocks() {
+    void set_block_keys(int64_t keys) {
+        block_keys_ = keys;
+        key_blocks_ = 0;
+        int64_t rows = 0;
         for (Chain& chain : chains_) {
-            chain.key_blocks = 0;
-            for (const size_t head : chain.heads) {
-                chain.key_blocks = std::max(chain.key_blocks, key_blocks(heads_[head]));
+            Interval blocks{INT64_MAX, 0};
+            for (const Head& head : heads_of(chain)) {
+                const Sequence s = call_.sequence(head.batch);
+                const Interval first = keys_of(s, head.row_blocks.begin);
+                const Interval last = keys_of(s, head.row_blocks.end - 1);
+                blocks.begin = std::min(blocks.begin, first.begin / keys);
+                blocks.end = std::max(blocks.end, (last.end - 1) / keys + 1);
             }
+            chain.key_blocks = blocks;
+            chain.rows_before = rows;
+            chain.keys_before = key_blocks_;
+            rows += chain.row_blocks;
+            key_blocks_ += blocks.end - blocks.begin;
         }
-    }
-    int64_t items() const {
-        int64_t items = 0;
-        for (const Chain& chain : chains_) items += chain.key_blocks;
-        return items;
-    }
-    int64_t key_blocks(const Head& head) const {
-        return (head.sequence.kv_len + block_keys_ - 1) / block_keys_;
     }
 
-    // A few chains at a time; of these, key block by key block.
-    void make_items() {
-        items_.clear();
-        for (size_t first = 0; first < chains_.size(); first += slots_) {
-            const size_t last = std::min(first + slots_, chains_.size());
-            int64_t most = 0;
-            for (size_t i = first; i < last; ++i) most = std::max(most, chains_[i].key_blocks);
-            for (int64_t key_block = 0; key_block < most; ++key_block) {
-                for (size_t i = first; i < last; ++i) {
-                    if (key_block < chains_[i].key_blocks) items_.push_back({i, key_block});
-                }
+    GradientLoad load_of(int64_t keys) {
+        set_block_keys(keys);
+        GradientLoad load{key_blocks_, 0, 0};
+        for (size_t i = 0; i < chains_.size(); ++i) {
+            const Interval blocks = chains_[i].key_blocks;
+            for (int64_t k = blocks.begin; k < blocks.end; ++k) {
+                const double seconds = this->seconds({i, k, 0, 0, 0});
+                load.longest = std::max(load.longest, seconds);
+                load.total += seconds;
             }
         }
+        return load;
+    }
+
+    // The row blocks from one on which all see a key block with it, of the head where these are
+    // most: their sums are needed at the same time.
+    int64_t row_blocks_in_flight(const Chain& chain) const {
+        if (chain.heads > 1) return chain.row_blocks;
+        const Head& head = heads_[chain.first_head];
+        const Sequence s = call_.sequence(head.batch);
+        int64_t first = head.row_blocks.begin, most = 0;
+        for (int64_t i = first; i < head.row_blocks.end; ++i) {
+            const int64_t begin = keys_of(s, i).begin / block_keys_;
+            while ((keys_of(s, first).end - 1) / block_keys_ < begin) ++first;
+            most = std::max(most, i - first + 1);
+        }
+        return most;
+    }
+
+    void choose_places() {
+        int64_t all = 0, most = 0, in_flight = 0;
+        for (const Chain& chain : chains_) {
+            all += chain.row_blocks;
+            most = std::max(most, chain.row_blocks);
+            in_flight = std::max(in_flight, row_blocks_in_flight(chain));
+            most_turns_ = std::max(most_turns_, chain.key_blocks.end - chain.key_blocks.begin);
+        }
+        places_ = gradient_places(all, most, in_flight, sums_bytes_, threads_);
+    }
+
+    void make_items() {
+        std::vector<GradientChain> chains;
+        for (const Chain& chain : chains_) {
+            const Interval& blocks = chain.key_blocks;
+            chains.push_back({chain.row_blocks, blocks.begin, blocks.end - blocks.begin});
+        }
+        std::vector<int> parts_before(size_t(parts_ > 1 ? key_blocks_ : 0));
+        order_gradients(chains, places_, parts_, [&](size_t i, int64_t key_block, int part) {
+            const Chain& chain = chains_[i];
+            const int64_t number = chain.keys_before + key_block - chain.key_blocks.begin;
+            Item item{i, key_block, number, part, 0};
+            if (parts_ > 1) {
+                if (seconds(item) == 0) return;
+                item.parts_before = parts_before[size_t(number)]++;
+            }
+            items_.push_back(item);
+        });
+    }
+
+    // A part of the row blocks of a chain, the last ones of its first head first.
+    Visits visits(const Chain& chain, const Head& head, const Sequence& sequence,
+                  const Item& item) const {
+        const int64_t begin = item.key_block * block_keys_, end = begin + block_keys_;
+        const int64_t past_of_head = head.row_blocks.end;
+        const int64_t first = first_with(head.row_blocks.begin, past_of_head, [&](int64_t i) {
+            return keys_of(sequence, i).end > begin;
+        });
+        const int64_t past = first_with(
+            first, past_of_head, [&](int64_t i) { return keys_of(sequence, i).begin >= end; });
+        const auto bound = [&](int part) -> int64_t {
+            if (part == parts_) return 0;
+            const int64_t row_block = past_of_head + head.before - chain.row_blocks * part / parts_;
+            return (row_block + kRun - 1) / kRun * kRun;
+        };
+        return {{first, past},
+                {std::max(first, bound(item.part + 1)), std::min(past, bound(item.part))}};
+    }
+
+    // Calls visit(i) for row blocks in the order of visits, until it returns false.
+    template <class Visit>
+    static bool each_row_block(const Interval& row_blocks, const Visit& visit) {
+        for (int64_t past = row_blocks.end; past > row_blocks.begin;) {
+            const int64_t first = std::max((past - 1) / kRun * kRun, row_blocks.begin);
+            for (int64_t i = first; i < past; ++i) {
+                if (!visit(i)) return false;
+            }
+            past = first;
+        }
+        return true;
+    }
+
+    // Where a key block adds to the sums of a row block, and when. A place is that of several row
+    // blocks, one after the other.
+    struct Turn {
+        int64_t place, number, next;
+        bool first, last;  // of the row block
+    };
+    Turn turn(const Chain& chain, const Head& head, const Interval& keys, int64_t row_block,
+              int64_t key_block) const {
+        const int64_t row_block_of_all =
+            chain.rows_before + head.before + row_block - head.row_blocks.begin;
+        const int64_t round = row_block_of_all / places_ * most_turns_;
+        const int64_t mine = key_block - keys.begin / block_keys_;
+        const bool last = key_block == (keys.end - 1) / block_keys_;
+        const int64_t number = round + mine;
+        return {row_block_of_all % places_, number, last ? round + most_turns_ : number + 1,
+                mine == 0, last};
+    }
+
+    std::vector<Step> steps(const Item& item) const {
+        const Chain& chain = chains_[item.chain];
+        const int64_t columns = args_.call.head_dim + args_.call.value_head_dim;
+        std::vector<Step> steps;
+        if (parts_ > 1) steps.push_back({0, places_ + item.number, 2 * item.parts_before});
+        for (const Head& head : heads_of(chain)) {
+            const Sequence s = call_.sequence(head.batch);
+            const Visits visits = this->visits(chain, head, s, item);
+            each_row_block(visits.part, [&](int64_t i) {
+                const Interval keys = keys_of(s, i);
+                const int64_t begin = std::max(item.key_block * block_keys_, keys.begin);
+                const int64_t end = std::min((item.key_block + 1) * block_keys_, keys.end);
+                const Turn turn = this->turn(chain, head, keys, i, item.key_block);
+                const int64_t rows =
+                    std::min<int64_t>(block_rows_, s.q_len * call_.group - i * block_rows_);
+                const double seconds = gradient_seconds(rows, end - begin, columns);
+                steps.push_back({seconds, turn.place, turn.number});
+                return true;
+            });
+        }
+        if (parts_ > 1) steps.push_back({0, places_ + item.number, 2 * item.parts_before + 1});
+        return steps;
+    }
+
+    double seconds(const Item& item) const {
+        double seconds = 0;
+        for (const Step& step : steps(item)) seconds += step.seconds;
+        return seconds;
     }
 
     void begin_again() {
-        for (size_t i = 0; i < slots_ * size_t(most_row_blocks_); ++i) turns_[i] = 0;
-        for (size_t i = 0; i < chains_.size(); ++i) done_[i] = 0;
+        for (size_t i = 0; i < turn_count(); ++i) turns_[i] = 0;
         if (args_.dbias.data == nullptr) return;  // other results are overwritten
         const int64_t bytes = args_.dbias.dtype == Dtype::kFloat64 ? 8 : 4;
         for (const Head& head : heads_) {
-            const Sequence& s = head.sequence;
+            const Sequence s = call_.sequence(head.batch);
             const Call::Rows dbias = call_.rows(args_.dbias, s.batch);
             const int64_t count = s.q_len * call_.group;
             call_.each_row(count, head.kv_head, 0, [&](int64_t, int64_t q_head, int64_t i) {
@@ -193,41 +363,42 @@ class Backward {
         }
     }
 
+    // Until it has its turn at a place. The longer a thread has waited, the longer it sleeps.
     // False: the call must stop.
-    template <class Reached>
-    static bool wait(const Stop& stop, const Reached& reached) {
-        while (!reached()) {
+    bool wait(int64_t place, int64_t number, const Stop& stop) const {
+        const std::atomic<int64_t>& turn = turns_[place];
+        if (turn.load(std::memory_order_acquire) == number) return true;
+        const auto begin = Clock::now();
+        do {
             if (stop.requested(stop.context)) return false;
-            yield();
-        }
+            const auto waited = Clock::now() - begin;
+            if (waited < kSpin) {
+                pause_core();
+            } else {
+                std::this_thread::sleep_for(std::min(waited / 4, kLongestSleep));
+            }
+        } while (turn.load(std::memory_order_acquire) != number);
         return true;
     }
 
     void differentiate(const Item& item, char* memory, const Stop& stop) {
         const Chain& chain = chains_[item.chain];
-        if (item.chain >= slots_) {
-            const std::atomic<int64_t>& before = done_[item.chain - slots_];
-            const auto left = [&] { return before.load(std::memory_order_acquire) == kLeft; };
-            if (!wait(stop, left)) return;
+        const int64_t place = places_ + item.number;
+        if (parts_ > 1 && !wait(place, item.parts_before, stop)) return;
+        for (const Head& head : heads_of(chain)) {
+            if (!differentiate(chain, head, item, memory, stop)) return;
         }
-        for (const size_t head : chain.heads) {
-            if (item.key_block < key_blocks(heads_[head]) &&
-                !differentiate(heads_[head], item, memory, stop)) {
-                return;
-            }
-        }
-        // The last one leaves the slot as it was, and then lets the next chain in.
-        const size_t slot = item.chain % slots_ * size_t(most_row_blocks_);
-        std::atomic<int64_t>& done = done_[item.chain];
-        if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < chain.key_blocks) return;
-        for (int64_t i = 0; i < chain.row_blocks; ++i) turns_[slot + size_t(i)] = 0;
-        done.store(kLeft, std::memory_order_release);
+        take_back(memory, scratch_bytes_);
+        if (parts_ > 1) turns_[place].store(item.parts_before + 1, std::memory_order_release);
     }
 
-    bool differentiate(const Head& head, const Item& item, char* memory, const Stop& stop) {
-        const Sequence& sequence = head.sequence;
+    bool differentiate(const Chain& chain, const Head& head, const Item& item, char* memory,
+                       const Stop& stop) {
+        const Sequence sequence = call_.sequence(head.batch);
+        const auto [all, part] = visits(chain, head, sequence, item);
+        if (part.begin >= part.end) return true;
         Scratch scratch(memory);
-        const auto [rows, more, kernel_memory] = cut(scratch);
+        const auto [rows, more, kernel_memory] = cut(scratch, 0);
         GradientBlock block{};
         block.block = call_.shared_block();
         block.block.rows = rows;
@@ -242,38 +413,29 @@ class Backward {
         block.dv = {call_.rows(args_.dv, sequence.batch).at(head.kv_head, sequence.kv_start),
                     args_.dv.row_stride, 0};
         block.dbias_stride = args_.dbias.col_stride;
-        functions_.begin_keys(block);
-        const int64_t count = sequence.q_len * call_.group;
-        for (int64_t row_block = 0; row_block < head.row_blocks; ++row_block) {
+        if (part.end == all.end) functions_.begin_keys(block);
+        const bool finished = each_row_block(part, [&](int64_t i) {
             if (stop.requested(stop.context)) return false;
-            const int64_t first = row_block * block_rows_;
-            const int64_t last = std::min(first + block_rows_, count) - 1;
-            const int64_t begin = call_.interval(sequence, first / call_.group).begin;
-            const int64_t end = call_.interval(sequence, last / call_.group).end;
-            if (begin >= end || begin >= block.end || end <= block.begin) continue;
-            block.block.row_count = int(last - first + 1);
+            const int64_t first = i * block_rows_;
+            const int64_t past = std::min(first + block_rows_, sequence.q_len * call_.group);
+            block.block.row_count = int(past - first);
             call_.set_rows(rows, block.block.row_count, sequence, head.kv_head, first);
             set_more(more, block.block.row_count, sequence, head.kv_head, first);
             functions_.differentiate(block);
 
-            const size_t place = item.chain % slots_ * size_t(most_row_blocks_) +
-                                 size_t(head.first_row_block + row_block);
-            const int64_t first_block = begin / block_keys_, last_block = (end - 1) / block_keys_;
-            std::atomic<int64_t>& turn = turns_[place];
-            const int64_t mine = item.key_block - first_block;
-            const auto reached = [&] { return turn.load(std::memory_order_acquire) == mine; };
-            if (!wait(stop, reached)) return false;
-            char* const sums = sums_ + place * sums_bytes_;
+            const Turn turn = this->turn(chain, head, keys_of(sequence, i), i, item.key_block);
+            if (!wait(turn.place, turn.number, stop)) return false;
+            char* const sums = sums_ + size_t(turn.place) * sums_bytes_;
             lend(sums, int64_t(query_sums_bytes_));
             block.query_sums = sums;
-            functions_.add_query_sums(block, mine == 0);
-            if (item.key_block == last_block) functions_.store_query_sums(block);
+            functions_.add_query_sums(block, turn.first);
+            if (turn.last) functions_.store_query_sums(block);
             take_back(sums, sums_bytes_);
-            turn.store(mine + 1, std::memory_order_release);
-        }
-        functions_.finish_keys(block);
-        take_back(memory, scratch_bytes_);
-        return true;
+            turns_[turn.place].store(turn.next, std::memory_order_release);
+            return true;
+        });
+        if (finished && part.begin == all.begin) functions_.finish_keys(block);
+        return finished;
     }
 
     void set_more(GradientRow* to, int count, const Sequence& s, int64_t kv_head,
@@ -299,13 +461,16 @@ class Backward {
     std::vector<Head> heads_;
     std::vector<Chain> chains_;
     std::vector<Item> items_;
-    int64_t block_keys_ = 0, most_row_blocks_ = 1;
-    size_t slots_ = 1, kernel_bytes_ = 0, scratch_bytes_ = 0;
+    int64_t block_keys_ = 0, key_blocks_ = 0;
+    int64_t places_ = 1;      // row blocks whose sums there is room for
+    int64_t most_turns_ = 1;  // of a row block
+    size_t scratch_bytes_ = 0;
     int threads_ = 1;
+    int parts_ = 1;  // of an item, done one after the other
 
-    std::atomic<int64_t>* turns_ =
-        nullptr;  // for a row block in flight: key blocks that added to it
-    std::atomic<int64_t>* done_ = nullptr;  // for a chain: key blocks that are done, or kLeft
+    // For each place the turn that is next; then, with several parts, the part that is next of each
+    // key block.
+    std::atomic<int64_t>* turns_ = nullptr;
     char* sums_ = nullptr;
 };
 
@@ -314,5 +479,7 @@ class Backward {
 bool attention_backward(const GradientArgs& args, Interrupt interrupt) {
     return Backward(args).run(interrupt);
 }
+
+Schedule schedule_backward(const GradientArgs& args) { return Backward(args).schedule(); }
 
 }  // namespace fastattn

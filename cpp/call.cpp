@@ -16,6 +16,20 @@ namespace {
 
 constexpr double kFlopsPerSecond = 50e9;  // of one thread, roughly
 
+// reference.py has the same: a pair is kept iff its number is at least round(dropout_p * 2**32).
+Dropout dropout_of(const AttentionArgs& args) {
+    Dropout dropout;
+    if (args.dropout_p == 0) return dropout;
+    const double threshold = std::nearbyint(args.dropout_p * 0x1p32);
+    dropout.drops = threshold > 0;
+    if (dropout.drops) dropout.last_dropped = uint32_t(threshold - 1);
+    dropout.seed = args.seed;
+    dropout.scale = args.dropout_p < 1 ? 1 / (1 - args.dropout_p) : 0;
+    return dropout;
+}
+
+}  // namespace
+
 int64_t size_of(Dtype dtype) {
     switch (dtype) {
         case Dtype::kBool:
@@ -30,20 +44,6 @@ int64_t size_of(Dtype dtype) {
             return 8;
     }
 }
-
-// reference.py has the same: a pair is kept iff its number is at least round(dropout_p * 2**32).
-Dropout dropout_of(const AttentionArgs& args) {
-    Dropout dropout;
-    if (args.dropout_p == 0) return dropout;
-    const double threshold = std::nearbyint(args.dropout_p * 0x1p32);
-    dropout.drops = threshold > 0;
-    if (dropout.drops) dropout.last_dropped = uint32_t(threshold - 1);
-    dropout.seed = args.seed;
-    dropout.scale = args.dropout_p < 1 ? 1 / (1 - args.dropout_p) : 0;
-    return dropout;
-}
-
-}  // namespace
 
 Call::Call(const AttentionArgs& arguments)
     : args(arguments),
@@ -95,15 +95,37 @@ Interval Call::interval(const Sequence& s, int64_t i) const {
     return {begin, std::clamp(past, begin, s.end)};
 }
 
+Interval Call::interval(const Sequence& s, int64_t first, int64_t last) const {
+    const int64_t end = interval(s, last).end;
+    return {std::min(interval(s, first).begin, end), end};
+}
+
 int64_t Call::visible_at_most() const {
     if (args.left == kUnlimited || args.right == kUnlimited) return args.kv_len;
     return std::min(args.left, args.kv_len) + std::min(args.right, args.kv_len) + 1;
 }
 
+double Call::pairs(const Sequence& s) const {
+    if (s.q_len == 0) return 0;
+    const auto seen = [&](int64_t i) {
+        const Interval keys = interval(s, i);
+        return double(keys.end - keys.begin);
+    };
+    // Simpson's rule: right under a diagonal, and nearly so in a window.
+    return double(s.q_len) * (seen(0) + 4 * seen(s.q_len / 2) + seen(s.q_len - 1)) / 6;
+}
+
 double Call::seconds(const Sequence& s) const {
-    const double pairs = double(args.q_heads) * double(s.q_len) *
-                         double(std::min(s.end - s.begin, visible_at_most()));
-    return 2 * pairs * double(args.head_dim + args.value_head_dim + 16) / kFlopsPerSecond;
+    return 2 * double(args.q_heads) * pairs(s) * double(args.head_dim + args.value_head_dim + 16) /
+           kFlopsPerSecond;
+}
+
+double Call::seconds() const {
+    if (batches == 0) return 0;
+    if (!unlike()) return double(batches) * seconds(sequence(0));
+    double all = 0;
+    for (int64_t batch = 0; batch < batches; ++batch) all += seconds(sequence(batch));
+    return all;
 }
 
 int64_t Call::offset(const Array& array, int64_t batch) const {

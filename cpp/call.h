@@ -26,6 +26,8 @@ struct Sequence {
     int64_t shift;             // what was added to positions
 };
 
+int64_t size_of(Dtype dtype);  // in bytes
+
 struct Interval {
     int64_t begin, end;  // keys; begin <= end
 };
@@ -53,14 +55,26 @@ class Call {
     // Whether AttentionArgs::scores may be asked for.
     bool takes_scores() const { return args.q_len == 1 && group <= functions.decode.most_rows; }
 
+    // Whether sequences may differ in length, or in what their queries see.
+    bool unlike() const {
+        return packed() || args.kv_lengths != nullptr || args.kv_begins != nullptr ||
+               args.query_offset != nullptr;
+    }
+
     // The keys that query i sees by causality, window, length and eviction.
     Interval interval(const Sequence& sequence, int64_t i) const;
+    // Those that some query from `first` to `last` sees: both ends grow with the queries.
+    Interval interval(const Sequence& sequence, int64_t first, int64_t last) const;
 
     // The keys that a window leaves to a row, at most.
     int64_t visible_at_most() const;
 
+    // How many pairs of a query and a key there are in one head, roughly.
+    double pairs(const Sequence& sequence) const;
+
     // The time on one thread, roughly: only to tell small calls apart.
     double seconds(const Sequence& sequence) const;
+    double seconds() const;  // of all sequences
 
     // The rows of a batch element; at() is null where there is no array.
     struct Rows {
@@ -122,5 +136,7 @@ struct BlockMemory {
 bool decode(const Call& call, Interrupt interrupt);
 // Adds how many threads and how much scratch memory that takes.
 void plan_decode(const Call& call, Plan& plan);
+// Adds what decode() does.
+void schedule_decode(const Call& call, Schedule& schedule);
 
 }  // namespace fastattn

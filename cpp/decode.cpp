@@ -4,9 +4,11 @@
 // into splits of fixed length, so that one head keeps every core busy. A split gives a partial for
 // each row, and a row's partials are merged in order. Sequences that hold some of the same keys in
 // a split, be it in an array that is broadcast or in the same pages, are attended together: these
-// keys are read once. Called by attention.cpp; calls the kernel's table (kernel/kernel.h) through
-// parallel_for.
+// keys are read once. How much is done at a time, and by how many, schedule.h says. Called by
+// attention.cpp; calls the kernel's table (kernel/kernel.h) through parallel_for.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
 #include <tuple>
 #include <vector>
@@ -14,15 +16,16 @@
 #include "call.h"
 #include "kernel/kernel.h"
 #include "parallel.h"
+#include "schedule.h"
 #include "split.h"
 
 namespace fastattn {
 namespace {
 
-constexpr int64_t kItemsPerThread = 2;     // that sharing leaves, so that all threads have work
-constexpr size_t kCarriedBytes = 2 << 20;  // of what is merged so far
-constexpr size_t kWaitingBytes = 4 << 20;  // of partials that are not merged yet
-constexpr int64_t kMostTasks = 1 << 16;    // in a list
+using Clock = std::chrono::steady_clock;
+constexpr auto kPatience = std::chrono::milliseconds(50);  // between two looks at Ctrl-C
+constexpr int64_t kMostVisited = 1 << 16;                  // batch elements between two such looks
+constexpr int kMostSlices = 64;                            // that a plan looks at
 
 // Places for partials in memory, one after the other. Each holds some rows; each head has the same.
 class Places {
@@ -30,55 +33,81 @@ class Places {
     size_t rows_ = 0;                 // of a head
 
    public:
-    void add(size_t rows) {
+    void add(int64_t rows) {
         first_rows_.push_back(rows_);
-        rows_ += rows;
+        rows_ += size_t(rows);
     }
-    void widen_last(size_t rows) { rows_ += rows; }
 
     size_t count() const { return first_rows_.size(); }
-    size_t rows() const { return rows_; }
-    size_t bytes(size_t heads, size_t row_bytes) const {
-        return heads * (rows_ * row_bytes + first_rows_.size() * kRedZone);
+    size_t bytes(int64_t heads, size_t row_bytes) const {
+        return size_t(heads) * (rows_ * row_bytes + first_rows_.size() * kRedZone);
     }
-    size_t offset(size_t head, size_t place, size_t row_bytes) const {
+    size_t offset(int64_t head, size_t place, size_t row_bytes) const {
         return bytes(head, row_bytes) + first_rows_[place] * row_bytes + place * kRedZone;
     }
 };
 
-// A sequence that is decoded, or a part of one.
+// Rows of a sequence that is decoded, or of a part of one.
 struct Member {
     Sequence sequence;
+    int64_t first_row, rows;          // of all pairs of a query and a head of the group
     size_t carried;                   // whose place in Slice::carried: that of both parts
     bool starts, ends;                // whether no part comes before it, behind it
-    int64_t begin, end;               // the keys that some of its rows see
+    int64_t begin, end;               // the keys that some of the sequence's rows see
     int64_t first_split, last_split;  // that hold them; one at least
-    bool one_split() const { return starts && ends && first_split == last_split; }
+    int64_t splits() const { return last_split - first_split + 1; }
+    bool one_split() const { return starts && ends && splits() == 1; }
+};
+
+// The sequences that are worked on at a time, for some of the heads.
+struct Slice {
+    int64_t first_head = 0, heads = 0;
+    std::vector<Member> members;
+    Places carried;  // of members with more than one split
+    int64_t first_split = INT64_MAX, last_split = 0;
+    int64_t items = 0;  // where no keys are shared
+    int team = 1;
+    int64_t most_together[2] = {0, 0};  // rows, without and with query tiles
+};
+
+// What a member has of a task. link: its place in Wave::links; -1: there is nothing to merge.
+struct Share {
+    int member;
+    int link = -1;
 };
 
 // Members that attend to a split together; for each head.
 struct Task {
     int64_t split;
-    int first, count;  // in Tasks::order
+    size_t place;      // of the first of them, among the split's
+    int first, count;  // in Wave::shares
+    int64_t rows;
+    size_t waiting;  // whose place in Wave::waiting
+    double seconds;
 };
 
-// The sequences that are worked on at a time.
-struct Slice {
-    std::vector<Member> members;
-    Places carried;       // of each sequence
-    bool merges = false;  // some sequence has more than one split
-    int64_t first_split = INT64_MAX, last_split = 0;
-    int64_t splits = 0;  // of all members together
-    double seconds = 0;
-    int team = 1;
+// A partial that is to be merged, and where it waits.
+struct Link {
+    int member, share;
+    int64_t split;
+    size_t waiting;
+    int64_t first_row;  // in that place
 };
 
-// The tasks of some splits.
-struct Tasks {
-    std::vector<int> order;  // of members
-    Places waiting;          // of each task
-    std::vector<Task> list;
-    int64_t most_rows = 0, most_rows_in_tiles = 0;  // of a task, without and with query tiles
+// The tasks that are done at a time.
+struct Wave {
+    std::vector<Share> shares;
+    std::vector<Task> tasks;        // those that take longest first
+    std::vector<size_t> unlike;     // the first of those that take about as long
+    Places waiting;                 // of each task
+    std::vector<Link> links;        // of one member after the other, each in the order of the keys
+    int64_t most_rows[2] = {0, 0};  // of a task, without and with query tiles
+};
+
+// Where a wave begins, among the members that have a split.
+struct Position {
+    int64_t split;
+    size_t place = 0;
 };
 
 class Decode {
@@ -86,184 +115,334 @@ class Decode {
     explicit Decode(const Call& call)
         : call_(call),
           functions_(call.functions),
-          partial_bytes_(functions_.decode.partial_bytes(call.shared_block())) {}
-
-    // The sequences that are decoded, from batch element `next` on, as many as fit a slice.
-    Slice take(int64_t& next) const {
-        Slice slice;
-        for (; next < call_.batches; ++next) {
-            const Sequence sequence = call_.sequence(next);
-            if (sequence.q_len == 0 || !call_.decodes(sequence.q_len)) continue;
-            const size_t more = size_t(sequence.q_len * call_.group);
-            const bool fits =
-                (slice.carried.rows() + more) * heads() * partial_bytes_ <= kCarriedBytes;
-            if (!slice.members.empty() && !fits) break;
-            const bool parts = call_.has_first_part(next);
-            if (parts) add_member(slice, call_.first_part(next), true, false);
-            add_member(slice, sequence, !parts, true);
-            slice.carried.add(more);
-        }
-        slice.team = team_size(slice.splits * call_.args.kv_heads, slice.seconds, call_.threads);
-        return slice;
+          partial_bytes_(functions_.decode.partial_bytes(call.shared_block())),
+          costs_(costs_of(call, partial_bytes_)) {
+        const int64_t most_rows = std::min(call.args.q_len * call.group, kMostRows);
+        const size_t room = kCarriedBytes / (size_t(most_rows) * partial_bytes_);
+        heads_ = std::clamp<int64_t>(int64_t(room), 1, call.args.kv_heads);
     }
 
-    // The tasks of the splits from `next` on, as many as fit a list.
-    Tasks tasks(const Slice& slice, int64_t& next) const {
-        Tasks tasks;
-        for (; next <= slice.last_split; ++next) {
-            if (int64_t(tasks.order.size() + slice.members.size()) > kMostTasks &&
-                !tasks.order.empty()) {
-                break;
+    // Calls visit(slice) for one after the other until it returns false. False: it did.
+    template <class Visit>
+    bool each_slice(const Visit& visit) const {
+        for (int64_t head = 0; head < call_.args.kv_heads; head += heads_) {
+            for (int64_t batch = 0; batch < call_.batches;) {
+                if (!visit(take(head, batch))) return false;
             }
-            add_tasks(slice, next, tasks);
         }
-        for (const Task& task : tasks.list) {
-            const Member& member = slice.members[size_t(tasks.order[size_t(task.first)])];
-            int64_t& most = in_query_tiles(member) ? tasks.most_rows_in_tiles : tasks.most_rows;
-            most = std::max(most, task.count * int64_t(rows(member)));
-        }
-        return tasks;
+        return true;
     }
 
-    // One thread's memory, for any of the tasks.
-    size_t scratch_bytes(const Tasks& tasks) const {
-        return std::max(scratch_bytes(tasks.most_rows, false),
-                        scratch_bytes(tasks.most_rows_in_tiles, true));
+    // Likewise, for the waves of a slice.
+    template <class Visit>
+    bool each_wave(const Slice& slice, const Visit& visit) const {
+        for (Position next{slice.first_split}; next.split <= slice.last_split;) {
+            if (!visit(take(slice, next))) return false;
+        }
+        return true;
     }
 
     size_t carried_bytes(const Slice& slice) const {
-        return slice.carried.bytes(heads(), partial_bytes_);
+        return slice.carried.bytes(slice.heads, partial_bytes_);
     }
-    size_t waiting_bytes(const Tasks& tasks) const {
-        return std::min(kWaitingBytes, tasks.waiting.bytes(heads(), partial_bytes_)) + kRedZone +
-               size_t(std::max(tasks.most_rows, tasks.most_rows_in_tiles)) * partial_bytes_;
+    // Of all threads, and of the partials that wait.
+    size_t bytes(const Slice& slice, const Wave& wave) const {
+        return scratch_bytes(wave) * size_t(slice.team) +
+               wave.waiting.bytes(slice.heads, partial_bytes_);
     }
 
-    bool run(const Slice& slice, Interrupt interrupt) const {
-        const Memory carried = allocate(carried_bytes(slice));
-        for (int64_t next = slice.first_split; next <= slice.last_split;) {
-            if (!run(slice, tasks(slice, next), carried.get(), interrupt)) return false;
+    // carried: carried_bytes() of it.
+    bool run(const Slice& slice, const Wave& wave, char* carried, Interrupt interrupt) const {
+        const size_t scratch = scratch_bytes(wave), team = size_t(slice.team);
+        const Memory memory =
+            allocate(scratch * team + wave.waiting.bytes(slice.heads, partial_bytes_));
+        std::vector<std::atomic<char>> missing(wave.links.size() * size_t(slice.heads));
+        for (size_t i = 0; i < missing.size(); ++i) {
+            missing[i] = is_first(slice, wave, i / size_t(slice.heads)) ? 1 : 2;
         }
-        return true;
+        const Work work{slice, wave, carried, memory.get() + scratch * team, missing.data()};
+        return parallel_for(int64_t(wave.tasks.size()) * slice.heads, slice.team, interrupt,
+                            [&](int64_t item, int worker, const Stop& stop) {
+                                char* const mine = memory.get() + size_t(worker) * scratch;
+                                const Item which = item_of(slice, wave, item);
+                                attend(work, *which.task, which.head, mine, stop);
+                                take_back(mine, scratch);
+                            });
+    }
+
+    // What run() does. Most partials are merged as soon as they are there.
+    Phase phase(const Slice& slice, const Wave& wave) const {
+        Phase phase{slice.team, {}};
+        for (int64_t item = 0; item < int64_t(wave.tasks.size()) * slice.heads; ++item) {
+            const Task& task = *item_of(slice, wave, item).task;
+            double seconds = task.seconds;
+            for (int i = task.first; i < task.first + task.count; ++i) {
+                const Share& share = wave.shares[size_t(i)];
+                if (share.link < 0) continue;
+                seconds += costs_.merge(double(slice.members[size_t(share.member)].rows));
+            }
+            phase.items.push_back({Step{seconds}});
+        }
+        return phase;
     }
 
    private:
-    // In waves: no more partials may wait to be merged than there is memory for.
-    bool run(const Slice& slice, const Tasks& tasks, char* carried, Interrupt interrupt) const {
-        const int64_t count = int64_t(tasks.list.size()), all = count * call_.args.kv_heads;
-        const int team = slice.team;
-        const size_t scratch = scratch_bytes(tasks);
-        const auto waiting = [&](int64_t item) {
-            return tasks.waiting.offset(size_t(item / count), size_t(item % count), partial_bytes_);
-        };
-        const size_t waiting_size = waiting_bytes(tasks);
-        const Memory memory = allocate(scratch * size_t(team) + waiting_size);
-        char* const partials = memory.get() + scratch * size_t(team);
+    static DecodeCosts costs_of(const Call& call, size_t partial_bytes) {
+        const double dims = double(call.args.head_dim + call.args.value_head_dim);
+        const double widths = call.args.query.dtype == Dtype::kFloat64 ? 2 : 1;
+        return {dims * double(size_of(call.args.key.dtype)), widths * 2 * (dims + 16),
+                double(partial_bytes)};
+    }
 
-        for (int64_t first = 0, last = 0; first < all; first = last) {
-            const size_t before = waiting(first);
-            while (last < all && waiting(last) - before < kWaitingBytes) ++last;
-            const auto attend = [&](int64_t index, int worker, const Stop& stop) {
-                const int64_t item = first + index;
-                char* const mine = memory.get() + size_t(worker) * scratch;
-                attend_task(slice, tasks, item, mine, partials + (waiting(item) - before), stop);
-                take_back(mine, scratch);
-            };
-            const auto merge = [&](int64_t, int, const Stop&) {
-                for (int64_t item = first; item < last; ++item) {
-                    merge_task(slice, tasks, item, partials + (waiting(item) - before), carried,
-                               memory.get());
+    // A wave at work. missing: of each link and head, what is to be done before it can be merged:
+    // attending, and merging what comes before it.
+    struct Work {
+        const Slice& slice;
+        const Wave& wave;
+        char *carried, *waiting;
+        std::atomic<char>* missing;
+    };
+
+    struct Item {
+        const Task* task;
+        int64_t head;  // in the slice
+    };
+
+    // All tasks of a head come one after the other, as its keys do in memory; but long ones first.
+    static Item item_of(const Slice& slice, const Wave& wave, int64_t item) {
+        const std::vector<size_t>& unlike = wave.unlike;
+        for (size_t i = 0;; ++i) {
+            const size_t end = i + 1 < unlike.size() ? unlike[i + 1] : wave.tasks.size();
+            const int64_t count = int64_t(end - unlike[i]);
+            if (item < count * slice.heads) {
+                return {&wave.tasks[unlike[i] + size_t(item % count)], item / count};
+            }
+            item -= count * slice.heads;
+        }
+    }
+
+    // The sequences that are decoded, from batch element `next` on, as many as fit a slice. It may
+    // have none.
+    Slice take(int64_t head, int64_t& next) const {
+        Slice slice;
+        slice.first_head = head;
+        slice.heads = std::min(heads_, call_.args.kv_heads - head);
+        size_t count = 0, carried = 0;
+        const int64_t stop = std::min(call_.batches, next + kMostVisited);
+        for (; next < stop; ++next) {
+            const Sequence sequence = call_.sequence(next);
+            if (sequence.q_len == 0 || !call_.decodes(sequence.q_len)) continue;
+            const bool parts = call_.has_first_part(next);
+            const Member newest = member(sequence, !parts, true);
+            count += 1 + size_t(newest.rows) / 16;
+            if (!newest.one_split()) carried += size_t(newest.rows) * row_bytes(slice);
+            const bool fits = count <= kMostMembers && carried <= kCarriedBytes;
+            if (!slice.members.empty() && !fits) break;
+            if (parts) slice.members.push_back(member(call_.first_part(next), true, false));
+            slice.members.push_back(newest);
+        }
+        if (!slice.members.empty()) share_out(slice);
+        return slice;
+    }
+
+    // Cuts the members into rows, and finds the team.
+    void share_out(Slice& slice) const {
+        double seconds = 0, keys = 0;
+        int64_t most_rows[2] = {0, 0};
+        for (const Member& member : slice.members) {
+            seconds += call_.seconds(member.sequence);
+            keys += double(member.end - member.begin);
+            slice.items += member.splits() * slice.heads;
+            slice.first_split = std::min(slice.first_split, member.first_split);
+            slice.last_split = std::max(slice.last_split, member.last_split);
+            int64_t& most = most_rows[in_query_tiles(member)];
+            most = std::max(most, member.rows);
+        }
+        keys *= double(slice.heads) / double(slice.items);  // of a split
+        int threads = team_size(INT64_MAX, seconds, call_.threads);
+        int64_t rows_of[2] = {1, 1};
+        for (const bool in_tiles : {false, true}) {
+            if (most_rows[in_tiles] == 0) continue;
+            const TaskShape shape = shape_tasks(
+                most_rows[in_tiles], in_tiles ? functions_.lanes : 1, slice.items, threads,
+                partial_bytes_, [&](int64_t rows) { return scratch_bytes(rows, in_tiles); },
+                [&](int64_t rows) { return costs_.attend(keys, keys * double(rows)); });
+            rows_of[in_tiles] = shape.rows;
+            threads = shape.threads;
+        }
+        cut(slice, rows_of);
+        slice.team = team_size(slice.items, seconds, threads);
+        for (const bool in_tiles : {false, true}) {
+            if (slice.members.size() == 1) break;
+            slice.most_together[in_tiles] =
+                rows_together(kMostTogether, slice.team, row_bytes(slice),
+                              [&](int64_t rows) { return scratch_bytes(rows, in_tiles); });
+        }
+    }
+
+    // Into members of so many rows, without and with query tiles.
+    void cut(Slice& slice, const int64_t (&most_rows)[2]) const {
+        std::vector<Member> whole;
+        whole.swap(slice.members);
+        slice.members.reserve(whole.size());
+        slice.items = 0;
+        for (size_t i = 0, parts; i < whole.size(); i += parts) {
+            parts = whole[i].ends ? 1 : 2;
+            const int64_t most = most_rows[in_query_tiles(whole[i])];
+            for (int64_t first = 0; first < whole[i].rows; first += most) {
+                for (size_t part = i; part < i + parts; ++part) {
+                    Member some = whole[part];
+                    some.first_row = first;
+                    some.rows = std::min(most, some.rows - first);
+                    some.carried = slice.carried.count();
+                    slice.items += some.splits() * slice.heads;
+                    slice.members.push_back(some);
                 }
-                take_back(memory.get(), scratch);
-            };
-            take_back(partials, waiting_size);
-            if (team == 1) {  // a small call: one trip
-                const auto both = [&](int64_t, int, const Stop& stop) {
-                    for (int64_t index = 0; index < last - first; ++index) attend(index, 0, stop);
-                    merge(0, 0, stop);
-                };
-                if (!parallel_for(1, 1, interrupt, both)) return false;
-            } else {
-                if (!parallel_for(last - first, team, interrupt, attend)) return false;
-                if (slice.merges) parallel_for(1, 1, {}, merge);
+                const Member& last = slice.members.back();
+                if (!last.one_split()) slice.carried.add(last.rows);
+            }
+        }
+    }
+
+    // The tasks from a position on, as many as fit a wave.
+    Wave take(const Slice& slice, Position& next) const {
+        Wave wave;
+        if (!add_tasks(slice, next, wave)) {
+            const int64_t items = int64_t(wave.tasks.size()) * slice.heads;
+            const size_t some = size_t(items_of_wave(items, slice.team) / slice.heads);
+            if (some > 0 && some < wave.tasks.size()) {
+                const Task& task = wave.tasks[some];
+                next = {task.split, task.place};
+                wave.shares.resize(size_t(task.first));
+                wave.tasks.resize(some);
+            }
+        }
+        for (Task& task : wave.tasks) {
+            const int first = wave.shares[size_t(task.first)].member;
+            int64_t& most = wave.most_rows[in_query_tiles(slice.members[size_t(first)])];
+            most = std::max(most, task.rows);
+            task.waiting = wave.waiting.count();
+            wave.waiting.add(task.rows);
+            add_links(slice, task, wave);
+        }
+        std::stable_sort(wave.links.begin(), wave.links.end(), [&](const Link& a, const Link& b) {
+            return carried(slice, a) < carried(slice, b);
+        });
+        for (size_t i = 0; i < wave.links.size(); ++i) {
+            wave.shares[size_t(wave.links[i].share)].link = int(i);
+        }
+        if (slice.team > 1) {  // what ends last is short
+            std::stable_sort(wave.tasks.begin(), wave.tasks.end(),
+                             [](const Task& a, const Task& b) { return a.seconds > b.seconds; });
+        }
+        for (size_t i = 0; i < wave.tasks.size(); ++i) {
+            const bool alike =
+                i > 0 && (slice.team == 1 ||
+                          are_alike(wave.tasks[wave.unlike.back()].seconds, wave.tasks[i].seconds));
+            if (!alike) wave.unlike.push_back(i);
+        }
+        return wave;
+    }
+
+    // Moves the position behind them. False: there is no memory for more.
+    bool add_tasks(const Slice& slice, Position& next, Wave& wave) const {
+        size_t rows = 0;
+        for (; next.split <= slice.last_split; next = {next.split + 1}) {
+            const std::vector<int> order = members_of(slice, next.split);
+            while (next.place < order.size()) {
+                const Task task = first_task(slice, order, next, int(wave.shares.size()));
+                rows += size_t(task.rows);
+                const bool fits = rows * row_bytes(slice) <= kWaitingBytes &&
+                                  wave.shares.size() + size_t(task.count) <= kMostShares;
+                if (!wave.tasks.empty() && !fits) return false;
+                for (int i = 0; i < task.count; ++i) wave.shares.push_back({order[next.place++]});
+                wave.tasks.push_back(task);
             }
         }
         return true;
     }
 
-    size_t heads() const { return size_t(call_.args.kv_heads); }
-    size_t rows(const Member& member) const { return size_t(member.sequence.q_len * call_.group); }
+    static size_t carried(const Slice& slice, const Link& link) {
+        return slice.members[size_t(link.member)].carried;
+    }
+
+    size_t row_bytes(const Slice& slice) const { return size_t(slice.heads) * partial_bytes_; }
 
     // The rows, not head_dim, lie along the vector lanes.
     bool in_query_tiles(const Member& member) const {
-        return int64_t(rows(member)) > functions_.decode.most_rows;
+        return member.sequence.q_len * call_.group > functions_.decode.most_rows;
     }
 
     size_t kernel_bytes(const Block& block, bool in_tiles) const {
         return (in_tiles ? functions_.scratch_bytes : functions_.decode.scratch_bytes)(block);
     }
-    size_t scratch_bytes(int64_t row_count, bool in_tiles) const {
-        if (row_count == 0) return 0;
+    // One thread's memory for a task.
+    size_t scratch_bytes(int64_t rows, bool in_tiles) const {
+        if (rows == 0) return 0;
         Block block = call_.shared_block();
-        block.row_count = int(row_count);
+        block.row_count = int(rows);
+        block.in_span = true;
         Scratch scratch;
-        BlockMemory(row_count, kernel_bytes(block, in_tiles), scratch);
+        BlockMemory(rows, kernel_bytes(block, in_tiles), scratch);
         return scratch.used();
     }
-
-    void add_member(Slice& slice, const Sequence& sequence, bool starts, bool ends) const {
-        Member member{sequence, slice.carried.count(), starts, ends, 0, 0, 0, 0};
-        find_splits(member);
-        slice.first_split = std::min(slice.first_split, member.first_split);
-        slice.last_split = std::max(slice.last_split, member.last_split);
-        slice.splits += member.last_split - member.first_split + 1;
-        slice.merges |= !member.one_split();
-        slice.seconds += call_.seconds(sequence);
-        slice.members.push_back(member);
+    // For any task.
+    size_t scratch_bytes(const Wave& wave) const {
+        return std::max(scratch_bytes(wave.most_rows[0], false),
+                        scratch_bytes(wave.most_rows[1], true));
     }
 
-    // Positions grow with the queries, and so do both ends of what they see.
-    void find_splits(Member& member) const {
-        const Sequence& sequence = member.sequence;
-        member.end = call_.interval(sequence, sequence.q_len - 1).end;
-        member.begin = std::min(call_.interval(sequence, 0).begin, member.end);
+    Member member(const Sequence& sequence, bool starts, bool ends) const {
+        Member member{sequence, 0, sequence.q_len * call_.group, 0, starts, ends, 0, 0, 0, 0};
+        const Interval seen = call_.interval(sequence, 0, sequence.q_len - 1);
+        member.begin = seen.begin;
+        member.end = seen.end;
         member.first_split = member.begin / kSplitKeys;
         member.last_split =
             std::max((member.end + kSplitKeys - 1) / kSplitKeys - 1, member.first_split);
+        return member;
     }
 
-    void add_tasks(const Slice& slice, int64_t split, Tasks& tasks) const {
-        std::vector<int>& order = tasks.order;
-        const size_t begin = order.size();
+    // The members that have this split, neighbours those who may attend to it together.
+    std::vector<int> members_of(const Slice& slice, int64_t split) const {
+        std::vector<int> order;
         for (size_t i = 0; i < slice.members.size(); ++i) {
             const Member& member = slice.members[i];
-            if (member.first_split <= split && split <= member.last_split) {
-                order.push_back(int(i));
-            }
+            if (member.first_split <= split && split <= member.last_split) order.push_back(int(i));
         }
-        const auto member = [&](size_t place) -> const Member& {
-            return slice.members[size_t(order[place])];
-        };
-        if (order.size() - begin > 1) {
-            std::stable_sort(order.begin() + int64_t(begin), order.end(), [&](int a, int b) {
+        if (order.size() > 1) {
+            std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
                 return compare(slice.members[size_t(a)], slice.members[size_t(b)], split) < 0;
             });
         }
-        const int64_t items = slice.splits * call_.args.kv_heads;
-        const int64_t most_members = items / (slice.team * kItemsPerThread);
-        for (size_t i = begin; i < order.size(); ++i) {
-            if (i > begin && together(member(i - 1), member(i), split)) {
-                Task& before = tasks.list.back();
-                const int64_t count = before.count + 1;
-                if (count * int64_t(rows(member(i))) <= kMostTogether && count <= most_members) {
-                    ++before.count;
-                    tasks.waiting.widen_last(rows(member(i)));
-                    continue;
-                }
+        return order;
+    }
+
+    // The task of as many members as may attend together, from a position on.
+    Task first_task(const Slice& slice, const std::vector<int>& order, const Position& at,
+                    int share) const {
+        const auto member = [&](size_t i) -> const Member& {
+            return slice.members[size_t(order[i])];
+        };
+        const Interval all = {at.split * kSplitKeys, (at.split + 1) * kSplitKeys};
+        const int64_t most_rows = slice.most_together[in_query_tiles(member(at.place))];
+        const int64_t most = members_of_task(slice.items, slice.team);
+        Task task{at.split, at.place, share, 0, 0, 0, 0};
+        Interval keys = {all.end, all.begin};
+        double pairs = 0;
+        for (size_t i = at.place; i < order.size(); ++i, ++task.count) {
+            if (i > at.place) {
+                if (task.count == most || task.rows + member(i).rows > most_rows) break;
+                if (!together(member(i - 1), member(i), at.split)) break;
             }
-            tasks.list.push_back({split, int(i), 1});
-            tasks.waiting.add(rows(member(i)));
+            const int64_t begin = std::clamp(member(i).begin, all.begin, all.end);
+            const int64_t end = std::clamp(member(i).end, begin, all.end);
+            keys = {std::min(keys.begin, begin), std::max(keys.end, end)};
+            pairs += double(member(i).rows * (end - begin));
+            task.rows += member(i).rows;
         }
+        task.seconds = costs_.attend(double(keys.end - keys.begin), pairs);
+        return task;
     }
 
     // Whether neighbours in a split's order share keys there. Query tiles have the pages of one
@@ -310,33 +489,62 @@ class Decode {
         return call_.args.pages[member.sequence.batch * call_.args.page_columns + column];
     }
 
-    Block block(const Member& member, int64_t kv_head, Row* rows_here, int64_t count) const {
-        Block block = call_.shared_block();
-        call_.set_keys(block, member.sequence, kv_head);
-        block.rows = rows_here;
-        block.row_count = int(count);
-        return block;
+    static void add_links(const Slice& slice, const Task& task, Wave& wave) {
+        int64_t row = 0;
+        for (int share = task.first; share < task.first + task.count; ++share) {
+            const int index = wave.shares[size_t(share)].member;
+            const Member& member = slice.members[size_t(index)];
+            if (!member.one_split()) {
+                wave.links.push_back({index, share, task.split, task.waiting, row});
+            }
+            row += member.rows;
+        }
     }
 
-    // memory: scratch_bytes() of it; partials: where those of the task's rows go.
-    void attend_task(const Slice& slice, const Tasks& tasks, int64_t item, char* memory,
-                     char* partials, const Stop& stop) const {
-        const int64_t kv_head = item / int64_t(tasks.list.size());
-        const Task& task = tasks.list[size_t(item) % tasks.list.size()];
+    // Whether no link comes before this one, or in an earlier wave.
+    static bool is_first(const Slice& slice, const Wave& wave, size_t link) {
+        return link == 0 ||
+               carried(slice, wave.links[link - 1]) != carried(slice, wave.links[link]);
+    }
+
+    Block block(const Slice& slice, const Member& member, int64_t head, Row* rows) const {
+        Block block = call_.shared_block();
+        call_.set_keys(block, member.sequence, slice.first_head + head);
+        block.in_span = true;
+        block.rows = rows;
+        block.row_count = int(member.rows);
+        return block;
+    }
+    void set_rows(const Slice& slice, const Member& member, int64_t head, Row* rows) const {
+        call_.set_rows(rows, int(member.rows), member.sequence, slice.first_head + head,
+                       member.first_row);
+    }
+
+    char* waiting(const Work& work, size_t place, int64_t head) const {
+        return work.waiting + work.wave.waiting.offset(head, place, partial_bytes_);
+    }
+
+    // memory: scratch_bytes() of it.
+    void attend(const Work& work, const Task& task, int64_t head, char* memory,
+                const Stop& stop) const {
+        const Slice& slice = work.slice;
+        const Share* const shares = work.wave.shares.data() + task.first;
         const auto member = [&](int i) -> const Member& {
-            return slice.members[size_t(tasks.order[size_t(task.first + i)])];
+            return slice.members[size_t(shares[i].member)];
         };
         const bool in_tiles = in_query_tiles(member(0));
-        const int64_t each = int64_t(rows(member(0))), count = each * task.count;
-        Block whole = block(member(0), kv_head, nullptr, count);
+        Block whole = block(slice, member(0), head, nullptr);
+        whole.row_count = int(task.rows);
         Scratch scratch(memory);
-        const BlockMemory mine(count, kernel_bytes(whole, in_tiles), scratch);
-        lend(partials, count * int64_t(partial_bytes_));
-        for (int i = 0; i < task.count; ++i) {
-            call_.set_rows(mine.rows + i * each, int(each), member(i).sequence, kv_head, 0);
+        const BlockMemory mine(task.rows, kernel_bytes(whole, in_tiles), scratch);
+        char* const partials = waiting(work, task.waiting, head);
+        lend(partials, task.rows * int64_t(partial_bytes_));
+        Row* rows = mine.rows;
+        for (int i = 0; i < task.count; rows += member(i++).rows) {
+            set_rows(slice, member(i), head, rows);
         }
         const int64_t begin = task.split * kSplitKeys, end = begin + kSplitKeys;
-        for (Row* row = mine.rows; row < mine.rows + count; ++row) {
+        for (Row* row = mine.rows; row < rows; ++row) {
             row->begin = std::clamp(row->begin, begin, end);
             row->end = std::clamp(row->end, row->begin, end);
         }
@@ -344,68 +552,128 @@ class Decode {
         whole.scratch = mine.kernel;
         whole.stop = stop;
         (in_tiles ? functions_.attend : functions_.decode.attend)(whole, partials);
+        char* partial = partials;
+        rows = mine.rows;
         for (int i = 0; i < task.count; ++i) {
-            if (!member(i).one_split()) continue;
-            const Block own = block(member(i), kv_head, mine.rows + i * each, each);
-            functions_.decode.finish(own, partials + size_t(i * each) * partial_bytes_);
+            if (shares[i].link < 0) {
+                functions_.decode.finish(block(slice, member(i), head, rows), partial);
+            }
+            rows += member(i).rows;
+            partial += size_t(member(i).rows) * partial_bytes_;
+        }
+        for (int i = 0; i < task.count; ++i) {
+            if (shares[i].link >= 0) merge(work, size_t(shares[i].link), head, memory);
         }
     }
 
-    // Adds the partials of a task to what is carried. memory: scratch_bytes() of it.
-    void merge_task(const Slice& slice, const Tasks& tasks, int64_t item, char* partials,
-                    char* carried, char* memory) const {
-        const size_t kv_head = size_t(item) / tasks.list.size();
-        const Task& task = tasks.list[size_t(item) % tasks.list.size()];
-        for (int i = task.first; i < task.first + task.count; ++i) {
-            const Member& member = slice.members[size_t(tasks.order[size_t(i)])];
-            const size_t bytes = rows(member) * partial_bytes_;
-            char* const into =
-                carried + slice.carried.offset(kv_head, member.carried, partial_bytes_);
-            char* const partial = partials + size_t(i - task.first) * bytes;
-            if (member.one_split()) continue;
-            Row* const rows_here = Scratch(memory).take<Row>(int64_t(rows(member)));
-            const Block own = block(member, int64_t(kv_head), rows_here, int64_t(rows(member)));
-            if (member.starts && task.split == member.first_split) {
-                lend(into, int64_t(bytes));
-                std::memcpy(into, partial, bytes);
-            } else {
-                functions_.decode.merge(own, into, partial);
-            }
-            if (!member.ends || task.split < member.last_split) continue;
-            call_.set_rows(rows_here, own.row_count, member.sequence, int64_t(kv_head), 0);
-            functions_.decode.finish(own, into);
+    // Merges a partial that is there now, if those before it are merged, and then those behind it
+    // that only waited for this.
+    void merge(const Work& work, size_t link, int64_t head, char* memory) const {
+        const auto& links = work.wave.links;
+        const auto ready = [&] {
+            std::atomic<char>& missing =
+                work.missing[link * size_t(work.slice.heads) + size_t(head)];
+            return missing.fetch_sub(1, std::memory_order_acq_rel) == 1;
+        };
+        while (ready()) {
+            add(work, links[link], head, memory);
+            if (++link == links.size() || is_first(work.slice, work.wave, link)) return;
         }
+    }
+
+    // Adds a partial to what is carried. memory: scratch_bytes() of it.
+    void add(const Work& work, const Link& link, int64_t head, char* memory) const {
+        const Slice& slice = work.slice;
+        const Member& member = slice.members[size_t(link.member)];
+        const size_t bytes = size_t(member.rows) * partial_bytes_;
+        char* const into =
+            work.carried + slice.carried.offset(head, member.carried, partial_bytes_);
+        char* const partial =
+            waiting(work, link.waiting, head) + size_t(link.first_row) * partial_bytes_;
+        Row* const rows = Scratch(memory).take<Row>(member.rows);
+        const Block own = block(slice, member, head, rows);
+        if (member.starts && link.split == member.first_split) {
+            lend(into, int64_t(bytes));
+            std::memcpy(into, partial, bytes);
+        } else {
+            functions_.decode.merge(own, into, partial);
+        }
+        if (!member.ends || link.split < member.last_split) return;
+        set_rows(slice, member, head, rows);
+        functions_.decode.finish(own, into);
     }
 
     const Call& call_;
     const Functions& functions_;
     const size_t partial_bytes_;  // of a row of one head
+    const DecodeCosts costs_;
+    int64_t heads_;  // of a slice, at most
 };
+
+// Asks about Ctrl-C between calls of parallel_for, each too short to do so.
+class Patience {
+    const Interrupt interrupt_;
+    Clock::time_point asked_ = Clock::now();
+
+   public:
+    explicit Patience(Interrupt interrupt) : interrupt_(interrupt) {}
+    bool ended() {
+        if (interrupt_.requested == nullptr || Clock::now() - asked_ < kPatience) return false;
+        asked_ = Clock::now();
+        return interrupt_.requested();
+    }
+};
+
+// Whether there is anything to compute and to store.
+bool has_results(const AttentionArgs& args) {
+    return args.q_heads > 0 && args.q_len > 0 &&
+           (args.value_head_dim > 0 || args.lse.data != nullptr || args.softmax != nullptr ||
+            args.scores != nullptr);
+}
 
 }  // namespace
 
 bool decode(const Call& call, Interrupt interrupt) {
-    if (call.args.q_heads == 0) return true;
+    if (!has_results(call.args)) return true;
     const Decode decode(call);
-    for (int64_t next = 0; next < call.batches;) {
-        const Slice slice = decode.take(next);
-        if (!slice.members.empty() && !decode.run(slice, interrupt)) return false;
-    }
-    return true;
+    Patience patience(interrupt);
+    return decode.each_slice([&](const Slice& slice) {
+        if (slice.members.empty()) return !patience.ended();
+        const Memory carried = allocate(decode.carried_bytes(slice));
+        return decode.each_wave(slice, [&](const Wave& wave) {
+            return !patience.ended() && decode.run(slice, wave, carried.get(), interrupt);
+        });
+    });
 }
 
 void plan_decode(const Call& call, Plan& plan) {
     plan.decodes = true;
-    if (call.args.q_heads == 0) return;
+    if (!has_results(call.args)) return;
     const Decode decode(call);
-    int64_t batch = 0;
-    const Slice slice = decode.take(batch);
-    if (slice.members.empty()) return;
-    int64_t split = slice.first_split;
-    plan.threads = slice.team;
-    const Tasks tasks = decode.tasks(slice, split);
-    plan.scratch_bytes = decode.scratch_bytes(tasks) * size_t(plan.threads) +
-                         decode.carried_bytes(slice) + decode.waiting_bytes(tasks);
+    int slices = 0;
+    plan.threads = 1, plan.scratch_bytes = 0;
+    decode.each_slice([&](const Slice& slice) {
+        plan.threads = std::max(plan.threads, slice.team);
+        decode.each_wave(slice, [&](const Wave& wave) {
+            plan.scratch_bytes = std::max(plan.scratch_bytes,
+                                          decode.carried_bytes(slice) + decode.bytes(slice, wave));
+            return true;
+        });
+        return ++slices < kMostSlices;
+    });
+}
+
+void schedule_decode(const Call& call, Schedule& schedule) {
+    if (!has_results(call.args)) return;
+    const Decode decode(call);
+    decode.each_slice([&](const Slice& slice) {
+        return decode.each_wave(slice, [&](const Wave& wave) {
+            schedule.phases.push_back(decode.phase(slice, wave));
+            schedule.scratch_bytes = std::max(
+                schedule.scratch_bytes, decode.carried_bytes(slice) + decode.bytes(slice, wave));
+            return true;
+        });
+    });
 }
 
 }  // namespace fastattn

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace fastattn {
@@ -34,5 +35,118 @@ struct Schedule {
     std::vector<Phase> phases;
     size_t scratch_bytes = 0;  // all threads together, at most
 };
+
+// Prefill (attention.cpp): the rows of each head are cut into blocks, of whole vectors but for the
+// last, and if need be their keys into spans.
+
+constexpr size_t kForwardBytes = 15 << 20;  // of all threads; 16 MiB are promised
+constexpr size_t kPartialsBytes = 4 << 20;  // at most, of partials that are not merged yet
+constexpr int64_t kMostUnits = 1 << 13, kMostSorted = 1 << 15;  // in a list
+constexpr int64_t kTailRounds = 4;            // of all threads, that run across heads: the shortest
+constexpr double kMergeBytesPerSecond = 8e9;  // of partials
+
+// What rows cost one thread, in seconds, roughly.
+struct RowCosts {
+    double pair;  // of a row and a key
+    double key;   // which is read, and made ready, once for all rows of a block
+    double row;   // which is loaded, and whose result is stored
+
+    RowCosts(int64_t head_dim, int64_t value_head_dim, int64_t lanes, bool widens);
+    double block(double rows, double keys) const { return keys * (rows * pair + key) + rows * row; }
+};
+
+// What there is to cut: of unlike heads, the largest.
+struct RowsToCut {
+    double heads;      // of all sequences, key heads
+    int64_t rows = 0;  // of a head
+    int64_t keys = 0;  // that one of its rows sees
+    double pairs = 0;  // of all rows with the keys that they see
+    int64_t lanes, query_tile;
+    bool in_window;
+};
+
+struct RowCut {
+    int64_t rows = 1;       // of a block
+    bool in_spans = false;  // what several threads have of a block is merged
+    int threads = 1;
+    double seconds = 0;  // that this takes, roughly
+};
+
+// bytes: what a thread needs for blocks of so many rows; in spans, a partial is among it.
+RowCut cut_rows(RowsToCut work, const RowCosts& costs, int threads,
+                const std::function<size_t(int64_t rows, bool in_spans)>& bytes);
+
+// Decoding (decode.cpp). A task attends with some rows to a split of the keys.
+
+// Memory, at most, where one row does not need more: with the lists less than 16 MiB.
+constexpr size_t kTeamBytes = 43 << 18;     // scratch memory of all threads
+constexpr size_t kCarriedBytes = 5 << 18;   // partials of what is merged so far
+constexpr size_t kWaitingBytes = 13 << 18;  // partials that are not merged yet
+constexpr size_t kMostMembers = 2048;       // that are worked on at a time
+constexpr size_t kMostShares = 4096;        // of members in the tasks of a list
+
+// In seconds of one thread, roughly.
+struct DecodeCosts {
+    double key_bytes, pair_flops, row_bytes;  // a key and its value; a query and a key; a partial
+
+    double attend(double keys, double pairs) const;
+    double merge(double rows) const;
+};
+
+// So many rows of a task, at most, and for so many threads is there memory for them.
+struct TaskShape {
+    int64_t rows;
+    int threads;
+};
+
+// Into how many rows tasks of `rows` are cut, of which there are `items` to be done: as few as make
+// the team end soonest. row_bytes: of a partial; scratch_bytes, seconds: of a task of so many rows.
+TaskShape shape_tasks(int64_t rows, int64_t least_rows, int64_t items, int threads,
+                      size_t row_bytes, const std::function<size_t(int64_t)>& scratch_bytes,
+                      const std::function<double(int64_t)>& seconds);
+
+// How many rows may attend together in a task, so that there is memory for them.
+int64_t rows_together(int64_t rows, int threads, size_t row_bytes,
+                      const std::function<size_t(int64_t)>& scratch_bytes);
+
+// How many members that see the same keys attend to them together, so that they are read once, and
+// all threads have work.
+int64_t members_of_task(int64_t items, int threads);
+
+// Whether two tasks, of which the first takes longer, may run in any order.
+bool are_alike(double seconds, double others);
+
+// How many of the items make a wave, where there is no memory for more: whole rounds of the team.
+int64_t items_of_wave(int64_t items, int threads);
+
+// ---- Gradients (backward.cpp) ----
+
+// The time on one thread for the gradients of rows and the keys that they see, roughly.
+double gradient_seconds(int64_t rows, int64_t keys, int64_t columns);
+
+struct GradientLoad {
+    int64_t key_blocks;
+    double longest, total;  // seconds, of the key blocks
+};
+// parts: of the rows that see a key block, each part an item, done one after the other.
+struct GradientCut {
+    int64_t block_keys;
+    int parts, threads;
+};
+// How keys and rows are cut into items. bytes: a thread's scratch memory for so many keys.
+GradientCut cut_gradients(int64_t key_tile, int threads,
+                          const std::function<size_t(int64_t keys)>& bytes,
+                          const std::function<GradientLoad(int64_t block_keys)>& load);
+
+// For how many row blocks there are sums at a time, of so many bytes each. There are `all` row
+// blocks, `most` in one chain, and `in_flight` are needed at the same time in any case.
+int64_t gradient_places(int64_t all, int64_t most, int64_t in_flight, size_t bytes, int threads);
+
+struct GradientChain {
+    int64_t row_blocks, first_key_block, key_blocks;
+};
+// Calls add(chain, key_block, part) in the order in which items start.
+void order_gradients(const std::vector<GradientChain>& chains, int64_t places, int parts,
+                     const std::function<void(size_t, int64_t, int)>& add);
 
 }  // namespace fastattn

@@ -74,10 +74,10 @@ class Heads {
 
     bool look(Interrupt interrupt) const {
         const int64_t tiles = parts(args_.call.q_len, rows_), items = tiles * count();
-        const int threads = team_size(items, seconds(), call_.threads);
         Scratch layout;
         cut_to_look(layout);
         const size_t bytes = layout.used();
+        const int threads = team(items, bytes);
         const Memory memory = allocate(bytes * size_t(threads));
         return parallel_for(
             items, threads, interrupt, [&](int64_t item, int worker, const Stop& stop) {
@@ -90,7 +90,11 @@ class Heads {
 
    protected:
     int64_t count() const { return call_.batches * args_.call.q_heads; }
-    double seconds() const { return call_.seconds(call_.sequence(0)) * double(call_.batches); }
+    // The threads for so many items, each of which needs some memory.
+    int team(int64_t items, size_t bytes) const {
+        return int(std::clamp<int64_t>(int64_t(kAllScratchBytes / bytes), 1,
+                                       team_size(items, call_.seconds(), call_.threads)));
+    }
     Numbers numbers(void* data) const { return {static_cast<char*>(data), size_}; }
     Numbers softmax(int64_t row) const {
         return numbers(args_.call.softmax ? args_.call.softmax : softmax_.get()).at(2 * row);
@@ -218,9 +222,7 @@ class Sums : Heads {
                 ? count()
                 : std::clamp<int64_t>(int64_t(kEdgeBytes / sizeof(double)) / edges, 1, count());
         const size_t bytes = scratch(nullptr).used;
-        const int threads =
-            int(std::clamp<int64_t>(int64_t(kAllScratchBytes / bytes), 1,
-                                    team_size(at_once * spans_, seconds(), call_.threads)));
+        const int threads = team(at_once * spans_, bytes);
         const Memory memory = allocate(bytes * size_t(threads));
         const size_t edge_bytes = size_t(at_once * edges) * sizeof(double);
         const Memory edge_memory = allocate(edge_bytes);

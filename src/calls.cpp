@@ -8,18 +8,40 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "arrays.h"
 #include "gil.h"
 
 namespace fastattn {
 
+namespace {
+
+// While a thread asks for schedules, its calls are planned for so many threads and not run.
+struct Asked {
+    int threads;
+    std::vector<Schedule> schedules;
+};
+thread_local Asked* asked = nullptr;
+
+}  // namespace
+
 void run(const AttentionArgs& args) {
+    if (asked != nullptr) {
+        AttentionArgs planned = args;
+        planned.threads = asked->threads;
+        return asked->schedules.push_back(schedule_attention(planned));
+    }
     const bool finished = without_gil([&] { return attention(args, Interrupt{signal_arrived}); });
     if (!finished) throw py::error_already_set();
 }
 
 void run(const GradientArgs& args) {
+    if (asked != nullptr) {
+        GradientArgs planned = args;
+        planned.call.threads = asked->threads;
+        return asked->schedules.push_back(schedule_backward(planned));
+    }
     const bool finished =
         without_gil([&] { return attention_backward(args, Interrupt{signal_arrived}); });
     if (!finished) throw py::error_already_set();
@@ -387,8 +409,9 @@ void attend_packed_backward(const py::array& query, const py::array& key, const 
 }
 
 py::dict explain(const py::array& query, const py::array& key, const py::array& value,
-                 const Shape& batch_shape, const py::tuple& options) {
-    const AttentionArgs args = plain({query, key, value, batch_shape, Options(options)});
+                 const Shape& batch_shape, const py::tuple& options, int threads) {
+    AttentionArgs args = plain({query, key, value, batch_shape, Options(options)});
+    args.threads = threads;
     const Plan plan = without_gil([&] { return plan_attention(args); });
     const int64_t batch = product(args.batch_shape);
     const double dims = double(args.head_dim + args.value_head_dim);
@@ -411,6 +434,45 @@ py::dict explain(const py::array& query, const py::array& key, const py::array& 
     return report;
 }
 
+// Of each parallel_for: the threads, the first step of each item and one past the last of all, and
+// of each step its seconds, place and turn.
+py::tuple phase_of(const Phase& phase) {
+    std::vector<int64_t> first{0}, place, turn;
+    std::vector<double> seconds;
+    for (const std::vector<Step>& steps : phase.items) {
+        for (const Step& step : steps) {
+            seconds.push_back(step.seconds);
+            place.push_back(step.place);
+            turn.push_back(step.turn);
+        }
+        first.push_back(int64_t(seconds.size()));
+    }
+    const auto array = [](const auto& x) { return py::array(py::ssize_t(x.size()), x.data()); };
+    return py::make_tuple(phase.threads, array(first), array(seconds), array(place), array(turn));
+}
+
+// The schedules of the calls that call() makes, which are planned for so many threads and leave
+// their results as they were.
+py::list schedule(const py::function& call, int threads) {
+    Asked mine{threads, {}};
+    struct Asking {
+        explicit Asking(Asked* now) : before(std::exchange(asked, now)) {}
+        ~Asking() { asked = before; }
+        Asked* const before;
+    };
+    {
+        const Asking asking(&mine);
+        call();
+    }
+    py::list schedules;
+    for (const Schedule& each : mine.schedules) {
+        py::list phases;
+        for (const Phase& phase : each.phases) phases.append(phase_of(phase));
+        schedules.append(py::make_tuple(each.scratch_bytes, phases));
+    }
+    return schedules;
+}
+
 }  // namespace
 
 AttentionArgs weights_arguments(const py::array& query, const py::array& key,
@@ -429,6 +491,7 @@ void register_calls(py::module_& m) {
     m.def("attention_backward", attend_backward);
     m.def("varlen_attention_backward", attend_packed_backward);
     m.def("explain", explain);
+    m.def("schedule", schedule);
 }
 
 }  // namespace fastattn

@@ -21,6 +21,7 @@ namespace {
 
 template <class T>
 constexpr Functions functions = {
+    .lanes = Vec<T>::lanes,
     .query_tile = Layout<T>::tile_rows,
     .key_tile = int(kKeyTile),
     .scratch_bytes = scratch_bytes<T>,

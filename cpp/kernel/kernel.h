@@ -76,6 +76,7 @@ struct Block {
     int64_t mask_stride, bias_stride;  // from one key to the next
     double scale, softcap;
     bool alibi;
+    bool in_span;  // no row sees keys of two spans (split.h): less scratch memory is needed
     Dropout dropout;
     void* scratch;  // scratch_bytes() of the function called, aligned
     Stop stop;
@@ -172,6 +173,7 @@ struct StatisticsFunctions {
 
 // The functions for arithmetic in one type; float32's take half precision too.
 struct Functions {
+    int lanes;  // rows of a query tile are in vectors of so many
     int query_tile, key_tile;
     size_t (*scratch_bytes)(const Block&);         // looks at the sizes and row_count alone
     void (*attend)(const Block&, void* partials);  // null: it stores the result instead

@@ -17,6 +17,7 @@
 // exactly 1.
 #pragma once
 
+#include "../split.h"
 #include "dropout.h"
 #include "elements.h"
 #include "factors.h"
@@ -30,21 +31,22 @@
 namespace fastattn {
 namespace {
 
-// Sums stay short, for accuracy. A sum over keys is over one key tile, then over this many keys,
-// and then over all of these sums.
-constexpr int64_t kKeysPerSum = 64 * kKeyTile;
+// Sums stay short, for accuracy. A sum over keys is over one key tile, then over a span, and then
+// over all of these sums.
+static_assert(kSpanKeys % kKeyTile == 0);
 
 // The scratch memory of one query tile: matrices of `width` columns, a lane for each row.
 template <class T>
 struct Matrices {
     T* const query;  // (head_dim) transposed and scaled
-    T* const acc;    // (value_head_dim) O^T of the current kKeysPerSum keys
-    T* const total;  // (value_head_dim) O^T of those before, where there are some
+    T* const acc;    // (value_head_dim) O^T of the span's keys
+    T* const total;  // (value_head_dim) O^T of the spans before, where there are some
 
     Matrices(const Block& block, int64_t width, Scratch& scratch)
         : query(scratch.take<T>(block.head_dim * width)),
           acc(scratch.take<T>(block.value_head_dim * width)),
-          total(scratch.take<T>(block.kv_len > kKeysPerSum ? block.value_head_dim * width : 0)) {}
+          total(scratch.take<T>(
+              block.kv_len > kSpanKeys && !block.in_span ? block.value_head_dim * width : 0)) {}
 };
 
 // Rows that fill up to Columns vectors, and what is known of them after the key tiles so far.
@@ -86,7 +88,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
 
     V row_max[Columns], row_sum[Columns], total_sum[Columns], total_max[Columns];
     V rescale[Columns];
-    int64_t acc_index;  // which kKeysPerSum keys acc is about
+    int64_t span;  // which one acc, row_max and row_sum are about
     bool has_started = false, has_total = false;
 
    public:
@@ -98,7 +100,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
           value_head_dim(block.value_head_dim),
           acc(matrices.acc),
           total(matrices.total),
-          acc_index(passes.begin / kKeysPerSum) {}
+          span(passes.begin / kSpanKeys) {}
 
     // Query tiles are made in scratch memory and need no end.
     static void* operator new(size_t, void* where) { return where; }
@@ -113,9 +115,9 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
         const Seen seen = passes.classify(keys);
         if (seen == Seen::kNone) return;
         if (!has_started) start();
-        if (tile / kKeysPerSum != acc_index) {
-            close_sums();
-            acc_index = tile / kKeysPerSum;
+        if (tile / kSpanKeys != span) {
+            close_span();
+            span = tile / kSpanKeys;
         }
         this->find_keys(tile);
         attend(keys, seen, tile);
@@ -124,12 +126,13 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
     // Stores the result; or, where `partials` is not null, the rows' partials there.
     void finish(void* partials) {
         if (!has_started) start();
-        if (has_total) close_sums();
+        if (has_total) close_span();
         const T* const sum = has_total ? total : acc;
         const V* const sums = has_total ? total_sum : row_sum;
-        if (partials == nullptr) return store(sum, sums);
+        const V* const largest = has_total ? total_max : row_max;
+        if (partials == nullptr) return store(sum, sums, largest);
         for (int c = 0; c < Columns; ++c) {
-            store_partials(sum, sums, Partials<T>(block, partials), c);
+            store_partials(sum, sums, largest, Partials<T>(block, partials), c);
         }
     }
 
@@ -165,11 +168,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
         for (int i = 0; i < block.row_count; ++i) {
             prefetch<1>(static_cast<const T*>(block.rows[i].out), query_items(value_head_dim));
         }
-        clear(acc);
-        for (int c = 0; c < Columns; ++c) {
-            row_max[c] = -kInfinity<T>;
-            row_sum[c] = T(0);
-        }
+        begin_span();
         has_started = true;
     }
 
@@ -180,6 +179,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
 
     // Finds or prepares the values likewise.
     void find_values(int64_t tile) {
+        if (shared->some_at_a_time) return;
         const int64_t keys = this->keys_of(tile);
         if constexpr (InPairs) {
             tile_value = reinterpret_cast<const BFloat16*>(shared->value);
@@ -202,14 +202,22 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
                     tile_value = this->shared->value, value_stride = value_head_dim;
                     if (this->shared->value_tile == tile) return;
                     this->shared->value_tile = tile;
-                    widen(value, this->block.value.stride, keys, value_head_dim,
-                          this->shared->value);
-                    if constexpr (sizeof(From) == 1) {
-                        this->multiply_rows(this->block.value_scale, tile, keys, value_head_dim,
-                                            this->shared->value);
-                    }
+                    this->widen_values(tile, this->keys_of(tile), 0, value_head_dim,
+                                       this->shared->value);
                 }
             });
+        }
+    }
+
+    void widen_values(int64_t first, int64_t rows, int64_t d, int64_t columns, T* to) const {
+        this->widen_rows(block.value, block.value_scale, first, rows, d, columns, to);
+    }
+
+    void begin_span() {
+        clear(acc);
+        for (int c = 0; c < Columns; ++c) {
+            row_max[c] = -kInfinity<T>;
+            row_sum[c] = T(0);
         }
     }
 
@@ -222,11 +230,8 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
         passes.prefetch(keys);
         const bool fetches = shared->fetches && shared->fetched != tile;
         shared->fetched = tile;
-        this->compute_scores(tile_key + (keys.begin - tile) * key_stride,
-                             fetches ? &keys : nullptr);
+        this->compute_scores(keys, fetches);
         find_values(tile);
-        const Element* value = tile_value + (keys.begin - tile) * value_stride;
-        int64_t stride = value_stride;
         if (!InPairs && scale_scores) this->apply_score_scale(keys);
         const bool drops = block.dropout.drops;
         bool any_left_out = drops;
@@ -234,10 +239,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
             passes.apply(scores, keys, staging);
             any_left_out |= this->find_tile_max(keys);
         }
-        if (any_left_out && set_nonfinite_apart(keys)) {
-            value = reinterpret_cast<const Element*>(staging);
-            stride = value_head_dim;
-        }
+        const bool apart = any_left_out && add_nonfinite(keys);
         if (InPairs && scales_late) {
             for (int c = 0; c < Columns; ++c) tile_max[c] = score_scale[c] * tile_max[c];
             softmax<true>(keys);
@@ -247,28 +249,47 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
         if (drops) drop_pairs(keys);
         const bool whole = cuts[Columns - 1] == 0 && cuts[Columns] == keys.size();
         const Span next = fetches ? passes.span(tile + kKeyTile) : Span{0, 0};
-        in_steps<micro_rows(Columns)>(0, value_head_dim, [&]<int Rows>(int64_t d) {
-            if (next.size() > 0) {
-                this->fetch(block.key, next.begin + next.size() * d / value_head_dim,
-                            next.begin + next.size() * (d + Rows) / value_head_dim, head_dim);
-            }
-            if (whole) {
-                V sum[Rows][Columns] = {};
-                multiply_values<0, Columns>(d, value, stride, 0, keys.size(), sum);
-                add_to_acc(d, sum);
+        const auto add_columns = [&](int64_t first, int64_t last, const Element* value,
+                                     int64_t stride) {
+            in_steps<micro_rows(Columns)>(first, last, [&]<int Rows>(int64_t d) {
+                if (next.size() > 0) {
+                    this->fetch(block.key, next.begin + next.size() * d / value_head_dim,
+                                next.begin + next.size() * (d + Rows) / value_head_dim, head_dim);
+                }
+                const Element* const column = value + (d - first) * Operand::size;
+                if (whole) {
+                    V sum[Rows][Columns] = {};
+                    multiply_values<0, Columns>(column, stride, 0, keys.size(), sum);
+                    add_to_acc(d, sum);
+                } else {
+                    add_between_cuts<Rows>(d, column, stride);
+                }
+            });
+        };
+        if (!apart && !shared->some_at_a_time) {
+            return add_columns(0, value_head_dim, tile_value + (keys.begin - tile) * value_stride,
+                               value_stride);
+        }
+        for (int64_t first = 0, last; first < value_head_dim; first = last) {
+            last =
+                value_head_dim - first < kStagedColumns ? value_head_dim : first + kStagedColumns;
+            if (apart) {
+                stage_finite(keys, first, last);
             } else {
-                add_between_cuts<Rows>(d, value, stride);
+                stage_columns(keys, first, last);
             }
-        });
+            add_columns(first, last, reinterpret_cast<const Element*>(staging), last - first);
+        }
     }
 
-    // sum += P^T V of the keys [begin, end), counted from the first; begin is even.
+    // sum += P^T V of the keys [begin, end), counted from the first; begin is even. column: where
+    // the first of `Rows` columns begins.
     template <int First, int Last, int Rows>
-    [[gnu::always_inline]] void multiply_values(int64_t d, const Element* value, int64_t stride,
+    [[gnu::always_inline]] void multiply_values(const Element* column, int64_t stride,
                                                 int64_t begin, int64_t end,
                                                 V (&sum)[Rows][Columns]) const {
         constexpr int64_t size = Operand::size;
-        multiply<First, Last, InPairs>(value + begin * stride + d * size, size, stride * size,
+        multiply<First, Last, InPairs>(column + begin * stride, size, stride * size,
                                        scores + begin / size * width, width,
                                        (end - begin + size - 1) / size, sum);
     }
@@ -287,10 +308,11 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
 
     // Out of line, so that the common case keeps its sums in registers.
     template <int Rows>
-    [[gnu::noinline]] void add_between_cuts(int64_t d, const Element* value, int64_t stride) const {
+    [[gnu::noinline]] void add_between_cuts(int64_t d, const Element* column,
+                                            int64_t stride) const {
         V sum[Rows][Columns] = {};
         between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
-            multiply_values<First, Last>(d, value, stride, begin, end, sum);
+            multiply_values<First, Last>(column, stride, begin, end, sum);
         });
         add_to_acc(d, sum);
     }
@@ -357,17 +379,14 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
 
     // A probability of 0 times a NaN or Inf is NaN, also in a row that must not see that value, or
     // that drops it. If the key tile holds such values, they are added here to the rows that see
-    // them, and `staging` takes a copy of the tile with zeros for them.
-    bool set_nonfinite_apart(Span keys) {
-        const Element* value = tile_value + keys.begin % kKeyTile * value_stride;
-        int64_t stride = value_stride;
-        if constexpr (InPairs) {
-            value = row_of<Element>(block, block.value, keys.begin);
-            stride = block.value.stride;
-        }
+    // them, and stage_finite() gives the others.
+    bool add_nonfinite(Span keys) {
         bool found = false;
         const auto check = [&](int64_t first, int64_t last) {
-            found |= !all_finite(value + (first - keys.begin) * stride, stride, last - first);
+            const int64_t rows = shared->some_at_a_time ? 1 : last - first;
+            for (; first < last; first += rows) {
+                found |= !all_finite(value_row(first), row_stride(), rows);
+            }
         };
         if (block.dropout.drops) {
             check(keys.begin, keys.end);
@@ -375,17 +394,11 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
             passes.hidden_keys(keys, check);
         }
         if (!found) return false;
-        Element* const to = reinterpret_cast<Element*>(staging);
         for (int64_t j = 0; j < keys.size(); ++j) {
-            const Element* from = value + j * stride;
+            const Element* const from = value_row(keys.begin + j);
             for (int64_t d = 0; d < value_head_dim; ++d) {
-                constexpr int64_t size = Operand::size;
                 const T x = added<T>(from[d]);
-                const bool finite = x - x == 0;
-                Element* const place = to + (j / size * value_head_dim + d) * size;
-                place[j % size] = finite ? from[d] : Element{};
-                if (j + 1 == keys.size() && j % size + 1 < size) place[j % size + 1] = Element{};
-                if (finite) continue;
+                if (x - x == 0) continue;
                 for (int c = 0; c < Columns; ++c) {
                     auto left_out = V::load(scores + j * width + c * lanes) == V(-kInfinity<T>);
                     if (block.dropout.drops) left_out |= ~kept_rows(c, keys.begin + j);
@@ -396,6 +409,47 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
         }
         return true;
     }
+
+    // `staging` takes the columns [first, last) of the keys' values.
+    void stage_columns(Span keys, int64_t first, int64_t last) const {
+        const int64_t columns = last - first;
+        if constexpr (InPairs) {
+            auto* to = reinterpret_cast<BFloat16*>(staging);
+            for (int64_t j = 0; j < keys.size(); j += 2, to += 2 * columns) {
+                const BFloat16* const from = value_row(keys.begin + j) + first;
+                store_pairs(from, j + 1 < keys.size() ? from + row_stride() : nullptr, columns, to);
+            }
+        } else {
+            widen_values(keys.begin, keys.size(), first, columns, staging);
+        }
+    }
+
+    // Likewise, with zeros for those that are not finite.
+    void stage_finite(Span keys, int64_t first, int64_t last) const {
+        constexpr int64_t size = Operand::size;
+        for (int64_t j = 0; j < keys.size(); ++j) {
+            const Element* const from = value_row(keys.begin + j) + first;
+            Element* place =
+                reinterpret_cast<Element*>(staging) + j / size * (last - first) * size + j % size;
+            for (int64_t d = 0; d < last - first; ++d, place += size) {
+                const T x = added<T>(from[d]);
+                place[0] = x - x == 0 ? from[d] : Element{};
+                if (j + 1 == keys.size() && j % size + 1 < size) place[1] = Element{};
+            }
+        }
+    }
+
+    // A key's values, where they are not laid out in pairs.
+    const Element* value_row(int64_t key) const {
+        if constexpr (InPairs) {
+            return row_of<Element>(block, block.value, key);
+        } else {
+            if (!shared->some_at_a_time) return tile_value + key % kKeyTile * value_stride;
+            widen_values(key, 1, 0, value_head_dim, shared->value);
+            return shared->value;
+        }
+    }
+    int64_t row_stride() const { return InPairs ? block.value.stride : value_stride; }
 
     bool all_finite(const Element* row, int64_t stride, int64_t rows) const {
         typename V::Mask bad = {};
@@ -413,8 +467,8 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
         return rest_finite && !any<T>(bad);
     }
 
-    // total += acc, and new sums begin.
-    void close_sums() {
+    // Merges a span with those before, just as Partials::merge() does, and begins another.
+    void close_span() {
         if (!has_total) {
             clear(total);
             for (int c = 0; c < Columns; ++c) {
@@ -423,22 +477,24 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
             }
         }
         for (int c = 0; c < Columns; ++c) {
-            const V offset = select<T>(row_max[c] == V(-kInfinity<T>), V(T(0)), row_max[c]);
+            const V largest = max(total_max[c], row_max[c]);
+            const V offset = select<T>(largest == V(-kInfinity<T>), V(T(0)), largest);
             const V total_rescale = exp2(total_max[c] - offset);
+            const V rescale_acc = exp2(row_max[c] - offset);
             for (int64_t i = c * lanes; i < value_head_dim * width; i += width) {
-                fma(V::load(total + i), total_rescale, V::load(acc + i)).store(total + i);
+                const V more = rescale_acc * V::load(acc + i);
+                fma(V::load(total + i), total_rescale, more).store(total + i);
             }
-            total_sum[c] = fma(total_sum[c], total_rescale, row_sum[c]);
-            total_max[c] = row_max[c];
-            row_sum[c] = T(0);
+            total_sum[c] = fma(total_sum[c], total_rescale, rescale_acc * row_sum[c]);
+            total_max[c] = largest;
         }
-        clear(acc);
+        begin_span();
         has_total = true;
     }
 
     // out = sum / row_sum, and lse = log(row_sum) + max. A sink is one more term of the
     // denominator.
-    void store(const T* sum, const V* sums) const {
+    void store(const T* sum, const V* sums, const V* maxima) const {
         for (int c = 0; c < Columns; ++c) {
             T sink[lanes], largest[lanes], denominator[lanes];
             for (int i = 0; i < lanes; ++i) {
@@ -446,13 +502,13 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
                 sink[i] =
                     T(row < block.row_count ? block.rows[row].sink * kLog2e : -__builtin_inf());
             }
-            const V peak = max(row_max[c], V::load(sink));
+            const V peak = max(maxima[c], V::load(sink));
             const V offset = select<T>(peak == V(-kInfinity<T>), V(T(0)), peak);
-            const V sum_rescale = exp2(row_max[c] - offset);
+            const V sum_rescale = exp2(maxima[c] - offset);
             const V all = fma(sums[c], sum_rescale, exp2(V::load(sink) - offset));
             const V share = select<T>(all == V(T(0)), V(T(0)), sum_rescale / all);
             const V factor = V(T(block.dropout.scale)) * share;
-            row_max[c].store(largest);
+            maxima[c].store(largest);
             sums[c].store(denominator);
             with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {
                 store_out<Element>(sum + c * lanes, factor, c * lanes);
@@ -482,9 +538,10 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
             [&](V x) { return fma(x, factor, V(T(0))); });
     }
 
-    void store_partials(const T* sum, const V* sums, const Partials<T>& partials, int c) const {
+    void store_partials(const T* sum, const V* sums, const V* maxima, const Partials<T>& partials,
+                        int c) const {
         for (int i = 0; i < lanes && c * lanes + i < block.row_count; ++i) {
-            partials.row_max(c * lanes + i) = row_max[c].v[i];
+            partials.row_max(c * lanes + i) = maxima[c].v[i];
             partials.row_sum(c * lanes + i) = sums[c].v[i];
         }
         transpose_rows(

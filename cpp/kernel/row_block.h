@@ -32,7 +32,7 @@ struct Layout {
           last_rows(block.row_count - full * tile_rows),
           scratch(memory),
           tiles(scratch.take<FullTile>(full)),
-          shared(block, width(0), scratch) {}
+          shared(block, width(0), full == 0, scratch) {}
 
     // Cuts the matrices of query tile `index`: called for one after the other.
     Matrices<T> matrices(const Block& block, int index) { return {block, width(index), scratch}; }

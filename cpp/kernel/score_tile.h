@@ -17,6 +17,7 @@ namespace {
 
 // A sum over head_dim is in parts of this depth, for accuracy.
 constexpr int64_t kDepth = 512;
+constexpr int64_t kStagedColumns = 48;  // of values; few, so that many threads have room
 static_assert(kPageKeys % kKeyTile == 0);
 
 // Calls visit<First, Last>(begin, end) for the keys of a tile between one cut and the next, with
@@ -32,35 +33,50 @@ template <int Columns, int Index = 0, class Visit>
     if constexpr (Index + 2 < 2 * Columns) between_cuts<Columns, Index + 1>(cuts, visit);
 }
 
-// The scratch memory that the query tiles of a row block use in turn.
-template <class T>
-struct Shared {
-    T* scores;   // (keys, `width` lanes) S^T, then P^T; of this, pairs fill half the rows
-    T* staging;  // (keys, value_head_dim or lanes) rows of a mask, or values to use instead
-    T* key;      // (keys, head_dim) and
-    T* value;    // (keys, value_head_dim): of a narrower type, widened; or values, in pairs
-    int64_t key_tile = -1, value_tile = -1;  // the key tiles that they are of
-    bool fetches = false;                    // reading keys takes longer than their use
-    int64_t fetched = -1;  // the key tile at which values, and keys to come, were fetched
-
-    Shared(const Block& block, int64_t width, Scratch& scratch) {
-        constexpr int lanes = Vec<T>::lanes;
-        const int64_t keys = block.kv_len < kKeyTile ? block.kv_len + block.kv_len % 2 : kKeyTile;
-        const int64_t columns = block.value_head_dim > lanes ? block.value_head_dim : lanes;
-        const bool prepares = block.kv_dtype != kDtype<T>;
-        scores = scratch.take<T>(keys * width);
-        staging = scratch.take<T>(Vec<T>::padded(keys) * columns);
-        key = scratch.take<T>(prepares ? Vec<T>::padded(keys * block.head_dim) : 0);
-        value = scratch.take<T>(prepares ? Vec<T>::padded(keys * block.value_head_dim) : 0);
-    }
-};
-
 // Whether the products are those of pairs: not for an odd head_dim, whose last would be half one.
 template <class T>
 bool in_pairs(const Block& block) {
     return kMultipliesPairs && sizeof(T) == 4 && block.query_dtype == Dtype::kBFloat16 &&
            block.kv_dtype == Dtype::kBFloat16 && block.head_dim % 2 == 0;
 }
+
+// The scratch memory that the query tiles of a row block use in turn. One that is alone prepares
+// keys and values some at a time, where it multiplies them: that takes less memory.
+template <class T>
+struct Shared {
+    T* scores;   // (keys, `width` lanes) S^T, then P^T; of this, pairs fill half the rows
+    T* staging;  // (keys, kStagedColumns or lanes) rows of a mask, or columns of values
+    T* key;      // (keys, head_dim) and
+    T* value;    // (keys, value_head_dim): of a narrower type, widened; or values, in pairs
+    bool some_at_a_time;  // and key has a few rows of kDepth, in staging, and value has one row
+    int64_t key_tile = -1, value_tile = -1;  // the key tiles that they are of
+    bool fetches = false;                    // reading keys takes longer than their use
+    int64_t fetched = -1;  // the key tile at which values, and keys to come, were fetched
+
+    Shared(const Block& block, int64_t width, bool alone, Scratch& scratch) {
+        using V = Vec<T>;
+        const int64_t keys = block.kv_len < kKeyTile ? block.kv_len + block.kv_len % 2 : kKeyTile;
+        const int64_t columns =
+            block.value_head_dim < kStagedColumns ? block.value_head_dim : kStagedColumns;
+        scores = scratch.take<T>(keys * width);
+        const bool prepares = block.kv_dtype != kDtype<T>, pairs = in_pairs<T>(block);
+        int64_t of_staging = V::padded(keys) * (columns > V::lanes ? columns : V::lanes);
+        int64_t of_key = prepares && !pairs ? V::padded(keys * block.head_dim) : 0;
+        int64_t of_value = prepares ? V::padded(keys * block.value_head_dim) : 0;
+        if (pairs) of_value = V::padded(keys / 2 * block.value_head_dim);
+        some_at_a_time = alone && prepares;
+        if (some_at_a_time) {
+            const int64_t depth = block.head_dim < kDepth ? block.head_dim : kDepth;
+            const int64_t rows = micro_rows(1) * V::padded(depth);
+            if (!pairs && of_staging < rows) of_staging = rows;
+            of_key = 0;
+            of_value = pairs ? 0 : V::padded(block.value_head_dim);
+        }
+        staging = scratch.take<T>(of_staging);
+        key = some_at_a_time ? staging : scratch.take<T>(of_key);
+        value = scratch.take<T>(of_value);
+    }
+};
 
 // Rows that fill up to Columns vectors, and their scores with one key tile after the other.
 //
@@ -123,13 +139,9 @@ class ScoreTile {
                     tile_key = key, key_stride = block.key.stride;
                 } else {
                     tile_key = shared->key, key_stride = head_dim;
-                    if (shared->key_tile == tile) return;
+                    if (shared->some_at_a_time || shared->key_tile == tile) return;
                     shared->key_tile = tile;
-                    const int64_t keys = keys_of(tile);
-                    widen(key, block.key.stride, keys, head_dim, shared->key);
-                    if constexpr (sizeof(From) == 1) {
-                        multiply_rows(block.key_scale, tile, keys, head_dim, shared->key);
-                    }
+                    widen_keys(tile, keys_of(tile), 0, head_dim);
                 }
             });
         }
@@ -145,6 +157,19 @@ class ScoreTile {
         with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
             const From* row = row_of<From>(block, rows, begin);
             for (; begin < end; ++begin, row += rows.stride) fastattn::prefetch(row, columns);
+        });
+    }
+
+    void widen_keys(int64_t first, int64_t rows, int64_t d, int64_t columns) {
+        widen_rows(block.key, block.key_scale, first, rows, d, columns, shared->key);
+    }
+
+    // (rows, columns): of keys or values from row `first` and column d on, whatever their type.
+    [[gnu::noinline]] void widen_rows(const KeyRows& from, const KeyRows& scales, int64_t first,
+                                      int64_t rows, int64_t d, int64_t columns, T* to) const {
+        with_key<T>(block.kv_dtype, [&]<class From>(const From*) {
+            widen(row_of<From>(block, from, first) + d, from.stride, rows, columns, to);
+            if constexpr (sizeof(From) == 1) multiply_rows(scales, first, rows, columns, to);
         });
     }
 
@@ -218,22 +243,33 @@ class ScoreTile {
         return too_large;
     }
 
-    // to_fetch: the keys whose values it brings near meanwhile; null: none.
-    void compute_scores(const Element* key, const Span* to_fetch) {
+    // fetches: the values of these keys are brought near meanwhile.
+    void compute_scores(Span keys, bool fetches) {
+        if constexpr (!InPairs && sizeof(T) == sizeof(float)) {
+            if (shared->some_at_a_time) return compute_scores<true>(keys, fetches);
+        }
+        compute_scores<false>(keys, fetches);
+    }
+
+    template <bool Widens>
+    void compute_scores(Span keys, bool fetches) {
+        const Element* const key = tile_key + keys.begin % kKeyTile * key_stride;
         for (int64_t d = 0; d < head_dim; d += kDepth) {
             const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
             V largest[Columns];
             for (int c = 0; c < Columns; ++c) largest[c] = -kInfinity<T>;
             between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
                 in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
-                    if (to_fetch != nullptr && d == 0) {
-                        fetch(block.value, to_fetch->begin + j, to_fetch->begin + j + Rows,
+                    if (fetches && d == 0) {
+                        fetch(block.value, keys.begin + j, keys.begin + j + Rows,
                               block.value_head_dim);
                     }
+                    if constexpr (Widens) widen_keys(keys.begin + j, Rows, d, depth);
                     V sum[Rows][Columns] = {};
-                    multiply<First, Last, InPairs>(key + j * key_stride + d, key_stride,
-                                                   Operand::size, query + d / Operand::size * width,
-                                                   width, depth / Operand::size, sum);
+                    multiply<First, Last, InPairs>(Widens ? tile_key : key + j * key_stride + d,
+                                                   Widens ? depth : key_stride, Operand::size,
+                                                   query + d / Operand::size * width, width,
+                                                   depth / Operand::size, sum);
 #pragma GCC unroll 16
                     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4

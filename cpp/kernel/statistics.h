@@ -57,7 +57,7 @@ struct StatisticsMemory {
 
     StatisticsMemory(const Block& block, void* memory)
         : scratch(memory),
-          shared(block, Vec<T>::padded(block.row_count), scratch),
+          shared(block, Vec<T>::padded(block.row_count), true, scratch),
           query(scratch.take<T>(block.head_dim * Vec<T>::padded(block.row_count))) {}
 };
 
@@ -165,7 +165,7 @@ class StatisticsTile : ScoreTile<T, InPairs, Columns> {
             this->find_keys(tile);
             passes.find_cuts(keys, this->cuts);
             passes.prefetch(keys);
-            this->compute_scores(this->tile_key + (keys.begin - tile) * this->key_stride, nullptr);
+            this->compute_scores(keys, false);
             if (InPairs ? this->scales_late : this->scale_scores) this->apply_score_scale(keys);
             if (seen == Seen::kSome) {
                 passes.apply(scores, keys, this->staging);

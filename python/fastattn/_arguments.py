@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastattn import _core
 from fastattn._arrays import BFLOAT16_BITS, as_numpy, is_numbers, widened
 from fastattn._options import NO_OPTIONS, CallOptions, Options
 
@@ -537,6 +538,14 @@ def whole_number(name: str, x: Any) -> int:
     if not is_integer(x):
         raise TypeError(f"{name} must be an int, not {type(x).__name__}")
     return int(x)
+
+
+def number_of_threads(name: str, x: Any) -> int:
+    """Return x as a number of threads that a call may have."""
+    threads = whole_number(name, x)
+    if not 1 <= threads <= _core.MOST_THREADS:
+        raise ValueError(f"{name} must be within 1..{_core.MOST_THREADS}, got {name}={threads}")
+    return threads
 
 
 def boolean(name: str, x: Any) -> bool:

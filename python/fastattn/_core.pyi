@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -87,8 +88,12 @@ def explain(
     value: Array,
     batch_shape: tuple[int, ...],
     options: CallOptions,
+    threads: int,  # 0: those at hand
     /,
 ) -> dict[str, Any]: ...
+def schedule(
+    call: Callable[[], object], threads: int, /
+) -> list[tuple[int, list[tuple[int, Array, Array, Array, Array]]]]: ...
 def attend_plain(
     query: Any,
     key: Any,

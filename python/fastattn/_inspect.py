@@ -14,6 +14,7 @@ from fastattn._arguments import (
     countable,
     dropout,
     floats,
+    number_of_threads,
     per_batch,
     sizes,
     whole_number,
@@ -144,7 +145,12 @@ def dropout_mask(
 
 @takes(AttentionOptions)
 def explain(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[AttentionOptions]
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    threads: int | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Report:
     """Say how `attention` would compute a call, without computing it.
 
@@ -153,6 +159,9 @@ def explain(
     query, key, value, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, \
 sinks, kv_lengths, dropout_p, seed
         As for `attention`.
+    threads : int, optional
+        How the call would run with so many threads, which this machine need not have; with those
+        at hand unless given. Not for arrays on a GPU.
 
     Returns
     -------
@@ -175,10 +184,12 @@ sinks, kv_lengths, dropout_p, seed
     if library.on_gpu:
         from fastattn import cuda
 
-        return cuda.explain(query, key, value, **options)
+        given: Any = options if threads is None else {**options, "threads": threads}
+        return cuda.explain(query, key, value, **given)
     q, k, v, shapes, checked = check(library.array("query", query), key, value, asked)
     countable(shapes)
-    plan = _core.explain(q, k, v, shapes.batch_shape, checked)
+    asked_of = 0 if threads is None else number_of_threads("threads", threads)
+    plan = _core.explain(q, k, v, shapes.batch_shape, checked, asked_of)
     skipped = plan["tiles_skipped"] / plan["tiles"] if plan["tiles"] else 0.0
     return Report(
         "attention",

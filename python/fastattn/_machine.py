@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastattn import _core
-from fastattn._arguments import whole_number
+from fastattn._arguments import number_of_threads
 from fastattn._report import Report
 
 VARIABLES = (
@@ -25,7 +25,6 @@ VARIABLES = (
     "FASTATTN_CUDA_KERNEL",
     "FASTATTN_CACHE_DIR",
 )
-MOST_THREADS = _core.MOST_THREADS
 
 
 def info() -> Report:
@@ -72,10 +71,7 @@ def set_num_threads(n: int) -> None:
     TypeError, ValueError
         n is not such a number.
     """
-    threads = whole_number("n", n)
-    if not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"n must be within 1..{MOST_THREADS}, got n={threads}")
-    _core.set_num_threads(threads)
+    _core.set_num_threads(number_of_threads("n", n))
 
 
 def get_num_threads() -> int:

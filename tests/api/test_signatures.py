@@ -32,7 +32,7 @@ DOORS = {
     "attention_weights": (("query", "key"), OF_WEIGHTS, (), {}),
     "attention_statistics": (("query", "key"), OF_WEIGHTS, STATISTICS, {}),
     "maps.rollout": (("layers",), OF_WEIGHTS, ("tokens", "direction"), {"is_causal": None}),
-    "explain": (OPERANDS, ALL, (), {}),
+    "explain": (OPERANDS, ALL, ("threads",), {}),
     "KVCache.attend": (("self", "query"), OF_CACHES, OF_CACHE_CALLS, CAUSAL),
     "PagedKVCache.attend": (("self", "query"), OF_CACHES, ("sequences", *OF_CACHE_CALLS), CAUSAL),
     "reference.attention": (OPERANDS, ALL, (*RESULTS, "compute_dtype", "batch_index"), {}),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
 
-from fastattn import attention, explain
+from fastattn import PagedKVCache, attention, explain
 from tests.attention.problems import every_arithmetic, laid_out, with_lse
 from tests.support.correctness import assert_same_bits, assert_within_gate, attend_within_gate
 from tests.support.problems import both_dtypes, every_dtype, make_problem
@@ -111,3 +111,80 @@ def test_keys_that_a_batch_shares(q_len, heads, dtype):
     assert_within_gate(
         together, query, *(np.repeat(x[None], batch, 0) for x in (key, value)), **options
     )
+
+
+MANY_THREADS = (2, 3, 16, 96)
+
+
+@pytest.mark.promise("bitwise-threads")
+@every_arithmetic
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "q_len", "head_dim", "value_head_dim"),
+    [
+        (3, 8, 2, 1, 64, 40),  # grouped heads
+        (2, 16, 1, 1, 64, 64),  # one key head for all
+        (2, 128, 1, 1, 72, 64),  # and more of them than attend together
+        (2, 6, 2, 16, 32, 32),
+        (1, 2, 2, 3, 16, 1030),
+    ],
+)
+def test_bits_of_many_threads(
+    batch, heads, kv_heads, q_len, head_dim, value_head_dim, dtype, threads
+):
+    """However the rows, keys and heads are shared out, and whoever merges, no bit changes."""
+    shape = {"heads": heads, "kv_heads": kv_heads, "batch": (batch,), "dtype": dtype}
+    operands = make_problem(q_len, 3300, head_dim, value_head_dim, **shape)
+    options = {
+        "kv_lengths": np.array([3300, 0, 1500])[:batch],
+        "query_offset": np.array([3200, 5, 1490])[:batch],
+        "window": (2500, 40),
+        "sinks": np.linspace(-1, 1, heads),
+    }
+    threads(1)
+    expected = with_lse(*operands), with_lse(*operands, **options)
+    for count in MANY_THREADS:
+        threads(count)
+        assert_same_bits(with_lse(*operands), expected[0])
+        assert_same_bits(with_lse(*operands, **options), expected[1])
+
+
+@pytest.mark.promise("bitwise-threads", "sharing-changes-no-bit")
+@pytest.mark.parametrize("heads", [2, 8, 48])
+@pytest.mark.parametrize(
+    "dtype", [np.float32, ml_dtypes.bfloat16, np.int8], ids=lambda dtype: np.dtype(dtype).name
+)
+def test_bits_of_many_threads_in_pages(dtype, heads, threads):
+    """Nor where pages are shared, and where tokens between the first and the newest are gone."""
+    shape = {"kv_heads": 2, "heads": heads, "dtype": np.float32 if dtype == np.int8 else dtype}
+    query, key, value = make_problem(2, 2600, 64, batch=(5,), **shape)
+    cache = PagedKVCache(2, 64, dtype=dtype)
+    prompt = cache.add()
+    cache.append(key[:1, :, :2300], value[:1, :, :2300])
+    for _ in range(4):
+        cache.add(prompt)
+    cache.append(key[:, :, 2300:], value[:, :, 2300:])
+    for kept in (None, 1500):
+        if kept is not None:
+            cache.evict(kept, keep_first=4)
+        threads(1)
+        expected = cache.attend(query, return_lse=True, sinks=np.ones(heads))
+        for count in MANY_THREADS:
+            threads(count)
+            assert_same_bits(cache.attend(query, return_lse=True, sinks=np.ones(heads)), expected)
+
+
+def test_a_wide_batch_is_work_for_all(threads):
+    """Sequences whose keys fit a split carry nothing, so that as many as there are go at once."""
+    operands = make_problem(1, 600, 64, heads=4, batch=(64,))
+    threads(96)
+    assert explain(*operands)["threads"] == 96
+
+
+@pytest.mark.promise("no-keys-no-queries")
+def test_nothing_to_do_takes_no_time():
+    """A batch of 2**40 that repeats no queries, or results of no size, is done at once."""
+    batch = (2**40, 2)
+    for q_len, value_head_dim in ((0, 8), (1, 0)):
+        shapes = [(*batch, q_len, 8), (*batch, 3, 8), (*batch, 3, value_head_dim)]
+        operands = [np.broadcast_to(np.float32(1), shape) for shape in shapes]
+        assert attention(*operands).shape == (*batch, q_len, value_head_dim)

@@ -369,6 +369,8 @@ def test_explain():
         arrays = [device.array(x) for x in (query, key, value)]
         report = fastattn.explain(*arrays)
         with_sinks = cuda.explain(*arrays, sinks=[0.0, 1.0])
+        with pytest.raises(TypeError, match="unexpected keyword argument 'threads'"):
+            fastattn.explain(*arrays, threads=2)
         assert device.launched == []
     assert report["kernel"] == "wgmma"
     assert report["reason"] == "Hopper's tensor cores take this call"

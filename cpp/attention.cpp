@@ -91,10 +91,12 @@ class Blocks {
             const auto merge = [&](int64_t i, char* mine, const Stop&) {
                 merge_rows(wave, i, mine, slots);
             };
-            if (!parallel_for(int64_t(wave.units.size()), threads_, interrupt,
-                              attend_in_scratch(attend)) ||
-                !parallel_for(int64_t(wave.merges.size()) * pieces(wave), merging_team(wave),
-                              interrupt, attend_in_scratch(merge))) {
+            const int64_t attended = int64_t(wave.units.size());
+            if (!parallel_for(attended, threads_, interrupt, attend_in_scratch(attend)))
+                return false;
+            if (wave.merges.empty()) continue;
+            const int64_t merged = int64_t(wave.merges.size()) * pieces(wave);
+            if (!parallel_for(merged, merging_team(wave), interrupt, attend_in_scratch(merge))) {
                 return false;
             }
             carry(wave, slots);
@@ -191,13 +193,16 @@ class Blocks {
         for (int64_t batch = 0; batch < sequences(); ++batch) {
             const Sequence sequence = call_.sequence(batch);
             if (!included(sequence) || sequence.q_len == 0) continue;
-            work.heads += double(args_.kv_heads);
+            double pairs = 0;
+            const auto add = [&](const Sequence& part) {
+                work.keys = std::max(work.keys, most_keys(part));
+                pairs += double(args_.q_heads) * call_.pairs(part);
+            };
+            add(sequence);
+            if (call_.has_first_part(batch)) add(call_.first_part(batch));
             work.rows = std::max(work.rows, rows(sequence));
-            work.keys = std::max(work.keys, most_keys(sequence));
-            work.pairs += double(args_.q_heads) * call_.pairs(sequence);
-            if (!call_.has_first_part(batch)) continue;
-            work.keys = std::max(work.keys, most_keys(call_.first_part(batch)));
-            work.pairs += double(args_.q_heads) * call_.pairs(call_.first_part(batch));
+            work.pairs += pairs;
+            if (pairs > 0) work.heads += double(args_.kv_heads);
         }
         const double alike = call_.unlike() ? 1 : double(call_.batches);
         work.heads *= alike;
@@ -221,13 +226,13 @@ class Blocks {
         blocks_ = (most_rows + block_rows_ - 1) / block_rows_;
         all_blocks_ = blocks_ * call_.batches;
         late_first_ = args_.right != kUnlimited;
-        if (threads_ > 1 && call_.unlike()) {
-            std::vector<std::pair<double, int64_t>> longest;
+        if (threads_ > 1 && call_.unlike() && call_.batches <= kMostSorted) {
+            std::vector<std::pair<float, int32_t>> longest;
             for (int64_t batch = 0; batch < call_.batches; ++batch) {
                 const Sequence sequence = call_.sequence(batch);
                 const int64_t most = std::min(rows(sequence), block_rows_);
                 const double pairs = most > 0 ? double(most) * double(most_keys(sequence)) : 0;
-                longest.emplace_back(-pairs, batch);
+                longest.emplace_back(float(-pairs), int32_t(batch));
             }
             std::sort(longest.begin(), longest.end());
             for (const auto& [pairs, batch] : longest) order_.push_back(batch);
@@ -420,7 +425,7 @@ class Blocks {
             std::min(kPartialsBytes, kForwardBytes - std::min(kForwardBytes, taken));
         const double fit = double(room / slot_bytes(block_rows_)) - 1;
         slots_ = int64_t(std::max(std::min(fit, most_units), 1.));
-        if (slots_ > threads_) slots_ -= slots_ % threads_;
+        if (fit < most_units && slots_ > threads_) slots_ -= slots_ % threads_;
     }
 
     // False: all is done.
@@ -524,12 +529,14 @@ class Blocks {
     // Some rows of a block, from its row `first` on.
     Block block(const Sequence& sequence, const Place& at, int64_t first, int64_t count,
                 char* memory, const Stop& stop) const {
-        first += at.index * block_rows_;
+        const int64_t begin = at.index * block_rows_;
+        const int64_t end = std::min(rows(sequence), begin + std::min(first + count, block_rows_));
+        first += begin;
         Scratch scratch(memory);
         const BlockMemory mine(block_rows_, kernel_bytes_, scratch);
         Block block = call_.shared_block();
         block.rows = mine.rows;
-        block.row_count = int(std::clamp<int64_t>(rows(sequence) - first, 0, count));
+        block.row_count = int(std::max<int64_t>(end - first, 0));
         block.scratch = mine.kernel;
         block.stop = stop;
         call_.set_keys(block, sequence, at.head);
@@ -544,7 +551,7 @@ class Blocks {
     const RowCosts costs_;
     const int64_t partial_bytes_;                           // of a row
     int64_t block_rows_ = 1, blocks_ = 0, all_blocks_ = 0;  // blocks of the longest head; of all
-    std::vector<int64_t> order_;                            // of batch elements; empty: their own
+    std::vector<int32_t> order_;                            // of batch elements; empty: their own
     std::vector<int64_t> first_block_;  // of each packed sequence, in that order
     // The last blocks of each head that run one after the other across heads, so that the shortest
     // are the last of all.

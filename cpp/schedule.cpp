@@ -26,6 +26,7 @@ constexpr size_t kBlockBytes = 384 << 10;  // of one thread
 constexpr double kBlocksPerThread = 16;    // are enough, whatever they take
 constexpr double kAlike = 0.75;            // of the largest: a head's rows see as many keys
 constexpr double kUneven = 1. / 16;        // threads are never alike: of the last item, so much
+constexpr double kUnlike = 1. / 4;         // and so much where items are not alike either
 constexpr double kSpansTake = 1.1;         // times as long, with all that is stored and merged
 constexpr double kGain = 0.98;             // what is smaller must be faster, too
 
@@ -51,7 +52,7 @@ double time_of(const RowsToCut& work, const RowCosts& costs, int64_t rows, bool 
     const double uneven = threads == 1 ? 0 : each * kUneven;
     const double split = in_spans ? kSpansTake : 1;
     if (work.pairs < kAlike * work.heads * of_head * keys) {
-        return split * (std::max(each, all / threads) + uneven);
+        return split * (std::max(each, all / threads) + each * kUnlike);
     }
     const double full = work.heads * std::floor(of_head / of_block) * std::floor(keys / span);
     const double more = work.heads * blocks * spans - full;

@@ -39,9 +39,9 @@ struct Schedule {
 // Prefill (attention.cpp): the rows of each head are cut into blocks, of whole vectors but for the
 // last, and if need be their keys into spans.
 
-constexpr size_t kForwardBytes = 15 << 20;    // of all threads; 16 MiB are promised
-constexpr size_t kPartialsBytes = 4 << 20;    // at most, of partials that are not merged yet
-constexpr int64_t kMostUnits = 1 << 14;       // in a list
+constexpr size_t kForwardBytes = 15 << 20;  // of all threads; 16 MiB are promised
+constexpr size_t kPartialsBytes = 4 << 20;  // at most, of partials that are not merged yet
+constexpr int64_t kMostUnits = 1 << 13, kMostSorted = 1 << 15;  // in a list
 constexpr int64_t kTailRounds = 4;            // of all threads, that run across heads: the shortest
 constexpr double kMergeBytesPerSecond = 8e9;  // of partials
 

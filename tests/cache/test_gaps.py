@@ -41,6 +41,25 @@ def test_options(dtype, q_len, renumber, name):
     both.check(query, dtype, **OPTIONS[name])
 
 
+@pytest.mark.promise("bitwise-threads", "cache-forgets-the-middle")
+@every_isa
+@every_dtype
+@closed_up_or_not
+def test_threads_that_share_keys_change_no_bit(dtype, renumber, threads):
+    """Both parts are longer than what one thread attends to alone (4096 keys)."""
+    query, both = beside(dtype, 14_000, 20, batch=2)
+    both.append(14_000)
+    both.evict([5000, 8100], [4200, 5000], renumber)
+    threads(1)
+    asked = {"return_lse": True, "return_column_sums": True}
+    expected = both.cache.attend(query, **asked)
+    for count in (3, 30):
+        threads(count)
+        assert_same_bits(both.cache.attend(query, **asked), expected)
+    if dtype == np.float32:
+        both.check(query, dtype)
+
+
 @pytest.mark.promise("cache-forgets-the-middle", "capacity-is-kept")
 @every_dtype
 @closed_up_or_not

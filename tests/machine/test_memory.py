@@ -273,6 +273,53 @@ def test_peak_memory_at_131072_tokens(case):
     assert run(peak, case, timeout=120) < 16 * MIB
 
 
+def scratch_of_every_size(isa, dtype):
+    """Return the most memory that calls of many queries would need in 1 to 256 threads."""
+    _core.set_isa(isa)
+    most = 0
+    dims = ((8, 8), (33, 40), (64, 64), (128, 128), (192, 128), (256, 256), (576, 512), (576, 576))
+    shapes = ((1, 17, 100_000), (2, 130, 5000), (8, 2000, 4096))
+    for (heads, q_len, kv_len), (dim, value_dim) in itertools.product(shapes, dims):
+        for kv_dtype in {dtype, "float16"} if dtype == "float32" else {dtype}:
+            query = np.broadcast_to(np.zeros(dim, dtype), (heads, q_len, dim))
+            key = np.broadcast_to(np.zeros(dim, kv_dtype), (heads, kv_len, dim))
+            value = np.broadcast_to(np.zeros(value_dim, kv_dtype), (heads, kv_len, value_dim))
+            masked = {"mask": np.ones(kv_len, bool), "bias": np.zeros((q_len, 1), np.float32)}
+            for threads in (1, 2, 3, 16, 31, 64, 96, 128, 200, 255, 256):
+                fastattn.set_num_threads(threads)
+                causal = {"is_causal": True, "query_offset": kv_len - q_len}
+                for options in ({}, causal, masked if q_len == 17 else {}):
+                    report = fastattn.explain(query, key, value, **options)
+                    most = max(most, report["scratch_bytes"])
+                    assert report["threads"] >= min(threads, 12)
+    return most
+
+
+@pytest.mark.promise("forward-memory")
+@each_isa
+@each_dtype
+def test_memory_stays_small_with_many_threads(isa, dtype):
+    """Blocks narrow as threads grow; where the narrowest are too wide, the team is smaller."""
+    assert 14 * MIB < run(scratch_of_every_size, isa, dtype) < 16 * MIB
+
+
+def peak_of_shared_keys(threads):
+    """Return what `peak` does where threads share the keys of one block."""
+    fastattn.set_num_threads(threads)
+    query, key = (np.ones((1, n, 64), np.float32) for n in (17, 262144))
+    out = np.zeros_like(query)
+    fastattn.attention(*[np.ones((1, 512, 64), np.float32)] * 3)
+    before = peak_so_far()
+    fastattn.attention(query, key, key, out=out)
+    return status("VmHWM") - before
+
+
+@pytest.mark.promise("forward-memory")
+@pytest.mark.parametrize("threads", [2, 64])
+def test_peak_memory_of_shared_keys(threads):
+    assert run(peak_of_shared_keys, threads) < 16 * MIB
+
+
 # (batch, heads, kv_heads, q_len, kv_len, head_dim, value_head_dim)
 DECODED = [
     (1, 128, 1, 1, 65536, 576, 512),
@@ -288,14 +335,10 @@ DECODED = [
 ]
 
 
-@pytest.mark.promise("forward-memory")
-@each_dtype
-@pytest.mark.parametrize("threads", [1, 2, 3, 16, 32, 96, 256])
-def test_memory_of_decoding_in_many_threads(dtype, threads, request):
-    usual = fastattn.get_num_threads()
-    request.addfinalizer(lambda: fastattn.set_num_threads(usual))
-    fastattn.set_num_threads(threads)
-    dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+def scratch_of_decoding(isa, dtype):
+    """Return the most memory that calls of few queries would need in 1 to 256 threads."""
+    _core.set_isa(isa)
+    most = 0
     for batch, heads, kv_heads, q_len, kv_len, head_dim, value_head_dim in DECODED:
         shapes = (
             (batch, heads, q_len, head_dim),
@@ -303,9 +346,20 @@ def test_memory_of_decoding_in_many_threads(dtype, threads, request):
             (batch, kv_heads, kv_len, value_head_dim),
         )
         operands = [np.broadcast_to(np.zeros((), dtype), shape) for shape in shapes]
-        report = fastattn.explain(*operands)
-        assert report["scratch_bytes"] <= 16 * MIB
-        assert 1 <= report["threads"] <= threads
+        for threads in (1, 2, 3, 16, 32, 64, 96, 128, 255, 256):
+            fastattn.set_num_threads(threads)
+            report = fastattn.explain(*operands)
+            most = max(most, report["scratch_bytes"])
+            assert report["threads"] >= min(threads, 16)
+    return most
+
+
+@pytest.mark.promise("forward-memory")
+@each_isa
+@each_dtype
+def test_memory_of_decoding_stays_small_with_many_threads(isa, dtype):
+    """Rows are cut as threads grow, down to one vector of them; then the team is smaller."""
+    assert 12 * MIB < run(scratch_of_decoding, isa, dtype) < 16 * MIB
 
 
 def peak_of_statistics():

@@ -75,6 +75,8 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
     using typename Scores::Operand;
     using typename Scores::V;
 
+    static constexpr int64_t staged = kStagedColumns * Operand::size;
+
     const int rows_to_come;  // behind the query tile's, in the row block
     const int64_t value_head_dim;
 
@@ -271,8 +273,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
                                value_stride);
         }
         for (int64_t first = 0, last; first < value_head_dim; first = last) {
-            last =
-                value_head_dim - first < kStagedColumns ? value_head_dim : first + kStagedColumns;
+            last = value_head_dim - first < staged ? value_head_dim : first + staged;
             if (apart) {
                 stage_finite(keys, first, last);
             } else {

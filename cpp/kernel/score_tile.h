@@ -17,7 +17,9 @@ namespace {
 
 // A sum over head_dim is in parts of this depth, for accuracy.
 constexpr int64_t kDepth = 512;
-constexpr int64_t kStagedColumns = 48;  // of values; few, so that many threads have room
+// Of values, or twice as many in pairs: few, so that many threads have room; whole steps of the
+// micro-kernel.
+constexpr int64_t kStagedColumns = 48;
 static_assert(kPageKeys % kKeyTile == 0);
 
 // Calls visit<First, Last>(begin, end) for the keys of a tile between one cut and the next, with
@@ -48,7 +50,8 @@ struct Shared {
     T* staging;  // (keys, kStagedColumns or lanes) rows of a mask, or columns of values
     T* key;      // (keys, head_dim) and
     T* value;    // (keys, value_head_dim): of a narrower type, widened; or values, in pairs
-    bool some_at_a_time;  // and key has a few rows of kDepth, in staging, and value has one row
+    bool some_at_a_time;  // key, then, has key_rows of kDepth, in staging, and value one row
+    int64_t key_rows;
     int64_t key_tile = -1, value_tile = -1;  // the key tiles that they are of
     bool fetches = false;                    // reading keys takes longer than their use
     int64_t fetched = -1;  // the key tile at which values, and keys to come, were fetched
@@ -67,8 +70,9 @@ struct Shared {
         some_at_a_time = alone && prepares;
         if (some_at_a_time) {
             const int64_t depth = block.head_dim < kDepth ? block.head_dim : kDepth;
-            const int64_t rows = micro_rows(1) * V::padded(depth);
-            if (!pairs && of_staging < rows) of_staging = rows;
+            const int64_t least = micro_rows(1) * V::padded(depth);
+            if (!pairs && of_staging < least) of_staging = least;
+            key_rows = of_staging / V::padded(depth);
             of_key = 0;
             of_value = pairs ? 0 : V::padded(block.value_head_dim);
         }
@@ -258,16 +262,25 @@ class ScoreTile {
             const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
             V largest[Columns];
             for (int c = 0; c < Columns; ++c) largest[c] = -kInfinity<T>;
+            [[maybe_unused]] int64_t first_widened = 0, widened = 0;  // what tile_key has
             between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
                 in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
                     if (fetches && d == 0) {
                         fetch(block.value, keys.begin + j, keys.begin + j + Rows,
                               block.value_head_dim);
                     }
-                    if constexpr (Widens) widen_keys(keys.begin + j, Rows, d, depth);
+                    const Element* from = key + j * key_stride + d;
+                    if constexpr (Widens) {
+                        if (j + Rows > widened) {
+                            first_widened = j;
+                            widened = keys.size() - j < shared->key_rows ? keys.size()
+                                                                         : j + shared->key_rows;
+                            widen_keys(keys.begin + j, widened - j, d, depth);
+                        }
+                        from = tile_key + (j - first_widened) * depth;
+                    }
                     V sum[Rows][Columns] = {};
-                    multiply<First, Last, InPairs>(Widens ? tile_key : key + j * key_stride + d,
-                                                   Widens ? depth : key_stride, Operand::size,
+                    multiply<First, Last, InPairs>(from, Widens ? depth : key_stride, Operand::size,
                                                    query + d / Operand::size * width, width,
                                                    depth / Operand::size, sum);
 #pragma GCC unroll 16

@@ -273,41 +273,6 @@ def test_peak_memory_at_131072_tokens(case):
     assert run(peak, case, timeout=120) < 16 * MIB
 
 
-# (batch, heads, kv_heads, q_len, kv_len, head_dim, value_head_dim)
-DECODED = [
-    (1, 128, 1, 1, 65536, 576, 512),
-    (64, 128, 1, 1, 8192, 576, 512),
-    (1, 128, 1, 2, 65536, 576, 576),
-    (16, 16, 1, 1, 16384, 576, 576),
-    (64, 32, 8, 1, 8192, 128, 128),
-    (64, 32, 32, 1, 65536, 128, 128),
-    (1, 128, 128, 16, 131072, 128, 128),
-    (1, 32, 8, 16, 8192, 128, 128),
-    (1, 8, 8, 16, 300000, 8, 8),
-    (4096, 8, 8, 1, 512, 64, 64),
-]
-
-
-@pytest.mark.promise("forward-memory")
-@each_dtype
-@pytest.mark.parametrize("threads", [1, 2, 3, 16, 32, 96, 256])
-def test_memory_of_decoding_in_many_threads(dtype, threads, request):
-    usual = fastattn.get_num_threads()
-    request.addfinalizer(lambda: fastattn.set_num_threads(usual))
-    fastattn.set_num_threads(threads)
-    dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    for batch, heads, kv_heads, q_len, kv_len, head_dim, value_head_dim in DECODED:
-        shapes = (
-            (batch, heads, q_len, head_dim),
-            (batch, kv_heads, kv_len, head_dim),
-            (batch, kv_heads, kv_len, value_head_dim),
-        )
-        operands = [np.broadcast_to(np.zeros((), dtype), shape) for shape in shapes]
-        report = fastattn.explain(*operands)
-        assert report["scratch_bytes"] <= 16 * MIB
-        assert 1 <= report["threads"] <= threads
-
-
 def scratch_of_every_size(isa, dtype):
     """Return the most memory that calls of many queries would need in 1 to 256 threads."""
     _core.set_isa(isa)
@@ -353,6 +318,48 @@ def peak_of_shared_keys(threads):
 @pytest.mark.parametrize("threads", [2, 64])
 def test_peak_memory_of_shared_keys(threads):
     assert run(peak_of_shared_keys, threads) < 16 * MIB
+
+
+# (batch, heads, kv_heads, q_len, kv_len, head_dim, value_head_dim)
+DECODED = [
+    (1, 128, 1, 1, 65536, 576, 512),
+    (64, 128, 1, 1, 8192, 576, 512),
+    (1, 128, 1, 2, 65536, 576, 576),
+    (16, 16, 1, 1, 16384, 576, 576),
+    (64, 32, 8, 1, 8192, 128, 128),
+    (64, 32, 32, 1, 65536, 128, 128),
+    (1, 128, 128, 16, 131072, 128, 128),
+    (1, 32, 8, 16, 8192, 128, 128),
+    (1, 8, 8, 16, 300000, 8, 8),
+    (4096, 8, 8, 1, 512, 64, 64),
+]
+
+
+def scratch_of_decoding(isa, dtype):
+    """Return the most memory that calls of few queries would need in 1 to 256 threads."""
+    _core.set_isa(isa)
+    most = 0
+    for batch, heads, kv_heads, q_len, kv_len, head_dim, value_head_dim in DECODED:
+        shapes = (
+            (batch, heads, q_len, head_dim),
+            (batch, kv_heads, kv_len, head_dim),
+            (batch, kv_heads, kv_len, value_head_dim),
+        )
+        operands = [np.broadcast_to(np.zeros((), dtype), shape) for shape in shapes]
+        for threads in (1, 2, 3, 16, 32, 64, 96, 128, 255, 256):
+            fastattn.set_num_threads(threads)
+            report = fastattn.explain(*operands)
+            most = max(most, report["scratch_bytes"])
+            assert report["threads"] >= min(threads, 16)
+    return most
+
+
+@pytest.mark.promise("forward-memory")
+@each_isa
+@each_dtype
+def test_memory_of_decoding_stays_small_with_many_threads(isa, dtype):
+    """Rows are cut as threads grow, down to one vector of them; then the team is smaller."""
+    assert 12 * MIB < run(scratch_of_decoding, isa, dtype) < 16 * MIB
 
 
 def peak_of_statistics():

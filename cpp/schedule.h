@@ -40,10 +40,8 @@ struct Schedule {
 // last, and if need be their keys into spans.
 
 constexpr size_t kForwardBytes = 15 << 20;  // of all threads; 16 MiB are promised
-constexpr size_t kPartialsBytes = 4 << 20;  // at most, of partials that are not merged yet
-constexpr int64_t kMostUnits = 1 << 13, kMostSorted = 1 << 15;  // in a list
-constexpr int64_t kTailRounds = 4;            // of all threads, that run across heads: the shortest
-constexpr double kMergeBytesPerSecond = 8e9;  // of partials
+constexpr int64_t kMostUnits = 1 << 12, kMostSorted = 1 << 15;  // in a list
+constexpr double kMergeBytesPerSecond = 8e9;                    // of partials
 
 // What rows cost one thread, in seconds, roughly.
 struct RowCosts {
@@ -75,5 +73,12 @@ struct RowCut {
 // bytes: what a thread needs for blocks of so many rows; in spans, a partial is among it.
 RowCut cut_rows(RowsToCut work, const RowCosts& costs, int threads,
                 const std::function<size_t(int64_t rows, bool in_spans)>& bytes);
+
+// How many partials may wait to be merged.
+int64_t partials_at_a_time(int threads, size_t thread_bytes, size_t partial_bytes, double most);
+
+// Of each head's blocks the last ones, which run one after the other across all heads, so that the
+// shortest end last. Those before run head by head, whose keys stay near.
+int64_t blocks_across_heads(int64_t blocks, int64_t heads, int threads);
 
 }  // namespace fastattn

@@ -39,11 +39,10 @@ class Blocks {
         if (args_.kv_heads == 0) return;
         const RowsToCut work = look();
         if (work.rows == 0) return;
-        const double pieces = work.heads * std::ceil(double(work.rows) / double(work.lanes)) *
-                              std::ceil(double(work.keys) / double(kSpanKeys));
-        const double seconds = work.pairs * costs_.pair;
-        const int team =
-            team_size(int64_t(std::min(pieces, double(kMostThreads))), seconds, call.threads);
+        const double most_items = work.heads * std::ceil(double(work.rows) / double(work.lanes)) *
+                                  std::ceil(double(work.keys) / double(kSpanKeys));
+        const int team = team_size(int64_t(std::min(most_items, double(kMostThreads))),
+                                   work.pairs * costs_.pair, call.threads);
         const RowCut best = cut_rows(work, costs_, team, [&](int64_t rows, bool in_spans) {
             return thread_bytes(rows, in_spans) + (in_spans ? slot_bytes(rows) : 0);
         });
@@ -55,7 +54,8 @@ class Blocks {
         across_heads_ = work.in_window && args_.key.head_stride < args_.key.row_stride;
         cut(work.rows);
         if (in_spans_) {
-            choose_slots(double(items()) * (std::ceil(double(work.keys) / double(kSpanKeys)) + 3));
+            const double most = double(items()) * (double(work.keys) / double(kSpanKeys) + 4);
+            slots_ = partials_at_a_time(threads_, thread_bytes_, slot_bytes(block_rows_), most);
         } else {
             threads_ = int(std::min<int64_t>(threads_, items()));
         }
@@ -165,7 +165,7 @@ class Blocks {
         int64_t first, count;  // slots
         bool starts, ends;     // else the wave before, the next one has more of the block
     };
-    // As many units as there are slots for.
+    // As many units as there are slots for: no more partials may wait to be merged.
     struct Wave {
         std::vector<Unit> units;
         std::vector<Merge> merges;
@@ -238,8 +238,7 @@ class Blocks {
             for (const auto& [pairs, batch] : longest) order_.push_back(batch);
         }
         if (!call_.packed()) {
-            const int64_t heads = call_.batches * args_.kv_heads, wanted = kTailRounds * threads_;
-            tail_ = threads_ == 1 ? 0 : std::min(blocks_, (wanted + heads - 1) / heads);
+            tail_ = blocks_across_heads(blocks_, call_.batches * args_.kv_heads, threads_);
             return;
         }
         all_blocks_ = 0;
@@ -419,15 +418,6 @@ class Blocks {
                double(last - first) * costs_.row;
     }
 
-    void choose_slots(double most_units) {
-        const size_t taken = size_t(threads_) * thread_bytes_;
-        const size_t room =
-            std::min(kPartialsBytes, kForwardBytes - std::min(kForwardBytes, taken));
-        const double fit = double(room / slot_bytes(block_rows_)) - 1;
-        slots_ = int64_t(std::max(std::min(fit, most_units), 1.));
-        if (fit < most_units && slots_ > threads_) slots_ -= slots_ % threads_;
-    }
-
     // False: all is done.
     bool next(Wave& wave) const {
         wave.units.clear();
@@ -455,7 +445,7 @@ class Blocks {
         std::stable_sort(wave.units.begin(), wave.units.end(),
                          [](const Unit& a, const Unit& b) { return a.seconds > b.seconds; });
         const int64_t all_rows = int64_t(wave.merges.size()) * block_rows_;
-        wave.merged_rows = std::clamp<int64_t>(all_rows / (kTailRounds * threads_), 1, block_rows_);
+        wave.merged_rows = std::clamp<int64_t>(all_rows / (4 * threads_), 1, block_rows_);
         return !wave.units.empty();
     }
 
@@ -553,9 +543,7 @@ class Blocks {
     int64_t block_rows_ = 1, blocks_ = 0, all_blocks_ = 0;  // blocks of the longest head; of all
     std::vector<int32_t> order_;                            // of batch elements; empty: their own
     std::vector<int64_t> first_block_;  // of each packed sequence, in that order
-    // The last blocks of each head that run one after the other across heads, so that the shortest
-    // are the last of all.
-    int64_t tail_ = 0;
+    int64_t tail_ = 0;                  // see blocks_across_heads()
     bool late_first_ = false;
     // One block of all heads after the other: where the heads of a token are neighbours and few
     // keys are seen, the next block finds the same pages of memory.

@@ -23,13 +23,15 @@ constexpr double kTeamSeconds = 10e-6;  // what waking a team costs
 // better, while they stay in the second-level cache. Beyond 4 only a window gains, whose blocks
 // overlap in keys.
 constexpr int64_t kMostQueryTiles = 4, kMostQueryTilesInWindow = 8;
-constexpr size_t kBlockBytes = 384 << 10;  // of one thread
-constexpr double kBlocksPerThread = 16;    // are enough, whatever they take
-constexpr double kAlike = 0.75;            // of the largest: a head's rows see as many keys
-constexpr double kUneven = 1. / 16;        // threads are never alike: of the last item, so much
-constexpr double kUnlike = 1. / 4;         // and so much where items are not alike either
-constexpr double kSpansTake = 1.1;         // times as long, with all that is stored and merged
-constexpr double kGain = 0.98;             // what is smaller must be faster, too
+constexpr size_t kBlockBytes = 384 << 10;   // of one thread
+constexpr double kBlocksPerThread = 16;     // are enough, whatever they take
+constexpr double kAlike = 0.75;             // of the largest: a head's rows see as many keys
+constexpr double kUneven = 1. / 16;         // threads are never alike: of the last item, so much
+constexpr double kUnlike = 1. / 4;          // and so much where items are not alike either
+constexpr double kSpansTake = 1.1;          // times as long, with all that is stored and merged
+constexpr size_t kPartialsBytes = 4 << 20;  // at most
+constexpr int64_t kRoundsAcrossHeads = 4;   // of all threads
+constexpr double kGain = 0.98;              // what is smaller must be faster, too
 
 // The time until all threads are done with some items that take `each` and then `more` that take
 // `less`: these go to threads that have none of the last of those.

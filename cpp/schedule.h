@@ -40,10 +40,8 @@ struct Schedule {
 // last, and if need be their keys into spans.
 
 constexpr size_t kForwardBytes = 15 << 20;  // of all threads; 16 MiB are promised
-constexpr size_t kPartialsBytes = 4 << 20;  // at most, of partials that are not merged yet
-constexpr int64_t kMostUnits = 1 << 13, kMostSorted = 1 << 15;  // in a list
-constexpr int64_t kTailRounds = 4;            // of all threads, that run across heads: the shortest
-constexpr double kMergeBytesPerSecond = 8e9;  // of partials
+constexpr int64_t kMostUnits = 1 << 12, kMostSorted = 1 << 15;  // in a list
+constexpr double kMergeBytesPerSecond = 8e9;                    // of partials
 
 // What rows cost one thread, in seconds, roughly.
 struct RowCosts {

@@ -119,6 +119,19 @@ RowCut cut_rows(RowsToCut work, const RowCosts& costs, int threads,
     return best;
 }
 
+int64_t partials_at_a_time(int threads, size_t thread_bytes, size_t partial_bytes, double most) {
+    const size_t taken = std::min(size_t(threads) * thread_bytes, kForwardBytes);
+    const double fit = double(std::min(kPartialsBytes, kForwardBytes - taken) / partial_bytes);
+    if (fit > most) return int64_t(most);
+    const int64_t some = std::max<int64_t>(int64_t(fit) - 1, 1);  // one is carried on
+    return some > threads ? some / threads * threads : some;
+}
+
+int64_t blocks_across_heads(int64_t blocks, int64_t heads, int threads) {
+    const int64_t wanted = kRoundsAcrossHeads * threads;
+    return threads == 1 ? 0 : std::min(blocks, (wanted + heads - 1) / heads);
+}
+
 double DecodeCosts::attend(double keys, double pairs) const {
     return kTaskSeconds + keys * key_bytes / kBytesPerSecond + pairs * pair_flops / kFlopsPerSecond;
 }

@@ -74,6 +74,13 @@ struct RowCut {
 RowCut cut_rows(RowsToCut work, const RowCosts& costs, int threads,
                 const std::function<size_t(int64_t rows, bool in_spans)>& bytes);
 
+// How many partials may wait to be merged.
+int64_t partials_at_a_time(int threads, size_t thread_bytes, size_t partial_bytes, double most);
+
+// Of each head's blocks the last ones, which run one after the other across all heads, so that the
+// shortest end last. Those before run head by head, whose keys stay near.
+int64_t blocks_across_heads(int64_t blocks, int64_t heads, int threads);
+
 // Decoding (decode.cpp). A task attends with some rows to a split of the keys.
 
 // Memory, at most, where one row does not need more: with the lists less than 16 MiB.

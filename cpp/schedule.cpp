@@ -17,12 +17,13 @@ constexpr double kTeamSeconds = 10e-6;  // what waking a team costs
 #endif
 
 // Of gradients.
-constexpr size_t kBlockBytes = 1 << 20;  // of what is kept of a key block: for the caches
-constexpr size_t kSumsBytes = 64 << 20;  // of the queries' gradients, unless one chain has more
-constexpr double kItemsPerThread = 4;    // as long as the longest one: what lets them end together
-constexpr int kMostParts = 4;            // of an item: each waits for the one before
-constexpr double kGradientFlops = 50e9;  // a second, of one thread
-constexpr int64_t kRowKeys = 8;          // what it costs to read a row, in keys that it sees
+constexpr size_t kBlockBytes = 1 << 20;    // of what is kept of a key block: for the caches
+constexpr size_t kSumsBytes = 64 << 20;    // of the queries' gradients, unless one chain has more
+constexpr double kKeyBlocksPerThread = 3;  // as long as the longest one: threads end together
+constexpr double kItemsPerThread = 4;      // the same, of parts, which cost no work
+constexpr int kMostParts = 4;              // of a key block: each waits for the one before
+constexpr double kGradientFlops = 50e9;    // a second, of one thread
+constexpr int64_t kRowKeys = 8;            // what it costs to read a row, in keys that it sees
 
 }  // namespace
 
@@ -46,15 +47,16 @@ GradientCut cut_gradients(int64_t key_tile, int threads,
     GradientLoad now = load(cut.block_keys);
     cut.threads = team_size(INT64_MAX, now.total, threads);
     if (cut.threads == 1) return cut;
-    const double most = now.total / (kItemsPerThread * cut.threads);
-    while (now.longest > most && cut.block_keys > key_tile) {
+    const double share = now.total / cut.threads;
+    while (now.longest * kKeyBlocksPerThread > share && cut.block_keys > key_tile) {
         cut.block_keys -= key_tile;
         now = load(cut.block_keys);
     }
     cut.threads = team_size(now.key_blocks, now.total, cut.threads);
     const size_t room = 2 * kBlockBytes * size_t(cut.threads);
     if (cut.threads < now.key_blocks && size_t(now.key_blocks) * bytes(cut.block_keys) <= room) {
-        cut.parts = std::clamp(int(std::lround(now.longest / most)), 1, kMostParts);
+        cut.parts =
+            std::clamp(int(std::lround(now.longest * kItemsPerThread / share)), 1, kMostParts);
     }
     return cut;
 }

@@ -28,7 +28,6 @@ namespace fastattn {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr int64_t kRun = 4;  // row blocks that are visited first to last: memory is fetched ahead
 constexpr auto kSpin = std::chrono::microseconds(20);  // before a thread that waits sleeps
 constexpr Clock::duration kLongestSleep = std::chrono::milliseconds(10);
 
@@ -49,7 +48,7 @@ class Backward {
           query_sums_bytes_(functions_.query_sums_bytes(call_.shared_block())),
           sums_bytes_(room_for(query_sums_bytes_)) {
         // Nothing is written; there may be more heads than could be counted.
-        if (args.call.q_len == 0 || args.call.kv_len == 0) return;
+        if (args.call.q_heads == 0 || args.call.q_len == 0 || args.call.kv_len == 0) return;
         find_heads();
         find_chains();
         const auto bytes = [&](int64_t keys) { return thread_bytes(keys); };
@@ -75,9 +74,8 @@ class Backward {
                                 // A forked child begins again, alone.
                                 if (index == 0 && process_id() != process_) begin_again();
                                 const Item& item = items_[size_t(index)];
-                                const size_t part =
-                                    parts_ > 1 ? size_t(item.number) : size_t(worker);
-                                differentiate(item, scratch.get() + part * scratch_bytes_, stop);
+                                const size_t of = parts_ > 1 ? size_t(item.number) : size_t(worker);
+                                differentiate(item, scratch.get() + of * scratch_bytes_, stop);
                             });
     }
 
@@ -92,7 +90,7 @@ class Backward {
     }
 
    private:
-    // A head of keys and values that queries see, and the row blocks that see it.
+    // A head of keys and values that queries see, and the row blocks that see any of it.
     struct Head {
         int64_t batch, kv_head;
         const void* bias;  // whose gradient is asked for
@@ -103,19 +101,20 @@ class Backward {
     struct Chain {
         size_t first_head, heads;
         int64_t row_blocks;
-        Interval key_blocks;               // that queries see
+        int64_t key_blocks;
         int64_t rows_before, keys_before;  // row blocks and key blocks of the chains before it
     };
     struct Item {
         size_t chain;
         int64_t key_block;
-        int64_t number;  // of the key block, among all
-        int part, parts_before;
+        int64_t number;        // of the key block, among all
+        int part;              // of the row blocks
+        int64_t parts_before;  // that the key block has done then
     };
-    // Row blocks of a head, counted from its first one.
+    // What an item does of a head and a key block.
     struct Visits {
-        Interval all;   // that see a key block
-        Interval part;  // of these, in a part of an item
+        Interval row_blocks;
+        bool begins, finishes;
     };
     // A thread's scratch memory: the rows of a row block, and what the kernel cuts.
     struct ThreadMemory {
@@ -171,7 +170,7 @@ class Backward {
         for (size_t i = 0; i < heads_.size(); ++i) {
             Head& head = heads_[i];
             if (i == 0 || head.bias == nullptr || head.bias != heads_[i - 1].bias) {
-                chains_.push_back({i, 0, 0, {}, 0, 0});
+                chains_.push_back({i, 0, 0, 0, 0, 0});
             }
             Chain& chain = chains_.back();
             head.before = chain.row_blocks;
@@ -191,19 +190,15 @@ class Backward {
         key_blocks_ = 0;
         int64_t rows = 0;
         for (Chain& chain : chains_) {
-            Interval blocks{INT64_MAX, 0};
+            int64_t most = 0;
             for (const Head& head : heads_of(chain)) {
-                const Sequence s = call_.sequence(head.batch);
-                const Interval first = keys_of(s, head.row_blocks.begin);
-                const Interval last = keys_of(s, head.row_blocks.end - 1);
-                blocks.begin = std::min(blocks.begin, first.begin / keys);
-                blocks.end = std::max(blocks.end, (last.end - 1) / keys + 1);
+                most = std::max(most, call_.sequence(head.batch).kv_len);
             }
-            chain.key_blocks = blocks;
+            chain.key_blocks = (most + keys - 1) / keys;
             chain.rows_before = rows;
             chain.keys_before = key_blocks_;
             rows += chain.row_blocks;
-            key_blocks_ += blocks.end - blocks.begin;
+            key_blocks_ += chain.key_blocks;
         }
     }
 
@@ -211,8 +206,7 @@ class Backward {
         set_block_keys(keys);
         GradientLoad load{key_blocks_, 0, 0};
         for (size_t i = 0; i < chains_.size(); ++i) {
-            const Interval blocks = chains_[i].key_blocks;
-            for (int64_t k = blocks.begin; k < blocks.end; ++k) {
+            for (int64_t k = 0; k < chains_[i].key_blocks; ++k) {
                 const double seconds = this->seconds({i, k, 0, 0, 0});
                 load.longest = std::max(load.longest, seconds);
                 load.total += seconds;
@@ -221,10 +215,10 @@ class Backward {
         return load;
     }
 
-    // The row blocks from one on which all see a key block with it, of the head where these are
-    // most: their sums are needed at the same time.
+    // How many row blocks need their sums at the same time: those in a row that see a key block
+    // with the last of them, since these are done in turn. Parts begin with the last ones of all.
     int64_t row_blocks_in_flight(const Chain& chain) const {
-        if (chain.heads > 1) return chain.row_blocks;
+        if (chain.heads > 1 || parts_ > 1) return chain.row_blocks;
         const Head& head = heads_[chain.first_head];
         const Sequence s = call_.sequence(head.batch);
         int64_t first = head.row_blocks.begin, most = 0;
@@ -242,7 +236,7 @@ class Backward {
             all += chain.row_blocks;
             most = std::max(most, chain.row_blocks);
             in_flight = std::max(in_flight, row_blocks_in_flight(chain));
-            most_turns_ = std::max(most_turns_, chain.key_blocks.end - chain.key_blocks.begin);
+            most_turns_ = std::max(most_turns_, chain.key_blocks);
         }
         places_ = gradient_places(all, most, in_flight, sums_bytes_, threads_);
     }
@@ -250,16 +244,15 @@ class Backward {
     void make_items() {
         std::vector<GradientChain> chains;
         for (const Chain& chain : chains_) {
-            const Interval& blocks = chain.key_blocks;
-            chains.push_back({chain.row_blocks, blocks.begin, blocks.end - blocks.begin});
+            chains.push_back({chain.row_blocks, chain.key_blocks});
         }
-        std::vector<int> parts_before(size_t(parts_ > 1 ? key_blocks_ : 0));
+        std::vector<int64_t> parts_before(size_t(parts_ > 1 ? key_blocks_ : 0));
         order_gradients(chains, places_, parts_, [&](size_t i, int64_t key_block, int part) {
             const Chain& chain = chains_[i];
-            const int64_t number = chain.keys_before + key_block - chain.key_blocks.begin;
+            const int64_t number = chain.keys_before + key_block;
             Item item{i, key_block, number, part, 0};
             if (parts_ > 1) {
-                if (seconds(item) == 0) return;
+                if (!works(item)) return;
                 item.parts_before = parts_before[size_t(number)]++;
             }
             items_.push_back(item);
@@ -279,17 +272,23 @@ class Backward {
         const auto bound = [&](int part) -> int64_t {
             if (part == parts_) return 0;
             const int64_t row_block = past_of_head + head.before - chain.row_blocks * part / parts_;
-            return (row_block + kRun - 1) / kRun * kRun;
+            return (row_block + kRowBlocksInRun - 1) / kRowBlocksInRun * kRowBlocksInRun;
         };
-        return {{first, past},
-                {std::max(first, bound(item.part + 1)), std::min(past, bound(item.part))}};
+        const Interval part{std::max(first, bound(item.part + 1)),
+                            std::min(past, bound(item.part))};
+        const bool any = part.begin < part.end;
+        // A key block that no row sees has gradients, too, which are zeros.
+        const bool whole = first == past && bound(item.part + 1) < past_of_head &&
+                           past_of_head <= bound(item.part);
+        return {part, whole || (any && part.end == past), whole || (any && part.begin == first)};
     }
 
     // Calls visit(i) for row blocks in the order of visits, until it returns false.
     template <class Visit>
     static bool each_row_block(const Interval& row_blocks, const Visit& visit) {
         for (int64_t past = row_blocks.end; past > row_blocks.begin;) {
-            const int64_t first = std::max((past - 1) / kRun * kRun, row_blocks.begin);
+            const int64_t first =
+                std::max((past - 1) / kRowBlocksInRun * kRowBlocksInRun, row_blocks.begin);
             for (int64_t i = first; i < past; ++i) {
                 if (!visit(i)) return false;
             }
@@ -324,7 +323,7 @@ class Backward {
         for (const Head& head : heads_of(chain)) {
             const Sequence s = call_.sequence(head.batch);
             const Visits visits = this->visits(chain, head, s, item);
-            each_row_block(visits.part, [&](int64_t i) {
+            each_row_block(visits.row_blocks, [&](int64_t i) {
                 const Interval keys = keys_of(s, i);
                 const int64_t begin = std::max(item.key_block * block_keys_, keys.begin);
                 const int64_t end = std::min((item.key_block + 1) * block_keys_, keys.end);
@@ -338,6 +337,14 @@ class Backward {
         }
         if (parts_ > 1) steps.push_back({0, places_ + item.number, 2 * item.parts_before + 1});
         return steps;
+    }
+
+    bool works(const Item& item) const {
+        const Chain& chain = chains_[item.chain];
+        return std::ranges::any_of(heads_of(chain), [&](const Head& head) {
+            const Visits v = visits(chain, head, call_.sequence(head.batch), item);
+            return v.begins || v.row_blocks.begin < v.row_blocks.end;
+        });
     }
 
     double seconds(const Item& item) const {
@@ -395,8 +402,7 @@ class Backward {
     bool differentiate(const Chain& chain, const Head& head, const Item& item, char* memory,
                        const Stop& stop) {
         const Sequence sequence = call_.sequence(head.batch);
-        const auto [all, part] = visits(chain, head, sequence, item);
-        if (part.begin >= part.end) return true;
+        const auto [row_blocks, begins, finishes] = visits(chain, head, sequence, item);
         Scratch scratch(memory);
         const auto [rows, more, kernel_memory] = cut(scratch, 0);
         GradientBlock block{};
@@ -408,13 +414,14 @@ class Backward {
         block.gradients = more;
         block.begin = item.key_block * block_keys_;
         block.end = std::min(block.begin + block_keys_, sequence.kv_len);
+        if (block.begin >= block.end) return true;
         block.dk = {call_.rows(args_.dk, sequence.batch).at(head.kv_head, sequence.kv_start),
                     args_.dk.row_stride, 0};
         block.dv = {call_.rows(args_.dv, sequence.batch).at(head.kv_head, sequence.kv_start),
                     args_.dv.row_stride, 0};
         block.dbias_stride = args_.dbias.col_stride;
-        if (part.end == all.end) functions_.begin_keys(block);
-        const bool finished = each_row_block(part, [&](int64_t i) {
+        if (begins) functions_.begin_keys(block);
+        const bool finished = each_row_block(row_blocks, [&](int64_t i) {
             if (stop.requested(stop.context)) return false;
             const int64_t first = i * block_rows_;
             const int64_t past = std::min(first + block_rows_, sequence.q_len * call_.group);
@@ -434,7 +441,7 @@ class Backward {
             turns_[turn.place].store(turn.next, std::memory_order_release);
             return true;
         });
-        if (finished && part.begin == all.begin) functions_.finish_keys(block);
+        if (finished && finishes) functions_.finish_keys(block);
         return finished;
     }
 

@@ -124,7 +124,11 @@ bool are_alike(double seconds, double others);
 // How many of the items make a wave, where there is no memory for more: whole rounds of the team.
 int64_t items_of_wave(int64_t items, int threads);
 
-// ---- Gradients (backward.cpp) ----
+// Gradients (backward.cpp has the words).
+
+// A key block visits its row blocks from the last to the first, but so many of them first to last:
+// memory is fetched ahead in that direction. It decides the bits of dK and dV.
+constexpr int64_t kRowBlocksInRun = 4;
 
 // The time on one thread for the gradients of rows and the keys that they see, roughly.
 double gradient_seconds(int64_t rows, int64_t keys, int64_t columns);
@@ -133,12 +137,12 @@ struct GradientLoad {
     int64_t key_blocks;
     double longest, total;  // seconds, of the key blocks
 };
-// parts: of the rows that see a key block, each part an item, done one after the other.
 struct GradientCut {
     int64_t block_keys;
-    int parts, threads;
+    int parts;  // of the rows that see a key block: each an item, done one after the other
+    int threads;
 };
-// How keys and rows are cut into items. bytes: a thread's scratch memory for so many keys.
+// bytes: a thread's scratch memory for so many keys.
 GradientCut cut_gradients(int64_t key_tile, int threads,
                           const std::function<size_t(int64_t keys)>& bytes,
                           const std::function<GradientLoad(int64_t block_keys)>& load);
@@ -148,7 +152,7 @@ GradientCut cut_gradients(int64_t key_tile, int threads,
 int64_t gradient_places(int64_t all, int64_t most, int64_t in_flight, size_t bytes, int threads);
 
 struct GradientChain {
-    int64_t row_blocks, first_key_block, key_blocks;
+    int64_t row_blocks, key_blocks;
 };
 // Calls add(chain, key_block, part) in the order in which items start.
 void order_gradients(const std::vector<GradientChain>& chains, int64_t places, int parts,

@@ -254,7 +254,7 @@ def more_jobs() -> list[Job]:
                 "gradient-140k-window", 140_000, 140_000, 2, 64, window=(64, 0), call="backward"
             )
         ),
-        _of_shape("mla-decode", (1, 128, 1, 576), (1, 1, 8192, 576), 512, "bfloat16"),
+        _of_shape("decode-mla", (1, 128, 1, 576), (1, 1, 8192, 576), 512, "bfloat16"),
         _of_shape("128-queries-100k-keys", (1, 1, 128, 64), (1, 1, 100_000, 64)),
         _of_shape("17-queries-1m-keys", (1, 1, 17, 64), (1, 1, 1_000_000, 64), from_memory=True),
         _of_shape(

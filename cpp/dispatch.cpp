@@ -35,10 +35,17 @@ std::vector<Variant> detect() {
     return variants;
 }
 
-// Leaked on purpose: a call may still run while the process exits.
+// Leaked on purpose: a call may still run while the process exits. No lock, which a fork in another
+// thread would leave behind.
 const std::vector<Variant>& variants() {
-    static const std::vector<Variant>* const all = new std::vector<Variant>(detect());
-    return *all;
+    static std::atomic<const std::vector<Variant>*> all{nullptr};
+    const std::vector<Variant>* found = all.load(std::memory_order_acquire);
+    if (found == nullptr) {
+        const auto* const fresh = new std::vector<Variant>(detect());
+        if (all.compare_exchange_strong(found, fresh, std::memory_order_acq_rel)) return *fresh;
+        delete fresh;
+    }
+    return *found;
 }
 
 const Kernel& find(const std::string& name) {

@@ -9,7 +9,7 @@
 // Not over OpenMP, because libgomp ties a pool to the thread that enters a parallel region, hangs
 // in a forked child that enters one, wakes the whole pool for any team, waits for the last sleeper,
 // lets its threads spin for milliseconds after a region, gives them the affinity of one thread, and
-// ends a process that cannot have another one. docs/threads.md has the figures.
+// ends a process that cannot have another one.
 //
 // Callers whose thread has such a pool anyway, which is awake (use_pool_of_caller), do enter
 // regions, of 50 ms at most, and look between two of them. A signal handler that forks then does so
@@ -59,30 +59,29 @@ struct Job {
     // Of workers:
     std::atomic<int> joined{0}, away{0};  // that have begun; that are to come or have not left
     std::atomic<int> roused{0};           // the first that nobody has tried to rouse
-    int cpu = -1;                         // of the caller
-    CpuSet cpus{};                        // for the others
+    bool placed = false;
+    int cpu = -1;   // of the caller
+    CpuSet cpus{};  // for the others
 };
 
 bool job_stopped(void* job) {
     return static_cast<Job*>(job)->stopped.load(std::memory_order_relaxed);
 }
 
-// worker: 0 is the caller. No item is begun after the end. Before each, it is asked to `look`.
-template <class Look>
-void work(Job& job, int worker, const Stop& stop, Clock::time_point end, const Look& look) {
+// worker: 0 is the caller. Before each item it asks whether it may begin one.
+template <class May>
+void work(Job& job, int worker, const Stop& stop, const May& may_begin) {
     if (worker > job.helpers) return;
     const DefaultModes modes;
-    while (end == Clock::time_point::max() || Clock::now() < end) {
-        look();
+    while (may_begin()) {
         const int64_t item = job.next.fetch_add(1, std::memory_order_relaxed);
         if (item >= job.items || stop.requested(stop.context)) return;
         (*job.body)(item, worker, stop);
     }
 }
 
-void work(Job& job, int worker, const Stop& stop,
-          Clock::time_point end = Clock::time_point::max()) {
-    work(job, worker, stop, end, [] {});
+void work(Job& job, int worker, const Stop& stop) {
+    work(job, worker, stop, [] { return true; });
 }
 
 // The caller at work. It is asked about Ctrl-C inside the kernel, between two key tiles.
@@ -120,9 +119,11 @@ CpuSet cpus_for(int threads) {
     if (cpus.count() == 0 || cpus.count() >= threads) return cpus;
     cpus.add(cpus_of(process_id()));
     for (int place = 0; place < omp_get_num_places(); ++place) {
-        std::vector<int> ids(size_t(omp_get_place_num_procs(place)));
-        omp_get_place_proc_ids(place, ids.data());
-        for (const int id : ids) cpus.add(id);
+        int ids[CpuSet::kMost];
+        const int count = omp_get_place_num_procs(place);
+        if (count > CpuSet::kMost) continue;
+        omp_get_place_proc_ids(place, ids);
+        for (int i = 0; i < count; ++i) cpus.add(ids[i]);
     }
     return cpus;
 }
@@ -132,7 +133,6 @@ class Workers;
 // A thread that waits for jobs.
 struct alignas(64) Worker {
     Workers* all;
-    int index;
     std::atomic<Job*> job{nullptr};  // offered, and not begun; or kTaken; null: the worker is free
     std::atomic<bool> sleeps{false};
     std::atomic<int> thread{0};  // its thread_id()
@@ -154,24 +154,26 @@ class Workers {
     bool is_of_this_process() const { return process_ == process_id(); }
 
     // False: a signal handler has forked and this is the child, where the workers are not.
-    bool run(Job& job, Interrupt interrupt, int most) {
+    bool run(Job& job, Interrupt interrupt) {
         Caller caller{job, interrupt};
         caller.process = process_;
         int recruits = 0;
         const auto recruit_more = [&] {
-            if (recruits < job.helpers && job.next.load(std::memory_order_relaxed) < job.items) {
-                recruits += recruit(job, job.helpers - recruits, most);
+            if (recruits < job.helpers && job.next.load(std::memory_order_relaxed) < job.items &&
+                !caller.in_child && !job_stopped(&job)) {
+                recruits += recruit(job, job.helpers - recruits);
             }
+            return true;
         };
-        work(job, 0, {caller_stopped, &caller}, Clock::time_point::max(), recruit_more);
+        work(job, 0, {caller_stopped, &caller}, recruit_more);
         if (recruits == 0) return !caller.in_child;
         if (caller.in_child) return false;
-        const int size = std::min(most, size_.load(std::memory_order_acquire));
-        for (int i = 0; i < size; ++i) {
+        const auto all_left = [&] { return job.away.load(std::memory_order_acquire) == 0; };
+        const int size = size_.load(std::memory_order_acquire);
+        for (int i = 0; i < size && !all_left(); ++i) {
             Job* offered = &job;
             if (workers_[i]->job.compare_exchange_strong(offered, nullptr)) --job.away;
         }
-        const auto all_left = [&] { return job.away.load(std::memory_order_acquire) == 0; };
         spin_until(all_left);
         if (all_left()) return true;
         std::unique_lock<std::mutex> lock(mutex_);
@@ -185,23 +187,25 @@ class Workers {
     }
 
    private:
-    // Offers the job to so many of the first `most` workers, as far as they are free, and returns
-    // to how many. Threads that are missing are made.
-    int recruit(Job& job, int wanted, int most) {
-        if (job.cpu < 0) {
+    // Offers the job to so many of the workers, as far as they are free, and returns to how many.
+    // As many workers as the job has helpers are looked at, and made where they are missing:
+    // callers at the same time do not add up.
+    int recruit(Job& job, int wanted) {
+        if (!job.placed) {
+            job.placed = true;
             job.cpu = current_cpu();
             job.cpus = cpus_for(1 + job.helpers);
         }
         int found = 0;
         const int size = size_.load(std::memory_order_acquire);
-        for (int i = 0; i < std::min(most, size) && found < wanted; ++i) {
+        for (int i = 0; i < std::min(job.helpers, size) && found < wanted; ++i) {
             found += offer(*workers_[i], job);
         }
         if (found > 0) {
             job.roused = 0;
             rouse_some(job);
         }
-        if (found < wanted && size < most) found += make(job, wanted - found, most);
+        if (found < wanted && size < job.helpers) found += make(job, wanted - found);
         return found;
     }
 
@@ -215,17 +219,16 @@ class Workers {
     }
 
     // Makes workers that begin with the job. Returns how many could be made.
-    int make(Job& job, int wanted, int most) {
+    int make(Job& job, int wanted) {
         const std::unique_lock<std::mutex> lock(making_, std::try_to_lock);
         if (!lock.owns_lock() || Clock::now() < retry_) return 0;
         int made = 0;
         for (; made < wanted; ++made) {
             const int size = size_.load(std::memory_order_relaxed);
-            if (size >= most) break;
+            if (size >= job.helpers) break;
             Worker* const worker = new (std::nothrow) Worker;
             if (worker == nullptr) break;
             worker->all = this;
-            worker->index = size;
             worker->job = &job;
             worker->cpus = job.cpus;
             ++job.away;
@@ -304,8 +307,9 @@ class Workers {
             if (worker.job.load() != &job || !worker.sleeps.load()) continue;
             {
                 const std::lock_guard<std::mutex> lock(worker.mutex);
-                if (worker.cpu == job.cpu || worker.cpu == here) {
-                    worker.moved = run_on(worker.thread, job.cpus.without(job.cpu).without(here));
+                if (worker.sleeps && (worker.cpu == job.cpu || worker.cpu == here) &&
+                    run_on(worker.thread, job.cpus.without(job.cpu).without(here))) {
+                    worker.moved = true;
                 }
             }
             worker.wake.notify_one();
@@ -356,19 +360,25 @@ bool pool_is_awake() {
     return awake;
 }
 
-// Works in the calling thread's own pool. That pool stays as large as its thread wants it to be:
-// libgomp would end what a smaller team leaves out, and make it again for the next operator.
+// Works in the calling thread's own pool; alone while another call does so. That pool stays as
+// large as its thread wants it to be: libgomp would end what a smaller team leaves out, and make it
+// again for the next operator.
 bool run_in_pool_of_caller(Job& job, Interrupt interrupt) {
     const int team = std::max(1 + job.helpers, omp_get_max_threads());
     Caller caller{job, interrupt};
     caller.process = process_of_load;
     int* const second = &pool_thread;
     while (job.next < job.items && !job.stopped && !caller.in_child) {
+        if (pool_in_use.exchange(true)) {
+            work(job, 0, {caller_stopped, &caller}, [] { return pool_in_use.load(); });
+            continue;
+        }
         const auto end = Clock::now() + kPatience;
         run_team(team, [&](int thread) {
             if (thread == 1) *second = thread_id();
-            work(job, thread, {never_stopped, nullptr}, end);
+            work(job, thread, {never_stopped, nullptr}, [&] { return Clock::now() < end; });
         });
+        pool_in_use = false;
         if (Clock::now() >= end) ask(caller);
     }
     Caller child{job, interrupt};
@@ -401,10 +411,20 @@ int number_in(const char* variable) {
     return whole && number > 0 && number <= kMostThreads ? int(number) : 0;
 }
 
+// Asks at the first time. A static variable would do the same behind a lock, which hangs in a child
+// that was forked meanwhile.
+template <class Ask>
+int once(std::atomic<int>& answer, const Ask& ask) {
+    int known = answer.load(std::memory_order_relaxed);
+    if (known < 0) answer = known = ask();
+    return known;
+}
+std::atomic<int> quota{-1}, threads_of_ours{-1}, threads_of_openmp{-1};
+
 // OpenMP is asked for the affinity: with OMP_PROC_BIND it has bound the calling thread to one CPU.
 // Of a core's siblings one counts, as for PyTorch: two share the units that multiply.
 int usable_cpus() {
-    static const int limit = cpu_quota();
+    const int limit = once(quota, cpu_quota);
     const int cpus = omp_get_num_procs(), cores = cores_of(cpus_for(cpus));
     const int most = cores > 0 ? std::min(cpus, cores) : cpus;
     return limit > 0 ? std::min(most, limit) : most;
@@ -423,12 +443,15 @@ bool work_alone(int64_t items, Interrupt interrupt, const Body& body) {
 }
 
 bool record(int64_t items, Interrupt interrupt, const Body& body) {
-    std::vector<double>& seconds = recording->emplace_back(size_t(items));
-    return work_alone(items, interrupt, [&](int64_t item, int worker, const Stop& stop) {
-        const auto start = Clock::now();
-        body(item, worker, stop);
-        seconds[size_t(item)] = std::chrono::duration<double>(Clock::now() - start).count();
-    });
+    std::vector<double> seconds(size_t(items), 0.0);
+    const bool finished =
+        work_alone(items, interrupt, [&](int64_t item, int worker, const Stop& stop) {
+            const auto start = Clock::now();
+            body(item, worker, stop);
+            seconds[size_t(item)] = std::chrono::duration<double>(Clock::now() - start).count();
+        });
+    if (recording != nullptr) recording->push_back(std::move(seconds));
+    return finished;
 }
 
 }  // namespace
@@ -441,9 +464,10 @@ void set_num_threads(int threads) { wanted_threads = threads; }
 // is read on the caller's thread, where threadpoolctl and others leave theirs.
 int get_num_threads() {
     if (const int wanted = wanted_threads) return wanted;
-    static const int ours = number_in("FASTATTN_NUM_THREADS");
+    const int ours = once(threads_of_ours, [] { return number_in("FASTATTN_NUM_THREADS"); });
     if (ours > 0) return ours;
-    static const bool openmp_set = number_in("OMP_NUM_THREADS") > 0;
+    const bool openmp_set =
+        once(threads_of_openmp, [] { return number_in("OMP_NUM_THREADS"); }) > 0;
     const int openmp = std::min(omp_get_max_threads(), kMostThreads);
     return openmp_set ? openmp : std::min(openmp, usable_cpus());
 }
@@ -463,19 +487,12 @@ int threads_at_hand() { return omp_in_parallel() ? 1 : get_num_threads(); }
 bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body, Hints hints) {
     if (recording != nullptr) return record(items, interrupt, body);
     if (threads > 1 && !omp_in_parallel()) {
-        const int most = get_num_threads() - 1;  // beside the caller
-        Job job{items, std::min(threads - 1, most), &body, hints};
-        const bool in_pool = pool_of_caller && process_id() == process_of_load &&
-                             hints.item_seconds <= kLongItem && pool_is_awake();
-        if (most > 0 && in_pool && !pool_in_use.exchange(true)) {
-            const bool finished = run_in_pool_of_caller(job, interrupt);
-            pool_in_use = false;
-            return finished;
+        Job job{items, std::min(threads, kMostThreads) - 1, &body, hints};
+        if (pool_of_caller && process_id() == process_of_load && hints.item_seconds <= kLongItem &&
+            pool_is_awake()) {
+            return run_in_pool_of_caller(job, interrupt);
         }
-        if (most > 0 && !in_pool) {
-            if (workers_of_this_process().run(job, interrupt, most)) return !job.stopped;
-            if (job.stopped) return false;
-        }
+        if (workers_of_this_process().run(job, interrupt) || job.stopped) return !job.stopped;
     }
     return work_alone(items, interrupt, body);
 }

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -40,6 +41,13 @@ std::string first_line(const std::string& path) {
 const char* variable_or(const char* variable, const char* otherwise) {
     const char* const text = std::getenv(variable);
     return text != nullptr ? text : otherwise;
+}
+
+int first_sibling(int cpu) {
+    const std::string root = variable_or("FASTATTN_CPU_ROOT", "/sys/devices/system/cpu");
+    const std::string siblings =
+        first_line(root + "/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    return siblings.empty() ? -1 : 1 + std::atoi(siblings.c_str());
 }
 
 }  // namespace
@@ -77,7 +85,7 @@ int CpuSet::count() const {
 }
 
 void CpuSet::add(int cpu) {
-    if (cpu >= 0 && cpu < 64 * int(std::size(words))) words[cpu / 64] |= uint64_t(1) << cpu % 64;
+    if (cpu >= 0 && cpu < kMost) words[cpu / 64] |= uint64_t(1) << cpu % 64;
 }
 
 void CpuSet::add(const CpuSet& others) {
@@ -86,7 +94,7 @@ void CpuSet::add(const CpuSet& others) {
 
 CpuSet CpuSet::without(int cpu) const {
     CpuSet rest = *this;
-    if (cpu >= 0 && cpu < 64 * int(std::size(words))) {
+    if (cpu >= 0 && cpu < kMost) {
         rest.words[cpu / 64] &= ~(uint64_t(1) << cpu % 64);
     }
     return rest;
@@ -106,22 +114,18 @@ bool run_on(int thread, const CpuSet& cpus) {
 }
 
 int cores_of(const CpuSet& cpus) {
-    // The first sibling of each CPU. Leaked on purpose: see dispatch.cpp.
-    static const std::vector<int>& first_siblings = *new const std::vector<int>([] {
-        const std::string root = variable_or("FASTATTN_CPU_ROOT", "/sys/devices/system/cpu");
-        std::vector<int> first;
-        for (int cpu = 0; cpu < 64 * int(std::size(CpuSet{}.words)); ++cpu) {
-            const std::string siblings =
-                first_line(root + "/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
-            first.push_back(siblings.empty() ? -1 : std::atoi(siblings.c_str()));
-        }
-        return first;
-    }());
+    // 1 + the first sibling of a CPU, -1: the system does not tell, 0: it was not asked. No lock is
+    // left behind when another thread forks.
+    static std::atomic<int> known[CpuSet::kMost];
     CpuSet cores;
-    for (size_t cpu = 0; cpu < first_siblings.size(); ++cpu) {
-        if ((cpus.words[cpu / 64] >> cpu % 64 & 1) == 0) continue;
-        if (first_siblings[cpu] < 0) return 0;
-        cores.add(first_siblings[cpu]);
+    for (int i = 0; i < int(std::size(cpus.words)); ++i) {
+        for (uint64_t word = cpus.words[i]; word != 0; word &= word - 1) {
+            const int cpu = 64 * i + __builtin_ctzll(word);
+            int first = known[cpu].load(std::memory_order_relaxed);
+            if (first == 0) known[cpu] = first = first_sibling(cpu);
+            if (first < 0) return 0;
+            cores.add(first - 1);
+        }
     }
     return cores.count();
 }

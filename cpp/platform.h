@@ -35,7 +35,8 @@ void prefer_large_pages(void* memory, size_t bytes);
 
 // Some CPUs, by the system's numbers; a system that has others is asked for none.
 struct CpuSet {
-    uint64_t words[16] = {};
+    static constexpr int kMost = 1024;
+    uint64_t words[kMost / 64] = {};
 
     int count() const;
     void add(int cpu);

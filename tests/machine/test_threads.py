@@ -33,7 +33,7 @@ from tests.support.threads import (
 )
 
 CPUS = len(os.sched_getaffinity(0))
-NO_QUOTA = {"FASTATTN_CGROUP_ROOT": "/nowhere"}
+NO_QUOTA = {"FASTATTN_CGROUP_ROOT": "/nowhere", "FASTATTN_CPU_ROOT": "/nowhere"}
 
 
 def problem(heads=4, length=512):
@@ -135,6 +135,22 @@ def test_forks(threads, imports):
     env = {"OMP_NUM_THREADS": threads}
     report = run(forks, bool(imports), imports=imports, env=env, timeout=150)
     assert set(report.values()) == {"ok"}, report
+
+
+def fork_during_a_first_call(delay):
+    """Fork while another thread finds out how many threads there are; return what became of it."""
+    first = threading.Thread(target=attend, args=(problem(),))
+    first.start()
+    time.sleep(delay)
+    child = in_fork(lambda: np.isfinite(attend(problem())).all())
+    first.join()
+    return child
+
+
+@pytest.mark.promise("fork-never-hangs")
+@pytest.mark.parametrize("delay", [0, 2e-4, 5e-4, 1e-3, 3e-3])
+def test_fork_during_a_first_call(delay):
+    assert run(fork_during_a_first_call, delay) == "ok"
 
 
 def start_elsewhere(method):
@@ -318,6 +334,7 @@ def test_quota(tmp_path, files, cpus):
     env = {
         "FASTATTN_CGROUP_ROOT": str(tmp_path),
         "FASTATTN_CGROUP_FILE": str(tmp_path / "of_process"),
+        "FASTATTN_CPU_ROOT": "/nowhere",
     }
     assert run(default_threads, env=env) == min(CPUS, cpus)
     assert run(default_threads, env=env | {"OMP_NUM_THREADS": "3"}) == 3
@@ -347,7 +364,7 @@ def test_siblings_of_a_core_count_once(tmp_path, siblings, cores):
         (tmp_path / f"cpu{cpu}/topology").mkdir(parents=True)
         file = tmp_path / f"cpu{cpu}/topology/thread_siblings_list"
         file.write_text(siblings.format(cpu=cpu) + "\n")
-    env = {"FASTATTN_CPU_ROOT": str(tmp_path), **NO_QUOTA}
+    env = NO_QUOTA | {"FASTATTN_CPU_ROOT": str(tmp_path)}
     assert run(default_threads, env=env) == cores
     assert run(default_threads, env=env | {"FASTATTN_NUM_THREADS": "3"}) == 3
 
@@ -439,32 +456,32 @@ def helped_late():
     before = task_ids()
     attend(problem())
     team = task_ids() - before
-    short, long = problem(4, 2048), problem(16, 8192)
-    ended = threading.Event()
+    short, long = problem(8, 4096), problem(16, 8192)
+    begins = threading.Event()
 
     def hold_the_team():
-        for _ in range(3):
+        while not begins.is_set():
             attend(short)
-        ended.set()
 
     holder = threading.Thread(target=hold_the_team)
     holder.start()
-    while not seconds_of(team):  # the short call has it
-        time.sleep(1e-3)
+    time.sleep(0.05)
+    teams = seconds_of(team)
+    begins.set()  # amid a call of the other thread, nearly always; it is the last one
     begin = time.thread_time()
     attend(long)
     mine = time.thread_time() - begin
     holder.join()
-    return mine, seconds_of(team)
+    return mine, seconds_of(team) - teams
 
 
 def test_a_long_call_gets_its_team_when_that_is_free():
     mine, teams = run(helped_late)
-    assert teams > mine / 4
+    assert teams > mine / 4  # of which the short call alone has less
 
 
 def idle_seconds(calls):
-    """Return the CPU time that the process uses after calls, while it sleeps, and until then."""
+    """Return the CPU time that the process uses after calls, while it sleeps."""
     fastattn.set_num_threads(4)
     array = problem()
     for _ in range(calls):

@@ -49,7 +49,7 @@ class Backward {
           query_sums_bytes_(functions_.query_sums_bytes(call_.shared_block())),
           sums_bytes_(room_for(query_sums_bytes_)) {
         // Nothing is written; there may be more heads than could be counted.
-        if (args.call.q_len == 0 || args.call.kv_len == 0) return;
+        if (args.call.q_heads == 0 || args.call.q_len == 0 || args.call.kv_len == 0) return;
         find_heads();
         find_chains();
         const auto bytes = [&](int64_t keys) { return thread_bytes(keys); };

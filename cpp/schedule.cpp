@@ -163,7 +163,7 @@ int64_t items_of_wave(int64_t items, int threads) {
 }
 
 double gradient_seconds(int64_t rows, int64_t keys, int64_t columns) {
-    return double(rows) * double(keys + 32) * double(5 * columns + 80) / kGradientFlops;
+    return double(rows) * double(keys + 8) * double(5 * columns + 80) / kGradientFlops;
 }
 
 // Parts need no more work, but the scratch memory of all key blocks.

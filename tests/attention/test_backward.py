@@ -141,6 +141,31 @@ def test_many_heads_that_leave_room_for_each_other(threads):
         assert_same_bits(again, alone)
 
 
+SEEN = {
+    "all": {},
+    "causal": {"is_causal": True, "query_offset": -150},
+    "a window": {"window": (40, 25), "query_offset": 60},
+    "later keys": {"window": (0, None), "query_offset": 300},
+    "lengths": {"kv_lengths": [1700, 0]},
+    "a bias of all": {"is_causal": True, "query_offset": 300, "bias": np.linspace(-1, 1, 2000)},
+    "dropout": {"window": (300, 300), "query_offset": 0, "dropout_p": 0.1, "seed": 5},
+}
+
+
+@pytest.mark.promise("bitwise-gradients")
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2)], ids=str)
+@pytest.mark.parametrize("seen", SEEN)
+def test_order_of_key_blocks(seen, heads, threads):
+    """More threads work on fewer keys at a time, on parts of the rows, with other waits."""
+    q_heads, kv_heads = heads
+    operands = make_problem(1700, 2000, 8, heads=q_heads, kv_heads=kv_heads, batch=(2,))
+    threads(1)
+    alone = grads_of(operands, SEEN[seen])
+    for count in (2, 3, 8):
+        threads(count)
+        assert_same_bits(grads_of(operands, SEEN[seen]), alone)
+
+
 @pytest.mark.promise("gradients-sum-over-what-repeats", "bitwise-gradients")
 def test_batches_are_computed_alone_and_summed_where_they_share():
     query, key, value = make_problem(50, 140, 16, heads=2, batch=(2, 3))
@@ -283,6 +308,13 @@ def test_nothing_to_see(dtype):
         for grad, x in zip(grads, operands, strict=True):
             assert grad.shape == x.shape
             assert_array_equal(grad.astype(np.float32), 0)
+
+
+@pytest.mark.parametrize("heads", [0, 1])
+def test_more_empty_heads_than_can_be_counted(heads):
+    empty = np.empty((2**40, heads, 0, 8), np.float32)
+    grads = attention_backward(*[empty] * 5, empty[..., 0])
+    assert [grad.shape for grad in grads] == [empty.shape] * 3
 
 
 @pytest.mark.promise("packed-gradients-are-alone")

@@ -5,6 +5,7 @@ What fails here hangs or kills the process, so each check runs in a process of i
 """
 
 import ctypes
+import functools
 import importlib
 import itertools
 import math
@@ -618,6 +619,35 @@ def test_fork_in_a_signal_handler(threads, raises):
 def test_fork_in_a_signal_handler_during_gradients(seconds):
     env = {"FASTATTN_NUM_THREADS": "2"}
     assert run(fork_during, "bias_gradient", False, seconds, env=env) == 0
+
+
+def cpu_time(threads, call):
+    """Return the CPU seconds of all threads in a call, at best."""
+    fastattn.set_num_threads(threads)
+    call()
+    times = []
+    for _ in range(5):
+        begin = time.process_time()
+        call()
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+def cost_of_a_team(length, **options):
+    """Return how much more CPU time gradients take with two threads than with one."""
+    array = np.random.default_rng(0).random((1, 2, length, 64), np.float32)
+    out, lse = fastattn.attention(array, array, array, return_lse=True, **options)
+    call = functools.partial(
+        fastattn.attention_backward, out, array, array, array, out, lse, **options
+    )
+    return cpu_time(2, call) / cpu_time(1, call)
+
+
+@pytest.mark.skipif(CPUS < 2, reason="one CPU")
+def test_gradients_under_a_window_do_not_wait():
+    """Held against gradients of keys that all rows see, as the cores may share what they have."""
+    without_window = run(cost_of_a_team, 2500)
+    assert run(cost_of_a_team, 100_000, window=(64, 64)) < 1.25 * max(without_window, 1)
 
 
 def count_ticks(threads):

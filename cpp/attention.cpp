@@ -49,6 +49,7 @@ class Blocks {
         in_spans_ = best.in_spans;
         threads_ = best.threads;
         block_rows_ = best.rows;
+        block_seconds_ = costs_.block(double(block_rows_), double(work.keys));
         kernel_bytes_ = kernel_bytes(block_rows_);
         thread_bytes_ = thread_bytes(block_rows_, in_spans_);
         across_heads_ = work.in_window && args_.key.head_stride < args_.key.row_stride;
@@ -75,7 +76,8 @@ class Blocks {
             return parallel_for(items(), threads_, interrupt,
                                 attend_in_scratch([&](int64_t item, char* mine, const Stop& stop) {
                                     attend(place(item), mine, stop);
-                                }));
+                                }),
+                                {.item_seconds = block_seconds_});
         }
         char* const slots = memory.get() + size_t(threads_) * thread_bytes_;
         for (Wave wave; next(wave);) {
@@ -540,6 +542,7 @@ class Blocks {
     const bool every_;
     const RowCosts costs_;
     const int64_t partial_bytes_;                           // of a row
+    double block_seconds_ = 0;                              // of the longest
     int64_t block_rows_ = 1, blocks_ = 0, all_blocks_ = 0;  // blocks of the longest head; of all
     std::vector<int32_t> order_;                            // of batch elements; empty: their own
     std::vector<int64_t> first_block_;  // of each packed sequence, in that order

@@ -250,8 +250,10 @@ class Decode {
         double seconds = 0, keys = 0;
         int64_t most_rows[2] = {0, 0};
         for (const Member& member : slice.members) {
-            seconds += call_.seconds(member.sequence);
-            keys += double(member.end - member.begin);
+            const double its_keys = double(member.end - member.begin);
+            seconds +=
+                double(slice.heads) * costs_.attend(its_keys, its_keys * double(member.rows));
+            keys += its_keys;
             slice.items += member.splits() * slice.heads;
             slice.first_split = std::min(slice.first_split, member.first_split);
             slice.last_split = std::max(slice.last_split, member.last_split);

@@ -14,9 +14,10 @@ namespace fastattn {
 namespace {
 
 #if defined(__SANITIZE_THREAD__)
-constexpr double kTeamSeconds = 0;  // small calls have a team, too: there is more to see
+constexpr double kTeamSeconds = 0, kThreadSeconds = 1e-9;  // there is more to see
 #else
-constexpr double kTeamSeconds = 10e-6;  // what waking a team costs
+constexpr double kTeamSeconds = 4e-6;     // of a call for two
+constexpr double kThreadSeconds = 10e-6;  // of each thread in a larger team
 #endif
 
 // Prefill. Each key tile is brought near once for all query tiles of a block, so the more the
@@ -82,14 +83,15 @@ constexpr int64_t kRowKeys = 8;             // what it costs to read a row, in k
 
 }  // namespace
 
-int team_size(int64_t items, double seconds, int threads) {
-    if (items <= 1 || seconds < 2 * kTeamSeconds) return 1;
-    return int(std::min<int64_t>(items, threads));
+int team_size(int64_t items, double seconds, const Threads& threads) {
+    if (items <= 1 || seconds < kTeamSeconds) return 1;
+    const double most = std::max(seconds / kThreadSeconds, 2.);
+    return int(std::min({most, double(items), double(threads)}));
 }
 
 RowCosts::RowCosts(int64_t head_dim, int64_t value_head_dim, int64_t lanes, bool widens) {
     const double numbers = double(head_dim + value_head_dim);
-    pair = 2 * (numbers + 24) / (17e9 * double(lanes));
+    pair = 2 * (numbers + 24) / (kFlopsOfLane * double(lanes));
     key = numbers * (widens ? 0.08e-9 : 0.05e-9);
     row = numbers * 1e-9;
 }
@@ -189,7 +191,7 @@ GradientCut cut_gradients(int64_t key_tile, int threads,
                           const std::function<size_t(int64_t keys)>& bytes,
                           const std::function<GradientLoad(int64_t block_keys)>& load) {
     const size_t each = bytes(key_tile) - bytes(0);
-    GradientCut cut{key_tile * std::max<int64_t>(int64_t(kKeyBlockBytes / each), 1), 1, 1};
+    GradientCut cut{key_tile * std::max<int64_t>(int64_t(kKeyBlockBytes / each), 1), 1, 1, 0};
     if (threads == 1) return cut;
     GradientLoad now = load(cut.block_keys);
     cut.threads = team_size(INT64_MAX, now.total, threads);
@@ -205,6 +207,7 @@ GradientCut cut_gradients(int64_t key_tile, int threads,
         cut.parts =
             std::clamp(int(std::lround(now.longest * kPartItemsPerThread / share)), 1, kMostParts);
     }
+    cut.longest = now.longest;
     return cut;
 }
 

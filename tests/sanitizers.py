@@ -153,7 +153,7 @@ THREAD = Sanitizer(
     tests=(
         *("attention/test_spans.py", "machine/test_threads.py"),
         *("models/test_linear.py", "models/test_nn.py"),
-        *("-k", "concurrent or interrupt or threads_and_storage or threads_change_no_bit or packed"),
+        *("-k", "concurrent or interrupt or threads_and_storage or threads_change or packed"),
     ),
     faults=(
         Fault(

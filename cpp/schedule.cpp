@@ -24,7 +24,7 @@ constexpr double kThreadSeconds = 10e-6;  // of each thread in a larger team
 // better, while they stay in the second-level cache. Beyond 4 only a window gains, whose blocks
 // overlap in keys.
 constexpr int64_t kMostQueryTiles = 4, kMostQueryTilesInWindow = 8;
-constexpr size_t kBlockBytes = 384 << 10;   // of one thread
+constexpr size_t kBlockBytes = 400 << 10;   // of one thread
 constexpr double kBlocksPerThread = 16;     // are enough, whatever they take
 constexpr double kAlike = 0.75;             // of the largest: a head's rows see as many keys
 constexpr double kUneven = 1. / 16;         // threads are never alike: of the last item, so much
@@ -101,15 +101,18 @@ RowCut cut_rows(RowsToCut work, const RowCosts& costs, int threads,
     const int64_t rows_of_head = work.rows;
     work.rows = (work.rows + work.lanes - 1) / work.lanes * work.lanes;
     work.pairs *= double(work.rows) / double(rows_of_head);
+    const int64_t tile = work.query_tile;
     const int64_t tiles = work.in_window ? kMostQueryTilesInWindow : kMostQueryTiles;
+    int64_t most = std::min(tiles * tile, work.rows);
+    while (most > tile && bytes(std::min(most, rows_of_head), false) > kBlockBytes) {
+        most = (most - 1) / tile * tile;
+    }
     RowCut best;
     best.seconds = std::numeric_limits<double>::infinity();
     for (const bool in_spans : {false, true}) {
         if (in_spans && (threads == 1 || work.keys <= kSpanKeys)) break;
-        for (int64_t rows = std::min(tiles * work.query_tile, work.rows); rows > 0;
-             rows -= work.lanes) {
+        for (int64_t rows = most; rows > 0; rows -= work.lanes) {
             const size_t needed = bytes(std::min(rows, rows_of_head), in_spans);
-            if (needed > kBlockBytes && rows > work.query_tile) continue;
             const int team = int(std::clamp<size_t>(kForwardBytes / needed, 1, size_t(threads)));
             const double seconds = time_of(work, costs, rows, in_spans, team);
             if (seconds < kGain * best.seconds) {

@@ -17,7 +17,6 @@
 // exactly 1.
 #pragma once
 
-#include "../split.h"
 #include "dropout.h"
 #include "elements.h"
 #include "factors.h"
@@ -26,6 +25,7 @@
 #include "partials.h"
 #include "score_tile.h"
 #include "scores.h"
+#include "split.h"
 #include "vec.h"
 
 namespace fastattn {

@@ -65,11 +65,10 @@ double time_of(const RowsToCut& work, const RowCosts& costs, int64_t rows, bool 
 }
 
 // Decoding.
-constexpr int64_t kItemsPerThread = 2;  // that sharing keys leaves, at least
+constexpr int64_t kItemsLeft = 2;       // for each thread, at least, where keys are shared
 constexpr double kWorthCutting = 0.8;   // of the time without: each cut reads the keys again
-
-// Of one thread.
-constexpr double kBytesPerSecond = 25e9, kFlopsPerSecond = 200e9;
+constexpr double kAlikeSeconds = 0.75;  // of the longest
+constexpr double kReadBytesPerSecond = 25e9, kPairFlopsPerSecond = 200e9;  // of one thread
 constexpr double kTaskSeconds = 0.5e-6, kMergedRowSeconds = 50e-9;
 
 // Of gradients.
@@ -140,11 +139,12 @@ int64_t blocks_across_heads(int64_t blocks, int64_t heads, int threads) {
 }
 
 double DecodeCosts::attend(double keys, double pairs) const {
-    return kTaskSeconds + keys * key_bytes / kBytesPerSecond + pairs * pair_flops / kFlopsPerSecond;
+    return kTaskSeconds + keys * key_bytes / kReadBytesPerSecond +
+           pairs * pair_flops / kPairFlopsPerSecond;
 }
 
 double DecodeCosts::merge(double rows) const {
-    return rows * (kMergedRowSeconds + row_bytes / kBytesPerSecond);
+    return rows * (kMergedRowSeconds + row_bytes / kMergeBytesPerSecond);
 }
 
 TaskShape shape_tasks(int64_t rows, int64_t least_rows, int64_t items, int threads,
@@ -175,10 +175,10 @@ int64_t rows_together(int64_t rows, int threads, size_t row_bytes,
 }
 
 int64_t members_of_task(int64_t items, int threads) {
-    return std::max<int64_t>(items / (threads * kItemsPerThread), 1);
+    return std::max<int64_t>(items / (threads * kItemsLeft), 1);
 }
 
-bool are_alike(double seconds, double others) { return others > 0.75 * seconds; }
+bool are_alike(double seconds, double others) { return others > kAlikeSeconds * seconds; }
 
 int64_t items_of_wave(int64_t items, int threads) {
     return items > threads ? items / threads * threads : items;

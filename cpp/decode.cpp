@@ -276,7 +276,7 @@ class Decode {
         for (const bool in_tiles : {false, true}) {
             if (slice.members.size() == 1) break;
             slice.most_together[in_tiles] =
-                rows_together(kMostTogether, slice.team, row_bytes(slice),
+                rows_together(kMostTogether, slice.team, slice.heads, partial_bytes_,
                               [&](int64_t rows) { return scratch_bytes(rows, in_tiles); });
         }
     }

@@ -66,7 +66,7 @@ double time_of(const RowsToCut& work, const RowCosts& costs, int64_t rows, bool 
 
 // Decoding.
 constexpr int64_t kItemsLeft = 2;       // for each thread, at least, where keys are shared
-constexpr double kWorthCutting = 0.8;   // of the time without: each cut reads the keys again
+constexpr double kWorthCutting = 0.9;   // of the time without: each cut reads the keys again
 constexpr double kAlikeSeconds = 0.75;  // of the longest
 constexpr double kReadBytesPerSecond = 25e9, kPairFlopsPerSecond = 200e9;  // of one thread
 constexpr double kTaskSeconds = 0.5e-6, kMergedRowSeconds = 50e-9;
@@ -165,10 +165,11 @@ TaskShape shape_tasks(int64_t rows, int64_t least_rows, int64_t items, int threa
     return best;
 }
 
-int64_t rows_together(int64_t rows, int threads, size_t row_bytes,
+int64_t rows_together(int64_t rows, int threads, int64_t heads, size_t row_bytes,
                       const std::function<size_t(int64_t)>& scratch_bytes) {
+    const size_t partials = row_bytes * size_t(std::max<int64_t>(threads, heads));
     while (rows > 1 && (size_t(threads) * scratch_bytes(rows) > kTeamBytes ||
-                        size_t(rows) * row_bytes > kWaitingBytes)) {
+                        size_t(rows) * partials > kWaitingBytes)) {
         rows /= 2;
     }
     return rows;

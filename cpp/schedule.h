@@ -124,8 +124,8 @@ TaskShape shape_tasks(int64_t rows, int64_t least_rows, int64_t items, int threa
                       size_t row_bytes, const std::function<size_t(int64_t)>& scratch_bytes,
                       const std::function<double(int64_t)>& seconds);
 
-// How many rows may attend together in a task, so that there is memory for them.
-int64_t rows_together(int64_t rows, int threads, size_t row_bytes,
+// How many rows may attend together in a task, so that there is memory for all threads and heads.
+int64_t rows_together(int64_t rows, int threads, int64_t heads, size_t row_bytes,
                       const std::function<size_t(int64_t)>& scratch_bytes);
 
 // How many members that see the same keys attend to them together, so that they are read once, and

@@ -35,7 +35,8 @@ class Blocks {
           costs_(args_.head_dim, args_.value_head_dim, functions_.lanes,
                  args_.key.dtype !=
                      (args_.query.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32)),
-          partial_bytes_(functions_.decode.partial_bytes(call.shared_block())) {
+          shared_(call.shared_block()),
+          partial_bytes_(functions_.decode.partial_bytes(shared_)) {
         if (args_.kv_heads == 0) return;
         const RowsToCut work = look();
         if (work.rows == 0) return;
@@ -49,6 +50,7 @@ class Blocks {
         in_spans_ = best.in_spans;
         threads_ = best.threads;
         block_rows_ = best.rows;
+        block_seconds_ = costs_.block(double(block_rows_), double(work.keys));
         kernel_bytes_ = kernel_bytes(block_rows_);
         thread_bytes_ = thread_bytes(block_rows_, in_spans_);
         across_heads_ = work.in_window && args_.key.head_stride < args_.key.row_stride;
@@ -64,41 +66,38 @@ class Blocks {
     bool run(Interrupt interrupt) const {
         if (items() == 0) return true;
         const Memory memory = allocate(bytes());
-        const auto attend_in_scratch = [&](const auto& attend) {
-            return [&, attend](int64_t item, int worker, const Stop& stop) {
-                char* const mine = memory.get() + size_t(worker) * thread_bytes_;
-                attend(item, mine, stop);
-                take_back(mine, thread_bytes_);
-            };
-        };
         if (!in_spans_) {
             return parallel_for(items(), threads_, interrupt,
-                                attend_in_scratch([&](int64_t item, char* mine, const Stop& stop) {
+                                [&](int64_t item, int worker, const Stop& stop) {
+                                    char* const mine = memory_of(worker, memory.get());
                                     attend(place(item), mine, stop);
-                                }));
+                                    take_back(mine, thread_bytes_);
+                                },
+                                {.item_seconds = block_seconds_});
         }
-        char* const slots = memory.get() + size_t(threads_) * thread_bytes_;
+        char* const slots = memory_of(threads_, memory.get());
         for (Wave wave; next(wave);) {
-            const auto attend = [&](int64_t i, char* mine, const Stop& stop) {
+            const auto attend = [&](int64_t i, int worker, const Stop& stop) {
                 const Unit& unit = wave.units[size_t(i)];
+                char* const mine = memory_of(worker, memory.get());
                 char* partials = nullptr;
                 if (unit.slot != kNone) {
                     partials = slots + size_t(unit.slot) * slot_bytes(block_rows_);
                     lend(partials, block_rows_ * partial_bytes_);
                 }
                 attend_unit(unit, mine, partials, stop);
+                take_back(mine, thread_bytes_);
             };
-            const auto merge = [&](int64_t i, char* mine, const Stop&) {
+            const auto merge = [&](int64_t i, int worker, const Stop&) {
+                char* const mine = memory_of(worker, memory.get());
                 merge_rows(wave, i, mine, slots);
+                take_back(mine, thread_bytes_);
             };
-            const int64_t attended = int64_t(wave.units.size());
-            if (!parallel_for(attended, threads_, interrupt, attend_in_scratch(attend)))
+            if (!parallel_for(int64_t(wave.units.size()), threads_, interrupt, attend))
                 return false;
             if (wave.merges.empty()) continue;
             const int64_t merged = int64_t(wave.merges.size()) * pieces(wave);
-            if (!parallel_for(merged, merging_team(wave), interrupt, attend_in_scratch(merge))) {
-                return false;
-            }
+            if (!parallel_for(merged, merging_team(wave), interrupt, merge)) return false;
             carry(wave, slots);
         }
         return true;
@@ -249,6 +248,10 @@ class Blocks {
         }
     }
 
+    char* memory_of(int worker, char* memory) const {
+        return memory + size_t(worker) * thread_bytes_;
+    }
+
     int64_t ranked(int64_t rank) const { return order_.empty() ? rank : order_[size_t(rank)]; }
 
     // Bytes of one thread, and of a slot.
@@ -265,7 +268,7 @@ class Blocks {
         return room_for(size_t(block_rows * partial_bytes_));
     }
     size_t kernel_bytes(int64_t block_rows) const {
-        Block block = call_.shared_block();
+        Block block = shared_;
         block.row_count = int(block_rows);
         return functions_.scratch_bytes(block);
     }
@@ -524,7 +527,7 @@ class Blocks {
         first += begin;
         Scratch scratch(memory);
         const BlockMemory mine(block_rows_, kernel_bytes_, scratch);
-        Block block = call_.shared_block();
+        Block block = shared_;
         block.rows = mine.rows;
         block.row_count = int(std::max<int64_t>(end - first, 0));
         block.scratch = mine.kernel;
@@ -539,7 +542,9 @@ class Blocks {
     const Functions& functions_;
     const bool every_;
     const RowCosts costs_;
+    const Block shared_;
     const int64_t partial_bytes_;                           // of a row
+    double block_seconds_ = 0;                              // of the longest
     int64_t block_rows_ = 1, blocks_ = 0, all_blocks_ = 0;  // blocks of the longest head; of all
     std::vector<int32_t> order_;                            // of batch elements; empty: their own
     std::vector<int64_t> first_block_;  // of each packed sequence, in that order

@@ -56,6 +56,7 @@ class Backward {
         const GradientCut cut = cut_gradients(call_.functions.key_tile, call_.threads, bytes, load);
         set_block_keys(cut.block_keys);
         parts_ = cut.parts;
+        item_seconds_ = cut.longest / parts_;
         threads_ = cut.threads;
         scratch_bytes_ = thread_bytes(block_keys_);
         choose_places();
@@ -76,7 +77,8 @@ class Backward {
                                 const Item& item = items_[size_t(index)];
                                 const size_t of = parts_ > 1 ? size_t(item.number) : size_t(worker);
                                 differentiate(item, scratch.get() + of * scratch_bytes_, stop);
-                            });
+                            },
+                            {.item_seconds = item_seconds_});
     }
 
     Schedule schedule() const {
@@ -473,7 +475,8 @@ class Backward {
     int64_t most_turns_ = 1;  // of a row block
     size_t scratch_bytes_ = 0;
     int threads_ = 1;
-    int parts_ = 1;  // of an item, done one after the other
+    double item_seconds_ = 0;  // at most, roughly
+    int parts_ = 1;            // of an item, done one after the other
 
     // For each place the turn that is next; then, with several parts, the part that is next of each
     // key block.

@@ -14,8 +14,6 @@
 namespace fastattn {
 namespace {
 
-constexpr double kFlopsPerSecond = 50e9;  // of one thread, roughly
-
 // reference.py has the same: a pair is kept iff its number is at least round(dropout_p * 2**32).
 Dropout dropout_of(const AttentionArgs& args) {
     Dropout dropout;
@@ -49,7 +47,7 @@ Call::Call(const AttentionArgs& arguments)
     : args(arguments),
       functions(args.query.dtype == Dtype::kFloat64 ? kernel().float64 : kernel().float32),
       group(args.q_heads / std::max<int64_t>(args.kv_heads, 1)),
-      threads(args.threads > 0 ? args.threads : threads_at_hand()) {
+      threads(args.threads > 0 ? Threads(args.threads) : Threads(threads_at_hand)) {
     int64_t heads = args.kv_heads;
     for (const int64_t size : args.batch_shape) {
         batches *= size;
@@ -117,7 +115,7 @@ double Call::pairs(const Sequence& s) const {
 
 double Call::seconds(const Sequence& s) const {
     return 2 * double(args.q_heads) * pairs(s) * double(args.head_dim + args.value_head_dim + 16) /
-           kFlopsPerSecond;
+           (kFlopsOfLane * double(functions.lanes));
 }
 
 double Call::seconds() const {

@@ -38,8 +38,8 @@ class Call {
 
     const AttentionArgs& args;
     const Functions& functions;
-    const int64_t group;  // query heads that share a key and value head
-    const int threads;    // at hand, or asked for by the caller
+    const int64_t group;    // query heads that share a key and value head
+    const Threads threads;  // at hand, or asked for by the caller
     int64_t batches = 1;
 
     bool packed() const { return args.q_starts != nullptr; }

@@ -98,7 +98,7 @@ struct Link {
 struct Wave {
     std::vector<Share> shares;
     std::vector<Task> tasks;        // those that take longest first
-    std::vector<size_t> unlike;     // the first of those that take about as long
+    std::vector<size_t> unlike;     // that take much less than those before, the first ones
     Places waiting;                 // of each task
     std::vector<Link> links;        // of one member after the other, each in the order of the keys
     int64_t most_rows[2] = {0, 0};  // of a task, without and with query tiles
@@ -210,12 +210,11 @@ class Decode {
 
     // All tasks of a head come one after the other, as its keys do in memory; but long ones first.
     static Item item_of(const Slice& slice, const Wave& wave, int64_t item) {
-        const std::vector<size_t>& unlike = wave.unlike;
-        for (size_t i = 0;; ++i) {
-            const size_t end = i + 1 < unlike.size() ? unlike[i + 1] : wave.tasks.size();
-            const int64_t count = int64_t(end - unlike[i]);
+        for (size_t i = 0, first = 0;; first = wave.unlike[i++]) {
+            const size_t end = i < wave.unlike.size() ? wave.unlike[i] : wave.tasks.size();
+            const int64_t count = int64_t(end - first);
             if (item < count * slice.heads) {
-                return {&wave.tasks[unlike[i] + size_t(item % count)], item / count};
+                return {&wave.tasks[first + size_t(item % count)], item / count};
             }
             item -= count * slice.heads;
         }
@@ -250,8 +249,10 @@ class Decode {
         double seconds = 0, keys = 0;
         int64_t most_rows[2] = {0, 0};
         for (const Member& member : slice.members) {
-            seconds += call_.seconds(member.sequence);
-            keys += double(member.end - member.begin);
+            const double its_keys = double(member.end - member.begin);
+            seconds +=
+                double(slice.heads) * costs_.attend(its_keys, its_keys * double(member.rows));
+            keys += its_keys;
             slice.items += member.splits() * slice.heads;
             slice.first_split = std::min(slice.first_split, member.first_split);
             slice.last_split = std::max(slice.last_split, member.last_split);
@@ -331,17 +332,20 @@ class Decode {
         for (size_t i = 0; i < wave.links.size(); ++i) {
             wave.shares[size_t(wave.links[i].share)].link = int(i);
         }
-        if (slice.team > 1) {  // what ends last is short
-            std::stable_sort(wave.tasks.begin(), wave.tasks.end(),
-                             [](const Task& a, const Task& b) { return a.seconds > b.seconds; });
-        }
-        for (size_t i = 0; i < wave.tasks.size(); ++i) {
-            const bool alike =
-                i > 0 && (slice.team == 1 ||
-                          are_alike(wave.tasks[wave.unlike.back()].seconds, wave.tasks[i].seconds));
-            if (!alike) wave.unlike.push_back(i);
-        }
+        if (slice.team > 1) put_long_ones_first(wave);
         return wave;
+    }
+
+    static void put_long_ones_first(Wave& wave) {
+        std::vector<Task>& tasks = wave.tasks;
+        std::stable_sort(tasks.begin(), tasks.end(),
+                         [](const Task& a, const Task& b) { return a.seconds > b.seconds; });
+        size_t first = 0;
+        for (size_t i = 1; i < tasks.size(); ++i) {
+            if (are_alike(tasks[first].seconds, tasks[i].seconds)) continue;
+            wave.unlike.push_back(i);
+            first = i;
+        }
     }
 
     // Moves the position behind them. False: there is no memory for more.
@@ -613,13 +617,15 @@ class Decode {
 // Asks about Ctrl-C between calls of parallel_for, each too short to do so.
 class Patience {
     const Interrupt interrupt_;
-    Clock::time_point asked_ = Clock::now();
+    Clock::time_point asked_;  // when the first was to begin, or later
 
    public:
     explicit Patience(Interrupt interrupt) : interrupt_(interrupt) {}
     bool ended() {
-        if (interrupt_.requested == nullptr || Clock::now() - asked_ < kPatience) return false;
-        asked_ = Clock::now();
+        const Clock::time_point now = Clock::now();
+        if (asked_ == Clock::time_point()) asked_ = now;
+        if (interrupt_.requested == nullptr || now - asked_ < kPatience) return false;
+        asked_ = now;
         return interrupt_.requested();
     }
 };

@@ -20,7 +20,7 @@ template <class Work>
 bool in_parts(int64_t rows, int64_t dim, Interrupt interrupt, const Work& work) {
     const int64_t part = std::max<int64_t>(kItem / std::max<int64_t>(dim, 1), 1);
     const int64_t items = (rows + part - 1) / part;
-    const int threads = team_size(items, kSeconds * double(rows) * double(dim), threads_at_hand());
+    const int threads = team_size(items, kSeconds * double(rows) * double(dim), threads_at_hand);
     return parallel_for(items, threads, interrupt, [&](int64_t item, int, const Stop&) {
         work(item * part, std::min(item * part + part, rows));
     });

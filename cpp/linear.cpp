@@ -19,7 +19,7 @@ constexpr int64_t kRows = 64;               // an item's rows of x, at least, if
 constexpr int64_t kBlockBytes = 256 << 10;  // of weights as float, which stay near
 constexpr int64_t kItemsPerThread = 4;
 constexpr double kItemFlops = 2e9;  // at most, if rows can be cut: between two looks at Ctrl-C
-constexpr double kFlops = 5e10, kBytes = 1e10;  // a second, of one thread; roughly
+constexpr double kBytes = 1e10;     // a second, of one thread; roughly
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -30,8 +30,10 @@ bool linear(const LinearArgs& args, Interrupt interrupt) {
     const LinearFunctions& functions = kernel().linear;
     const double work = double(args.in_features) * double(args.out_features);
     const double bytes = double(args.weight_stride) * double(args.out_features);
-    const double seconds = std::max(2 * work * double(args.rows) / kFlops, bytes / kBytes);
-    const int64_t wanted = kItemsPerThread * team_size(kMostThreads, seconds, threads_at_hand());
+    const double seconds =
+        std::max(2 * work * double(args.rows) / (kFlopsOfLane * double(kernel().float32.lanes)),
+                 bytes / kBytes);
+    const int64_t wanted = kItemsPerThread * team_size(kMostThreads, seconds, threads_at_hand);
 
     // Few rows leave no widened weights that should stay near.
     const int64_t near = kBlockBytes / std::max<int64_t>(args.in_features * 4, 1);
@@ -48,7 +50,7 @@ bool linear(const LinearArgs& args, Interrupt interrupt) {
                  8) *
         8;
     const int64_t items = column_blocks * ceil_div(args.rows, rows);
-    const int threads = team_size(items, seconds, threads_at_hand());
+    const int threads = team_size(items, seconds, threads_at_hand);
 
     const auto block = [&](int64_t item, void* scratch) {
         const int64_t row = item / column_blocks * rows, column = item % column_blocks * columns;

@@ -45,7 +45,7 @@ constexpr auto kSpin =
 constexpr auto kLongSpin = std::chrono::microseconds(200);  // where more calls follow
 constexpr auto kRetry = std::chrono::seconds(1);            // after a thread could not be had
 constexpr auto kLookAgain = std::chrono::milliseconds(5);   // whether OpenMP's threads are awake
-constexpr double kLongItem = 0.25;  // seconds, as Hints has them: a fifth of it with AVX-512
+constexpr double kLongItem = 0.05;                          // seconds
 constexpr size_t kStack = 1 << 20;  // of a worker, in bytes; the kernel's memory is on the heap
 constexpr int kRoused = 4;          // workers that one thread rouses: those rouse others
 
@@ -484,7 +484,8 @@ std::vector<std::vector<double>> recorded_items() {
 
 int threads_at_hand() { return omp_in_parallel() ? 1 : get_num_threads(); }
 
-bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body, Hints hints) {
+bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body,
+                  const Hints& hints) {
     if (recording != nullptr) return record(items, interrupt, body);
     if (threads > 1 && !omp_in_parallel()) {
         Job job{items, std::min(threads, kMostThreads) - 1, &body, hints};

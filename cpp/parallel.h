@@ -14,8 +14,7 @@
 
 namespace fastattn {
 
-// What team_size() (schedule.h) is asked with, once per call: get_num_threads(), or 1 within a
-// parallel region.
+// For team_size() (schedule.h), once per call: get_num_threads(), or 1 within a parallel region.
 int threads_at_hand();
 
 struct Hints {
@@ -29,7 +28,7 @@ struct Hints {
 // worker 0.
 using Body = std::function<void(int64_t item, int worker, const Stop& stop)>;
 bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body,
-                  Hints hints = {});
+                  const Hints& hints = {});
 
 // While it is on, calls of this thread run alone, cut as for get_num_threads(), and the seconds of
 // each item are kept, for a simulator. recorded_items(): of each parallel_for since, which are then

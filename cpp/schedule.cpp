@@ -14,16 +14,17 @@ namespace fastattn {
 namespace {
 
 #if defined(__SANITIZE_THREAD__)
-constexpr double kTeamSeconds = 0;  // small calls have a team, too: there is more to see
+constexpr double kTeamSeconds = 0, kThreadSeconds = 1e-9;  // there is more to see
 #else
-constexpr double kTeamSeconds = 10e-6;  // what waking a team costs
+constexpr double kTeamSeconds = 4e-6;     // of a call for two
+constexpr double kThreadSeconds = 10e-6;  // of each thread in a larger team
 #endif
 
 // Prefill. Each key tile is brought near once for all query tiles of a block, so the more the
 // better, while they stay in the second-level cache. Beyond 4 only a window gains, whose blocks
 // overlap in keys.
 constexpr int64_t kMostQueryTiles = 4, kMostQueryTilesInWindow = 8;
-constexpr size_t kBlockBytes = 384 << 10;   // of one thread
+constexpr size_t kBlockBytes = 400 << 10;   // of one thread
 constexpr double kBlocksPerThread = 16;     // are enough, whatever they take
 constexpr double kAlike = 0.75;             // of the largest: a head's rows see as many keys
 constexpr double kUneven = 1. / 16;         // threads are never alike: of the last item, so much
@@ -64,11 +65,10 @@ double time_of(const RowsToCut& work, const RowCosts& costs, int64_t rows, bool 
 }
 
 // Decoding.
-constexpr int64_t kItemsPerThread = 2;  // that sharing keys leaves, at least
+constexpr int64_t kItemsLeft = 2;       // for each thread, at least, where keys are shared
 constexpr double kWorthCutting = 0.8;   // of the time without: each cut reads the keys again
-
-// Of one thread.
-constexpr double kBytesPerSecond = 25e9, kFlopsPerSecond = 200e9;
+constexpr double kAlikeSeconds = 0.75;  // of the longest
+constexpr double kReadBytesPerSecond = 25e9, kPairFlopsPerSecond = 200e9;  // of one thread
 constexpr double kTaskSeconds = 0.5e-6, kMergedRowSeconds = 50e-9;
 
 // Of gradients.
@@ -82,14 +82,15 @@ constexpr int64_t kRowKeys = 8;             // what it costs to read a row, in k
 
 }  // namespace
 
-int team_size(int64_t items, double seconds, int threads) {
-    if (items <= 1 || seconds < 2 * kTeamSeconds) return 1;
-    return int(std::min<int64_t>(items, threads));
+int team_size(int64_t items, double seconds, const Threads& threads) {
+    if (items <= 1 || seconds < kTeamSeconds) return 1;
+    const double most = std::max(seconds / kThreadSeconds, 2.);
+    return int(std::min({most, double(items), double(threads)}));
 }
 
 RowCosts::RowCosts(int64_t head_dim, int64_t value_head_dim, int64_t lanes, bool widens) {
     const double numbers = double(head_dim + value_head_dim);
-    pair = 2 * (numbers + 24) / (17e9 * double(lanes));
+    pair = 2 * (numbers + 24) / (kFlopsOfLane * double(lanes));
     key = numbers * (widens ? 0.08e-9 : 0.05e-9);
     row = numbers * 1e-9;
 }
@@ -99,15 +100,18 @@ RowCut cut_rows(RowsToCut work, const RowCosts& costs, int threads,
     const int64_t rows_of_head = work.rows;
     work.rows = (work.rows + work.lanes - 1) / work.lanes * work.lanes;
     work.pairs *= double(work.rows) / double(rows_of_head);
+    const int64_t tile = work.query_tile;
     const int64_t tiles = work.in_window ? kMostQueryTilesInWindow : kMostQueryTiles;
+    int64_t most = std::min(tiles * tile, work.rows);
+    while (most > tile && bytes(std::min(most, rows_of_head), false) > kBlockBytes) {
+        most = (most - 1) / tile * tile;
+    }
     RowCut best;
     best.seconds = std::numeric_limits<double>::infinity();
     for (const bool in_spans : {false, true}) {
         if (in_spans && (threads == 1 || work.keys <= kSpanKeys)) break;
-        for (int64_t rows = std::min(tiles * work.query_tile, work.rows); rows > 0;
-             rows -= work.lanes) {
+        for (int64_t rows = most; rows > 0; rows -= work.lanes) {
             const size_t needed = bytes(std::min(rows, rows_of_head), in_spans);
-            if (needed > kBlockBytes && rows > work.query_tile) continue;
             const int team = int(std::clamp<size_t>(kForwardBytes / needed, 1, size_t(threads)));
             const double seconds = time_of(work, costs, rows, in_spans, team);
             if (seconds < kGain * best.seconds) {
@@ -135,11 +139,12 @@ int64_t blocks_across_heads(int64_t blocks, int64_t heads, int threads) {
 }
 
 double DecodeCosts::attend(double keys, double pairs) const {
-    return kTaskSeconds + keys * key_bytes / kBytesPerSecond + pairs * pair_flops / kFlopsPerSecond;
+    return kTaskSeconds + keys * key_bytes / kReadBytesPerSecond +
+           pairs * pair_flops / kPairFlopsPerSecond;
 }
 
 double DecodeCosts::merge(double rows) const {
-    return rows * (kMergedRowSeconds + row_bytes / kBytesPerSecond);
+    return rows * (kMergedRowSeconds + row_bytes / kMergeBytesPerSecond);
 }
 
 TaskShape shape_tasks(int64_t rows, int64_t least_rows, int64_t items, int threads,
@@ -170,10 +175,10 @@ int64_t rows_together(int64_t rows, int threads, size_t row_bytes,
 }
 
 int64_t members_of_task(int64_t items, int threads) {
-    return std::max<int64_t>(items / (threads * kItemsPerThread), 1);
+    return std::max<int64_t>(items / (threads * kItemsLeft), 1);
 }
 
-bool are_alike(double seconds, double others) { return others > 0.75 * seconds; }
+bool are_alike(double seconds, double others) { return others > kAlikeSeconds * seconds; }
 
 int64_t items_of_wave(int64_t items, int threads) {
     return items > threads ? items / threads * threads : items;
@@ -189,7 +194,7 @@ GradientCut cut_gradients(int64_t key_tile, int threads,
                           const std::function<size_t(int64_t keys)>& bytes,
                           const std::function<GradientLoad(int64_t block_keys)>& load) {
     const size_t each = bytes(key_tile) - bytes(0);
-    GradientCut cut{key_tile * std::max<int64_t>(int64_t(kKeyBlockBytes / each), 1), 1, 1};
+    GradientCut cut{key_tile * std::max<int64_t>(int64_t(kKeyBlockBytes / each), 1), 1, 1, 0};
     if (threads == 1) return cut;
     GradientLoad now = load(cut.block_keys);
     cut.threads = team_size(INT64_MAX, now.total, threads);
@@ -205,6 +210,7 @@ GradientCut cut_gradients(int64_t key_tile, int threads,
         cut.parts =
             std::clamp(int(std::lround(now.longest * kPartItemsPerThread / share)), 1, kMostParts);
     }
+    cut.longest = now.longest;
     return cut;
 }
 

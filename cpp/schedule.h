@@ -13,9 +13,23 @@
 
 namespace fastattn {
 
-// The team for so many items that take about so many seconds together on one thread: one thread
-// where waking a team would cost more than it saves.
-int team_size(int64_t items, double seconds, int threads);
+// A number of threads, or whom to ask for it: that takes longer than small calls can wait.
+class Threads {
+   public:
+    Threads(int number) : number_(number) {}
+    Threads(int (*ask)()) : ask_(ask) {}
+    operator int() const { return ask_ == nullptr ? number_ : ask_(); }
+
+   private:
+    int number_ = 0;
+    int (*ask_)() = nullptr;
+};
+
+// The team for so many items that take about so many seconds together on one thread: as many as
+// have work that is worth being woken for.
+int team_size(int64_t items, double seconds, const Threads& threads);
+
+constexpr double kFlopsOfLane = 17e9;  // a second, of one thread, for each lane of its vectors
 
 // Part of an item. With a place, it has its turn there: it ends after the steps that have lower
 // turns, and what comes after it in its item waits for that.
@@ -141,6 +155,7 @@ struct GradientCut {
     int64_t block_keys;
     int parts;  // of the rows that see a key block: each an item, done one after the other
     int threads;
+    double longest;  // seconds, of a key block; 0 on one thread
 };
 // bytes: a thread's scratch memory for so many keys.
 GradientCut cut_gradients(int64_t key_tile, int threads,

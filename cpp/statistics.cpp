@@ -79,13 +79,15 @@ class Heads {
         const size_t bytes = layout.used();
         const int threads = team(items, bytes);
         const Memory memory = allocate(bytes * size_t(threads));
-        return parallel_for(
-            items, threads, interrupt, [&](int64_t item, int worker, const Stop& stop) {
-                char* const mine = memory.get() + size_t(worker) * bytes;
-                // Late rows first: under a causal mask they take the longest.
-                look_at(item / tiles, (tiles - 1 - item % tiles) * rows_, mine, stop);
-                take_back(mine, bytes);
-            });
+        return parallel_for(items, threads, interrupt,
+                            [&](int64_t item, int worker, const Stop& stop) {
+                                char* const mine = memory.get() + size_t(worker) * bytes;
+                                // Late rows first: under a causal mask they take the longest.
+                                look_at(item / tiles, (tiles - 1 - item % tiles) * rows_, mine,
+                                        stop);
+                                take_back(mine, bytes);
+                            },
+                            {.item_seconds = call_.seconds() / double(items)});
     }
 
    protected:
@@ -237,7 +239,8 @@ class Sums : Heads {
                                  add_span(head + item / spans_, item % spans_,
                                           edge + item / spans_ * edges, scratch(mine), stop);
                                  take_back(mine, bytes);
-                             });
+                             },
+                             {.item_seconds = call_.seconds() / double(count() * spans_)});
             if (!finished) return false;
             for (int64_t i = 0; i < heads && edges > 0; ++i) join(head + i, edge + i * edges);
         }

@@ -91,6 +91,7 @@ ADDRESS = Sanitizer(
     tests=(
         *("api/test_arguments.py", "api/test_arrays.py", "api/test_dlpack.py"),
         *(
+            "attention/test_spans.py",
             "attention/test_statistics.py",
             "cache",
             "machine/test_threads.py",
@@ -150,15 +151,16 @@ THREAD = Sanitizer(
     share=0.4,
     # Not those that count OpenMP's threads or fork: TSan does not know a child's threads.
     tests=(
-        *("machine/test_threads.py", "models/test_linear.py", "models/test_nn.py"),
-        *("-k", "concurrent or interrupt or threads_and_storage or threads_change_no_bit"),
+        *("attention/test_spans.py", "machine/test_threads.py"),
+        *("models/test_linear.py", "models/test_nn.py"),
+        *("-k", "concurrent or interrupt or threads_and_storage or threads_change or packed"),
     ),
     faults=(
         Fault(
             "a race: threads that share their scratch memory",
             "cpp/attention.cpp",
-            "char* const mine = memory.get() + size_t(worker) * scratch_bytes_;",
-            "char* const mine = memory.get() + size_t(worker) * 0;",
+            "return memory + size_t(worker) * thread_bytes_;",
+            "return memory + size_t(worker) * 0;",
             "x = ones(2, 8, 300, 64); fastattn.attention(x, x, x)",
             r"data race(.|\n)*call\.cpp",
         ),

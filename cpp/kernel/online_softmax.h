@@ -17,7 +17,6 @@
 // exactly 1.
 #pragma once
 
-#include "../split.h"
 #include "dropout.h"
 #include "elements.h"
 #include "factors.h"
@@ -26,6 +25,7 @@
 #include "partials.h"
 #include "score_tile.h"
 #include "scores.h"
+#include "split.h"
 #include "vec.h"
 
 namespace fastattn {
@@ -74,8 +74,6 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
     using typename Scores::Element;
     using typename Scores::Operand;
     using typename Scores::V;
-
-    static constexpr int64_t staged = kStagedColumns * Operand::size;
 
     const int rows_to_come;  // behind the query tile's, in the row block
     const int64_t value_head_dim;
@@ -272,6 +270,8 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
             return add_columns(0, value_head_dim, tile_value + (keys.begin - tile) * value_stride,
                                value_stride);
         }
+        constexpr int64_t size = Operand::size;
+        const int64_t staged = staged_columns(value_head_dim, size) * size;
         for (int64_t first = 0, last; first < value_head_dim; first = last) {
             last = value_head_dim - first < staged ? value_head_dim : first + staged;
             if (apart) {

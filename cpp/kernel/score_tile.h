@@ -17,9 +17,12 @@ namespace {
 
 // A sum over head_dim is in parts of this depth, for accuracy.
 constexpr int64_t kDepth = 512;
-// Of values, or twice as many in pairs: few, so that many threads have room; whole steps of the
-// micro-kernel.
-constexpr int64_t kStagedColumns = 48;
+// So many columns of values are staged at a time, in elements of `size` numbers: few, so that many
+// threads have room; all, if they are not many more; else whole steps of the micro-kernel.
+constexpr int64_t staged_columns(int64_t columns, int64_t size) {
+    const int64_t all = (columns + size - 1) / size;
+    return all <= 64 ? all : 48;
+}
 static_assert(kPageKeys % kKeyTile == 0);
 
 // Calls visit<First, Last>(begin, end) for the keys of a tile between one cut and the next, with
@@ -47,7 +50,7 @@ bool in_pairs(const Block& block) {
 template <class T>
 struct Shared {
     T* scores;   // (keys, `width` lanes) S^T, then P^T; of this, pairs fill half the rows
-    T* staging;  // (keys, kStagedColumns or lanes) rows of a mask, or columns of values
+    T* staging;  // (keys, staged_columns() or lanes) rows of a mask, or values
     T* key;      // (keys, head_dim) and
     T* value;    // (keys, value_head_dim): of a narrower type, widened; or values, in pairs
     bool some_at_a_time;  // key, then, has key_rows of kDepth, in staging, and value one row
@@ -59,10 +62,9 @@ struct Shared {
     Shared(const Block& block, int64_t width, bool alone, Scratch& scratch) {
         using V = Vec<T>;
         const int64_t keys = block.kv_len < kKeyTile ? block.kv_len + block.kv_len % 2 : kKeyTile;
-        const int64_t columns =
-            block.value_head_dim < kStagedColumns ? block.value_head_dim : kStagedColumns;
-        scores = scratch.take<T>(keys * width);
         const bool prepares = block.kv_dtype != kDtype<T>, pairs = in_pairs<T>(block);
+        const int64_t columns = staged_columns(block.value_head_dim, pairs ? 2 : 1);
+        scores = scratch.take<T>(keys * width);
         int64_t of_staging = V::padded(keys) * (columns > V::lanes ? columns : V::lanes);
         int64_t of_key = prepares && !pairs ? V::padded(keys * block.head_dim) : 0;
         int64_t of_value = prepares ? V::padded(keys * block.value_head_dim) : 0;

@@ -547,13 +547,19 @@ def minutes():
     fastattn.attention(query, key, key[..., :1])
 
 
-def wait_for_interrupt():
+def short_sequences():
+    """Decode for long, in so many sequences that no part of the work takes long."""
+    query = np.broadcast_to(np.float32(1), (2**25, 1, 1, 1))
+    fastattn.attention(query, query, query, out=np.zeros(query.shape, np.float32))
+
+
+def wait_for_interrupt(call=minutes):
     """Start a call of minutes; say when, and when it was interrupted; make another."""
     query = problem()
     expected = attend(query)
     print("ready", flush=True)
     try:
-        minutes()
+        call()
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     assert np.array_equal(attend(query), expected)
@@ -563,6 +569,16 @@ def wait_for_interrupt():
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_interrupt(threads):
     interrupt(wait_for_interrupt, threads)
+
+
+def wait_for_interrupt_of_short_sequences():
+    wait_for_interrupt(short_sequences)
+
+
+@pytest.mark.promise("interrupt-within-a-second")
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_interrupt_of_short_sequences(threads):
+    interrupt(wait_for_interrupt_of_short_sequences, threads)
 
 
 def handle_another_signal():

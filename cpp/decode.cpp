@@ -25,7 +25,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr auto kPatience = std::chrono::milliseconds(50);  // between two looks at Ctrl-C
 constexpr int64_t kMostVisited = 1 << 16;                  // batch elements between two such looks
-constexpr int kMostSlices = 64;                            // that a plan looks at
+constexpr int kMostLooks = 64;  // of a plan: at slices, and at the waves of a slice
 
 // Places for partials in memory, one after the other. Each holds some rows; each head has the same.
 class Places {
@@ -660,12 +660,13 @@ void plan_decode(const Call& call, Plan& plan) {
     plan.threads = 1, plan.scratch_bytes = 0;
     decode.each_slice([&](const Slice& slice) {
         plan.threads = std::max(plan.threads, slice.team);
+        int waves = 0;
         decode.each_wave(slice, [&](const Wave& wave) {
             plan.scratch_bytes = std::max(plan.scratch_bytes,
                                           decode.carried_bytes(slice) + decode.bytes(slice, wave));
-            return true;
+            return ++waves < kMostLooks;
         });
-        return ++slices < kMostSlices;
+        return ++slices < kMostLooks;
     });
 }
 

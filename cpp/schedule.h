@@ -71,7 +71,7 @@ struct RowCosts {
 struct RowsToCut {
     double heads;      // of all sequences, key heads
     int64_t rows = 0;  // of a head
-    int64_t keys = 0;  // that one of its rows sees
+    int64_t keys = 1;  // that one of its rows sees, at least
     double pairs = 0;  // of all rows with the keys that they see
     int64_t lanes, query_tile;
     bool in_window;

@@ -39,7 +39,6 @@ class Split {
     static constexpr bool quantized = sizeof(Element) == 1;
     // From a row's scores to the next one's: rows do not compete for a cache line's place.
     static constexpr int64_t pitch = kSplitKeys + lanes;
-    static constexpr int64_t staged = 8 * lanes;  // columns at a time: many threads have room
 
     struct Chunk {
         Span keys;
@@ -64,7 +63,7 @@ class Split {
     T* const query;        // (rows, query_pitch) scaled, padded with zeros; or pairs
     T* const scores;       // (rows, pitch) S, then P
     T* const score_scale;  // (rows) what load_query() left out of the query
-    T* const staging;      // (kChunk) of a mask, or of scales, or (kChunk, staged) values
+    T* const staging;      // (kChunk) of a mask, or of scales, or (kChunk, partials.pitch) values
 
    public:
     Split(const Block& whole, void* into, Scratch& scratch)
@@ -77,7 +76,7 @@ class Split {
           query(scratch.take<T>(rows * query_pitch)),
           scores(scratch.take<T>(rows * pitch)),
           score_scale(scratch.take<T>(V::padded(rows))),
-          staging(scratch.take<T>(kChunk * staged)) {}
+          staging(scratch.take<T>(value_head_dim > 0 ? kChunk * partials.pitch : kChunk)) {}
 
     void attend() {
         if (block.stop.requested(block.stop.context)) return;
@@ -118,18 +117,9 @@ class Split {
             if (!is_seen(chunk)) return;
             value = row_of<Element>(block, block.value, chunk.keys.begin, chunk.first);
             look_ahead(block.value, following(chunk), value_head_dim);
-            if ((set_apart[chunk.first] & bit(chunk)) == 0) {
-                return add_values(0, value_head_dim, value, block.value.stride);
-            }
-            for (int64_t first = 0, last; first < value_head_dim; first = last) {
-                last = value_head_dim - first < staged ? value_head_dim : first + staged;
-                stage_finite(first, last);
-                if constexpr (InPairs) {
-                    add_values(first, last, reinterpret_cast<const Element*>(staging), staged);
-                } else {
-                    add_values(first, last, staging, staged);
-                }
-            }
+            const bool apart = (set_apart[chunk.first] & bit(chunk)) != 0;
+            if (apart) stage_finite();
+            in_row_steps([&]<int Rows>(int64_t r) { add_values<Rows>(r, apart); });
         });
     }
 
@@ -490,62 +480,64 @@ class Split {
         return true;
     }
 
-    // The values to use instead, of the columns [first, last): (kChunk, staged), of Elements for
-    // pairs.
-    void stage_finite(int64_t first, int64_t last) const {
+    // The values to use instead: (kChunk, partials.pitch), or (kChunk, value_head_dim) Elements.
+    void stage_finite() const {
         for (int64_t j = 0; j < chunk.keys.size(); ++j) {
-            for (int64_t d = first; d < last; ++d) {
+            for (int64_t d = 0; d < value_head_dim; ++d) {
                 const Element from = value[j * block.value.stride + d];
                 const T x = added<T>(from);
                 const bool finite = x - x == 0;
-                const int64_t to = j * staged + d - first;
                 if constexpr (InPairs) {
-                    reinterpret_cast<Element*>(staging)[to] = finite ? from : Element{};
+                    reinterpret_cast<Element*>(staging)[j * value_head_dim + d] =
+                        finite ? from : Element{};
                 } else {
-                    staging[to] = finite ? x : T(0);
+                    staging[j * partials.pitch + d] = finite ? x : T(0);
                 }
             }
         }
     }
 
-    // Of the chunk, the columns [first, last), from where they lie.
-    template <class From>
-    void add_values(int64_t first, int64_t last, const From* from, int64_t stride) const {
-        in_row_steps([&]<int Rows>(int64_t r) {
-            const T* const probs = scores_of(chunk.first + r);
-            if constexpr (InPairs) {
-                add_pairs<Rows>(r, first, last, probs - (chunk.keys.begin - base) / 2, from - first,
-                                stride);
-            } else {
-                add_numbers<Rows>(r, first, last, probs, from - first, stride);
-            }
-        });
+    // Of the chunk; staged: those of stage_finite().
+    template <int Rows>
+    void add_values(int64_t row, bool staged) const {
+        const int64_t count = chunk.keys.size();
+        const T* const probs =
+            scores_of(chunk.first + row) - (InPairs ? (chunk.keys.begin - base) / 2 : 0);
+        if constexpr (InPairs) {
+            const auto* const instead = reinterpret_cast<const Element*>(staging);
+            add_pairs<Rows>(row, probs, staged ? instead : value,
+                            staged ? value_head_dim : block.value.stride, count);
+        } else if (staged) {
+            add_numbers<Rows>(row, probs, staging, partials.pitch, count);
+        } else {
+            add_numbers<Rows>(row, probs, value, block.value.stride, count);
+        }
     }
 
     template <int Rows, class From>
-    void add_numbers(int64_t row, int64_t first, int64_t last, const T* probs, const From* from,
-                     int64_t stride) const {
+    void add_numbers(int64_t row, const T* probs, const From* from, int64_t stride,
+                     int64_t count) const {
         constexpr int most = Rows <= 2 ? 8 : 4;
-        int64_t d = first;
-        for (; d + most * lanes <= last; d += most * lanes) {
-            add_columns<Rows, most>(row, d, probs, from, stride, chunk.keys.size());
+        int64_t d = 0;
+        for (; d + most * lanes <= value_head_dim; d += most * lanes) {
+            add_columns<Rows, most>(row, d, probs, from, stride, count);
         }
-        for (; d < last; d += lanes) {
-            add_columns<Rows, 1>(row, d, probs, from, stride, chunk.keys.size());
+        for (; d < value_head_dim; d += lanes) {
+            add_columns<Rows, 1>(row, d, probs, from, stride, count);
         }
     }
 
     // The values of two keys at a time, whose elements are paired in registers.
     template <int Rows>
-    void add_pairs(int64_t row, int64_t first, int64_t last, const T* probs, const Element* from,
-                   int64_t stride) const {
+    void add_pairs(int64_t row, const T* probs, const Element* from, int64_t stride,
+                   int64_t count) const {
         constexpr int most = Rows <= 2 ? 4 : 2;  // of a vector for the low halves, one for the high
-        int64_t d = first;
-        for (; d + most * step <= last; d += most * step) {
-            add_paired_columns<Rows, most>(row, d, probs, from, stride, chunk.keys.size());
+        int64_t d = 0;
+        for (; d + most * step <= value_head_dim; d += most * step) {
+            add_paired_columns<Rows, most>(row, d, probs, from, stride, count);
         }
-        for (; d < last; d += step) {
-            add_paired_columns<Rows, 1>(row, d, probs, from, stride, chunk.keys.size());
+        for (; d < value_head_dim; d += step) {
+            add_paired_columns<Rows, 1>(row, d, probs, from, stride, count);
         }
     }
 

@@ -66,7 +66,7 @@ double time_of(const RowsToCut& work, const RowCosts& costs, int64_t rows, bool 
 
 // Decoding.
 constexpr int64_t kItemsLeft = 2;       // for each thread, at least, where keys are shared
-constexpr double kWorthCutting = 0.9;   // of the time without: each cut reads the keys again
+constexpr double kWorthCutting = 0.8;   // of the time without: each cut reads the keys again
 constexpr double kAlikeSeconds = 0.75;  // of the longest
 constexpr double kReadBytesPerSecond = 25e9, kPairFlopsPerSecond = 200e9;  // of one thread
 constexpr double kTaskSeconds = 0.5e-6, kMergedRowSeconds = 50e-9;

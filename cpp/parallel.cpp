@@ -139,7 +139,6 @@ struct alignas(64) Worker {
     // With the mutex:
     std::mutex mutex;
     std::condition_variable wake;
-    int cpu = -1;        // where it fell asleep
     bool moved = false;  // it may not run on all of them now
 
     CpuSet cpus{};  // that it may run on; for itself alone
@@ -289,15 +288,14 @@ class Workers {
     template <class Offered>
     static void sleep_until(Worker& me, const Offered& offered) {
         std::unique_lock<std::mutex> lock(me.mutex);
-        me.cpu = current_cpu();
         me.sleeps = true;
         me.wake.wait(lock, [&] { return offered() || me.moved; });
         me.sleeps = false;
         if (std::exchange(me.moved, false)) run_on(0, me.cpus);
     }
 
-    // Wakes some of those to whom the job is offered. One that fell asleep on the CPU of a thread
-    // that works now would wait for it there: it is woken on another one.
+    // Wakes some of those to whom the job is offered, away from the CPUs of threads that work now:
+    // the system likes to wake one there, where it waits for milliseconds, even if others are idle.
     void rouse_some(Job& job) {
         const int size = size_.load(std::memory_order_acquire), here = current_cpu();
         for (int roused = 0; roused < kRoused;) {
@@ -307,7 +305,7 @@ class Workers {
             if (worker.job.load() != &job || !worker.sleeps.load()) continue;
             {
                 const std::lock_guard<std::mutex> lock(worker.mutex);
-                if (worker.sleeps && (worker.cpu == job.cpu || worker.cpu == here) &&
+                if (worker.sleeps &&
                     run_on(worker.thread, job.cpus.without(job.cpu).without(here))) {
                     worker.moved = true;
                 }

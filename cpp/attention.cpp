@@ -17,6 +17,7 @@
 #include "call.h"
 #include "kernel/kernel.h"
 #include "parallel.h"
+#include "platform.h"
 #include "split.h"
 
 namespace fastattn {
@@ -76,7 +77,9 @@ class Blocks {
                                 {.item_seconds = block_seconds_});
         }
         char* const slots = memory_of(threads_, memory.get());
+        Patience patience(interrupt);
         for (Wave wave; next(wave);) {
+            if (patience.ended()) return false;
             const auto attend = [&](int64_t i, int worker, const Stop& stop) {
                 const Unit& unit = wave.units[size_t(i)];
                 char* const mine = memory_of(worker, memory.get());
@@ -563,9 +566,15 @@ class Blocks {
 
 bool attention(const AttentionArgs& args, Interrupt interrupt) {
     const Call call(args);
-    if (!call.packed() && call.decodes(args.q_len)) return decode(call, interrupt);
-    if (!Blocks(call, false).run(interrupt)) return false;
-    return !call.packed() || decode(call, interrupt);
+    const bool decodes = call.packed() || call.decodes(args.q_len);
+    const bool attends = call.packed() || !decodes;
+    for (;;) {
+        const int process = process_id();
+        if (attends && !Blocks(call, false).run(interrupt)) return false;
+        if (decodes && !decode(call, interrupt)) return false;
+        // A child that a signal handler forked has lost what other threads had merged by halves.
+        if (process_id() == process) return true;
+    }
 }
 
 Plan plan_attention(const AttentionArgs& args) {
@@ -578,8 +587,9 @@ Plan plan_attention(const AttentionArgs& args) {
 Schedule schedule_attention(const AttentionArgs& args) {
     const Call call(args);
     Schedule schedule;
-    if (call.packed() || !call.decodes(args.q_len)) Blocks(call, false).add_phases(schedule);
-    if (call.packed() || call.decodes(args.q_len)) schedule_decode(call, schedule);
+    const bool decodes = call.packed() || call.decodes(args.q_len);
+    if (call.packed() || !decodes) Blocks(call, false).add_phases(schedule);
+    if (decodes) schedule_decode(call, schedule);
     return schedule;
 }
 

@@ -207,12 +207,20 @@ class Backward {
     GradientLoad load_of(int64_t keys) {
         set_block_keys(keys);
         GradientLoad load{key_blocks_, 0, 0};
+        double all = 0;  // of a chain: the heads of a sequence are alike
         for (size_t i = 0; i < chains_.size(); ++i) {
-            for (int64_t k = 0; k < chains_[i].key_blocks; ++k) {
+            const auto batch = [&](size_t chain) {
+                return heads_[chains_[chain].first_head].batch;
+            };
+            const bool alike = i > 0 && chains_[i].heads == 1 && chains_[i - 1].heads == 1 &&
+                               batch(i) == batch(i - 1);
+            if (!alike) all = 0;
+            for (int64_t k = 0; !alike && k < chains_[i].key_blocks; ++k) {
                 const double seconds = this->seconds({i, k, 0, 0, 0});
                 load.longest = std::max(load.longest, seconds);
-                load.total += seconds;
+                all += seconds;
             }
+            load.total += all;
         }
         return load;
     }
@@ -274,6 +282,7 @@ class Backward {
         const auto bound = [&](int part) -> int64_t {
             if (part == parts_) return 0;
             const int64_t row_block = past_of_head + head.before - chain.row_blocks * part / parts_;
+            if (row_block <= head.row_blocks.begin) return head.row_blocks.begin;
             return (row_block + kRowBlocksInRun - 1) / kRowBlocksInRun * kRowBlocksInRun;
         };
         const Interval part{std::max(first, bound(item.part + 1)),

@@ -8,7 +8,6 @@
 // attention.cpp; calls the kernel's table (kernel/kernel.h) through parallel_for.
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstring>
 #include <tuple>
 #include <vector>
@@ -22,10 +21,8 @@
 namespace fastattn {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-constexpr auto kPatience = std::chrono::milliseconds(50);  // between two looks at Ctrl-C
-constexpr int64_t kMostVisited = 1 << 16;                  // batch elements between two such looks
-constexpr int kMostLooks = 64;  // of a plan: at slices, and at the waves of a slice
+constexpr int64_t kMostVisited = 1 << 16;  // batch elements between two such looks
+constexpr int kMostLooks = 64;             // of a plan: at slices, and at the waves of a slice
 
 // Places for partials in memory, one after the other. Each holds some rows; each head has the same.
 class Places {
@@ -612,22 +609,6 @@ class Decode {
     const size_t partial_bytes_;  // of a row of one head
     const DecodeCosts costs_;
     int64_t heads_;  // of a slice, at most
-};
-
-// Asks about Ctrl-C between calls of parallel_for, each too short to do so.
-class Patience {
-    const Interrupt interrupt_;
-    Clock::time_point asked_;  // when the first was to begin, or later
-
-   public:
-    explicit Patience(Interrupt interrupt) : interrupt_(interrupt) {}
-    bool ended() {
-        const Clock::time_point now = Clock::now();
-        if (asked_ == Clock::time_point()) asked_ = now;
-        if (interrupt_.requested == nullptr || now - asked_ < kPatience) return false;
-        asked_ = now;
-        return interrupt_.requested();
-    }
 };
 
 // Whether there is anything to compute and to store.

@@ -368,7 +368,9 @@ bool run_in_pool_of_caller(Job& job, Interrupt interrupt) {
     int* const second = &pool_thread;
     while (job.next < job.items && !job.stopped && !caller.in_child) {
         if (pool_in_use.exchange(true)) {
-            work(job, 0, {caller_stopped, &caller}, [] { return pool_in_use.load(); });
+            Caller alone{job, interrupt};
+            work(job, 0, {caller_stopped, &alone}, [] { return pool_in_use.load(); });
+            caller.in_child = process_id() != process_of_load;
             continue;
         }
         const auto end = Clock::now() + kPatience;
@@ -468,6 +470,14 @@ int get_num_threads() {
         once(threads_of_openmp, [] { return number_in("OMP_NUM_THREADS"); }) > 0;
     const int openmp = std::min(omp_get_max_threads(), kMostThreads);
     return openmp_set ? openmp : std::min(openmp, usable_cpus());
+}
+
+bool Patience::ended() {
+    const auto now = Clock::now();
+    if (asked_ == Clock::time_point()) asked_ = now;
+    if (interrupt_.requested == nullptr || now - asked_ < kPatience) return false;
+    asked_ = now;
+    return interrupt_.requested();
 }
 
 void record_items(bool on) {

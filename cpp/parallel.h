@@ -4,6 +4,7 @@
 // limits.cpp say what the items of work are; parallel.cpp knows about threads, forks and Ctrl-C.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -29,6 +30,17 @@ struct Hints {
 using Body = std::function<void(int64_t item, int worker, const Stop& stop)>;
 bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body,
                   const Hints& hints = {});
+
+// Asks about Ctrl-C between calls of parallel_for that are each too short to do so.
+class Patience {
+   public:
+    explicit Patience(Interrupt interrupt) : interrupt_(interrupt) {}
+    bool ended();  // true: interrupted
+
+   private:
+    const Interrupt interrupt_;
+    std::chrono::steady_clock::time_point asked_{};  // when the first was to begin, or later
+};
 
 // While it is on, calls of this thread run alone, cut as for get_num_threads(), and the seconds of
 // each item are kept, for a simulator. recorded_items(): of each parallel_for since, which are then

@@ -229,7 +229,9 @@ class Sums : Heads {
         const size_t edge_bytes = size_t(at_once * edges) * sizeof(double);
         const Memory edge_memory = allocate(edge_bytes);
         lend(edge_memory.get(), int64_t(edge_bytes));
+        Patience patience(interrupt);
         for (int64_t head = 0; head < count(); head += at_once) {
+            if (patience.ended()) return false;
             const int64_t heads = std::min(at_once, count() - head);
             double* const edge = reinterpret_cast<double*>(edge_memory.get());
             const bool finished =

@@ -166,6 +166,20 @@ def test_order_of_key_blocks(seen, heads, threads):
         assert_same_bits(grads_of(operands, SEEN[seen]), alone)
 
 
+@pytest.mark.promise("bitwise-gradients")
+@pytest.mark.parametrize("heads", [2, 3, 4])
+@pytest.mark.parametrize("offset", [-300, -192, -100])
+def test_parts_of_a_chain_whose_first_rows_see_nothing(offset, heads, threads):
+    """A bias that heads share makes them a chain; its key blocks are done in parts by threads."""
+    operands = make_problem(480, 640, 8, heads=heads)
+    options = {"bias": np.zeros(640), "is_causal": True, "query_offset": offset}
+    threads(1)
+    alone = grads_of(operands, options)
+    for count in (2, 3, 5):
+        threads(count)
+        assert_same_bits(grads_of(operands, options), alone)
+
+
 @pytest.mark.promise("gradients-sum-over-what-repeats", "bitwise-gradients")
 def test_batches_are_computed_alone_and_summed_where_they_share():
     query, key, value = make_problem(50, 140, 16, heads=2, batch=(2, 3))

@@ -98,7 +98,11 @@ def heads_apart(r):
 def batch_apart(r):
     """Give an operand batch axes that do not broadcast."""
     name, x = r.operand()
-    if x.ndim < 4 or r.batch[-1] in (0, 1):
+    others = (
+        y for other, y in r.given.items() if other in ("query", "key", "value") and y is not x
+    )
+    whole = any(y.ndim >= 4 and y.shape[-4] == r.batch[-1] for y in others)
+    if x.ndim < 4 or r.batch[-1] in (0, 1) or not whole:
         return None
     return {name: np.zeros((*x.shape[:-4], r.batch[-1] + 1, *x.shape[-3:]), x.dtype)}
 

@@ -553,6 +553,13 @@ def short_sequences():
     fastattn.attention(query, query, query, out=np.zeros(query.shape, np.float32))
 
 
+def spans():
+    """Attend for long with few queries to many keys, whose parts of the work are short."""
+    query = np.broadcast_to(np.float32(1), (1, 40, 8))
+    key = np.broadcast_to(np.float32(1), (1, 2**28, 8))
+    fastattn.attention(query, key, np.broadcast_to(np.float32(1), (1, 2**28, 1500)))
+
+
 def wait_for_interrupt(call=minutes):
     """Start a call of minutes; say when, and when it was interrupted; make another."""
     query = problem()
@@ -575,10 +582,15 @@ def wait_for_interrupt_of_short_sequences():
     wait_for_interrupt(short_sequences)
 
 
+def wait_for_interrupt_of_spans():
+    wait_for_interrupt(spans)
+
+
 @pytest.mark.promise("interrupt-within-a-second")
 @pytest.mark.parametrize("threads", ["1", "2"])
-def test_interrupt_of_short_sequences(threads):
-    interrupt(wait_for_interrupt_of_short_sequences, threads)
+@pytest.mark.parametrize("of", ["short_sequences", "spans"])
+def test_interrupt_between_short_parts(of, threads):
+    interrupt(globals()[f"wait_for_interrupt_of_{of}"], threads)
 
 
 def handle_another_signal():
@@ -621,12 +633,25 @@ def fork_during(name, raises, seconds):
     return fork_in_a_handler(lambda: np.array_equal(call(query), expected), seconds, raises)
 
 
+def decode(query):
+    """Attend with as many rows as a key head can have in decoding, whose keys are cut."""
+    keys = np.resize(query.reshape(-1, 64), (2, 2**17, 64))
+    return fastattn.attention(np.resize(query, (32, 16, 64)), keys, keys)
+
+
+def attend_in_spans(query):
+    """Attend with so few queries that threads share a block's keys."""
+    keys = np.resize(query.reshape(-1, 64), (1, 2**18, 64))
+    return fastattn.attention(query[0, :1, :40], keys, keys)
+
+
 @pytest.mark.promise("fork-never-hangs")
 @pytest.mark.parametrize("raises", [False, True], ids=["goes on", "raises"])
 @pytest.mark.parametrize("threads", ["1", "2"])
-def test_fork_in_a_signal_handler(threads, raises):
+@pytest.mark.parametrize("name", ["attend", "decode", "attend_in_spans"])
+def test_fork_in_a_signal_handler(name, threads, raises):
     env = {"FASTATTN_NUM_THREADS": threads}
-    assert run(fork_during, "attend", raises, 0.1, env=env) == 0
+    assert run(fork_during, name, raises, 0.1, env=env) == 0
 
 
 # Some time on, most likely in the backward pass.

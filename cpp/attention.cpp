@@ -17,7 +17,6 @@
 #include "call.h"
 #include "kernel/kernel.h"
 #include "parallel.h"
-#include "platform.h"
 #include "split.h"
 
 namespace fastattn {
@@ -569,11 +568,11 @@ bool attention(const AttentionArgs& args, Interrupt interrupt) {
     const bool decodes = call.packed() || call.decodes(args.q_len);
     const bool attends = call.packed() || !decodes;
     for (;;) {
-        const int process = process_id();
+        const int before = times_begun_again();
         if (attends && !Blocks(call, false).run(interrupt)) return false;
         if (decodes && !decode(call, interrupt)) return false;
         // A child that a signal handler forked has lost what other threads had merged by halves.
-        if (process_id() == process) return true;
+        if (times_begun_again() == before) return true;
     }
 }
 

@@ -158,29 +158,42 @@ class Decode {
             missing[i] = is_first(slice, wave, i / size_t(slice.heads)) ? 1 : 2;
         }
         const Work work{slice, wave, carried, memory.get() + scratch * team, missing.data()};
-        return parallel_for(int64_t(wave.tasks.size()) * slice.heads, slice.team, interrupt,
-                            [&](int64_t item, int worker, const Stop& stop) {
-                                char* const mine = memory.get() + size_t(worker) * scratch;
-                                const Item which = item_of(slice, wave, item);
-                                attend(work, *which.task, which.head, mine, stop);
-                                take_back(mine, scratch);
-                            });
+        const int64_t items = int64_t(wave.tasks.size()) * slice.heads;
+        const auto attend_item = [&](int64_t item, int worker, const Stop& stop) {
+            char* const mine = memory.get() + size_t(worker) * scratch;
+            const Item which = item_of(slice, wave, item);
+            attend(work, *which.task, which.head, mine, stop);
+            if (!merges_alone(slice.team)) merge_all_of(work, *which.task, which.head, mine);
+            take_back(mine, scratch);
+        };
+        if (!parallel_for(items, slice.team, interrupt, attend_item)) return false;
+        if (!merges_alone(slice.team) || wave.links.empty()) return true;
+        const auto merge_all = [&](int64_t item, int, const Stop&) {
+            const Item which = item_of(slice, wave, item);
+            merge_all_of(work, *which.task, which.head, memory.get());
+        };
+        parallel_for(items, 1, {}, merge_all);
+        take_back(memory.get(), scratch);
+        return true;
     }
 
-    // What run() does. Most partials are merged as soon as they are there.
-    Phase phase(const Slice& slice, const Wave& wave) const {
-        Phase phase{slice.team, {}};
+    // Adds what run() does. In large teams most partials are merged as soon as they are there.
+    void add_phases(const Slice& slice, const Wave& wave, Schedule& schedule) const {
+        Phase attending{slice.team, {}}, merging{1, {}};
         for (int64_t item = 0; item < int64_t(wave.tasks.size()) * slice.heads; ++item) {
             const Task& task = *item_of(slice, wave, item).task;
-            double seconds = task.seconds;
+            double merge = 0;
             for (int i = task.first; i < task.first + task.count; ++i) {
                 const Share& share = wave.shares[size_t(i)];
                 if (share.link < 0) continue;
-                seconds += costs_.merge(double(slice.members[size_t(share.member)].rows));
+                merge += costs_.merge(double(slice.members[size_t(share.member)].rows));
             }
-            phase.items.push_back({Step{seconds}});
+            const bool later = merges_alone(slice.team);
+            attending.items.push_back({Step{task.seconds + (later ? 0 : merge)}});
+            if (later && merge > 0) merging.items.push_back({Step{merge}});
         }
-        return phase;
+        schedule.phases.push_back(attending);
+        if (!merging.items.empty()) schedule.phases.push_back(merging);
     }
 
    private:
@@ -562,8 +575,13 @@ class Decode {
             rows += member(i).rows;
             partial += size_t(member(i).rows) * partial_bytes_;
         }
-        for (int i = 0; i < task.count; ++i) {
-            if (shares[i].link >= 0) merge(work, size_t(shares[i].link), head, memory);
+    }
+
+    // Merges what a task has given, as far as it can be. memory: scratch_bytes() of it.
+    void merge_all_of(const Work& work, const Task& task, int64_t head, char* memory) const {
+        for (int i = task.first; i < task.first + task.count; ++i) {
+            const int link = work.wave.shares[size_t(i)].link;
+            if (link >= 0) merge(work, size_t(link), head, memory);
         }
     }
 
@@ -656,7 +674,7 @@ void schedule_decode(const Call& call, Schedule& schedule) {
     const Decode decode(call);
     decode.each_slice([&](const Slice& slice) {
         return decode.each_wave(slice, [&](const Wave& wave) {
-            schedule.phases.push_back(decode.phase(slice, wave));
+            decode.add_phases(slice, wave, schedule);
             schedule.scratch_bytes = std::max(
                 schedule.scratch_bytes, decode.carried_bytes(slice) + decode.bytes(slice, wave));
             return true;

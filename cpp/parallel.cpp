@@ -430,7 +430,7 @@ int usable_cpus() {
     return limit > 0 ? std::min(most, limit) : most;
 }
 
-std::atomic<int> wanted_threads{0};
+std::atomic<int> wanted_threads{0}, begun_again{0};
 
 // See record_items(). Of the thread; never destroyed.
 thread_local std::vector<std::vector<double>>* recording = nullptr;
@@ -472,6 +472,8 @@ int get_num_threads() {
     return openmp_set ? openmp : std::min(openmp, usable_cpus());
 }
 
+int times_begun_again() { return begun_again.load(std::memory_order_relaxed); }
+
 bool Patience::ended() {
     const auto now = Clock::now();
     if (asked_ == Clock::time_point()) asked_ = now;
@@ -502,6 +504,7 @@ bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& b
             return run_in_pool_of_caller(job, interrupt);
         }
         if (workers_of_this_process().run(job, interrupt) || job.stopped) return !job.stopped;
+        ++begun_again;
     }
     return work_alone(items, interrupt, body);
 }

@@ -31,6 +31,10 @@ using Body = std::function<void(int64_t item, int worker, const Stop& stop)>;
 bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& body,
                   const Hints& hints = {});
 
+// How often the items of a parallel_for had to begin again, all of them, in a child that a signal
+// handler forked amid some of them: what they give must not depend on what they gave before.
+int times_begun_again();
+
 // Asks about Ctrl-C between calls of parallel_for that are each too short to do so.
 class Patience {
    public:

@@ -179,6 +179,8 @@ int64_t members_of_task(int64_t items, int threads) {
     return std::max<int64_t>(items / (threads * kItemsLeft), 1);
 }
 
+bool merges_alone(int threads) { return threads <= 4; }
+
 bool are_alike(double seconds, double others) { return others > kAlikeSeconds * seconds; }
 
 int64_t items_of_wave(int64_t items, int threads) {

@@ -132,6 +132,10 @@ int64_t rows_together(int64_t rows, int threads, int64_t heads, size_t row_bytes
 // all threads have work.
 int64_t members_of_task(int64_t items, int threads);
 
+// Whether one thread merges all partials of a wave, at its end. While a team attends, what merging
+// looks at leaves the caches: a small team loses more by that than the rest waits for one thread.
+bool merges_alone(int threads);
+
 // Whether two tasks, of which the first takes longer, may run in any order.
 bool are_alike(double seconds, double others);
 

@@ -96,23 +96,34 @@ def test_fork_in_a_signal_handler():
     assert run(fork_during_a_call) == 0
 
 
-def wait_for_interrupt():
+def wait_for_interrupt(query, key, value):
     """Start a call of minutes in this thread's pool; say when, and when it was interrupted."""
-    query = rand(1, 1, 1024, 64, dtype=torch.float32).expand(1, 4096, -1, -1)
-    key = rand(1, 1, 32768, 64, dtype=torch.float32).expand(1, 4096, -1, -1)
     print("ready", flush=True)
     try:
-        ft.scaled_dot_product_attention(query, key, key[..., :1])
+        ft.scaled_dot_product_attention(query, key, value)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     small = big()
     assert ft.scaled_dot_product_attention(small, small, small).isfinite().all()
 
 
+def many_short_items():
+    query = rand(1, 1, 1024, 64, dtype=torch.float32).expand(1, 4096, -1, -1)
+    key = rand(1, 1, 32768, 64, dtype=torch.float32).expand(1, 4096, -1, -1)
+    wait_for_interrupt(query, key, key[..., :1])
+
+
+def long_items():
+    query = rand(1, 16, 17, 64, dtype=torch.float32)
+    key = rand(1, 1, 1, 64, dtype=torch.float32).expand(1, 16, 2**28, 64)
+    wait_for_interrupt(query, key, key)
+
+
 @pytest.mark.promise("interrupt-within-a-second")
 @pytest.mark.parametrize("threads", ["1", "2"])
-def test_interrupt(threads):
-    interrupt(wait_for_interrupt, threads)
+@pytest.mark.parametrize("call", [many_short_items, long_items])
+def test_interrupt(call, threads):
+    interrupt(call, threads)
 
 
 def calls_of_tensors(query):

@@ -247,14 +247,14 @@ def test_set_num_threads_wins(count):
 
 
 def use_a_team_for_less():
-    """Return how many threads there are after calls with work for 4 and 2, and a setting of 3."""
+    """Return how many threads there are after calls for 4, 2 and 3 threads."""
     before = tasks()
     teams = []
-    for setting, heads in ((4, 4), (4, 2), (3, 4)):
+    for setting, heads, threads in ((4, 4, 4), (4, 1, 2), (3, 4, 3)):
         fastattn.set_num_threads(setting)
-        array = problem(heads, 32768)  # long enough for all to wake
-        few = array[..., :17, :]  # so many that the keys are not cut
-        assert fastattn.explain(few, array, array)["threads"] == min(setting, heads)
+        array = problem(heads, 4096)  # so few that no two threads share a block's keys
+        few = array[..., :17, :]  # two vectors of rows for each head
+        assert fastattn.explain(few, array, array)["threads"] == threads
         fastattn.attention(few, array, array)
         teams.append(tasks() - before)
     return teams

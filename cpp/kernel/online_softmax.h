@@ -179,7 +179,10 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
 
     // Finds or prepares the values likewise.
     void find_values(int64_t tile) {
-        if (shared->some_at_a_time) return;
+        if (shared->some_at_a_time) {
+            value_stride = value_head_dim;
+            return;
+        }
         const int64_t keys = this->keys_of(tile);
         if constexpr (InPairs) {
             tile_value = reinterpret_cast<const BFloat16*>(shared->value);

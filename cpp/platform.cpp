@@ -64,8 +64,6 @@ bool thread_sleeps(int thread) {
     return name_end != std::string::npos && stat[name_end + 2] == 'S';
 }
 
-void yield() { sched_yield(); }
-
 void sleep_forever() {
     for (;;) pause();
 }

@@ -16,7 +16,6 @@ int process_id();
 int thread_id();                 // of the calling thread; no other one of the system has it
 bool is_main_thread();           // the one that the process began with
 bool thread_sleeps(int thread);  // of this process, by its thread_id(); false: or there is none
-void yield();                    // lets another thread have the CPU
 [[noreturn]] void sleep_forever();
 
 // In a loop that waits for another thread: leaves the core to its sibling for a moment.

@@ -19,7 +19,7 @@ WITH_TORCH = ("fastattn", "torch")
 WITH_VLLM = ("fastattn", "vllm")
 SERVERS = (*WITH_TORCH, "vllm", "zentorch", "pace")
 DECODERS = (*SERVERS, "onnxruntime")  # the others are several times slower
-# Of fastattn in a process with torch; all but the last come right behind an operator of torch.
+# Of fastattn in a process with torch; the first two come right behind an operator of torch.
 TENSOR_CALLS = ("tensors", "tensors to fastattn.torch", "drop-in")
 
 

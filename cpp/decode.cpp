@@ -161,8 +161,9 @@ class Decode {
         const int64_t items = int64_t(wave.tasks.size()) * slice.heads;
         const auto attend_item = [&](int64_t item, int worker, const Stop& stop) {
             char* const mine = memory.get() + size_t(worker) * scratch;
-            const Item which = item_of(slice, wave, item);
-            attend(work, *which.task, which.head, mine, stop);
+            const Item which = item_of(slice, wave, item), none{};
+            const int64_t next = item + slice.team;  // unless others are slower, or faster
+            attend(work, which, next < items ? item_of(slice, wave, next) : none, mine, stop);
             if (!merges_alone(slice.team)) merge_all_of(work, *which.task, which.head, mine);
             take_back(mine, scratch);
         };
@@ -538,10 +539,13 @@ class Decode {
         return work.waiting + work.wave.waiting.offset(head, place, partial_bytes_);
     }
 
-    // memory: scratch_bytes() of it.
-    void attend(const Work& work, const Task& task, int64_t head, char* memory,
+    // memory: scratch_bytes() of the item. next: what the thread comes to afterwards; its task may
+    // be null.
+    void attend(const Work& work, const Item& item, const Item& next, char* memory,
                 const Stop& stop) const {
         const Slice& slice = work.slice;
+        const Task& task = *item.task;
+        const int64_t head = item.head;
         const Share* const shares = work.wave.shares.data() + task.first;
         const auto member = [&](int i) -> const Member& {
             return slice.members[size_t(shares[i].member)];
@@ -565,6 +569,7 @@ class Decode {
         whole.rows = mine.rows;
         whole.scratch = mine.kernel;
         whole.stop = stop;
+        if (next.task != nullptr && !in_tiles) set_next_keys(work, next, whole);
         (in_tiles ? functions_.attend : functions_.decode.attend)(whole, partials);
         char* partial = partials;
         rows = mine.rows;
@@ -575,6 +580,18 @@ class Decode {
             rows += member(i).rows;
             partial += size_t(member(i).rows) * partial_bytes_;
         }
+    }
+
+    void set_next_keys(const Work& work, const Item& next, Block& whole) const {
+        if (call_.args.pages != nullptr) return;
+        const int index = work.wave.shares[size_t(next.task->first)].member;
+        const Member& member = work.slice.members[size_t(index)];
+        const int64_t first = std::max(next.task->split * kSplitKeys, member.begin);
+        if (first >= member.end) return;
+        const KeyRows key = block(work.slice, member, next.head, nullptr).key;
+        whole.next_key = static_cast<const char*>(key.data) +
+                         first * key.stride * int64_t(size_of(call_.args.key.dtype));
+        whole.next_keys = member.end - first;
     }
 
     // Merges what a task has given, as far as it can be. memory: scratch_bytes() of it.

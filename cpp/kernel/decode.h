@@ -46,14 +46,22 @@ class Split {
         Span page;            // all keys for which that is so
     };
 
+    // What is to be fetched next: the rest of some chunk, and then those after it. Behind the keys
+    // come the values, and then the keys that the thread attends to next.
+    struct Ahead {
+        enum { kKeys, kValues, kNextKeys, kNothing } of;
+        Chunk chunk;  // the first one that is not begun
+        const Element *at, *end;  // the next line, the end of its row
+        int64_t rows, stride, columns;  // rows after it
+    };
+
     const Block& block;
     const int64_t rows, head_dim, value_head_dim, query_pitch;
     const Partials<T> partials;
     int64_t base = 0, count = 0;     // the split's first key, in whole chunks, and its keys
     Chunk chunk;                     // the current one
     const Element *key, *value;      // the first ones of the chunk
-    const Element* ahead = nullptr;  // what is read after the chunk:
-    int64_t ahead_rows = 0, ahead_stride = 0, ahead_columns = 0;
+    Ahead ahead;
 
     // For each row, bits of the chunks whose first row it is: some row sees the chunk; some value
     // of the chunk is not finite.
@@ -93,12 +101,12 @@ class Split {
         });
         if (!sees_any) return;
         load_query();
+        ahead = {Ahead::kKeys, chunk_at(base, 0), nullptr, nullptr, 0, 0, 0};
+        while (!is_seen(ahead.chunk)) ahead.chunk = following(ahead.chunk);
+        ahead.chunk = following(ahead.chunk);
         each_chunk([&] {
             if (!is_seen(chunk)) return hide();
             key = row_of<Element>(block, block.key, chunk.keys.begin, chunk.first);
-            if (!look_ahead(block.key, following(chunk), head_dim)) {
-                look_ahead(block.value, chunk_at(base, 0), value_head_dim);
-            }
             compute_scores();
             bool any_hidden = block.dropout.drops;
             for (int64_t r = chunk.first; r < chunk.last; ++r) any_hidden |= apply_passes(r);
@@ -116,7 +124,6 @@ class Split {
         each_chunk([&] {
             if (!is_seen(chunk)) return;
             value = row_of<Element>(block, block.value, chunk.keys.begin, chunk.first);
-            look_ahead(block.value, following(chunk), value_head_dim);
             const bool apart = (set_apart[chunk.first] & bit(chunk)) != 0;
             if (apart) stage_finite();
             in_row_steps([&]<int Rows>(int64_t r) { add_values<Rows>(r, apart); });
@@ -164,19 +171,68 @@ class Split {
     // What no row sees is never read: there need not be a page.
     bool is_seen(const Chunk& any) const { return (seen[any.first] & bit(any)) != 0; }
 
-    // While a chunk is computed, the next one that is seen, from `next` on, is fetched: so memory
-    // is busy all the time. False: there is none.
-    bool look_ahead(const KeyRows& from, Chunk next, int64_t columns) {
-        while (next.keys.size() > 0 && !is_seen(next)) next = following(next);
-        ahead_rows = next.keys.size();
-        if (ahead_rows <= 0) return false;
-        ahead = row_of<Element>(block, from, next.keys.begin, next.first);
-        ahead_stride = from.stride;
-        ahead_columns = columns;
+    static constexpr int64_t line = 64 / sizeof(Element);  // of the caches, in elements
+    // What is to be fetched at each of so many times, if it is rows of so many elements.
+    static int64_t lines_at_a_time(int64_t rows, int64_t columns, int64_t times) {
+        return times > 0 ? (rows * ((columns + line - 1) / line) + times - 1) / times : 0;
+    }
+
+    // Fetches what comes so many lines later, at least. The more evenly this is asked for, the
+    // busier memory is; and processors follow one instruction that goes from line to line more
+    // easily than several (docs/kernel.md).
+    [[gnu::always_inline]] void fetch(int64_t lines) {
+        int64_t elements = lines * line;
+        while (elements > 0 && (ahead.at < ahead.end || fetch_next())) {
+            const Element* const stop = min(ahead.at + elements, ahead.end);
+            elements -= stop - ahead.at;
+            const Element* at = ahead.at;
+#pragma GCC unroll 1
+            for (; at < stop; at += line) __builtin_prefetch(at);
+            ahead.at = at;
+        }
+    }
+    static const Element* min(const Element* a, const Element* b) { return a < b ? a : b; }
+
+    [[gnu::noinline]] bool fetch_next() {
+        if (ahead.rows == 0) return look_ahead();
+        --ahead.rows;
+        ahead.at = ahead.end - ahead.columns + ahead.stride;
+        ahead.end += ahead.stride;
         return true;
     }
-    void fetch(int64_t j) const {
-        if (j < ahead_rows) prefetch<0, 3>(ahead + j * ahead_stride, ahead_columns);
+
+    // False: there is nothing more.
+    bool look_ahead() {
+        while (ahead.of == Ahead::kKeys || ahead.of == Ahead::kValues) {
+            const bool keys = ahead.of == Ahead::kKeys;
+            const Chunk next = ahead.chunk;
+            if (next.keys.size() <= 0) {
+                ahead.of = keys ? Ahead::kValues : Ahead::kNextKeys;
+                ahead.chunk = chunk_at(base, 0);
+                continue;
+            }
+            ahead.chunk = following(next);
+            if (!is_seen(next)) continue;
+            const KeyRows& from = keys ? block.key : block.value;
+            begin_rows(row_of<Element>(block, from, next.keys.begin, next.first), from.stride,
+                       keys ? head_dim : value_head_dim, next.keys.size());
+            return ahead.at < ahead.end;
+        }
+        if (ahead.of == Ahead::kNothing) return false;
+        ahead.of = Ahead::kNothing;
+        const int64_t next = block.next_keys < kChunk ? block.next_keys : kChunk;
+        begin_rows(static_cast<const Element*>(block.next_key), block.key.stride, head_dim, next);
+        return ahead.at < ahead.end;
+    }
+
+    void begin_rows(const Element* first, int64_t stride, int64_t columns, int64_t count) {
+        const bool one_run = stride == columns;
+        if (one_run) columns *= count;
+        ahead.at = first;
+        ahead.end = first + (count > 0 ? columns : 0);
+        ahead.rows = one_run ? 0 : count - 1;
+        ahead.stride = stride;
+        ahead.columns = columns;
     }
 
     // A row's scores of the chunk.
@@ -255,7 +311,7 @@ class Split {
         });
     }
 
-    void compute_scores() const {
+    void compute_scores() {
         const bool whole = InPairs || head_dim % lanes == 0;
         in_row_steps([&]<int Rows>(int64_t r) {
             if (whole) {
@@ -292,10 +348,12 @@ class Split {
         }
     }
 
-    // step<Rows>(r) for at most 4 rows of the chunk at a time.
+    static constexpr int most_rows = lanes < 4 ? lanes : 4;  // at a time
+
+    // step<Rows>(r) for some rows of the chunk at a time.
     template <class Step>
     void in_row_steps(const Step& step) const {
-        constexpr int most = lanes < 4 ? lanes : 4;
+        constexpr int most = most_rows;
         const int64_t count = chunk.last - chunk.first;
         int64_t r = 0;
         for (; r + most <= count; r += most) step.template operator()<most>(r);
@@ -303,16 +361,19 @@ class Split {
         for (; r < count; ++r) step.template operator()<1>(r);
     }
 
+    int64_t row_steps() const { return (chunk.last - chunk.first + most_rows - 1) / most_rows; }
+
     // Rows x (lanes / Rows) sums at a time.
     template <int Rows, bool Whole>  // Whole: vectors fill head_dim
-    [[gnu::noinline]] void compute_scores(int64_t row) const {
+    [[gnu::noinline]] void compute_scores(int64_t row) {
         constexpr int keys = lanes / Rows;
         const int64_t count = chunk.keys.size();
+        const int64_t times = (head_dim + 2 * step - 1) / (2 * step) * row_steps();
+        const int64_t lines = lines_at_a_time(keys, head_dim, times);
         T* const to = scores_of(chunk.first + row);
         [[maybe_unused]] const V scale = query_scale<T>(block);
         const T* const queries = query + (chunk.first + row) * query_pitch;
         for (int64_t j = 0; j < count; j += keys) {
-            for (int i = 0; row == 0 && i < keys; ++i) fetch(j + i);
             const Element* from[keys];
 #pragma GCC unroll 16
             for (int i = 0; i < keys; ++i) {
@@ -323,6 +384,7 @@ class Split {
             for (int i = 0; i < lanes; ++i) sum[i] = T(0);
             int64_t d = 0;
             for (; d + step <= head_dim; d += step) {
+                if (d % (2 * step) == 0) fetch(lines);
                 Vector rows_query[Rows];
 #pragma GCC unroll 4
                 for (int r = 0; r < Rows; ++r) {
@@ -497,9 +559,16 @@ class Split {
         }
     }
 
+    // What is to be fetched while two values are used, where so many columns are at a time.
+    template <int Columns>
+    int64_t lines_of_two_values() const {
+        const int64_t times = (value_head_dim + Columns - 1) / Columns * row_steps();
+        return lines_at_a_time(2, value_head_dim, times);
+    }
+
     // Of the chunk; staged: those of stage_finite().
     template <int Rows>
-    void add_values(int64_t row, bool staged) const {
+    void add_values(int64_t row, bool staged) {
         const int64_t count = chunk.keys.size();
         const T* const probs =
             scores_of(chunk.first + row) - (InPairs ? (chunk.keys.begin - base) / 2 : 0);
@@ -516,41 +585,40 @@ class Split {
 
     template <int Rows, class From>
     void add_numbers(int64_t row, const T* probs, const From* from, int64_t stride,
-                     int64_t count) const {
+                     int64_t count) {
         constexpr int most = Rows <= 2 ? 8 : 4;
+        const int64_t lines = lines_of_two_values<most * lanes>();
         int64_t d = 0;
         for (; d + most * lanes <= value_head_dim; d += most * lanes) {
-            add_columns<Rows, most>(row, d, probs, from, stride, count);
+            add_columns<Rows, most>(row, d, probs, from, stride, count, lines);
         }
         for (; d < value_head_dim; d += lanes) {
-            add_columns<Rows, 1>(row, d, probs, from, stride, count);
+            add_columns<Rows, 1>(row, d, probs, from, stride, count, lines);
         }
     }
 
     // The values of two keys at a time, whose elements are paired in registers.
     template <int Rows>
     void add_pairs(int64_t row, const T* probs, const Element* from, int64_t stride,
-                   int64_t count) const {
+                   int64_t count) {
         constexpr int most = Rows <= 2 ? 4 : 2;  // of a vector for the low halves, one for the high
+        const int64_t lines = lines_of_two_values<most * step>();
         int64_t d = 0;
         for (; d + most * step <= value_head_dim; d += most * step) {
-            add_paired_columns<Rows, most>(row, d, probs, from, stride, count);
+            add_paired_columns<Rows, most>(row, d, probs, from, stride, count, lines);
         }
         for (; d < value_head_dim; d += step) {
-            add_paired_columns<Rows, 1>(row, d, probs, from, stride, count);
+            add_paired_columns<Rows, 1>(row, d, probs, from, stride, count, lines);
         }
     }
 
     template <int Rows, int Columns>
     [[gnu::always_inline]] void add_paired_columns(int64_t row, int64_t d, const T* probs,
                                                    const Element* from, int64_t stride,
-                                                   int64_t count) const {
+                                                   int64_t count, int64_t lines) {
         V sum[Rows][2 * Columns] = {};
         for (int64_t j = 0; j < count; j += 2) {
-            if (row == 0 && d == 0) {
-                fetch(j);
-                fetch(j + 1);
-            }
+            fetch(lines);
             // Of an odd count, the last probability is 0, and any value will do.
             const Element* const first = from + j * stride + d;
             const Element* const second = j + 1 < count ? first + stride : first;
@@ -586,11 +654,12 @@ class Split {
 
     template <int Rows, int Columns, class From>
     [[gnu::always_inline]] void add_columns(int64_t row, int64_t d, const T* probs,
-                                            const From* from, int64_t stride, int64_t count) const {
+                                            const From* from, int64_t stride, int64_t count,
+                                            int64_t lines) {
         const bool whole = d + Columns * lanes <= value_head_dim;
         V sum[Rows][Columns] = {};
         for (int64_t j = 0; j < count; ++j) {
-            if (row == 0 && d == 0) fetch(j);
+            if (j % 2 == 0) fetch(lines);
             V column[Columns];
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) {

@@ -76,6 +76,8 @@ struct Block {
     int64_t mask_stride, bias_stride;  // from one key to the next
     double scale, softcap;
     bool alibi;
+    const void* next_key;   // what the thread decodes next: to be fetched; of the keys' stride
+    int64_t next_keys;
     bool in_span;  // no row sees keys of two spans (split.h): less scratch memory is needed
     Dropout dropout;
     void* scratch;  // scratch_bytes() of the function called, aligned

@@ -50,17 +50,17 @@ class Split {
     // come the values, and then the keys that the thread attends to next.
     struct Ahead {
         enum { kKeys, kValues, kNextKeys, kNothing } of;
-        Chunk chunk;  // the first one that is not begun
-        const Element *at, *end;  // the next line, the end of its row
+        Chunk chunk;                    // the first one that is not begun
+        const Element *at, *end;        // the next line, the end of its row
         int64_t rows, stride, columns;  // rows after it
     };
 
     const Block& block;
     const int64_t rows, head_dim, value_head_dim, query_pitch;
     const Partials<T> partials;
-    int64_t base = 0, count = 0;     // the split's first key, in whole chunks, and its keys
-    Chunk chunk;                     // the current one
-    const Element *key, *value;      // the first ones of the chunk
+    int64_t base = 0, count = 0;  // the split's first key, in whole chunks, and its keys
+    Chunk chunk;                  // the current one
+    const Element *key, *value;   // the first ones of the chunk
     Ahead ahead;
 
     // For each row, bits of the chunks whose first row it is: some row sees the chunk; some value
@@ -172,11 +172,6 @@ class Split {
     bool is_seen(const Chunk& any) const { return (seen[any.first] & bit(any)) != 0; }
 
     static constexpr int64_t line = 64 / sizeof(Element);  // of the caches, in elements
-    // What is to be fetched at each of so many times, if it is rows of so many elements.
-    static int64_t lines_at_a_time(int64_t rows, int64_t columns, int64_t times) {
-        return times > 0 ? (rows * ((columns + line - 1) / line) + times - 1) / times : 0;
-    }
-
     // Fetches what comes so many lines later, at least. The more evenly this is asked for, the
     // busier memory is; and processors follow one instruction that goes from line to line more
     // easily than several (docs/kernel.md).
@@ -349,6 +344,7 @@ class Split {
     }
 
     static constexpr int most_rows = lanes < 4 ? lanes : 4;  // at a time
+    static constexpr int kFetchingSteps = 4;
 
     // step<Rows>(r) for some rows of the chunk at a time.
     template <class Step>
@@ -361,15 +357,21 @@ class Split {
         for (; r < count; ++r) step.template operator()<1>(r);
     }
 
-    int64_t row_steps() const { return (chunk.last - chunk.first + most_rows - 1) / most_rows; }
+    // How many lines are to be fetched at each of so many times that the chunk's rows from `row` on
+    // use some of its keys or values. Many rows take longer than memory does: the first ones do it.
+    int64_t lines_at_a_time(int64_t row, int64_t keys, int64_t columns, int64_t times) const {
+        const int64_t steps = (chunk.last - chunk.first + most_rows - 1) / most_rows;
+        if (columns == 0 || row >= kFetchingSteps * most_rows) return 0;
+        times *= steps < kFetchingSteps ? steps : kFetchingSteps;
+        return (keys * ((columns + line - 1) / line) + times - 1) / times;
+    }
 
     // Rows x (lanes / Rows) sums at a time.
     template <int Rows, bool Whole>  // Whole: vectors fill head_dim
     [[gnu::noinline]] void compute_scores(int64_t row) {
         constexpr int keys = lanes / Rows;
         const int64_t count = chunk.keys.size();
-        const int64_t times = (head_dim + 2 * step - 1) / (2 * step) * row_steps();
-        const int64_t lines = lines_at_a_time(keys, head_dim, times);
+        const int64_t lines = lines_at_a_time(row, keys, head_dim, 1);
         T* const to = scores_of(chunk.first + row);
         [[maybe_unused]] const V scale = query_scale<T>(block);
         const T* const queries = query + (chunk.first + row) * query_pitch;
@@ -379,12 +381,12 @@ class Split {
             for (int i = 0; i < keys; ++i) {
                 from[i] = key + (j + i < count ? j + i : count - 1) * block.key.stride;
             }
+            fetch(lines);
             V sum[lanes];
 #pragma GCC unroll 16
             for (int i = 0; i < lanes; ++i) sum[i] = T(0);
             int64_t d = 0;
             for (; d + step <= head_dim; d += step) {
-                if (d % (2 * step) == 0) fetch(lines);
                 Vector rows_query[Rows];
 #pragma GCC unroll 4
                 for (int r = 0; r < Rows; ++r) {
@@ -559,13 +561,6 @@ class Split {
         }
     }
 
-    // What is to be fetched while two values are used, where so many columns are at a time.
-    template <int Columns>
-    int64_t lines_of_two_values() const {
-        const int64_t times = (value_head_dim + Columns - 1) / Columns * row_steps();
-        return lines_at_a_time(2, value_head_dim, times);
-    }
-
     // Of the chunk; staged: those of stage_finite().
     template <int Rows>
     void add_values(int64_t row, bool staged) {
@@ -584,10 +579,10 @@ class Split {
     }
 
     template <int Rows, class From>
-    void add_numbers(int64_t row, const T* probs, const From* from, int64_t stride,
-                     int64_t count) {
+    void add_numbers(int64_t row, const T* probs, const From* from, int64_t stride, int64_t count) {
         constexpr int most = Rows <= 2 ? 8 : 4;
-        const int64_t lines = lines_of_two_values<most * lanes>();
+        const int64_t lines = lines_at_a_time(row, 2, value_head_dim,
+                                              (value_head_dim + most * lanes - 1) / (most * lanes));
         int64_t d = 0;
         for (; d + most * lanes <= value_head_dim; d += most * lanes) {
             add_columns<Rows, most>(row, d, probs, from, stride, count, lines);
@@ -602,7 +597,8 @@ class Split {
     void add_pairs(int64_t row, const T* probs, const Element* from, int64_t stride,
                    int64_t count) {
         constexpr int most = Rows <= 2 ? 4 : 2;  // of a vector for the low halves, one for the high
-        const int64_t lines = lines_of_two_values<most * step>();
+        const int64_t lines = lines_at_a_time(row, 2, value_head_dim,
+                                              (value_head_dim + most * step - 1) / (most * step));
         int64_t d = 0;
         for (; d + most * step <= value_head_dim; d += most * step) {
             add_paired_columns<Rows, most>(row, d, probs, from, stride, count, lines);

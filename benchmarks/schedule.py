@@ -26,8 +26,10 @@ import itertools
 import re
 import statistics
 import sys
+import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -352,34 +354,29 @@ class Comparison(NamedTuple):
 
 
 def measure(job: Job, threads: Sequence[int], seconds: float) -> dict[int, Comparison]:
-    """Predict a call from the times of its items, each run alone, and time it, in turn.
+    """Predict a call from the times of its items, and time it, in turn.
 
-    Threads that read memory at once are slower than one alone: an item then lasts at least as long
-    as it takes to read its part of the bytes at a thread's part of what memory gives to all.
+    Threads share memory, caches and power, and slow each other down. So an item's time for n
+    threads is what it takes beside n - 1 others that do the same, each alone, with their own
+    operands. The prediction adds what the library decides: who does which item when.
     """
     _core.set_isa(job.isa)
     usual = fastattn.get_num_threads()
     try:
-        call = job.prepare(True)
-        timer = _Timer(call, job.bytes_read > 0)
+        cold = job.bytes_read > 0
+        timers = [_Timer(job.prepare(True), cold) for _ in range(max(threads))]
         recordings: dict[int, list[_Recording]] = {n: [] for n in threads}
         samples: dict[int, list[float]] = {n: [] for n in threads}
-        rates: dict[int, list[float]] = {n: [] for n in threads}
         begin = time.perf_counter()
         while len(samples[threads[0]]) < 3 or time.perf_counter() - begin < seconds:
             for n in threads:
                 fastattn.set_num_threads(n)
-                if job.bytes_read:
-                    rates[n].append(_core.probe_read(FLUSH_BYTES >> 20, 1))
-                recordings[n].append(timer.recorded())
-                samples[n].append(timer.timed())
+                beside = timers[0].recorded().beside
+                recordings[n] += [x._replace(beside=beside) for x in _recorded_at_once(timers[:n])]
+                samples[n].append(timers[0].timed())
         return {
             n: Comparison(
-                _predicted(
-                    plans_of(call, n),
-                    recordings[n],
-                    job.bytes_read / (statistics.median(rates[n]) / n) if job.bytes_read else 0.0,
-                ),
+                _predicted(plans_of(timers[0].call, n), recordings[n]),
                 statistics.median(samples[n]),
             )
             for n in threads
@@ -400,27 +397,29 @@ class _Timer:
     """Times a call, and the items that it is made of; cold: its operands are in no cache."""
 
     def __init__(self, call: Call, cold: bool) -> None:
-        self._call = call
+        self.call = call
         self._flushed = np.ones(FLUSH_BYTES // 8) if cold else None
         self._loops = 1
         self.timed()  # the first call is slower
         if not cold:  # one that is too short for the clock is repeated
             self._loops = max(1, int(1e-3 / self.timed()))
 
-    def timed(self) -> float:
-        """Return the seconds of a call."""
+    def timed(self, begins: threading.Barrier | None = None) -> float:
+        """Return the seconds of a call, which begins when `begins` lets it."""
         if self._flushed is not None:
             self._flushed.sum()
+        if begins is not None:
+            begins.wait()
         begin = time.perf_counter()
         for _ in range(self._loops):
-            self._call()
+            self.call()
         return (time.perf_counter() - begin) / self._loops
 
-    def recorded(self) -> _Recording:
+    def recorded(self, begins: threading.Barrier | None = None) -> _Recording:
         """Return the seconds of a call's items."""
         _core.record_items(True)
         try:
-            seconds = self.timed()
+            seconds = self.timed(begins)
             phases = [x for x in _core.recorded_items() if x.size]
         finally:
             _core.record_items(False)
@@ -429,10 +428,17 @@ class _Timer:
         return _Recording(items, seconds - sum(x.sum() for x in items))
 
 
-def _predicted(plans: list[Plan], recordings: list[_Recording], reading: float) -> float:
-    """Give the items to threads with the times that were recorded; reading: of all the bytes."""
+def _recorded_at_once(timers: Sequence[_Timer]) -> list[_Recording]:
+    """Record each in a thread of its own."""
+    begins = threading.Barrier(len(timers))
+    with ThreadPoolExecutor(len(timers)) as pool:
+        return list(pool.map(lambda timer: timer.recorded(begins), timers))
+
+
+def _predicted(plans: list[Plan], recordings: list[_Recording]) -> float:
+    """Give the items to threads with the times that were recorded."""
     items = [np.median(phase, axis=0) for phase in zip(*(x.items for x in recordings), strict=True)]
-    whole, recorded = sum(x.sum() for x in items), iter(items)
+    recorded = iter(items)
     timed = []
     for plan in plans:
         phases = []
@@ -442,7 +448,6 @@ def _predicted(plans: list[Plan], recordings: list[_Recording], reading: float) 
             seconds = next(recorded)
             if len(seconds) != len(phase.first_step) - 1:
                 raise ValueError(f"{len(seconds)} items ran, of {len(phase.first_step) - 1}")
-            seconds = np.maximum(seconds, reading * seconds / whole)
             phases.append(phase._replace(seconds=_spread(phase, seconds)))
         timed.append(plan._replace(phases=phases))
     return duration(timed) + statistics.median(x.beside for x in recordings)

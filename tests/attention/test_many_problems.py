@@ -156,6 +156,28 @@ def test_gradients(q_len, kv_len):
         assert all(error <= most for error, most in errors)
 
 
+def peak_of_many(isa, count, length, head_dim):
+    """Return the most bytes that a call needs beside its arrays."""
+    _core.set_isa(isa)
+    fastattn.set_num_threads(2)
+    rng = np.random.default_rng(0)
+    query, key, value = rng.random((3, count, 3, length, head_dim), np.float32)
+    bias = np.ones((1, 3, length, length), np.float32)
+    mask = rng.random((count, 1, 1, length)) < 0.9
+    out = np.full_like(query, np.nan)
+    attention(query[:1], key[:1], value[:1])
+    before = peak_so_far()
+    attention(query, key, value, mask=mask, bias=bias, out=out)
+    return status("VmHWM") - before
+
+
+@pytest.mark.promise("forward-memory", "nothing-is-expanded")
+@pytest.mark.parametrize(("length", "head_dim"), [(12, 64), (24, 16), (49, 32)])
+def test_memory_does_not_grow_with_the_problems(isa, length, head_dim):
+    few, many = (run(peak_of_many, isa, count, length, head_dim) for count in (4000, 12_000))
+    assert many < few + MIB
+
+
 def attend_to_a_million(isa):
     """Return the most bytes that a call needs beside its arrays, for 2^20 problems of 1 x 1."""
     _core.set_isa(isa)

@@ -31,6 +31,7 @@ PATIENCE = 60
 SMALL = [
     Case("plain", 70, 70, 2, 64),
     Case("batched", 33, 65, 2, 64, batch=3),
+    Case("long-queries", 90, 33, 2, 64, batch=2),
     Case("causal", 70, 70, 2, 64, is_causal=True),
     Case("causal-gqa", 70, 70, 4, 64, kv_heads=2, is_causal=True),
     Case("gqa", 70, 70, 4, 64, kv_heads=2),

@@ -745,7 +745,8 @@ def make_inputs(case: Case) -> Inputs:
 def _first_and_last(case: Case, rows: Array | None = None) -> tuple[Array, Array]:
     """Return the first key that each query sees, and one past the last; padding is left out."""
     position = (np.arange(case.q_len) if rows is None else rows) + case.query_offset
-    left, right = case.window if case.window is not None else (case.kv_len, case.kv_len)
+    everything = case.q_len + case.kv_len
+    left, right = case.window if case.window is not None else (everything, everything)
     if case.is_causal:
         right = 0
     first = np.clip(position - left, 0, case.kv_len)

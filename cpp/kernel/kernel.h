@@ -146,8 +146,9 @@ struct ShortShape {
     Block shared;         // without rows, keys and values
     int rows, group;      // row r is of query r / group and of head r % group of the group
     bool few;             // sums are those of DecodeFunctions; else of Functions::attend()
-    int64_t left, right;  // of the window; kUnlimited (attention.h)
+    int64_t left, right;  // of the window; negative: unlimited
     RowSteps query, out, lse, mask, bias;
+    bool has_mask, has_bias;
 };
 
 // A key head of a batch element. What is of rows begins with the first query of the group's first

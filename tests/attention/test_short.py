@@ -52,8 +52,14 @@ def both_ways(operands, options):
     got = with_lse(query, key, value, **options)
     for filling in (np.nan, np.inf):
         wide = [padded(x, -2, LONG, filling) for x in (key, value)]
-        assert_same_bits(got, with_lse(query, *wide, **longer))
+        assert_same_bits(blurred(got), blurred(with_lse(query, *wide, **longer)))
     return got
+
+
+def blurred(results):
+    """Return NaN for all of out that is not finite: of a visible Inf, no more is promised."""
+    out, lse = results
+    return np.where(np.isfinite(out), out, np.nan), lse
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))

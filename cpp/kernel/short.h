@@ -69,6 +69,59 @@ class ShortProblems {
         bool one_row;
     };
 
+    // What the next problem reads and writes, which is fetched evenly meanwhile.
+    class Ahead {
+        static constexpr int64_t line = 64;
+        const char *at = nullptr, *end = nullptr;
+        bool near = false, is_written = false;
+
+       public:
+        struct Rows {
+            const char* first = nullptr;
+            const int64_t* places = nullptr;  // bytes from the first to each; null: by stride
+            int64_t stride = 0, bytes = 0, count = 0, next = 0;
+        };
+        Rows parts[4];  // query, key, value, out
+        int part = 4;
+        int64_t lines = 0;  // at a time
+
+        void begin(int64_t steps) {
+            int64_t all = 0;
+            for (const Rows& of : parts) all += of.count * ((of.bytes + line - 1) / line);
+            near = all * line <= 20 << 10;
+            lines = (all + steps - 1) / steps;
+            part = 0;
+            at = end = nullptr;
+        }
+
+        [[gnu::always_inline]] void fetch() {
+            int64_t left = lines * line;
+            while (left > 0 && (at < end || next_row())) {
+                const char* const stop = end - at < left ? end : at + left;
+                left -= stop - at;
+                if (is_written) {
+                    for (; at < stop; at += line) __builtin_prefetch(at, 1, 3);
+                } else if (near) {
+                    for (; at < stop; at += line) __builtin_prefetch(at, 0, 3);
+                } else {
+                    for (; at < stop; at += line) __builtin_prefetch(at, 0, 2);
+                }
+            }
+        }
+
+       private:
+        [[gnu::noinline]] bool next_row() {
+            while (part < 4 && parts[part].next == parts[part].count) ++part;
+            if (part == 4) return false;
+            Rows& of = parts[part];
+            is_written = part == 3;
+            const int64_t row = of.next++;
+            at = of.first + (of.places != nullptr ? of.places[row] : row * of.stride);
+            end = at + of.bytes;
+            return true;
+        }
+    };
+
     const ShortShape& shape;
     const Block& block;
     const int rows, all_rows;  // in whole vectors
@@ -95,6 +148,8 @@ class ShortProblems {
     // Of some vectors of rows.
     int first_row, width, rows_here;
     V check;  // NaN where a number is not finite
+
+    Ahead ahead;
 
    public:
     ShortProblems(const ShortShape& all, Scratch& scratch)
@@ -126,7 +181,10 @@ class ShortProblems {
             out_at[i] = row_at(shape.out, i);
         }
         int64_t done = 0;
-        while (done < count && attend(problems[done])) ++done;
+        for (; done < count; ++done) {
+            look_ahead(done + 1 < count ? problems + done + 1 : nullptr);
+            if (!attend(problems[done])) break;
+        }
         return done;
     }
 
@@ -134,6 +192,40 @@ class ShortProblems {
     static constexpr int most_vectors = kShortVectors;
     int most_width() const {
         return all_rows < most_vectors * lanes ? all_rows : most_vectors * lanes;
+    }
+
+    void look_ahead(const ShortProblem* next) {
+        ahead.part = 4;
+        if (next == nullptr) return;
+        const int64_t size = block.query_dtype == kDtype<T> ? sizeof(T) : sizeof(T) / 2;
+        const int64_t key_size = block.kv_dtype == kDtype<T> ? sizeof(T) : sizeof(T) / 2;
+        const auto set = [&](int part, const void* data, const int64_t* places, int64_t stride,
+                             int64_t bytes, int64_t count) {
+            if (stride == bytes && (places == nullptr || shape.group == 1)) {
+                bytes *= count, count = 1;
+            }
+            ahead.parts[part] = {static_cast<const char*>(data), places, stride, bytes, count, 0};
+        };
+        set(0, next->query, query_at, shape.query.query, head_dim * size, rows);
+        set(1, next->key, nullptr, block.key.stride * key_size, head_dim * key_size, next->end);
+        set(2, next->value, nullptr, block.value.stride * key_size, value_head_dim * key_size,
+            next->end);
+        set(3, next->out, out_at, shape.out.query, value_head_dim * size, rows);
+        ahead.begin(fetching_steps());
+    }
+
+    // How often ahead.fetch() is called for a problem, roughly.
+    int64_t fetching_steps() const {
+        const int64_t panels = (all_rows + most_vectors * lanes - 1) / (most_vectors * lanes);
+        const int64_t keys = last - first;
+        const int vectors = int(V::padded(value_head_dim) / lanes);
+        const int row_vectors = most_width() / lanes;
+        const int64_t of_scores =
+            Few ? (rows + few_rows - 1) / few_rows * ((keys + few_keys - 1) / few_keys)
+                : panels * (keys / short_rows(row_vectors) + 1);
+        const int some = vectors < most_vectors ? vectors : most_vectors;
+        const int64_t of_values = (vectors + some - 1) / some * (rows / short_rows(some) + 1);
+        return of_scores + of_values;
     }
 
     int row_of_lane(int i) const { return i < rows ? i : rows - 1; }
@@ -246,42 +338,54 @@ class ShortProblems {
     template <class Element>
     void load_rows(const char* from) {
         const V scale = query_scale<T>(block), zero = T(0);
+        const int64_t columns = head_dim;
+        V of_all = check;
         for (int i = 0; i < rows + few_rows - 1 && i < all_rows; ++i) {
             const Element* const row = query_row<Element>(from, i);
-            for (int64_t d = 0; d < head_dim; d += lanes) {
-                const V scaled = scale * load_front(row + d, head_dim - d);
-                check = fma(scaled, zero, check);
-                scaled.store(query + i * query_pitch + d);
+            T* const to = query + i * query_pitch;
+            V bad = zero;
+            for (int64_t d = 0; d < columns; d += lanes) {
+                const V scaled = scale * load_front(row + d, columns - d);
+                bad = fma(scaled, zero, bad);
+                scaled.store(to + d);
             }
+            of_all = of_all + bad;
         }
+        check = of_all;
     }
 
     template <class Element>
     void transpose_rows(const char* from) {
         const V scale = query_scale<T>(block), zero = T(0);
-        for (int c = 0; c < width; c += lanes) {
+        const int64_t pitch = width;
+        V of_all = check;
+        for (int c = 0; c < pitch; c += lanes) {
             for (int64_t d = 0; d < head_dim; d += lanes) {
-                V square[lanes];
+                V square[lanes], bad[2] = {zero, zero};
 #pragma GCC unroll 16
                 for (int i = 0; i < lanes; ++i) {
                     const Element* const row = query_row<Element>(from, first_row + c + i);
                     square[i] = load_front(row + d, head_dim - d);
                 }
                 transpose<T>(square);
+                T* const to = query + d * pitch + c;
 #pragma GCC unroll 16
                 for (int k = 0; k < lanes; ++k) {
                     const V scaled = scale * square[k];
-                    check = fma(scaled, zero, check);
-                    scaled.store(query + (d + k) * width + c);
+                    bad[k % 2] = fma(scaled, zero, bad[k % 2]);
+                    scaled.store(to + k * pitch);
                 }
+                of_all = of_all + (bad[0] + bad[1]);
             }
         }
+        check = of_all;
     }
 
     template <int Vectors>
-    void compute_scores() const {
+    void compute_scores() {
         in_whole_steps<short_rows(Vectors)>(last - first, [&]<int Keys>(int64_t step) {
             const int64_t j = first + step;
+            ahead.fetch();
             V sum[Keys][Vectors] = {};
             multiply<0, Vectors, false>(key + j * key_stride, key_stride, 1, query, Vectors * lanes,
                                         head_dim, sum);
@@ -296,23 +400,25 @@ class ShortProblems {
     }
 
     // In each lane of a sum is what Split::compute_scores() has there, of a row and a key.
-    void compute_few_scores() const {
+    void compute_few_scores() {
+        const int64_t past = last, columns = query_pitch, stride = key_stride, pitch = width;
         for (int r = 0; r < rows_here; r += few_rows) {
-            const T* const queries = query + (first_row + r) * query_pitch;
-            for (int64_t j = first; j < last; j += few_keys) {
+            const T* const queries = query + (first_row + r) * columns;
+            for (int64_t j = first; j < past; j += few_keys) {
+                ahead.fetch();
                 const T* from[few_keys];
 #pragma GCC unroll 4
                 for (int i = 0; i < few_keys; ++i) {
-                    from[i] = key + (j + i < last ? j + i : last - 1) * key_stride;
+                    from[i] = key + (j + i < past ? j + i : past - 1) * stride;
                 }
                 V sum[lanes];
 #pragma GCC unroll 16
                 for (int i = 0; i < lanes; ++i) sum[i] = T(0);
-                for (int64_t d = 0; d < query_pitch; d += lanes) {
+                for (int64_t d = 0; d < columns; d += lanes) {
                     V row[few_rows];
 #pragma GCC unroll 4
                     for (int i = 0; i < few_rows; ++i) {
-                        row[i] = V::load(queries + i * query_pitch + d);
+                        row[i] = V::load(queries + i * columns + d);
                     }
 #pragma GCC unroll 4
                     for (int k = 0; k < few_keys; ++k) {
@@ -327,7 +433,7 @@ class ShortProblems {
                 sums_across<T>(sum).store(dots);
 #pragma GCC unroll 4
                 for (int k = 0; k < few_keys; ++k) {  // the last ones may be behind the last key
-                    __builtin_memcpy(scores + (j + k) * width + r, dots + k * few_rows,
+                    __builtin_memcpy(scores + (j + k) * pitch + r, dots + k * few_rows,
                                      few_rows * sizeof(T));
                 }
             }
@@ -337,9 +443,10 @@ class ShortProblems {
     // change(score, j, c) for the scores of key j with the rows from c on.
     template <class Change>
     void change_scores(const Change& change) const {
-        for (int64_t j = first; j < last; ++j) {
-            for (int c = 0; c < width; c += lanes) {
-                T* const score = scores + j * width + c;
+        const int64_t past = last, pitch = width;
+        T* score = scores + first * pitch;
+        for (int64_t j = first; j < past; ++j) {
+            for (int c = 0; c < pitch; c += lanes, score += lanes) {
                 change(V::load(score), j, c).store(score);
             }
         }
@@ -364,11 +471,13 @@ class ShortProblems {
     }
 
     void add(const Added& array) const {
-        for (int64_t j = first; j < last; ++j) {
-            for (int c = 0; c < width; c += lanes) {
-                add_to_scores(scores + j * width + c,
-                              array.one_row ? V(array.tile[j])
-                                            : V::load(array.tile + j * all_rows + first_row + c));
+        const int64_t past = last, pitch = width;
+        const int64_t step = array.one_row ? 1 : all_rows;
+        const T* from = array.tile + first * step + (array.one_row ? 0 : first_row);
+        T* score = scores + first * pitch;
+        for (int64_t j = first; j < past; ++j, from += step) {
+            for (int c = 0; c < pitch; c += lanes, score += lanes) {
+                add_to_scores(score, array.one_row ? V(from[0]) : V::load(from + c));
             }
         }
     }
@@ -421,8 +530,9 @@ class ShortProblems {
     // Of one vector of rows. Sets their factors and stores their lse.
     void softmax(const ShortProblem& p, int c) const {
         T* const column = scores + c;
+        const int64_t from = first, past = last, pitch = width;
         V largest = -kInfinity<T>;
-        for (int64_t j = first; j < last; ++j) largest = max(V::load(column + j * width), largest);
+        for (int64_t j = from; j < past; ++j) largest = max(V::load(column + j * pitch), largest);
         const V offset = select<T>(largest == V(-kInfinity<T>), V(T(0)), largest);
         const V sum = sum_probabilities(column, offset);
         if (block.dropout.drops) drop_pairs(p, c);
@@ -451,21 +561,22 @@ class ShortProblems {
     // P = exp2(S - offset). With few rows, the keys of a chunk are summed as if they lay along the
     // lanes.
     V sum_probabilities(T* column, V offset) const {
+        const int64_t from = first, past = last, pitch = width;
         const auto prob = [&](int64_t j) {
-            const V p = exp2(V::load(column + j * width) - offset);
-            p.store(column + j * width);
+            const V p = exp2(V::load(column + j * pitch) - offset);
+            p.store(column + j * pitch);
             return p;
         };
         V sum[Few ? lanes : 1];
         for (V& s : sum) s = T(0);
         if constexpr (Few) {
-            for (int64_t j = first; j < last; ++j) sum[j % lanes] = sum[j % lanes] + prob(j);
+            for (int64_t j = from; j < past; ++j) sum[j % lanes] = sum[j % lanes] + prob(j);
 #pragma GCC unroll 4
             for (int half = lanes / 2; half > 0; half /= 2) {
                 for (int i = 0; i < half; ++i) sum[i] = sum[i] + sum[i + half];
             }
         } else {
-            for (int64_t j = first; j < last; ++j) sum[0] = sum[0] + prob(j);
+            for (int64_t j = from; j < past; ++j) sum[0] = sum[0] + prob(j);
         }
         return sum[0];
     }
@@ -489,6 +600,7 @@ class ShortProblems {
             const int64_t left = value_head_dim - d;
             with_vectors(int((left + lanes - 1) / lanes), [&]<int Vectors>() {
                 in_whole_steps<short_rows(Vectors)>(rows_here, [&]<int Rows>(int64_t r) {
+                    ahead.fetch();
                     V sum[Rows][Vectors] = {};
                     if (!Few || last <= kChunk) {
                         multiply_values(r, first, last, d, sum);

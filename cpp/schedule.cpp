@@ -72,7 +72,7 @@ constexpr double kReadBytesPerSecond = 25e9, kPairFlopsPerSecond = 200e9;  // of
 constexpr double kTaskSeconds = 0.5e-6, kMergedRowSeconds = 50e-9;
 
 // Of short problems.
-constexpr double kShortItemSeconds = 20e-6;  // so that beginning it costs little
+constexpr double kShortItemSeconds = 50e-6;  // so that beginning it costs little
 constexpr int64_t kShortItemsOfThread = 8;   // at least, while they are several problems
 
 // Of gradients.

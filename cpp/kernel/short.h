@@ -24,22 +24,24 @@
 namespace fastattn {
 namespace {
 
-constexpr int kShortRows = 64;
-constexpr int64_t kShortKeys = 64, kShortColumns = 256;
+constexpr int kShortRows = 128;
+constexpr int64_t kShortKeys = 128, kShortColumns = 256;
 static_assert(kShortKeys <= kKeyTile && kShortKeys <= kSplitKeys && kShortColumns <= kDepth);
 
 // Vectors of a block of sums, at most, and its rows.
 constexpr int kShortVectors = kVectorBytes == 64 ? 4 : kColumns;
 constexpr int short_rows(int vectors) { return vectors > kColumns ? 6 : micro_rows(vectors); }
 
-// step<Rows>(row) in steps of Rows, or of fewer if there are fewer. The last one may begin amid the
-// one before: what it does again comes to the same.
+// step<Rows>(row) over [row, count) in steps of Rows, and what is left in fewer. The last one may
+// begin amid the one before: what it does again comes to the same.
 template <int Rows, class Step>
-[[gnu::always_inline]] inline void in_whole_steps(int64_t count, const Step& step) {
-    if constexpr (Rows > 1) {
-        if (count < Rows) return in_whole_steps<Rows / 2>(count, step);
-    }
-    for (int64_t row = 0; row < count; row += Rows) {
+[[gnu::always_inline]] inline void in_whole_steps(int64_t row, int64_t count, const Step& step) {
+    for (; row < count; row += Rows) {
+        if constexpr (Rows > 1) {
+            if (count < Rows || count - row <= Rows / 2) {
+                return in_whole_steps<Rows / 2>(row, count, step);
+            }
+        }
         step.template operator()<Rows>(row + Rows <= count ? row : count - Rows);
     }
 }
@@ -276,7 +278,7 @@ class ShortProblems {
                 weigh_values<Element>(static_cast<char*>(problem.out));
             }
         });
-        return !any<T>(~(check == V(T(0))));
+        return all_finite(check);
     }
 
     // The keys that each row sees.
@@ -311,23 +313,11 @@ class ShortProblems {
             T* to = copy + first * copy_stride;
             for (int64_t j = first; j < last; ++j, from += stride, to += copy_stride) {
                 for (int64_t d = 0; d < columns; d += lanes) {
-                    load_front(from + d, columns - d).store(to + d);
+                    load_some<T>(from + d, columns - d).store(to + d);
                 }
             }
         });
         return copy;
-    }
-
-    // The first `count` elements, or all; then zeros.
-    template <class From>
-    [[gnu::always_inline]] static V load_front(const From* from, int64_t count) {
-        return count >= lanes ? load(from) : load_some(from, count);
-    }
-    template <class From>
-    [[gnu::noinline]] static V load_some(const From* from, int64_t count) {
-        T some[lanes] = {};
-        for (int64_t i = 0; i < count; ++i) some[i] = fastattn::added<T>(from[i]);
-        return V::load(some);
     }
 
     template <class Element>
@@ -345,7 +335,7 @@ class ShortProblems {
             T* const to = query + i * query_pitch;
             V bad = zero;
             for (int64_t d = 0; d < columns; d += lanes) {
-                const V scaled = scale * load_front(row + d, columns - d);
+                const V scaled = scale * load_some<T>(row + d, columns - d);
                 bad = fma(scaled, zero, bad);
                 scaled.store(to + d);
             }
@@ -365,7 +355,7 @@ class ShortProblems {
 #pragma GCC unroll 16
                 for (int i = 0; i < lanes; ++i) {
                     const Element* const row = query_row<Element>(from, first_row + c + i);
-                    square[i] = load_front(row + d, head_dim - d);
+                    square[i] = load_some<T>(row + d, head_dim - d);
                 }
                 transpose<T>(square);
                 T* const to = query + d * pitch + c;
@@ -383,7 +373,7 @@ class ShortProblems {
 
     template <int Vectors>
     void compute_scores() {
-        in_whole_steps<short_rows(Vectors)>(last - first, [&]<int Keys>(int64_t step) {
+        in_whole_steps<short_rows(Vectors)>(0, last - first, [&]<int Keys>(int64_t step) {
             const int64_t j = first + step;
             ahead.fetch();
             V sum[Keys][Vectors] = {};
@@ -513,7 +503,7 @@ class ShortProblems {
                 for (int i = 0; i < lanes; ++i) {
                     const void* const row = static_cast<const char*>(data) + row_at(steps, r + i);
                     if (as_it_is) {
-                        square[i] = load_front(static_cast<const T*>(row) + j, keys.size());
+                        square[i] = load_some<T>(static_cast<const T*>(row) + j, keys.size());
                     } else {
                         T some[lanes] = {};
                         fastattn::stage<T>(row, dtype, stride, keys, some);
@@ -599,7 +589,7 @@ class ShortProblems {
         for (int64_t d = 0; d < value_head_dim; d += most) {
             const int64_t left = value_head_dim - d;
             with_vectors(int((left + lanes - 1) / lanes), [&]<int Vectors>() {
-                in_whole_steps<short_rows(Vectors)>(rows_here, [&]<int Rows>(int64_t r) {
+                in_whole_steps<short_rows(Vectors)>(0, rows_here, [&]<int Rows>(int64_t r) {
                     ahead.fetch();
                     V sum[Rows][Vectors] = {};
                     if (!Few || last <= kChunk) {

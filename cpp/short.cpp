@@ -16,9 +16,23 @@ namespace fastattn {
 namespace {
 
 constexpr double kReadBytesPerSecond = 25e9, kProblemSeconds = 60e-9;  // of one thread
+// Longer ones, of which there are not so many for each thread, are better cut.
+constexpr double kLongSeconds = 8e-6;
+constexpr int64_t kProblemsOfThread = 4;
 
 bool repeats(const std::vector<int64_t>& strides) {
     return std::all_of(strides.begin(), strides.end(), [](int64_t stride) { return stride == 0; });
+}
+
+// Of a problem, roughly.
+double seconds(const Call& call, const ShortShape& shape) {
+    const AttentionArgs& args = call.args;
+    const double rows = double(shape.rows), keys = double(args.kv_len);
+    const double numbers = double(args.head_dim + args.value_head_dim);
+    const double compute =
+        2 * rows * keys * (numbers + 16) / (kFlopsOfLane * double(call.functions.lanes));
+    const double read = (rows + keys) * numbers * double(size_of(args.query.dtype));
+    return std::max(compute, read / kReadBytesPerSecond) + kProblemSeconds;
 }
 
 class Short {
@@ -31,7 +45,7 @@ class Short {
           arrays_{&args_.query, &args_.key,  &args_.value, &args_.out,
                   &args_.lse,   &args_.mask, &args_.bias},
           problems_(call.batches * args_.kv_heads),
-          seconds_(seconds()),
+          seconds_(seconds(call, shape)),
           kernel_bytes_(kernel_bytes()) {
         // Neighbours share what is made of a mask or a bias.
         for (const Array* array : {&args_.mask, &args_.bias}) {
@@ -97,16 +111,6 @@ class Short {
     int64_t items() const { return (problems_ + of_item_ - 1) / of_item_; }
     int64_t problems_in(int64_t item) const {
         return std::min(of_item_, problems_ - item * of_item_);
-    }
-
-    // Of a problem, roughly.
-    double seconds() const {
-        const double rows = double(shape_.rows), keys = double(args_.kv_len);
-        const double numbers = double(args_.head_dim + args_.value_head_dim);
-        const double compute =
-            2 * rows * keys * (numbers + 16) / (kFlopsOfLane * double(functions_.lanes));
-        const double read = (rows + keys) * numbers * double(size_of(args_.query.dtype));
-        return std::max(compute, read / kReadBytesPerSecond) + kProblemSeconds;
     }
 
     size_t partial_bytes() const {
@@ -249,6 +253,10 @@ std::optional<ShortShape> short_shape(const Call& call) {
     shape.has_mask = args.mask.data != nullptr;
     shape.has_bias = args.bias.data != nullptr;
     if (!call.functions.shorts.takes(shape)) return {};
+    if (seconds(call, shape) > kLongSeconds &&
+        call.batches * args.kv_heads < kProblemsOfThread * call.threads) {
+        return {};
+    }
     return shape;
 }
 

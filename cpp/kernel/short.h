@@ -60,8 +60,8 @@ template <class T, bool Few>
 class ShortProblems {
     using V = Vec<T>;
     static constexpr int lanes = V::lanes;
-    // In the order of few rows, sums of so many rows and keys are in registers.
-    static constexpr int few_rows = lanes < 4 ? lanes : 4, few_keys = lanes / few_rows;
+    // In the order of few rows, sums of so many rows and lanes / few_rows keys are in registers.
+    static constexpr int few_rows = lanes < 4 ? lanes : 4;
 
     // A mask or a bias as rows see it, in T: a row that all share, or (keys, all_rows). It stays
     // while problems share it.
@@ -135,21 +135,22 @@ class ShortProblems {
                                              // no row repeat the last
     T *const low, *const high;               // (all_rows) the keys that a row sees
     T* const query;   // (head_dim, width) transposed and scaled; few: (all_rows, query_pitch)
-    T* const scores;  // (keys + few_keys, width) S^T, then P^T
+    T* const scores;  // (keys + lanes, width) S^T, then P^T
     T* const factor;  // (width) what a sum of values is to be multiplied by
     T *const key_copy, *const value_copy;  // (keys, columns in whole vectors)
     Added mask, bias;
 
     // Of the problem.
     int64_t begin = 0, end = -1, offset = 0;  // what low and high are of
-    int64_t first = 0, last = 0;              // the keys that some row sees
-    bool cuts = false;                        // not all rows see all of these
+    Span seen = {0, 0};                       // by some row
+    bool cuts = false;                        // not all rows see all of these keys
     const T *key, *value;
     int64_t key_stride, value_stride;
 
     // Of some vectors of rows.
     int first_row, width, rows_here;
-    V check;  // NaN where a number is not finite
+    int64_t first, last;  // the keys that some of them see
+    V check;              // NaN where a number is not finite
 
     Ahead ahead;
 
@@ -169,7 +170,7 @@ class ShortProblems {
           low(scratch.take<T>(all_rows)),
           high(scratch.take<T>(all_rows)),
           query(scratch.take<T>(query_pitch * (Few ? all_rows : most_width()))),
-          scores(scratch.take<T>((block.kv_len + few_keys) * most_width())),
+          scores(scratch.take<T>((block.kv_len + lanes) * most_width())),
           factor(scratch.take<T>(most_width())),
           key_copy(scratch.take<T>(copies_key ? block.kv_len * query_pitch : 0)),
           value_copy(scratch.take<T>(copies_value ? block.kv_len * V::padded(value_head_dim) : 0)) {
@@ -219,11 +220,11 @@ class ShortProblems {
     // How often ahead.fetch() is called for a problem, roughly.
     int64_t fetching_steps() const {
         const int64_t panels = (all_rows + most_vectors * lanes - 1) / (most_vectors * lanes);
-        const int64_t keys = last - first;
+        const int64_t keys = seen.size();
         const int vectors = int(V::padded(value_head_dim) / lanes);
         const int row_vectors = most_width() / lanes;
         const int64_t of_scores =
-            Few ? (rows + few_rows - 1) / few_rows * ((keys + few_keys - 1) / few_keys)
+            Few ? (rows + few_rows - 1) / few_rows * (keys * few_rows / lanes + 1)
                 : panels * (keys / short_rows(row_vectors) + 1);
         const int some = vectors < most_vectors ? vectors : most_vectors;
         const int64_t of_values = (vectors + some - 1) / some * (rows / short_rows(some) + 1);
@@ -264,9 +265,11 @@ class ShortProblems {
             const auto* from = static_cast<const char*>(problem.query);
             if constexpr (Few) load_rows<Element>(from);
             for (first_row = 0; first_row < rows; first_row += width) {
-                const int left = all_rows - first_row;
-                width = left < most_vectors * lanes ? left : most_vectors * lanes;
+                const int left = all_rows - first_row, most = vectors_at_a_time() * lanes;
+                width = left < most ? left : most;
                 rows_here = rows - first_row < width ? rows - first_row : width;
+                const Span keys = seen_by(first_row, rows_here);
+                first = keys.begin, last = keys.end;
                 if constexpr (Few) {
                     compute_few_scores();
                 } else {
@@ -285,23 +288,34 @@ class ShortProblems {
     void find_keys(const ShortProblem& p) {
         if (p.begin == begin && p.end == end && p.offset == offset) return;
         begin = p.begin, end = p.end, offset = p.offset;
-        first = begin, last = end, cuts = false;
+        seen = {begin, end}, cuts = false;
         if (shape.left < 0 && shape.right < 0) return;
         const auto inside = [&](int64_t j) { return j < begin ? begin : j < end ? j : end; };
-        first = end, last = begin;
         for (int i = 0; i < all_rows; ++i) {
             const int64_t position = row_of_lane(i) / shape.group + offset;
             const int64_t from = shape.left < 0 ? begin : inside(position - shape.left);
-            int64_t to = shape.right < 0 ? end : inside(position + shape.right + 1);
-            if (to < from) to = from;
-            low[i] = T(from), high[i] = T(to);
-            if (from == to) continue;
-            if (from < first) first = from;
-            if (to > last) last = to;
+            const int64_t to = shape.right < 0 ? end : inside(position + shape.right + 1);
+            low[i] = T(from), high[i] = T(to < from ? from : to);
+            cuts |= from > begin || to < end;
         }
-        if (last < first) last = first;
-        for (int i = 0; i < all_rows; ++i) cuts |= low[i] > T(first) || high[i] < T(last);
+        seen = seen_by(0, rows);
     }
+
+    // The keys that some of these rows see.
+    Span seen_by(int row, int count) const {
+        if (!cuts) return seen;
+        Span keys = {end, begin};
+        for (int i = row; i < row + count; ++i) {
+            const Span of = {int64_t(low[i]), int64_t(high[i])};
+            if (of.size() == 0) continue;
+            if (of.begin < keys.begin) keys.begin = of.begin;
+            if (of.end > keys.end) keys.end = of.end;
+        }
+        return keys.size() > 0 ? keys : Span{begin, begin};
+    }
+
+    // Fewer where they see different keys.
+    int vectors_at_a_time() const { return cuts ? 2 : most_vectors; }
 
     // Rows where they lie, or a copy of those that are seen: in T, with zeros up to whole vectors.
     const T* in_place(const void* data, int64_t stride, bool copies, int64_t columns, T* copy,
@@ -309,9 +323,9 @@ class ShortProblems {
         copy_stride = copies ? V::padded(columns) : stride;
         if (!copies) return static_cast<const T*>(data);
         with_query<T>(block.kv_dtype, [&]<class From>(const From*) {
-            const From* from = static_cast<const From*>(data) + first * stride;
-            T* to = copy + first * copy_stride;
-            for (int64_t j = first; j < last; ++j, from += stride, to += copy_stride) {
+            const From* from = static_cast<const From*>(data) + seen.begin * stride;
+            T* to = copy + seen.begin * copy_stride;
+            for (int64_t j = seen.begin; j < seen.end; ++j, from += stride, to += copy_stride) {
                 for (int64_t d = 0; d < columns; d += lanes) {
                     load_some<T>(from + d, columns - d).store(to + d);
                 }
@@ -389,43 +403,50 @@ class ShortProblems {
         });
     }
 
-    // In each lane of a sum is what Split::compute_scores() has there, of a row and a key.
     void compute_few_scores() {
-        const int64_t past = last, columns = query_pitch, stride = key_stride, pitch = width;
         for (int r = 0; r < rows_here; r += few_rows) {
-            const T* const queries = query + (first_row + r) * columns;
-            for (int64_t j = first; j < past; j += few_keys) {
-                ahead.fetch();
-                const T* from[few_keys];
-#pragma GCC unroll 4
-                for (int i = 0; i < few_keys; ++i) {
-                    from[i] = key + (j + i < past ? j + i : past - 1) * stride;
-                }
-                V sum[lanes];
+            if (r + 1 == rows_here) {
+                compute_few_scores<1>(r);
+            } else {
+                compute_few_scores<few_rows>(r);
+            }
+        }
+    }
+
+    // In each lane of a sum is what Split::compute_scores() has there, of a row and a key.
+    template <int Rows>
+    void compute_few_scores(int r) {
+        constexpr int keys = lanes / Rows;
+        const int64_t past = last, columns = query_pitch, stride = key_stride, pitch = width;
+        const T* const queries = query + (first_row + r) * columns;
+        for (int64_t j = first; j < past; j += keys) {
+            ahead.fetch();
+            const T* from[keys];
 #pragma GCC unroll 16
-                for (int i = 0; i < lanes; ++i) sum[i] = T(0);
-                for (int64_t d = 0; d < columns; d += lanes) {
-                    V row[few_rows];
+            for (int k = 0; k < keys; ++k) {
+                from[k] = key + (j + k < past ? j + k : past - 1) * stride;
+            }
+            V sum[lanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; ++i) sum[i] = T(0);
+            for (int64_t d = 0; d < columns; d += lanes) {
+                V row[Rows];
 #pragma GCC unroll 4
-                    for (int i = 0; i < few_rows; ++i) {
-                        row[i] = V::load(queries + i * columns + d);
-                    }
+                for (int i = 0; i < Rows; ++i) row[i] = V::load(queries + i * columns + d);
+#pragma GCC unroll 16
+                for (int k = 0; k < keys; ++k) {
+                    const V x = V::load(from[k] + d);
 #pragma GCC unroll 4
-                    for (int k = 0; k < few_keys; ++k) {
-                        const V x = V::load(from[k] + d);
-#pragma GCC unroll 4
-                        for (int i = 0; i < few_rows; ++i) {
-                            sum[k * few_rows + i] = fma(row[i], x, sum[k * few_rows + i]);
-                        }
+                    for (int i = 0; i < Rows; ++i) {
+                        sum[k * Rows + i] = fma(row[i], x, sum[k * Rows + i]);
                     }
                 }
-                T dots[lanes];
-                sums_across<T>(sum).store(dots);
-#pragma GCC unroll 4
-                for (int k = 0; k < few_keys; ++k) {  // the last ones may be behind the last key
-                    __builtin_memcpy(scores + (j + k) * pitch + r, dots + k * few_rows,
-                                     few_rows * sizeof(T));
-                }
+            }
+            T dots[lanes];
+            sums_across<T>(sum).store(dots);
+#pragma GCC unroll 16
+            for (int k = 0; k < keys; ++k) {  // the last ones may be behind the last key
+                __builtin_memcpy(scores + (j + k) * pitch + r, dots + k * Rows, Rows * sizeof(T));
             }
         }
     }
@@ -592,11 +613,12 @@ class ShortProblems {
                 in_whole_steps<short_rows(Vectors)>(0, rows_here, [&]<int Rows>(int64_t r) {
                     ahead.fetch();
                     V sum[Rows][Vectors] = {};
-                    if (!Few || last <= kChunk) {
-                        multiply_values(r, first, last, d, sum);
+                    const Span keys = seen_by(first_row + int(r), Rows);
+                    if (!Few || keys.end <= kChunk) {
+                        multiply_values(r, keys, d, sum);
                     } else {
                         V all[Rows][Vectors];
-                        add_chunks(r, d, all);
+                        add_chunks(r, keys, d, all);
 #pragma GCC unroll 16
                         for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
@@ -623,23 +645,25 @@ class ShortProblems {
     }
 
     template <int Rows, int Vectors>
-    [[gnu::always_inline]] void multiply_values(int64_t r, int64_t from, int64_t to, int64_t d,
+    [[gnu::always_inline]] void multiply_values(int64_t r, Span keys, int64_t d,
                                                 V (&sum)[Rows][Vectors]) const {
-        multiply<0, Vectors, false>(scores + from * width + r, 1, width,
-                                    value + from * value_stride + d, value_stride, to - from, sum);
+        multiply<0, Vectors, false>(scores + keys.begin * width + r, 1, width,
+                                    value + keys.begin * value_stride + d, value_stride,
+                                    keys.size(), sum);
     }
 
     // As Split adds them up.
     template <int Rows, int Vectors>
-    [[gnu::noinline]] void add_chunks(int64_t r, int64_t d, V (&sum)[Rows][Vectors]) const {
+    [[gnu::noinline]] void add_chunks(int64_t r, Span keys, int64_t d,
+                                      V (&sum)[Rows][Vectors]) const {
         for (auto& row : sum) {
             for (V& x : row) x = T(0);
         }
-        for (int64_t from = first, to; from < last; from = to) {
+        for (int64_t from = keys.begin, to; from < keys.end; from = to) {
             to = (from / kChunk + 1) * kChunk;
-            if (to > last) to = last;
+            if (to > keys.end) to = keys.end;
             V of_chunk[Rows][Vectors] = {};
-            multiply_values(r, from, to, d, of_chunk);
+            multiply_values(r, {from, to}, d, of_chunk);
             for (int i = 0; i < Rows; ++i) {
                 for (int c = 0; c < Vectors; ++c) sum[i][c] = sum[i][c] + of_chunk[i][c];
             }

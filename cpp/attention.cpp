@@ -23,6 +23,7 @@ namespace fastattn {
 namespace {
 
 constexpr double kMostVisited = 2e7;      // tiles; plan() takes seconds to look at so many
+constexpr int64_t kKeysAhead = 256;       // of the next head that a thread comes to, so many
 constexpr size_t kKeptBytes = 512 << 10;  // of one thread: half of a usual second-level cache
 
 // The row blocks of all sequences, or of those that are not decoded.
@@ -75,10 +76,10 @@ class Blocks {
                                     char* const mine = memory_of(worker, memory.get());
                                     char* const kept =
                                         kept_bytes_ > 0 ? kept_of(worker, memory.get()) : nullptr;
-                                    each_place(item, [&](const Place& at) {
-                                        attend(at, mine, kept, stop);
+                                    for (int64_t n = 0; n < places(item); ++n) {
+                                        attend(item, n, mine, kept, stop);
                                         take_back(mine, thread_bytes_);
-                                    });
+                                    }
                                 },
                                 {.item_seconds = double(run_) * block_seconds_});
         }
@@ -134,9 +135,10 @@ class Blocks {
             Phase phase{threads_, {}};
             for (int64_t item = 0; item < items(); ++item) {
                 double all = 0;
-                each_place(item, [&](const Place& at) {
-                    for (int64_t n = 0; n < units(at); ++n) all += unit(at, n).seconds;
-                });
+                for (int64_t n = 0; n < places(item); ++n) {
+                    const Place at = place(item, n);
+                    for (int64_t i = 0; i < units(at); ++i) all += unit(at, i).seconds;
+                }
                 phase.items.push_back({{all}});
             }
             if (items() > 0) schedule.phases.push_back(phase);
@@ -385,14 +387,14 @@ class Blocks {
             std::to_string(int64_t(tiles)));
     }
 
-    // visit(place) for each block of an item.
-    template <class Visit>
-    void each_place(int64_t item, const Visit& visit) const {
-        if (run_ == 1) return visit(place(item));
-        const int64_t block = item / runs(), first = item % runs() * run_;
-        for (int64_t rank = first; rank < std::min(first + run_, call_.batches); ++rank) {
-            visit(Place{ranked(rank), block / blocks_, index(block % blocks_, blocks_)});
-        }
+    // How many blocks an item is, and which.
+    int64_t places(int64_t item) const {
+        return std::min(run_, call_.batches - item % runs() * run_);
+    }
+    Place place(int64_t item, int64_t n) const {
+        if (run_ == 1) return place(item);
+        const int64_t block = item / runs();
+        return {ranked(item % runs() * run_ + n), block / blocks_, index(block % blocks_, blocks_)};
     }
     Place place(int64_t item) const {
         const int64_t heads = args_.kv_heads;
@@ -518,9 +520,15 @@ class Blocks {
     }
 
     // memory: thread_bytes_ of it, here and below.
-    void attend(const Place& at, char* memory, char* kept, const Stop& stop) const {
+    void attend(int64_t item, int64_t n, char* memory, char* kept, const Stop& stop) const {
+        const Place at = place(item, n);
         Block newest = block(call_.sequence(at.batch), at, 0, block_rows_, memory, stop);
         newest.kept = kept;
+        if (n + 1 < places(item)) {
+            set_next(at, place(item, n + 1), newest);
+        } else if (item + threads_ < items()) {  // unless others are slower, or faster
+            set_next(at, place(item + threads_, 0), newest);
+        }
         if (!call_.has_first_part(at.batch)) return functions_.attend(newest, nullptr);
         Scratch scratch(memory);
         BlockMemory(block_rows_, kernel_bytes_, scratch);
@@ -570,6 +578,27 @@ class Blocks {
         lend(slots, block_rows_ * partial_bytes_);
         std::memcpy(slots, slots + size_t(wave.merges.back().first) * size,
                     size_t(block_rows_ * partial_bytes_));
+    }
+
+    // What the thread attends to after this block.
+    void set_next(const Place& at, const Place& next, Block& block) const {
+        if (args_.pages != nullptr || args_.kv_parts != nullptr) return;
+        const Sequence sequence = call_.sequence(next.batch);
+        const int64_t first = next.index * block_rows_;
+        if (call_.group == 1) {
+            block.next_query =
+                call_.rows(args_.query, next.batch).at(next.head, sequence.q_start + first);
+            block.next_rows = std::min(block_rows_, rows(sequence) - first);
+            block.next_query_stride = args_.query.row_stride;
+        }
+        if (next.batch == at.batch && next.head == at.head) return;
+        const Interval keys = seen(sequence, next.index);
+        const auto row = [&](const Array& array) {
+            return call_.rows(array, next.batch).at(next.head, sequence.kv_start + keys.begin);
+        };
+        block.next_key = row(args_.key);
+        block.next_value = row(args_.value);
+        block.next_keys = std::min(keys.end - keys.begin, kKeysAhead);
     }
 
     // Some rows of a block, from its row `first` on.

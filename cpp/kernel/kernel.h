@@ -76,8 +76,10 @@ struct Block {
     int64_t mask_stride, bias_stride;  // from one key to the next
     double scale, softcap;
     bool alibi;
-    const void* next_key;  // what the thread decodes next: to be fetched; of the keys' stride
-    int64_t next_keys;
+    // What the thread works on next: to be fetched; of the keys' and values' stride. decode() takes
+    // keys alone.
+    const void *next_key, *next_value, *next_query;
+    int64_t next_keys, next_rows, next_query_stride;
     bool in_span;  // no row sees keys of two spans (split.h): less scratch memory is needed
     Dropout dropout;
     void* scratch;  // scratch_bytes() of the function called, aligned

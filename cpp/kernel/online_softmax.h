@@ -168,9 +168,6 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
         }
         this->load_query();
         if (block.kept != nullptr) passes.keep_bias(KeptArray<T>::at(block, index), staging);
-        for (int i = 0; i < block.row_count; ++i) {
-            prefetch<1>(static_cast<const T*>(block.rows[i].out), query_items(value_head_dim));
-        }
         begin_span();
         has_started = true;
     }
@@ -234,6 +231,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
     void attend(Span keys, Seen seen, int64_t tile) {
         passes.find_cuts(keys, cuts);
         passes.prefetch(keys);
+        shared->ahead.go_on();
         const bool fetches = shared->fetches && shared->fetched != tile;
         shared->fetched = tile;
         const T* const bias = scale_scores ? nullptr : passes.simple_bias(keys);

@@ -56,6 +56,7 @@ struct Shared {
     int64_t key_tile = -1, value_tile = -1;  // the key tiles that they are of
     bool fetches = false;                    // reading keys takes longer than their use
     int64_t fetched = -1;  // the key tile at which values, and keys to come, were fetched
+    Ahead ahead;           // what is needed at the end of the block, and for the next one
 
     Shared(const Block& block, int64_t width, bool alone, Scratch& scratch) {
         using V = Vec<T>;
@@ -109,6 +110,7 @@ class ScoreTile {
     const Element* tile_key;
     int64_t key_stride;
     V tile_max[Columns];
+    V rest;                     // of sums with a bias: NaN once one is not finite, else 0
     int64_t cuts[2 * Columns];  // see ScorePasses::find_cuts
 
     V score_scale[Columns];     // what load_query() left out of the query
@@ -257,7 +259,7 @@ class ScoreTile {
     template <bool Widens>
     bool compute_scores(Span keys, bool fetches, const T* bias) {
         const Element* const key = tile_key + keys.begin % kKeyTile * key_stride;
-        V rest = T(0);  // NaN once a sum is not finite
+        rest = T(0);
         for (int64_t d = 0; d < head_dim; d += kDepth) {
             const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
             V largest[Columns];
@@ -265,6 +267,7 @@ class ScoreTile {
             [[maybe_unused]] int64_t first_widened = 0, widened = 0;  // what tile_key has
             between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
                 in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
+                    shared->ahead.fetch();
                     if (fetches && d == 0) {
                         fetch(block.value, keys.begin + j, keys.begin + j + Rows,
                               block.value_head_dim);

@@ -264,11 +264,16 @@ class RowArray {
             for (int i = 0; i < lanes && !as_it_is; ++i) {
                 stage<T>(here[i], dtype, stride, keys, staging + i * pitch);
             }
+            // As far ahead as a key tile of these rows is long.
+            const void* const* const ahead = c + 1 < Columns ? here + lanes : rows;
+            const int64_t more = c + 1 < Columns ? 0 : kKeyTile;
             for (int64_t first = 0; first < count; first += lanes) {
                 V square[lanes];
                 if (as_it_is) {
 #pragma GCC unroll 16
                     for (int i = 0; i < lanes; ++i) {
+                        __builtin_prefetch(static_cast<const T*>(ahead[i]) + keys.begin + first +
+                                           more);
                         square[i] = load_some<T>(
                             static_cast<const T*>(here[i]) + keys.begin + first, count - first);
                     }

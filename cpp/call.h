@@ -110,15 +110,13 @@ class Call {
     void set_rows(Row* rows, int count, const Sequence& sequence, int64_t kv_head,
                   int64_t first) const;
 
-    // Sets the rows of queries from `first` on, of one head.
-    void set_rows_of_head(Row* rows, int count, const Sequence& sequence, int64_t head,
-                          int64_t first) const;
+    // Sets the rows of `count` queries from `first` on, of one head; from one to the next, so many
+    // rows.
+    void set_rows_of_head(Row* rows, int64_t count, const Sequence& sequence, int64_t head,
+                          int64_t first, int64_t step = 1) const;
 
    private:
     int64_t slots() const { return args.page_columns * args.page_keys; }
-
-    // Returns what sets the row of a head and a query.
-    auto row_setter(const Sequence& sequence) const;
 };
 
 // Scratch memory, aligned for vectors. None of it is lent yet.

@@ -96,6 +96,63 @@ void prefetch(const Element* row, int64_t count) {
     for (int64_t i = 0; i < count; i += line) __builtin_prefetch(row + i, Write, Near);
 }
 
+// Rows of some arrays that are brought near a few cache lines at a time: many at once would have to
+// wait, and what is needed now behind them.
+class Ahead {
+    struct Rows {
+        const char* first;
+        int64_t count, stride, bytes;
+    };
+    Rows arrays[4];
+    int given = 0, begun = 0;
+    const char *at, *end;  // of a row
+    int64_t rows = 0;      // to come, with that one
+    int64_t lines = 0, due = 0, at_a_time = 0;
+
+   public:
+    // All of it in bytes.
+    void add(const void* first, int64_t count, int64_t stride, int64_t bytes) {
+        if (first == nullptr || count <= 0 || bytes == 0) return;
+        if (stride == bytes) bytes *= count, count = 1;
+        arrays[given++] = {static_cast<const char*>(first), count, stride, bytes};
+        lines += count * ((bytes + 63) / 64);
+    }
+
+    // fetch() is to be called so many times.
+    void begin(int64_t times) {
+        at_a_time = times == 0 ? 0 : (lines + times - 1) / times;
+        go_on();
+    }
+
+    // From time to time: another array, once all of one is fetched.
+    void go_on() {
+        if (rows > 0) return;
+        if (begun == given) {
+            at_a_time = 0;
+            return;
+        }
+        const Rows& next = arrays[begun++];
+        at = next.first;
+        end = at + next.bytes;
+        rows = next.count;
+        due = 0;
+    }
+
+    // Calls nothing: around it, registers are full.
+    [[gnu::always_inline]] void fetch() {
+        if (at_a_time == 0) return;
+        for (due += at_a_time; due > 0 && rows > 0; --due) {
+            __builtin_prefetch(at, 0, 2);
+            at += 64;
+            if (at < end) continue;
+            const Rows& now = arrays[begun - 1];
+            end += now.stride;
+            at = end - now.bytes;
+            --rows;
+        }
+    }
+};
+
 // visit(pointer to the element type); the pointer is null.
 template <class Visit>
 auto with_element(Dtype dtype, const Visit& visit) {

@@ -76,11 +76,14 @@ struct Block {
     int64_t mask_stride, bias_stride;  // from one key to the next
     double scale, softcap;
     bool alibi;
-    const void* next_key;  // what the thread decodes next: to be fetched; of the keys' stride
-    int64_t next_keys;
+    // What the thread works on next: to be fetched; of the keys' and values' stride. decode() takes
+    // keys alone.
+    const void *next_key, *next_value, *next_query;
+    int64_t next_keys, next_rows, next_query_stride;
     bool in_span;  // no row sees keys of two spans (split.h): less scratch memory is needed
     Dropout dropout;
     void* scratch;  // scratch_bytes() of the function called, aligned
+    void* kept;     // Functions::kept_bytes(); null: nothing is kept from block to block
     Stop stop;
 };
 
@@ -215,7 +218,11 @@ struct StatisticsFunctions {
 struct Functions {
     int lanes;  // rows of a query tile are in vectors of so many
     int query_tile, key_tile;
-    size_t (*scratch_bytes)(const Block&);         // looks at the sizes and row_count alone
+    size_t (*scratch_bytes)(const Block&);  // looks at the sizes and row_count alone
+    // Memory where attend() keeps the bias for the next block, in case it is the same;
+    // begin_keeping comes before the first. row_count is that of the largest block.
+    size_t (*kept_bytes)(const Block&);
+    void (*begin_keeping)(const Block&);
     void (*attend)(const Block&, void* partials);  // null: it stores the result instead
     void (*count)(const Block&, TileCounts&);
     DecodeFunctions decode;

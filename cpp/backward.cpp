@@ -16,6 +16,7 @@
 #include <ranges>
 #include <span>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "call.h"
@@ -106,6 +107,70 @@ class Gradients {
     const GradientArgs& args_;
     const GradientFunctions& functions_;
     const int block_rows_;  // at most, of a row block
+};
+
+// Brings rows near, line by line.
+class Ahead {
+   public:
+    void clear() {
+        each_ = (lines_ + calls_ - 1) / std::max<int64_t>(calls_, 1);
+        lines_ = calls_ = 0;
+        count_ = now_ = 0;
+        head_ = row_ = at_ = 0;
+    }
+
+    void add(const Call::Rows& rows, int64_t head, int64_t heads, int64_t first, int64_t count,
+             int64_t bytes, bool written) {
+        if (rows.first == nullptr) return;
+        Part part{static_cast<const char*>(rows.at(head, first)),
+                  rows.head_bytes,
+                  heads,
+                  rows.row_bytes,
+                  count,
+                  bytes,
+                  written};
+        if (part.row_bytes == bytes) {
+            part.bytes *= std::exchange(part.rows, 1);
+            if (part.head_bytes == part.bytes) part.bytes *= std::exchange(part.heads, 1);
+        }
+        lines_ += part.heads * part.rows * (part.bytes / kLine + 1);
+        parts_[count_++] = part;
+    }
+
+    // As many lines as make calls like those of the problem before bring all of them.
+    void fetch() {
+        ++calls_;
+        for (int64_t left = each_; left > 0 && now_ < count_;) {
+            const Part& part = parts_[now_];
+            const char* line = part.first + head_ * part.head_bytes + row_ * part.row_bytes + at_;
+            const int64_t lines = std::min(left, (part.bytes - at_ + kLine - 1) / kLine);
+            if (part.written) {
+                for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(line + i * kLine, 1, 3);
+            } else {
+                for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(line + i * kLine, 0, 2);
+            }
+            left -= lines;
+            if ((at_ += lines * kLine) < part.bytes) continue;
+            at_ = 0;
+            if (++row_ < part.rows) continue;
+            row_ = 0;
+            if (++head_ < part.heads) continue;
+            head_ = 0;
+            ++now_;
+        }
+    }
+
+   private:
+    static constexpr int64_t kLine = 64;
+    struct Part {
+        const char* first;
+        int64_t head_bytes, heads, row_bytes, rows, bytes;
+        bool written;
+    };
+    Part parts_[8];
+    int count_ = 0, now_ = 0;
+    int64_t head_ = 0, row_ = 0, at_ = 0;  // of the part now
+    int64_t lines_ = 0, calls_ = 0, each_ = 0;
 };
 
 // Problems that are one row block and one key tile each. None waits for another, and there are no
@@ -214,6 +279,7 @@ class ShortGradients : Gradients {
         GradientBlock block;
         char* part;  // of a bias's gradient; null: it goes where it belongs
         int64_t next, past;
+        Ahead ahead;
     };
 
     void add_axis(const Axis& axis, bool repeats, bool wanted) {
@@ -232,10 +298,11 @@ class ShortGradients : Gradients {
                        const Stop& stop) const {
         Scratch scratch(memory);
         const ThreadMemory cut = this->cut(scratch, 0);
-        Walk walk{*this, cut, shared_block(cut, stop), nullptr, 0, 0};
+        Walk walk{*this, cut, shared_block(cut, stop), nullptr, 0, 0, {}};
         walk.block.alone = true;
         walk.block.end = args_.call.kv_len;
-        const GradientQueue queue{next, &walk};
+        const GradientQueue queue{
+            next, [](void* context) { static_cast<Walk*>(context)->ahead.fetch(); }, &walk};
         if (args_.dbias.data == nullptr) {
             walk.next = unit, walk.past = past;
             functions_.differentiate_alone(walk.block, queue);
@@ -263,6 +330,7 @@ class ShortGradients : Gradients {
             if (walk.next == walk.past) return false;
             if (walk.next % kProblemsUntilStop == 0 && stop.requested(stop.context)) return false;
         } while (!walk.gradients.set(walk, walk.next++));
+        if (walk.next < walk.past) walk.gradients.look_ahead(walk.ahead, walk.next);
         return true;
     }
 
@@ -291,6 +359,31 @@ class ShortGradients : Gradients {
             walk.memory.more[r].dbias = walk.part + r * s.kv_len * number_bytes();
         }
         return true;
+    }
+
+    // What a problem reads and writes.
+    void look_ahead(Ahead& ahead, int64_t problem) const {
+        int64_t batch, kv_head;
+        find(problem, batch, kv_head);
+        const Sequence s = call_.sequence(batch);
+        ahead.clear();
+        const auto rows = [&](const Array& array, int64_t columns, bool written) {
+            ahead.add(call_.rows(array, batch), kv_head * call_.group, call_.group, s.q_start,
+                      s.q_len, columns * size_of(array.dtype), written);
+        };
+        const auto keys = [&](const Array& array, int64_t columns, bool written) {
+            ahead.add(call_.rows(array, batch), kv_head, 1, s.kv_start, s.kv_len,
+                      columns * size_of(array.dtype), written);
+        };
+        const AttentionArgs& call = args_.call;
+        rows(call.query, call.head_dim, false);
+        rows(args_.grad_out, call.value_head_dim, false);
+        rows(call.out, call.value_head_dim, false);
+        keys(call.key, call.head_dim, false);
+        keys(call.value, call.value_head_dim, false);
+        keys(args_.dv, call.value_head_dim, true);
+        keys(args_.dk, call.head_dim, true);
+        rows(args_.dq, call.head_dim, true);
     }
 
     // visit(r, where the gradient of the bias of row r goes), for a chain

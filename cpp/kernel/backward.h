@@ -96,6 +96,7 @@ class Differentiation {
     KeyTile* tiles;
 
     bool adds_lse = false;
+    const GradientQueue* queue = nullptr;  // of problems that are alone
 
    public:
     static size_t scratch_bytes(const Block& block, int64_t keys, bool alone) {
@@ -154,10 +155,11 @@ class Differentiation {
     }
 
     // Problems whose rows are one row block, and whose keys are one key tile, one after the other.
-    void differentiate_alone(const GradientQueue& queue) {
+    void differentiate_alone(const GradientQueue& problems) {
+        queue = &problems;
         const Sums key_sums = dk, value_sums = dv;
         bool any = false;
-        for (; queue.next(queue.context); any = true) {
+        for (; queue->next(queue->context); any = true) {
             key_count = all.end - all.begin;
             if (!any && all.gradients[0].dbias != nullptr) {
                 clear(dbias, key_count * rows_in_vectors());
@@ -215,6 +217,11 @@ class Differentiation {
     }
 
    private:
+    // Called evenly, so that what comes next is brought near while there is work.
+    void fetch_some() const {
+        if (queue != nullptr) queue->fetch(queue->context);
+    }
+
     int64_t tile_count() const { return (key_count + kKeyTile - 1) / kKeyTile; }
 
     void load_keys() {
@@ -306,6 +313,7 @@ class Differentiation {
                 const T delta = dot(static_cast<const From*>(row.out), gradient, value_head_dim);
                 row_delta[i] = delta;
                 set_constants(i, delta);
+                fetch_some();
             }
             for (int i = block.row_count; i < rows_in_vectors(); ++i) {
                 clear(query.plain + i * query.pitch, query.pitch);
@@ -315,11 +323,11 @@ class Differentiation {
             }
             transpose_rows(query);
             transpose_rows(grad_out);
-            for (int i = 0; i < block.row_count; ++i) {
+            const bool all_finite = finite(query) & finite(grad_out);
+            for (int i = 0; i < block.row_count && !all_finite; ++i) {
                 const auto* const from = static_cast<const From*>(block.rows[i].query);
                 const auto* const gradient = static_cast<const From*>(all.gradients[i].grad_out);
-                const bool all_finite = finite(from, head_dim) & finite(gradient, value_head_dim);
-                if (all_finite) continue;
+                if (finite(from, head_dim) & finite(gradient, value_head_dim)) continue;
                 offset[i] = T(__builtin_nan(""));
                 make_finite(query.plain + i * query.pitch, query.words);
                 make_finite(grad_out.plain + i * grad_out.pitch, grad_out.words);
@@ -360,6 +368,11 @@ class Differentiation {
         for (; d + lanes <= count; d += lanes) bad |= ~is_finite<T>(load(from + d));
         for (; d < count; ++d) rest &= added<T>(from[d]) - added<T>(from[d]) == 0;
         return rest && !any<T>(bad);
+    }
+
+    bool finite(const Rows& rows) const {
+        const auto* const plain = reinterpret_cast<const Element*>(rows.plain);
+        return finite(plain, rows_in_vectors() * rows.pitch * size);
     }
 
     static void make_finite(T* words, int64_t count) {
@@ -405,6 +418,7 @@ class Differentiation {
                     transpose<T>(square);
 #pragma GCC unroll 16
                     for (int i = 0; i < lanes; ++i) square[i].store(to + (w + i) * width + c);
+                    fetch_some();
                 }
             }
         });
@@ -509,6 +523,7 @@ class Differentiation {
         constexpr int width = Columns * lanes;
         const T* const from = transposed<Columns>(rows, index);
         in_steps<micro_rows(Columns)>(0, count, [&]<int Count>(int64_t j) {
+            fetch_some();
             V sum[Count][Columns] = {};
             multiply<0, Columns, InPairs>(key + j * stride, stride, size, from, width, rows.words,
                                           sum);
@@ -709,7 +724,7 @@ class Differentiation {
         int64_t b_step, depth, columns;
     };
 
-    static void multiply_into(const Sums& sums, int64_t first, int64_t count, Product product) {
+    void multiply_into(const Sums& sums, int64_t first, int64_t count, Product product) const {
         T* to = sums.data + first * sums.pitch;
         const auto step = [&]<int Columns>() {
             multiply_into<Columns>(sums, to, count, product);
@@ -730,11 +745,12 @@ class Differentiation {
     }
 
     template <int Columns>
-    [[gnu::noinline]] static void multiply_into(const Sums& sums, T* to, int64_t count,
-                                                const Product& product) {
+    [[gnu::noinline]] void multiply_into(const Sums& sums, T* to, int64_t count,
+                                         const Product& product) const {
         constexpr int most = micro_rows(Columns) >= 8 ? 8 : micro_rows(Columns) >= 4 ? 4 : 2;
         const auto [a, a_row, a_step, b, b_step, depth, columns] = product;
         in_steps<most>(0, count, [&]<int Count>(int64_t j) {
+            fetch_some();
             V sum[Count][Columns] = {};
             multiply<0, Columns, InPairs>(a + j * a_row, a_row, a_step, b, b_step, depth, sum);
             T* const at = to + j * sums.pitch;

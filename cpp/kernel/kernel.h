@@ -114,6 +114,7 @@ struct GradientBlock {
 // are no larger than those of the first. False: there is none.
 struct GradientQueue {
     bool (*next)(void* context);
+    void (*fetch)(void* context);  // brings some of what the problem after this one needs near
     void* context;
 };
 

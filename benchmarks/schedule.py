@@ -59,6 +59,7 @@ EXCEPTIONS = {
     r"growth-1k": (0.66, "vectors of 16 rows are never cut: 128 of 2 heads"),
 }
 WAKING_SECONDS = 10e-6  # of one thread by another, which then both wake the next
+RISING_SECONDS = 50e-6  # the same, of one that has slept for milliseconds
 SHARE_SECONDS = 10e-6  # of work for each thread: less is not worth waking it
 MEASURED, TOLERANCE = (1, 2), 0.10  # threads, unless told otherwise, and of a prediction there
 
@@ -363,7 +364,8 @@ def measure(job: Job, threads: Sequence[int], seconds: float) -> dict[int, Compa
     _core.set_isa(job.isa)
     usual = fastattn.get_num_threads()
     try:
-        cold = job.bytes_read > 0
+        cold = job.bytes_read > 0  # other memory is read in between, while the team sleeps
+        waking = RISING_SECONDS if cold else WAKING_SECONDS
         timers = [_Timer(job.prepare(True), cold) for _ in range(max(threads))]
         recordings: dict[int, list[_Recording]] = {n: [] for n in threads}
         samples: dict[int, list[float]] = {n: [] for n in threads}
@@ -376,7 +378,7 @@ def measure(job: Job, threads: Sequence[int], seconds: float) -> dict[int, Compa
                 samples[n].append(timers[0].timed())
         return {
             n: Comparison(
-                _predicted(plans_of(timers[0].call, n), recordings[n]),
+                _predicted(plans_of(timers[0].call, n), recordings[n], waking),
                 statistics.median(samples[n]),
             )
             for n in threads
@@ -435,7 +437,7 @@ def _recorded_at_once(timers: Sequence[_Timer]) -> list[_Recording]:
         return list(pool.map(lambda timer: timer.recorded(begins), timers))
 
 
-def _predicted(plans: list[Plan], recordings: list[_Recording]) -> float:
+def _predicted(plans: list[Plan], recordings: list[_Recording], waking: float) -> float:
     """Give the items to threads with the times that were recorded."""
     items = [np.median(phase, axis=0) for phase in zip(*(x.items for x in recordings), strict=True)]
     recorded = iter(items)
@@ -450,7 +452,7 @@ def _predicted(plans: list[Plan], recordings: list[_Recording]) -> float:
                 raise ValueError(f"{len(seconds)} items ran, of {len(phase.first_step) - 1}")
             phases.append(phase._replace(seconds=_spread(phase, seconds)))
         timed.append(plan._replace(phases=phases))
-    return duration(timed) + statistics.median(x.beside for x in recordings)
+    return duration(timed, waking) + statistics.median(x.beside for x in recordings)
 
 
 def _spread(phase: Phase, seconds: Array) -> Array:

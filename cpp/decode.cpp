@@ -191,10 +191,12 @@ class Decode {
             }
             const bool later = merges_alone(slice.team);
             attending.items.push_back({Step{task.seconds + (later ? 0 : merge)}});
-            if (later && merge > 0) merging.items.push_back({Step{merge}});
+            if (!later) continue;
+            merging.items.emplace_back();
+            if (merge > 0) merging.items.back().push_back({merge});
         }
         schedule.phases.push_back(attending);
-        if (!merging.items.empty()) schedule.phases.push_back(merging);
+        if (!merging.items.empty() && !wave.links.empty()) schedule.phases.push_back(merging);
     }
 
    private:

@@ -71,6 +71,10 @@ constexpr double kAlikeSeconds = 0.75;  // of the longest
 constexpr double kReadBytesPerSecond = 25e9, kPairFlopsPerSecond = 200e9;  // of one thread
 constexpr double kTaskSeconds = 0.5e-6, kMergedRowSeconds = 50e-9;
 
+// Of short problems.
+constexpr double kShortItemSeconds = 20e-6;  // so that beginning it costs little
+constexpr int64_t kShortItemsOfThread = 8;   // at least, while they are several problems
+
 // Of gradients.
 constexpr size_t kKeyBlockBytes = 1 << 20;  // of what is kept of a key block: for the caches
 constexpr size_t kSumsBytes = 64 << 20;     // of the queries' gradients, unless one chain has more
@@ -188,6 +192,12 @@ bool are_alike(double seconds, double others) { return others > kAlikeSeconds * 
 
 int64_t items_of_wave(int64_t items, int threads) {
     return items > threads ? items / threads * threads : items;
+}
+
+int64_t problems_of_item(double seconds, int64_t problems, int threads) {
+    const int64_t share = problems / (threads * kShortItemsOfThread);
+    return std::clamp<int64_t>(std::min(int64_t(kShortItemSeconds / seconds), share), 1,
+                               kMostProblems);
 }
 
 double gradient_seconds(int64_t rows, int64_t keys, int64_t columns) {

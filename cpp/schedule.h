@@ -142,6 +142,12 @@ bool are_alike(double seconds, double others);
 // How many of the items make a wave, where there is no memory for more: whole rounds of the team.
 int64_t items_of_wave(int64_t items, int threads);
 
+// Short problems (short.cpp).
+
+// How many of them are an item, of so many that take so many seconds each.
+constexpr int64_t kMostProblems = 64;
+int64_t problems_of_item(double seconds, int64_t problems, int threads);
+
 // Gradients (backward.cpp has the words).
 
 // A key block visits its row blocks from the last to the first, but so many of them first to last:

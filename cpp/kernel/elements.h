@@ -185,14 +185,32 @@ inline void store_pairs(const BFloat16* first, const BFloat16* second, int64_t c
     }
 }
 
-// The first `count` lanes, or all.
+// The first `count` elements, or as many as there are lanes; where there are fewer, zeros follow.
+template <class T, class Element>
+Vec<T> load_some(const Element* from, int64_t count) {
+    constexpr int lanes = Vec<T>::lanes;
+    if (count >= lanes) return load(from);
+    if constexpr (sizeof(Element) == sizeof(T)) {
+        return Vec<T>::load_some(from, count);
+    } else {
+        Element some[lanes] = {};
+        for (int64_t i = 0; i < count; ++i) some[i] = from[i];
+        return load(some);
+    }
+}
+
+// Likewise.
 template <class Element, class T>
 void store_some(Vec<T> x, int64_t count, Element* to) {
     constexpr int lanes = Vec<T>::lanes;
     if (count >= lanes) return store(x, to);
-    Element some[lanes];
-    store(x, some);
-    for (int64_t i = 0; i < count; ++i) to[i] = some[i];
+    if constexpr (sizeof(Element) == sizeof(T)) {
+        x.store_some(to, count);
+    } else {
+        Element some[lanes];
+        store(x, some);
+        for (int64_t i = 0; i < count; ++i) to[i] = some[i];
+    }
 }
 
 // The row of a key, and with it those of all keys up to the next multiple of kPageKeys; in the

@@ -189,9 +189,9 @@ class ScoreTile {
         }
     }
 
-    // query = (scale * log2(e) * Q)^T; lanes without a row are 0. With softcap, tanh comes between
-    // the scale and the change of base. A row that the scale would take out of range keeps it for
-    // its scores.
+    // query = (scale * log2(e) * Q)^T; lanes without a row repeat the last one. With softcap, tanh
+    // comes between the scale and the change of base. A row that the scale would take out of range
+    // keeps it for its scores.
     void load_query() {
         const T scale = query_scale<T>(block);
         for (int c = 0; c < Columns; ++c) {
@@ -213,28 +213,26 @@ class ScoreTile {
     // Loads one vector of rows, times scale; returns the rows that the scale takes out of range.
     template <class Element>
     typename V::Mask load_rows(int c, V scale) const {
-        const Row* const rows = block.rows + c * lanes;
-        const int rows_here = block.row_count - c * lanes;
+        const Element* rows[lanes];
+        for (int i = 0; i < lanes; ++i) {
+            const int row = c * lanes + i, last = block.row_count - 1;
+            rows[i] = static_cast<const Element*>(block.rows[row < last ? row : last].query);
+        }
         typename V::Mask too_large = {};
         for (int64_t d = 0; d < head_dim; d += lanes) {
             const int64_t n = head_dim - d < lanes ? head_dim - d : lanes;
             V square[lanes];
-            if (n == lanes && rows_here >= lanes) {
+            if (n == lanes) {
 #pragma GCC unroll 16
-                for (int i = 0; i < lanes; ++i) {
-                    square[i] = load(static_cast<const Element*>(rows[i].query) + d);
-                }
+                for (int i = 0; i < lanes; ++i) square[i] = load(rows[i] + d);
             } else {
-                for (int i = 0; i < lanes; ++i) {
-                    T some[lanes] = {};
-                    for (int k = 0; i < rows_here && k < n; ++k) {
-                        some[k] = added<T>(static_cast<const Element*>(rows[i].query)[d + k]);
-                    }
-                    square[i] = V::load(some);
-                }
+#pragma GCC unroll 16
+                for (int i = 0; i < lanes; ++i) square[i] = load_some<T>(rows[i] + d, n);
             }
             transpose<T>(square);
-            for (int k = 0; k < n; k += Operand::size) {
+#pragma GCC unroll 16
+            for (int k = 0; k < lanes; k += Operand::size) {
+                if (k >= n) break;
                 const V scaled = scale * square[k];
                 T* const to = query + (d + k) / Operand::size * width + c * lanes;
                 if constexpr (InPairs) {

@@ -32,6 +32,7 @@ constexpr double kUnlike = 1. / 4;          // and so much where items are not a
 constexpr double kSpansTake = 1.1;          // times as long, with all that is stored and merged
 constexpr size_t kPartialsBytes = 4 << 20;  // at most
 constexpr int64_t kRoundsAcrossHeads = 4;   // of all threads
+constexpr int64_t kItemsOfThread = 8;       // at least, whose blocks have the same bias
 constexpr double kGain = 0.98;              // what is smaller must be faster, too
 
 // The time until all threads are done with some items that take `each` and then `more` that take
@@ -143,6 +144,10 @@ int64_t partials_at_a_time(int threads, size_t thread_bytes, size_t partial_byte
 int64_t blocks_across_heads(int64_t blocks, int64_t heads, int threads) {
     const int64_t wanted = kRoundsAcrossHeads * threads;
     return threads == 1 ? 0 : std::min(blocks, (wanted + heads - 1) / heads);
+}
+
+int64_t batches_of_item(int64_t items, int threads) {
+    return std::max<int64_t>(items / (kItemsOfThread * threads), 1);
 }
 
 double DecodeCosts::attend(double keys, double pairs) const {

@@ -95,6 +95,9 @@ int64_t partials_at_a_time(int threads, size_t thread_bytes, size_t partial_byte
 // shortest end last. Those before run head by head, whose keys stay near.
 int64_t blocks_across_heads(int64_t blocks, int64_t heads, int threads);
 
+// How many batch elements that have the same bias are in an item, of which there were so many.
+int64_t batches_of_item(int64_t items, int threads);
+
 // Decoding (decode.cpp). A task attends with some rows to a split of the keys.
 
 // Memory, at most, where one row does not need more: with the lists less than 16 MiB.

@@ -26,6 +26,8 @@ constexpr Functions functions = {
     .query_tile = Layout<T>::tile_rows,
     .key_tile = int(kKeyTile),
     .scratch_bytes = scratch_bytes<T>,
+    .kept_bytes = kept_bytes<T>,
+    .begin_keeping = begin_keeping<T>,
     .attend = attend<T>,
     .count = count_tiles<T>,
     .decode = {.most_rows = kMostDecodeRows,

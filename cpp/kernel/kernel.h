@@ -81,6 +81,7 @@ struct Block {
     bool in_span;  // no row sees keys of two spans (split.h): less scratch memory is needed
     Dropout dropout;
     void* scratch;  // scratch_bytes() of the function called, aligned
+    void* kept;     // Functions::kept_bytes(); null: nothing is kept from block to block
     Stop stop;
 };
 
@@ -228,7 +229,11 @@ struct StatisticsFunctions {
 struct Functions {
     int lanes;  // rows of a query tile are in vectors of so many
     int query_tile, key_tile;
-    size_t (*scratch_bytes)(const Block&);         // looks at the sizes and row_count alone
+    size_t (*scratch_bytes)(const Block&);  // looks at the sizes and row_count alone
+    // Memory where attend() keeps the bias for the next block, in case it is the same;
+    // begin_keeping comes before the first. row_count is that of the largest block.
+    size_t (*kept_bytes)(const Block&);
+    void (*begin_keeping)(const Block&);
     void (*attend)(const Block&, void* partials);  // null: it stores the result instead
     void (*count)(const Block&, TileCounts&);
     DecodeFunctions decode;

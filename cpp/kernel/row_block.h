@@ -48,6 +48,17 @@ size_t scratch_bytes(const Block& block) {
     return layout.scratch.used();
 }
 
+template <class T>
+size_t kept_bytes(const Block& block) {
+    return size_t(Layout<T>(block, nullptr).full + 1) * KeptArray<T>::bytes(block);
+}
+
+template <class T>
+void begin_keeping(const Block& block) {
+    const int tiles = Layout<T>(block, nullptr).full + 1;
+    for (int i = 0; i < tiles; ++i) *KeptArray<T>::at(block, i).head = {};
+}
+
 // Calls use(each_tile), where each_tile(visit) calls visit(query tile) for the full ones and then
 // for the last one.
 template <class T, bool InPairs, class Use>

@@ -15,8 +15,6 @@
 namespace fastattn {
 namespace {
 
-// A sum over head_dim is in parts of this depth, for accuracy.
-constexpr int64_t kDepth = 512;
 // So many columns of values are staged at a time, in elements of `size` numbers: few, so that many
 // threads have room; all, if they are not many more; else whole steps of the micro-kernel.
 constexpr int64_t staged_columns(int64_t columns, int64_t size) {
@@ -99,7 +97,7 @@ class ScoreTile {
 
     const Block block;  // the query tile's rows alone
     const int64_t head_dim;
-    const ScorePasses<T, Columns> passes;
+    ScorePasses<T, Columns> passes;
 
     // In scratch memory.
     T* const query;  // (head_dim, width) transposed and scaled
@@ -247,17 +245,19 @@ class ScoreTile {
         return too_large;
     }
 
-    // fetches: the values of these keys are brought near meanwhile.
-    void compute_scores(Span keys, bool fetches) {
+    // fetches: the values of these keys are brought near meanwhile. bias: (keys, width), which is
+    // added, if not null; false: some sum is not finite, and then it is not what passes give.
+    bool compute_scores(Span keys, bool fetches, const T* bias = nullptr) {
         if constexpr (!InPairs && sizeof(T) == sizeof(float)) {
-            if (shared->some_at_a_time) return compute_scores<true>(keys, fetches);
+            if (shared->some_at_a_time) return compute_scores<true>(keys, fetches, bias);
         }
-        compute_scores<false>(keys, fetches);
+        return compute_scores<false>(keys, fetches, bias);
     }
 
     template <bool Widens>
-    void compute_scores(Span keys, bool fetches) {
+    bool compute_scores(Span keys, bool fetches, const T* bias) {
         const Element* const key = tile_key + keys.begin % kKeyTile * key_stride;
+        V rest = T(0);  // NaN once a sum is not finite
         for (int64_t d = 0; d < head_dim; d += kDepth) {
             const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
             V largest[Columns];
@@ -283,17 +283,36 @@ class ScoreTile {
                     multiply<First, Last, InPairs>(from, Widens ? depth : key_stride, Operand::size,
                                                    query + d / Operand::size * width, width,
                                                    depth / Operand::size, sum);
+                    T* const to = scores + j * width;
 #pragma GCC unroll 16
                     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
                         for (int c = 0; c < Columns; ++c) {
-                            T* const score = scores + (j + r) * width + c * lanes;
-                            if (d > 0) sum[r][c] = V::load(score) + sum[r][c];
+                            const T* const before = to + r * width + c * lanes;
+                            if (d > 0) sum[r][c] = V::load(before) + sum[r][c];
                             if (InPairs && !scales_late && d + depth == head_dim) {
                                 sum[r][c] = score_scale[c] * sum[r][c];
                             }
                             if (c < First || c >= Last) sum[r][c] = -kInfinity<T>;
-                            sum[r][c].store(score);
+                        }
+                    }
+                    if (bias != nullptr) {
+                        const T* const more = bias + j * width;
+#pragma GCC unroll 16
+                        for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+                            for (int c = First; c < Last; ++c) {
+                                sum[r][c] = fma(V::load(more + r * width + c * lanes), V(T(kLog2e)),
+                                                sum[r][c]);
+                                rest = rest + (sum[r][c] - sum[r][c]);
+                            }
+                        }
+                    }
+#pragma GCC unroll 16
+                    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+                        for (int c = 0; c < Columns; ++c) {
+                            sum[r][c].store(to + r * width + c * lanes);
                             largest[c] = max(sum[r][c], largest[c]);
                         }
                     }
@@ -301,6 +320,7 @@ class ScoreTile {
             });
             for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
         }
+        return all_finite(rest);
     }
 
     void apply_score_scale(Span keys) {

@@ -62,11 +62,11 @@ class Gradients {
         return {scratch.take<Row>(block_rows_), scratch.take<GradientRow>(block_rows_),
                 scratch.reserve(kernel_bytes)};
     }
-    size_t thread_bytes(int64_t keys, bool alone) const {
+    size_t thread_bytes(int64_t keys, bool alone = false, bool keeps_bias = false) const {
         Block block = call_.shared_block();
         block.row_count = block_rows_;
         Scratch scratch;
-        cut(scratch, functions_.scratch_bytes(block, keys, alone));
+        cut(scratch, functions_.scratch_bytes(block, keys, alone, keeps_bias));
         return scratch.used();
     }
 
@@ -179,16 +179,17 @@ class Ahead {
 class ShortGradients : Gradients {
    public:
     explicit ShortGradients(const GradientArgs& args) : Gradients(args) {
-        const bool sums = args.dbias.data != nullptr;
-        const auto add = [&](bool repeats) {
+        const Array& bias = args.dbias.data != nullptr ? args.dbias : args.call.bias;
+        const auto add = [&](bool repeated) {
             int64_t batch_step = call_.batches;
             for (size_t axis = 0; axis < args.call.batch_shape.size(); ++axis) {
                 const int64_t size = args.call.batch_shape[axis];
                 batch_step /= size;
-                add_axis({size, batch_step, 0}, sums && args.dbias.batch_strides[axis] == 0,
-                         repeats);
+                const bool repeats = bias.data != nullptr && bias.batch_strides[axis] == 0;
+                if (repeats == repeated) add_axis({size, batch_step, 0}, repeats);
             }
-            add_axis({args.call.kv_heads, 0, 1}, sums && args.dbias.head_stride == 0, repeats);
+            const bool repeats = bias.data != nullptr && bias.head_stride == 0;
+            if (repeats == repeated) add_axis({args.call.kv_heads, 0, 1}, repeats);
         };
         add(false);
         add(true);
@@ -207,7 +208,7 @@ class ShortGradients : Gradients {
         const int most = team_size(units, seconds_ * double(units), call_.threads);
         units_of_item_ = problems_of_item(seconds_, units, most);
         threads_ = int(std::min<int64_t>(most, items(wave_)));
-        scratch_bytes_ = thread_bytes(keys, true);
+        scratch_bytes_ = thread_bytes(keys, true, repeats_);
     }
 
     static bool takes(const GradientArgs& args) {
@@ -282,10 +283,10 @@ class ShortGradients : Gradients {
         Ahead ahead;
     };
 
-    void add_axis(const Axis& axis, bool repeats, bool wanted) {
-        if (repeats != wanted) return;
+    void add_axis(const Axis& axis, bool repeats) {
         axes_.push_back(axis);
-        (repeats ? members_ : chains_) *= axis.size;
+        (repeats && args_.dbias.data != nullptr ? members_ : chains_) *= axis.size;
+        repeats_ |= repeats && axis.size > 1;
     }
 
     int64_t number_bytes() const { return args_.call.query.dtype == Dtype::kFloat64 ? 8 : 4; }
@@ -300,6 +301,7 @@ class ShortGradients : Gradients {
         const ThreadMemory cut = this->cut(scratch, 0);
         Walk walk{*this, cut, shared_block(cut, stop), nullptr, 0, 0, {}};
         walk.block.alone = true;
+        walk.block.keeps_bias = repeats_;
         walk.block.end = args_.call.kv_len;
         const GradientQueue queue{
             next, [](void* context) { static_cast<Walk*>(context)->ahead.fetch(); }, &walk};
@@ -427,6 +429,7 @@ class ShortGradients : Gradients {
     }
 
     std::vector<Axis> axes_;
+    bool repeats_ = false;              // the bias, from one problem to the next
     int64_t chains_ = 1, members_ = 1;  // members: problems of a chain
     int64_t parts_ = 1;                 // of a chain
     int64_t wave_ = 1;                  // chains at a time
@@ -446,14 +449,14 @@ class Backward : Gradients {
         if (args.call.q_heads == 0 || args.call.q_len == 0 || args.call.kv_len == 0) return;
         find_heads();
         find_chains();
-        const auto bytes = [&](int64_t keys) { return thread_bytes(keys, false); };
+        const auto bytes = [&](int64_t keys) { return thread_bytes(keys); };
         const auto load = [&](int64_t keys) { return load_of(keys); };
         const GradientCut cut = cut_gradients(call_.functions.key_tile, call_.threads, bytes, load);
         set_block_keys(cut.block_keys);
         parts_ = cut.parts;
         item_seconds_ = cut.longest / parts_;
         threads_ = cut.threads;
-        scratch_bytes_ = thread_bytes(block_keys_, false);
+        scratch_bytes_ = thread_bytes(block_keys_);
         choose_places();
         make_items();
     }

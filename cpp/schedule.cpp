@@ -84,8 +84,6 @@ constexpr double kPartItemsPerThread = 4;   // the same, of parts, which cost no
 constexpr int kMostParts = 4;               // of a key block: each waits for the one before
 constexpr double kGradientFlops = 50e9;     // a second, of one thread
 constexpr double kShortGradientSeconds = 0.3e-6;  // what it costs to set a short problem up
-constexpr double kItemSeconds = 20e-6;            // of many short problems, roughly
-constexpr int64_t kMostProblems = 64, kItemsPerThread = 8;  // of an item; at least
 constexpr int64_t kRowKeys = 8;  // what it costs to read a row, in keys that it sees
 
 }  // namespace
@@ -211,12 +209,6 @@ double gradient_seconds(int64_t rows, int64_t keys, int64_t columns) {
 
 double short_gradient_seconds(int64_t rows, int64_t keys, int64_t columns) {
     return gradient_seconds(rows, keys, columns) + kShortGradientSeconds;
-}
-
-int64_t problems_of_item(double seconds, int64_t problems, int threads) {
-    const int64_t enough = std::max<int64_t>(int64_t(kItemSeconds / seconds), 1);
-    return std::clamp<int64_t>(problems / (kItemsPerThread * threads), 1,
-                               std::min(enough, kMostProblems));
 }
 
 // Fewer keys at a time cost work: rows are read more often. Parts cost memory: each key block has

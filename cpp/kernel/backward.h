@@ -94,16 +94,21 @@ class Differentiation {
         *lse_gradient;  // (block_rows) and + exp2(S - lse_offset) lse_gradient, if adds_lse
     T* row_delta;       // (block_rows) sum(out * grad_out)
     KeyTile* tiles;
+    void* kept;  // a KeptArray for each query tile, if the bias is kept
 
     bool adds_lse = false;
     const GradientQueue* queue = nullptr;  // of problems that are alone
+    // Of a bias's gradient, to be brought near: these keys of some rows.
+    mutable int dbias_row = 0, dbias_past = 0;
+    Span dbias_keys = {0, 0};
 
    public:
-    static size_t scratch_bytes(const Block& block, int64_t keys, bool alone) {
+    static size_t scratch_bytes(const Block& block, int64_t keys, bool alone, bool keeps_bias) {
         GradientBlock one{};
         one.block = block;
         one.end = keys;
         one.alone = alone;
+        one.keeps_bias = keeps_bias;
         Scratch scratch;
         Differentiation(one, scratch);
         return scratch.used();
@@ -141,6 +146,7 @@ class Differentiation {
         lse_gradient = scratch.take<T>(block_rows);
         row_delta = scratch.take<T>(block_rows);
         tiles = scratch.take<KeyTile>(tile_count());
+        kept = all.keeps_bias ? scratch.reserve(KeptArray<T>::bytes(block) * query_tiles) : nullptr;
     }
 
     void begin_keys() {
@@ -157,6 +163,7 @@ class Differentiation {
     // Problems whose rows are one row block, and whose keys are one key tile, one after the other.
     void differentiate_alone(const GradientQueue& problems) {
         queue = &problems;
+        for (int i = 0; i < query_tiles && kept != nullptr; ++i) *kept_bias(i).head = {};
         const Sums key_sums = dk, value_sums = dv;
         bool any = false;
         for (; queue->next(queue->context); any = true) {
@@ -219,7 +226,16 @@ class Differentiation {
    private:
     // Called evenly, so that what comes next is brought near while there is work.
     void fetch_some() const {
-        if (queue != nullptr) queue->fetch(queue->context);
+        if (queue != nullptr) return queue->fetch(queue->context);
+        for (int i = 0; i < 2 && dbias_row < dbias_past; ++i, ++dbias_row) {
+            const T* const row = static_cast<const T*>(all.gradients[dbias_row].dbias);
+            prefetch<1, 3>(row + dbias_keys.begin, dbias_keys.size());
+        }
+    }
+
+    KeptArray<T> kept_bias(int index) const {
+        Scratch memory(static_cast<char*>(kept) + size_t(index) * KeptArray<T>::bytes(block));
+        return {block, memory};
     }
 
     int64_t tile_count() const { return (key_count + kKeyTile - 1) / kKeyTile; }
@@ -250,7 +266,8 @@ class Differentiation {
             for (Span& keys : tiles[t].keys) keys = {0, 0};
         }
         each_query_tile([&]<int Columns>(int index, const Block& rows) {
-            const ScorePasses<T, Columns> passes(rows);
+            ScorePasses<T, Columns> passes(rows);
+            if (kept != nullptr) passes.keep_bias(kept_bias(index), staging);
             for (int64_t t = 0; t < tile_count(); ++t) {
                 const int64_t tile = all.begin + t * kKeyTile;
                 Span keys = passes.span(tile);
@@ -466,14 +483,22 @@ class Differentiation {
     template <int Columns>
     void differentiate(int index, const ScorePasses<T, Columns>& passes, Span keys, Seen seen) {
         passes.prefetch(keys);
+        if (all.gradients[0].dbias != nullptr && all.dbias_stride == 1) {
+            dbias_row = index * tile_rows;
+            const int past = dbias_row + Columns * lanes;
+            dbias_past = past < block.row_count ? past : block.row_count;
+            dbias_keys = keys;
+        }
         int64_t stride;
         const Element* const key = find(block.key, wide_key, head_dim, keys.begin, stride);
-        multiply_keys<Columns>(key, stride, query, index, keys.size(), scores);
+        const bool plain = seen == Seen::kAll && !adds_lse && block.dropout.scale == 1;
+        const V scale = query_scale<T>(block), one = T(1);
+        multiply_keys<Columns>(key, stride, query, index, keys.size(), plain ? one : scale, scores);
         const Element* const value =
             find(block.value, wide_value, value_head_dim, keys.begin, stride);
-        multiply_keys<Columns>(value, stride, grad_out, index, keys.size(), dprobs);
-        if (seen == Seen::kAll && !adds_lse && block.dropout.scale == 1) {
-            const V scale = query_scale<T>(block);
+        multiply_keys<Columns>(value, stride, grad_out, index, keys.size(),
+                               plain ? one : V(T(block.dropout.scale)), dprobs);
+        if (plain) {
             V minus[Columns], less[Columns];
             for (int c = 0; c < Columns; ++c) {
                 minus[c] = V(T(0)) - V::load(offset + index * tile_rows + c * lanes);
@@ -484,7 +509,21 @@ class Differentiation {
                 ds = p * (V::load(dprobs + at) - less[c]);
             });
         }
-        apply_passes<Columns>(passes, keys);
+        if (block.softcap != 0) {
+            for (int64_t i = 0; i < keys.size() * Columns * lanes; i += lanes) {
+                const V x = tanh(V::load(scores + i));
+                (one - x * x).store(cap_slope + i);
+            }
+        }
+        passes.apply(scores, keys, staging);
+        if (!block.dropout.drops && block.softcap == 0) {
+            store_tile<Columns>(index, keys, [&](int64_t at, int c, V& p, V& ds) {
+                p = find_pair(at, index * tile_rows + c * lanes, V::load(dprobs + at));
+                ds = V::load(dprobs + at);
+            });
+            if (all.gradients[0].dbias != nullptr) add_dbias<Columns>(index, keys);
+            return;
+        }
         find_tile<Columns>(index, keys);
         if (all.gradients[0].dbias != nullptr) add_dbias<Columns>(index, keys);
         if (block.softcap != 0) {
@@ -516,10 +555,10 @@ class Differentiation {
         }
     }
 
-    // to = keys x rows, (count, rows of the query tile)
+    // to = keys x rows * scale, (count, rows of the query tile)
     template <int Columns>
     void multiply_keys(const Element* key, int64_t stride, const Rows& rows, int index,
-                       int64_t count, T* to) const {
+                       int64_t count, V scale, T* to) const {
         constexpr int width = Columns * lanes;
         const T* const from = transposed<Columns>(rows, index);
         in_steps<micro_rows(Columns)>(0, count, [&]<int Count>(int64_t j) {
@@ -530,22 +569,10 @@ class Differentiation {
 #pragma GCC unroll 16
             for (int r = 0; r < Count; ++r) {
 #pragma GCC unroll 4
-                for (int c = 0; c < Columns; ++c) sum[r][c].store(to + (j + r) * width + c * lanes);
+                for (int c = 0; c < Columns; ++c)
+                    (scale * sum[r][c]).store(to + (j + r) * width + c * lanes);
             }
         });
-    }
-
-    template <int Columns>
-    void apply_passes(const ScorePasses<T, Columns>& passes, Span keys) const {
-        const V scale = query_scale<T>(block);
-        for (int64_t i = 0; i < keys.size() * Columns * lanes; i += lanes) {
-            const V score = scale * V::load(scores + i);
-            score.store(scores + i);
-            if (block.softcap == 0) continue;
-            const V x = tanh(score);
-            (V(T(1)) - x * x).store(cap_slope + i);
-        }
-        passes.apply(scores, keys, staging);
     }
 
     // P and dS in place of the scores and dP. Of a hidden pair both are 0, whatever is in its
@@ -553,7 +580,6 @@ class Differentiation {
     template <int Columns>
     [[gnu::noinline]] void find_tile(int index, Span keys) const {
         constexpr int width = Columns * lanes;
-        const V scale = T(block.dropout.scale);
         for (int c = 0; c < Columns; ++c) {
             const int row = index * tile_rows + c * lanes;
             if (block.dropout.drops) {
@@ -561,13 +587,13 @@ class Differentiation {
                 const V zero = T(0);
                 kept.each_key(keys, [&](int64_t key, typename V::Mask keeps) {
                     const int64_t at = (key - keys.begin) * width + c * lanes;
-                    const V dprob = select<T>(keeps, scale * V::load(dprobs + at), zero);
+                    const V dprob = select<T>(keeps, V::load(dprobs + at), zero);
                     select<T>(keeps, find_pair(at, row, dprob), zero).store(scores + at);
                 });
             } else {
                 for (int64_t j = 0; j < keys.size(); ++j) {
                     const int64_t at = j * width + c * lanes;
-                    find_pair(at, row, scale * V::load(dprobs + at)).store(scores + at);
+                    find_pair(at, row, V::load(dprobs + at)).store(scores + at);
                 }
             }
         }
@@ -946,9 +972,10 @@ int gradient_block_rows(const Block& block) {
 }
 
 template <class T>
-size_t gradient_scratch_bytes(const Block& block, int64_t keys, bool alone) {
-    return with_differentiation<T>(
-        block, [&]<class Kind>(Kind*) { return Kind::scratch_bytes(block, keys, alone); });
+size_t gradient_scratch_bytes(const Block& block, int64_t keys, bool alone, bool keeps_bias) {
+    return with_differentiation<T>(block, [&]<class Kind>(Kind*) {
+        return Kind::scratch_bytes(block, keys, alone, keeps_bias);
+    });
 }
 
 template <class T>

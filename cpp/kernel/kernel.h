@@ -108,6 +108,7 @@ struct GradientBlock {
     int64_t dbias_stride;  // from one key to the next
     void* query_sums;      // query_sums_bytes()
     bool alone;            // of a problem that is one row block and one key tile
+    bool keeps_bias;       // of which others have the same bias
 };
 
 // Problems to be differentiated, one after the other: next() makes the GradientBlock that the
@@ -126,7 +127,7 @@ struct GradientQueue {
 // them share, it adds at the end.
 struct GradientFunctions {
     int (*block_rows)(const Block&);
-    size_t (*scratch_bytes)(const Block&, int64_t keys, bool alone);
+    size_t (*scratch_bytes)(const Block&, int64_t keys, bool alone, bool keeps_bias);
     size_t (*query_sums_bytes)(const Block&);
     void (*begin_keys)(const GradientBlock&);
     void (*differentiate)(const GradientBlock&);

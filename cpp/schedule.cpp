@@ -83,7 +83,8 @@ constexpr double kKeyBlocksPerThread = 3;   // as long as the longest one: threa
 constexpr double kPartItemsPerThread = 4;   // the same, of parts, which cost no work
 constexpr int kMostParts = 4;               // of a key block: each waits for the one before
 constexpr double kGradientFlops = 50e9;     // a second, of one thread
-constexpr int64_t kRowKeys = 8;             // what it costs to read a row, in keys that it sees
+constexpr double kShortGradientSeconds = 0.3e-6;  // what it costs to set a short problem up
+constexpr int64_t kRowKeys = 8;  // what it costs to read a row, in keys that it sees
 
 }  // namespace
 
@@ -204,6 +205,10 @@ int64_t problems_of_item(double seconds, int64_t problems, int threads) {
 
 double gradient_seconds(int64_t rows, int64_t keys, int64_t columns) {
     return double(rows) * double(keys + kRowKeys) * double(5 * columns + 80) / kGradientFlops;
+}
+
+double short_gradient_seconds(int64_t rows, int64_t keys, int64_t columns) {
+    return gradient_seconds(rows, keys, columns) + kShortGradientSeconds;
 }
 
 // Fewer keys at a time cost work: rows are read more often. Parts cost memory: each key block has

@@ -160,6 +160,9 @@ constexpr int64_t kRowBlocksInRun = 4;
 // The time on one thread for the gradients of rows and the keys that they see, roughly.
 double gradient_seconds(int64_t rows, int64_t keys, int64_t columns);
 
+// The same for a problem of few rows and few keys.
+double short_gradient_seconds(int64_t rows, int64_t keys, int64_t columns);
+
 struct GradientLoad {
     int64_t key_blocks;
     double longest, total;  // seconds, of the key blocks

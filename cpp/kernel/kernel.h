@@ -109,20 +109,34 @@ struct GradientBlock {
     KeyRows dk, dv;        // of all keys; of the keys' type
     int64_t dbias_stride;  // from one key to the next
     void* query_sums;      // query_sums_bytes()
+    bool alone;            // of a problem that is one row block and one key tile
+    bool keeps_bias;       // of which others have the same bias
+};
+
+// Problems to be differentiated, one after the other: next() makes the GradientBlock that the
+// function was given the next one of them. They differ in places, and in row_count and end, which
+// are no larger than those of the first. False: there is none.
+struct GradientQueue {
+    bool (*next)(void* context);
+    void (*fetch)(void* context);  // brings some of what the problem after this one needs near
+    void* context;
 };
 
 // The backward pass over a key block that stays near while all row blocks that see it pass by. It
 // begins with begin_keys(). Then, for each row block, differentiate() leaves in scratch memory what
-// add_query_sums() adds to what the key blocks before gave. finish_keys() ends it.
+// add_query_sums() adds to what the key blocks before gave. finish_keys() ends it. Problems that
+// are alone need none of this: differentiate_alone() does all. What it gives a bias, which all of
+// them share, it adds at the end.
 struct GradientFunctions {
     int (*block_rows)(const Block&);
-    size_t (*scratch_bytes)(const Block&, int64_t keys);
+    size_t (*scratch_bytes)(const Block&, int64_t keys, bool alone, bool keeps_bias);
     size_t (*query_sums_bytes)(const Block&);
     void (*begin_keys)(const GradientBlock&);
     void (*differentiate)(const GradientBlock&);
     void (*add_query_sums)(const GradientBlock&, bool first);  // first: no key block was before
     void (*store_query_sums)(const GradientBlock&);
     void (*finish_keys)(const GradientBlock&);
+    void (*differentiate_alone)(const GradientBlock&, const GradientQueue&);
 };
 
 // Decoding: the rows' intervals leave one split of the keys, and the result is a partial for each

@@ -229,6 +229,15 @@ inline void store_pairs(const BFloat16* first, const BFloat16* second, int64_t c
                         BFloat16* to) {
     constexpr int lanes = Vec<float>::lanes;
     int64_t d = 0;
+    for (; second != nullptr && d + 2 * lanes <= columns; d += 2 * lanes) {
+        using Mask = Vec<float>::Mask;
+        Pairs a, b;  // of neighbours
+        __builtin_memcpy(&a, first + d, sizeof a);
+        __builtin_memcpy(&b, second + d, sizeof b);
+        const Mask even = Mask((a & 0xffff) | b << 16), odd = Mask(a >> 16 | (b & 0xffff0000));
+        const Mask pairs[] = {zip_low<float>(even, odd), zip_high<float>(even, odd)};
+        __builtin_memcpy(to + 2 * d, pairs, sizeof pairs);
+    }
     for (; second != nullptr && d + lanes <= columns; d += lanes) {
         isa::HalfBits low, high;
         __builtin_memcpy(&low, first + d, sizeof low);

@@ -336,34 +336,30 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
             row_max[c] = largest;
             sum[c] = T(0);
         }
-        const auto prob = [&](const T* score, int c) {
-            const V x = V::load(score + c * lanes);
-            if constexpr (Scaled) {
-                return exp2<InPairs>(fma(x, score_scale[c], V(T(0)) - offset[c]));
-            } else {
-                return exp2<InPairs>(x - offset[c]);
+        // In pairs, another key is hidden from all rows where their number is odd.
+        constexpr int size = Operand::size;
+        for (int c = 0; c < Columns && keys.size() % size != 0; ++c) {
+            V(-kInfinity<T>).store(scores + keys.size() * width + c * lanes);
+        }
+        const T* row = scores;
+        for (T* to = scores; row < scores + keys.size() * width; row += size * width, to += width) {
+            V probs[size * Columns];
+#pragma GCC unroll 8
+            for (int i = 0; i < size * Columns; ++i) {
+                const V x = V::load(row + i * lanes), least = offset[i % Columns];
+                probs[i] = Scaled ? fma(x, score_scale[i % Columns], V(T(0)) - least) : x - least;
             }
-        };
-        T* row = scores;
-        if constexpr (InPairs) {
-            T* to = scores;
-            for (int64_t j = 0; j < keys.size(); j += 2, row += 2 * width, to += width) {
+            exp2<InPairs>(probs);
 #pragma GCC unroll 4
-                for (int c = 0; c < Columns; ++c) {
-                    const V first = prob(row, c);
-                    const V second = j + 1 < keys.size() ? prob(row + width, c) : V(T(0));
+            for (int c = 0; c < Columns; ++c) {
+                if constexpr (InPairs) {
+                    const V first = probs[c], second = probs[Columns + c];
                     sum[c] = sum[c] + (first + second);
                     const Pairs pairs = to_pairs(first, second);
                     __builtin_memcpy(to + c * lanes, &pairs, sizeof pairs);
-                }
-            }
-        } else {
-            for (int64_t j = 0; j < keys.size(); ++j, row += width) {
-#pragma GCC unroll 4
-                for (int c = 0; c < Columns; ++c) {
-                    const V p = prob(row, c);
-                    sum[c] = sum[c] + p;
-                    p.store(row + c * lanes);
+                } else {
+                    sum[c] = sum[c] + probs[c];
+                    probs[c].store(to + c * lanes);
                 }
             }
         }

@@ -227,17 +227,31 @@ inline Vec<float> rough_exp2_slope(Vec<float> f) {
     return fma(q, f, Vec<float>(6.931241934e-1f));
 }
 
-// 2^x for x <= 100: exactly 1 at 0, exactly 0 at -inf, NaN stays.
+// x = 2^x for x <= 100: exactly 1 at 0, exactly 0 at -inf, NaN stays. Of several, each step is done
+// for all before the next one, which would have to wait for it.
+template <bool Rough = false, class T, int Count>
+[[gnu::always_inline]] inline void exp2(Vec<T> (&x)[Count]) {
+    Vec<T> n[Count];
+#pragma GCC unroll 8
+    for (int i = 0; i < Count; ++i) x[i] = isa::split(x[i].v, n[i].v);
+#pragma GCC unroll 8
+    for (int i = 0; i < Count; ++i) {
+        Vec<T> slope;
+        if constexpr (Rough) {
+            slope = rough_exp2_slope(x[i]);
+        } else {
+            slope = exp2_slope(x[i]);
+        }
+        x[i] = fma(slope, x[i], Vec<T>(T(1)));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Count; ++i) x[i] = times_power_of_two(x[i], n[i]);
+}
 template <bool Rough = false, class T>
 Vec<T> exp2(Vec<T> x) {
-    Vec<T> n, slope;
-    const Vec<T> f = isa::split(x.v, n.v);
-    if constexpr (Rough) {
-        slope = rough_exp2_slope(f);
-    } else {
-        slope = exp2_slope(f);
-    }
-    return times_power_of_two(fma(slope, f, Vec<T>(T(1))), n);
+    Vec<T> one[] = {x};
+    exp2<Rough>(one);
+    return one[0];
 }
 
 // tanh(x) = e / (e + 2) with e = exp(2x) - 1, computed without cancellation near 0.

@@ -95,10 +95,9 @@ def test_predictions_use_what_was_recorded(simulator):
     parts = simulator._spread(one, recorded[0])
     assert parts.tolist() == [2, 6, 6, 6]
     recordings = [simulator._Recording(recorded, beside) for beside in (0.5, 0.25, 9.0)]
-    waking = simulator.WAKING_SECONDS
-    assert simulator._predicted([plan], recordings, 0.0) == pytest.approx(12 + waking + 0.5)
-    by_memory = simulator._predicted([plan], recordings, 40.0)
-    assert by_memory == pytest.approx(24 + waking + 0.5)
+    for waking in (simulator.WAKING_SECONDS, simulator.RISING_SECONDS):
+        predicted = simulator._predicted([plan], recordings, waking)
+        assert predicted == pytest.approx(12 + waking + 0.5)
     other = simulator.Plan(0, [one._replace(first_step=np.array([0, 2, 4]))])
     with pytest.raises(ValueError, match="3 items ran, of 2"):
         simulator._predicted([other], recordings, 0.0)

@@ -5,7 +5,7 @@
 // blocks are too few for all threads, their keys are cut too, into spans, and what each gives is
 // merged in order. How large blocks are, and whether there are spans, schedule.cpp says. Called by
 // src/; calls the kernel's table (kernel/kernel.h) through parallel_for. Sequences that are decoded
-// go to decode.cpp.
+// go to decode.cpp, short ones to short.cpp.
 #include "attention.h"
 
 #include <algorithm>
@@ -22,7 +22,9 @@
 namespace fastattn {
 namespace {
 
-constexpr double kMostVisited = 2e7;  // tiles; plan() takes seconds to look at so many
+constexpr double kMostVisited = 2e7;      // tiles; plan() takes seconds to look at so many
+constexpr int64_t kKeysAhead = 256;       // of the next head that a thread comes to, so many
+constexpr size_t kKeptBytes = 512 << 10;  // of one thread: half of a usual second-level cache
 
 // The row blocks of all sequences, or of those that are not decoded.
 class Blocks {
@@ -55,6 +57,7 @@ class Blocks {
         thread_bytes_ = thread_bytes(block_rows_, in_spans_);
         across_heads_ = work.in_window && args_.key.head_stride < args_.key.row_stride;
         cut(work.rows);
+        if (!in_spans_ && bias_recurs()) keep_bias();
         if (in_spans_) {
             const double most = double(items()) * (double(work.keys) / double(kSpanKeys) + 4);
             slots_ = partials_at_a_time(threads_, thread_bytes_, slot_bytes(block_rows_), most);
@@ -66,14 +69,19 @@ class Blocks {
     bool run(Interrupt interrupt) const {
         if (items() == 0) return true;
         const Memory memory = allocate(bytes());
+        if (kept_bytes_ > 0) begin_keeping(memory.get());
         if (!in_spans_) {
             return parallel_for(items(), threads_, interrupt,
                                 [&](int64_t item, int worker, const Stop& stop) {
                                     char* const mine = memory_of(worker, memory.get());
-                                    attend(place(item), mine, stop);
-                                    take_back(mine, thread_bytes_);
+                                    char* const kept =
+                                        kept_bytes_ > 0 ? kept_of(worker, memory.get()) : nullptr;
+                                    for (int64_t n = 0; n < places(item); ++n) {
+                                        attend(item, n, mine, kept, stop);
+                                        take_back(mine, thread_bytes_);
+                                    }
                                 },
-                                {.item_seconds = block_seconds_});
+                                {.item_seconds = double(run_) * block_seconds_});
         }
         char* const slots = memory_of(threads_, memory.get());
         Patience patience(interrupt);
@@ -126,9 +134,11 @@ class Blocks {
         if (!in_spans_) {
             Phase phase{threads_, {}};
             for (int64_t item = 0; item < items(); ++item) {
-                const Place at = place(item);
                 double all = 0;
-                for (int64_t n = 0; n < units(at); ++n) all += unit(at, n).seconds;
+                for (int64_t n = 0; n < places(item); ++n) {
+                    const Place at = place(item, n);
+                    for (int64_t i = 0; i < units(at); ++i) all += unit(at, i).seconds;
+                }
                 phase.items.push_back({{all}});
             }
             if (items() > 0) schedule.phases.push_back(phase);
@@ -182,7 +192,8 @@ class Blocks {
     int64_t blocks(const Sequence& sequence) const {
         return (rows(sequence) + block_rows_ - 1) / block_rows_;
     }
-    int64_t items() const { return all_blocks_ * args_.kv_heads; }
+    int64_t runs() const { return (call_.batches + run_ - 1) / run_; }
+    int64_t items() const { return (run_ > 1 ? blocks_ * runs() : all_blocks_) * args_.kv_heads; }
     int64_t sequences() const { return call_.unlike() ? call_.batches : 1; }
 
     RowsToCut look() const {
@@ -276,7 +287,39 @@ class Blocks {
     }
     size_t bytes() const {
         const size_t slots = in_spans_ ? size_t(slots_ + 1) * slot_bytes(block_rows_) : 0;
-        return size_t(threads_) * thread_bytes_ + slots;
+        return size_t(threads_) * (thread_bytes_ + kept_bytes_) + slots;
+    }
+
+    // Whether batch elements that come one after the other have the same bias.
+    bool bias_recurs() const {
+        if (args_.bias.data == nullptr || call_.packed()) return false;
+        for (size_t axis = args_.batch_shape.size(); axis-- > 0;) {
+            if (args_.batch_shape[axis] > 1) return args_.bias.batch_strides[axis] == 0;
+        }
+        return false;
+    }
+    // An item is then the same block of many of them, if what is kept meanwhile stays near.
+    void keep_bias() {
+        Block block = shared_;
+        block.row_count = int(block_rows_);
+        const size_t kept = functions_.kept_bytes(block);
+        const bool fits = size_t(threads_) * (thread_bytes_ + kept) <= kForwardBytes;
+        const int64_t run = std::min(batches_of_item(items(), threads_), call_.batches);
+        if (!fits || kept > kKeptBytes || run == 1) return;
+        kept_bytes_ = kept;
+        run_ = run;
+    }
+    void begin_keeping(char* memory) const {
+        Block block = shared_;
+        block.row_count = int(block_rows_);
+        for (int worker = 0; worker < threads_; ++worker) {
+            block.kept = kept_of(worker, memory);
+            functions_.begin_keeping(block);
+        }
+    }
+    // Behind the scratch memory of all threads.
+    char* kept_of(int worker, char* memory) const {
+        return memory_of(threads_, memory) + size_t(worker) * kept_bytes_;
     }
 
     // Of batch elements, heads and blocks that are alike, it visits one and counts it for all.
@@ -344,6 +387,15 @@ class Blocks {
             std::to_string(int64_t(tiles)));
     }
 
+    // How many blocks an item is, and which.
+    int64_t places(int64_t item) const {
+        return std::min(run_, call_.batches - item % runs() * run_);
+    }
+    Place place(int64_t item, int64_t n) const {
+        if (run_ == 1) return place(item);
+        const int64_t block = item / runs();
+        return {ranked(item % runs() * run_ + n), block / blocks_, index(block % blocks_, blocks_)};
+    }
     Place place(int64_t item) const {
         const int64_t heads = args_.kv_heads;
         if (call_.packed()) {
@@ -468,8 +520,15 @@ class Blocks {
     }
 
     // memory: thread_bytes_ of it, here and below.
-    void attend(const Place& at, char* memory, const Stop& stop) const {
-        const Block newest = block(call_.sequence(at.batch), at, 0, block_rows_, memory, stop);
+    void attend(int64_t item, int64_t n, char* memory, char* kept, const Stop& stop) const {
+        const Place at = place(item, n);
+        Block newest = block(call_.sequence(at.batch), at, 0, block_rows_, memory, stop);
+        newest.kept = kept;
+        if (n + 1 < places(item)) {
+            set_next(at, place(item, n + 1), newest);
+        } else if (item + threads_ < items()) {  // unless others are slower, or faster
+            set_next(at, place(item + threads_, 0), newest);
+        }
         if (!call_.has_first_part(at.batch)) return functions_.attend(newest, nullptr);
         Scratch scratch(memory);
         BlockMemory(block_rows_, kernel_bytes_, scratch);
@@ -521,6 +580,27 @@ class Blocks {
                     size_t(block_rows_ * partial_bytes_));
     }
 
+    // What the thread attends to after this block.
+    void set_next(const Place& at, const Place& next, Block& block) const {
+        if (args_.pages != nullptr || args_.kv_parts != nullptr) return;
+        const Sequence sequence = call_.sequence(next.batch);
+        const int64_t first = next.index * block_rows_;
+        if (call_.group == 1) {
+            block.next_query =
+                call_.rows(args_.query, next.batch).at(next.head, sequence.q_start + first);
+            block.next_rows = std::min(block_rows_, rows(sequence) - first);
+            block.next_query_stride = args_.query.row_stride;
+        }
+        if (next.batch == at.batch && next.head == at.head) return;
+        const Interval keys = seen(sequence, next.index);
+        const auto row = [&](const Array& array) {
+            return call_.rows(array, next.batch).at(next.head, sequence.kv_start + keys.begin);
+        };
+        block.next_key = row(args_.key);
+        block.next_value = row(args_.value);
+        block.next_keys = std::min(keys.end - keys.begin, kKeysAhead);
+    }
+
     // Some rows of a block, from its row `first` on.
     Block block(const Sequence& sequence, const Place& at, int64_t first, int64_t count,
                 char* memory, const Stop& stop) const {
@@ -556,6 +636,10 @@ class Blocks {
     // keys are seen, the next block finds the same pages of memory.
     bool across_heads_ = false;
     size_t kernel_bytes_ = 0, thread_bytes_ = 0;
+    // Of a bias that one batch element after the other has, and so many are in an item; 0: none is
+    // kept.
+    size_t kept_bytes_ = 0;
+    int64_t run_ = 1;
     int threads_ = 1;
     bool in_spans_ = false;
     int64_t slots_ = 0;  // beside kCarried
@@ -565,6 +649,7 @@ class Blocks {
 
 bool attention(const AttentionArgs& args, Interrupt interrupt) {
     const Call call(args);
+    if (const auto shape = short_shape(call)) return attend_short(call, *shape, interrupt);
     const bool decodes = call.packed() || call.decodes(args.q_len);
     const bool attends = call.packed() || !decodes;
     for (;;) {
@@ -580,12 +665,17 @@ Plan plan_attention(const AttentionArgs& args) {
     const Call call(args);
     Plan plan = Blocks(call, true).plan();
     if (call.decodes(args.q_len)) plan_decode(call, plan);
+    if (const auto shape = short_shape(call)) plan_short(call, *shape, plan);
     return plan;
 }
 
 Schedule schedule_attention(const AttentionArgs& args) {
     const Call call(args);
     Schedule schedule;
+    if (const auto shape = short_shape(call)) {
+        schedule_short(call, *shape, schedule);
+        return schedule;
+    }
     const bool decodes = call.packed() || call.decodes(args.q_len);
     if (call.packed() || !decodes) Blocks(call, false).add_phases(schedule);
     if (decodes) schedule_decode(call, schedule);

@@ -173,7 +173,16 @@ void Call::set_keys(Block& block, const Sequence& s, int64_t kv_head) const {
     block.kv_len = s.kv_len;
 }
 
-auto Call::row_setter(const Sequence& s) const {
+void Call::set_rows(Row* to, int count, const Sequence& s, int64_t kv_head, int64_t first) const {
+    for (int64_t r = 0; r < std::min<int64_t>(count, group); ++r) {
+        const int64_t head = kv_head * group + (first + r) % group;
+        set_rows_of_head(to + r, (count - r + group - 1) / group, s, head, (first + r) / group,
+                         group);
+    }
+}
+
+void Call::set_rows_of_head(Row* to, int64_t count, const Sequence& s, int64_t head, int64_t first,
+                            int64_t step) const {
     const auto of_keys = [&](const Array& array) {  // whose columns are positions
         Rows columns = rows(array, s.batch);
         if (s.shift != 0 && columns.first != nullptr) {
@@ -183,42 +192,43 @@ auto Call::row_setter(const Sequence& s) const {
     };
     const Rows query = rows(args.query, s.batch), out = rows(args.out, s.batch),
                lse = rows(args.lse, s.batch), mask = of_keys(args.mask), bias = of_keys(args.bias);
+    const int64_t size = args.query.dtype == Dtype::kFloat64 ? 8 : 4;
     const auto numbers = [&](void* data, int64_t place) {
-        const int64_t size = args.query.dtype == Dtype::kFloat64 ? 8 : 4;
         return data == nullptr ? nullptr : static_cast<char*>(data) + place * size;
     };
-    const int64_t* const pages = args.pages ? args.pages + s.batch * args.page_columns : nullptr;
-    return [=, this](Row& row, int64_t head, int64_t i) {
-        row.query = query.at(head, s.q_start + i);
-        row.out = out.at(head, s.q_start + i);
-        row.lse = lse.at(head, s.q_start + i);
-        const int64_t of_all = s.batch * args.q_heads + head;
-        row.softmax = numbers(args.softmax, (of_all * args.q_len + i) * 2);
-        row.scores = numbers(args.scores, of_all * args.kv_len - s.shift);
-        row.mask = mask.at(head, s.q_start + i);
-        row.bias = bias.at(head, s.q_start + i);
-        row.pages = pages;
+    const int64_t of_all = s.batch * args.q_heads + head;
+    const int64_t softmax_bytes = args.softmax == nullptr ? 0 : 2 * size;
+    const bool limited = args.left != kUnlimited || args.right != kUnlimited;
+    const auto move = [](auto& pointer, int64_t bytes) {
+        pointer = const_cast<char*>(static_cast<const char*>(pointer)) + bytes;
+    };
+    Row row{};
+    row.query = query.at(head, s.q_start + first);
+    row.out = out.at(head, s.q_start + first);
+    row.lse = lse.at(head, s.q_start + first);
+    row.softmax = numbers(args.softmax, (of_all * args.q_len + first) * 2);
+    row.scores = numbers(args.scores, of_all * args.kv_len - s.shift);
+    row.mask = mask.at(head, s.q_start + first);
+    row.bias = bias.at(head, s.q_start + first);
+    row.pages = args.pages ? args.pages + s.batch * args.page_columns : nullptr;
+    row.slope = args.alibi_slopes ? args.alibi_slopes[of_all] : 0;
+    row.sink = args.sinks ? args.sinks[head] : -std::numeric_limits<double>::infinity();
+    row.head = uint32_t(head);
+    row.batch = uint32_t(s.batch);
+    Interval seen = interval(s, first);
+    for (int64_t i = first; i < first + count; ++i, to += step) {
+        if (limited) seen = interval(s, i);
         row.position = i + s.offset;
-        const Interval seen = interval(s, i);
         row.begin = seen.begin;
         row.end = seen.end;
-        row.slope = args.alibi_slopes ? args.alibi_slopes[s.batch * args.q_heads + head] : 0;
-        row.sink = args.sinks ? args.sinks[head] : -std::numeric_limits<double>::infinity();
-        row.head = uint32_t(head);
-        row.batch = uint32_t(s.batch);
-    };
-}
-
-void Call::set_rows(Row* to, int count, const Sequence& s, int64_t kv_head, int64_t first) const {
-    const auto set = row_setter(s);
-    each_row(count, kv_head, first,
-             [&](int64_t r, int64_t head, int64_t i) { set(to[r], head, i); });
-}
-
-void Call::set_rows_of_head(Row* to, int count, const Sequence& s, int64_t head,
-                            int64_t first) const {
-    const auto set = row_setter(s);
-    for (int r = 0; r < count; ++r) set(to[r], head, first + r);
+        *to = row;
+        move(row.query, query.row_bytes);
+        move(row.out, out.row_bytes);
+        move(row.lse, lse.row_bytes);
+        move(row.softmax, softmax_bytes);
+        move(row.mask, mask.row_bytes);
+        move(row.bias, bias.row_bytes);
+    }
 }
 
 Memory allocate(size_t bytes) {

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What a call looks like to the kernel: its sequences, the keys that each query may see, and where
-// its rows lie in memory. Used by attention.cpp, decode.cpp, backward.cpp and statistics.cpp.
+// its rows lie in memory. Used by attention.cpp, decode.cpp, short.cpp, backward.cpp and
+// statistics.cpp.
 #pragma once
 
 #include <memory>
+#include <optional>
 
 #include "attention.h"
 #include "kernel/kernel.h"
@@ -108,15 +110,13 @@ class Call {
     void set_rows(Row* rows, int count, const Sequence& sequence, int64_t kv_head,
                   int64_t first) const;
 
-    // Sets the rows of queries from `first` on, of one head.
-    void set_rows_of_head(Row* rows, int count, const Sequence& sequence, int64_t head,
-                          int64_t first) const;
+    // Sets the rows of `count` queries from `first` on, of one head; from one to the next, so many
+    // rows.
+    void set_rows_of_head(Row* rows, int64_t count, const Sequence& sequence, int64_t head,
+                          int64_t first, int64_t step = 1) const;
 
    private:
     int64_t slots() const { return args.page_columns * args.page_keys; }
-
-    // Returns what sets the row of a head and a query.
-    auto row_setter(const Sequence& sequence) const;
 };
 
 // Scratch memory, aligned for vectors. None of it is lent yet.
@@ -131,6 +131,15 @@ struct BlockMemory {
     BlockMemory(int64_t row_count, size_t kernel_bytes, Scratch& scratch)
         : rows(scratch.take<Row>(row_count)), kernel(scratch.reserve(kernel_bytes)) {}
 };
+
+// What the problems of a call share, if they are short (short.cpp).
+std::optional<ShortShape> short_shape(const Call& call);
+// Attends to them; a problem's bits are those of the two other ways. False: interrupted.
+bool attend_short(const Call& call, const ShortShape& shape, Interrupt interrupt);
+// Sets how many threads and how much scratch memory that takes.
+void plan_short(const Call& call, const ShortShape& shape, Plan& plan);
+// Adds what attend_short() does.
+void schedule_short(const Call& call, const ShortShape& shape, Schedule& schedule);
 
 // Attends to the sequences that are decoded (decode.cpp). False: interrupted.
 bool decode(const Call& call, Interrupt interrupt);

@@ -52,6 +52,7 @@ struct Member {
     bool starts, ends;                // whether no part comes before it, behind it
     int64_t begin, end;               // the keys that some of the sequence's rows see
     int64_t first_split, last_split;  // that hold them; one at least
+    int64_t key, value;               // where its batch element's keys and values begin
     int64_t splits() const { return last_split - first_split + 1; }
     bool one_split() const { return starts && ends && splits() == 1; }
 };
@@ -105,6 +106,7 @@ struct Wave {
 struct Position {
     int64_t split;
     size_t place = 0;
+    std::vector<int> order = {};  // of these members; empty: not yet asked for
 };
 
 class Decode {
@@ -326,7 +328,8 @@ class Decode {
             const size_t some = size_t(items_of_wave(items, slice.team) / slice.heads);
             if (some > 0 && some < wave.tasks.size()) {
                 const Task& task = wave.tasks[some];
-                next = {task.split, task.place};
+                if (task.split != next.split) next = {task.split};
+                next.place = task.place;
                 wave.shares.resize(size_t(task.first));
                 wave.tasks.resize(some);
             }
@@ -365,14 +368,16 @@ class Decode {
     bool add_tasks(const Slice& slice, Position& next, Wave& wave) const {
         size_t rows = 0;
         for (; next.split <= slice.last_split; next = {next.split + 1}) {
-            const std::vector<int> order = members_of(slice, next.split);
-            while (next.place < order.size()) {
-                const Task task = first_task(slice, order, next, int(wave.shares.size()));
+            if (next.order.empty()) next.order = members_of(slice, next.split);
+            while (next.place < next.order.size()) {
+                const Task task = first_task(slice, next, int(wave.shares.size()));
                 rows += size_t(task.rows);
                 const bool fits = rows * row_bytes(slice) <= kWaitingBytes &&
                                   wave.shares.size() + size_t(task.count) <= kMostShares;
                 if (!wave.tasks.empty() && !fits) return false;
-                for (int i = 0; i < task.count; ++i) wave.shares.push_back({order[next.place++]});
+                for (int i = 0; i < task.count; ++i) {
+                    wave.shares.push_back({next.order[next.place++]});
+                }
                 wave.tasks.push_back(task);
             }
         }
@@ -410,7 +415,13 @@ class Decode {
     }
 
     Member member(const Sequence& sequence, bool starts, bool ends) const {
-        Member member{sequence, 0, sequence.q_len * call_.group, 0, starts, ends, 0, 0, 0, 0};
+        Member member{};
+        member.sequence = sequence;
+        member.rows = sequence.q_len * call_.group;
+        member.starts = starts;
+        member.ends = ends;
+        member.key = call_.offset(call_.args.key, sequence.batch);
+        member.value = call_.offset(call_.args.value, sequence.batch);
         const Interval seen = call_.interval(sequence, 0, sequence.q_len - 1);
         member.begin = seen.begin;
         member.end = seen.end;
@@ -427,19 +438,20 @@ class Decode {
             const Member& member = slice.members[i];
             if (member.first_split <= split && split <= member.last_split) order.push_back(int(i));
         }
-        if (order.size() > 1) {
-            std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-                return compare(slice.members[size_t(a)], slice.members[size_t(b)], split) < 0;
-            });
+        const auto before = [&](int a, int b) {
+            return compare(slice.members[size_t(a)], slice.members[size_t(b)], split) < 0;
+        };
+        // Most often they are in order: each has keys of its own.
+        if (!std::is_sorted(order.begin(), order.end(), before)) {
+            std::stable_sort(order.begin(), order.end(), before);
         }
         return order;
     }
 
     // The task of as many members as may attend together, from a position on.
-    Task first_task(const Slice& slice, const std::vector<int>& order, const Position& at,
-                    int share) const {
+    Task first_task(const Slice& slice, const Position& at, int share) const {
         const auto member = [&](size_t i) -> const Member& {
-            return slice.members[size_t(order[i])];
+            return slice.members[size_t(at.order[i])];
         };
         const Interval all = {at.split * kSplitKeys, (at.split + 1) * kSplitKeys};
         const int64_t most_rows = slice.most_together[in_query_tiles(member(at.place))];
@@ -447,7 +459,7 @@ class Decode {
         Task task{at.split, at.place, share, 0, 0, 0, 0};
         Interval keys = {all.end, all.begin};
         double pairs = 0;
-        for (size_t i = at.place; i < order.size(); ++i, ++task.count) {
+        for (size_t i = at.place; i < at.order.size(); ++i, ++task.count) {
             if (i > at.place) {
                 if (task.count == most || task.rows + member(i).rows > most_rows) break;
                 if (!together(member(i - 1), member(i), at.split)) break;
@@ -490,10 +502,9 @@ class Decode {
         return a.sequence.shift - b.sequence.shift;
     }
 
-    std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> place(const Member& member) const {
+    static std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> place(const Member& member) {
         const Sequence& s = member.sequence;
-        return {s.q_len, s.kv_start, s.kv_len, call_.offset(call_.args.key, s.batch),
-                call_.offset(call_.args.value, s.batch)};
+        return {s.q_len, s.kv_start, s.kv_len, member.key, member.value};
     }
 
     // The columns of the page table that hold these keys.

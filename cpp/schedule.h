@@ -95,6 +95,9 @@ int64_t partials_at_a_time(int threads, size_t thread_bytes, size_t partial_byte
 // shortest end last. Those before run head by head, whose keys stay near.
 int64_t blocks_across_heads(int64_t blocks, int64_t heads, int threads);
 
+// How many batch elements that have the same bias are in an item, of which there were so many.
+int64_t batches_of_item(int64_t items, int threads);
+
 // Decoding (decode.cpp). A task attends with some rows to a split of the keys.
 
 // Memory, at most, where one row does not need more: with the lists less than 16 MiB.
@@ -142,6 +145,12 @@ bool are_alike(double seconds, double others);
 // How many of the items make a wave, where there is no memory for more: whole rounds of the team.
 int64_t items_of_wave(int64_t items, int threads);
 
+// Short problems (short.cpp).
+
+// How many of them are an item, of so many that take so many seconds each.
+constexpr int64_t kMostProblems = 64;
+int64_t problems_of_item(double seconds, int64_t problems, int threads);
+
 // Gradients (backward.cpp has the words).
 
 // A key block visits its row blocks from the last to the first, but so many of them first to last:
@@ -150,6 +159,9 @@ constexpr int64_t kRowBlocksInRun = 4;
 
 // The time on one thread for the gradients of rows and the keys that they see, roughly.
 double gradient_seconds(int64_t rows, int64_t keys, int64_t columns);
+
+// The same for a problem of few rows and few keys.
+double short_gradient_seconds(int64_t rows, int64_t keys, int64_t columns);
 
 struct GradientLoad {
     int64_t key_blocks;

@@ -293,15 +293,17 @@ class Split {
                     __builtin_memcpy(to, from, size_t(head_dim) * sizeof(Q));
                     continue;
                 }
-                bool too_large = false;
-                for (int64_t d = 0; d < query_pitch; ++d) {
-                    const T x = d < head_dim ? added<T>(from[d]) : T(0);
-                    to[d] = scale * x;
-                    too_large |= x - x == 0 && to[d] - to[d] != 0;
+                typename V::Mask too_large = {};
+                for (int64_t d = 0; d < query_pitch; d += lanes) {
+                    const V x = load_some<T>(from + d, head_dim - d), scaled = V(scale) * x;
+                    too_large |= is_finite<T>(x) & ~is_finite<T>(scaled);
+                    scaled.store(to + d);
                 }
-                if (!too_large) continue;
+                if (!any<T>(too_large)) continue;
                 score_scale[r] = scale;
-                for (int64_t d = 0; d < head_dim; ++d) to[d] = added<T>(from[d]);
+                for (int64_t d = 0; d < query_pitch; d += lanes) {
+                    load_some<T>(from + d, head_dim - d).store(to + d);
+                }
             }
         });
     }
@@ -406,7 +408,7 @@ class Split {
             if constexpr (!Whole) {
 #pragma GCC unroll 16
                 for (int i = 0; i < keys; ++i) {
-                    const V k = load_some(from[i] + d, head_dim - d);
+                    const V k = load_some<T>(from[i] + d, head_dim - d);
 #pragma GCC unroll 4
                     for (int r = 0; r < Rows; ++r) {
                         const V q = V::load(queries + r * query_pitch + d);
@@ -422,13 +424,6 @@ class Split {
                 __builtin_memcpy(to + r * pitch + j, dots + r * keys, keys * sizeof(T));
             }
         }
-    }
-
-    template <class From>
-    [[gnu::noinline]] static V load_some(const From* from, int64_t count) {
-        T some[lanes] = {};
-        for (int64_t i = 0; i < count; ++i) some[i] = added<T>(from[i]);
-        return V::load(some);
     }
 
     // Between the scores of a row and its softmax. Returns whether a pair is hidden.
@@ -660,7 +655,7 @@ class Split {
 #pragma GCC unroll 8
             for (int c = 0; c < Columns; ++c) {
                 const From* const at = from + j * stride + d + c * lanes;
-                column[c] = whole ? load(at) : load_some(at, value_head_dim - d);
+                column[c] = whole ? load(at) : load_some<T>(at, value_head_dim - d);
             }
 #pragma GCC unroll 4
             for (int r = 0; r < Rows; ++r) {

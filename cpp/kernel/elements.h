@@ -96,6 +96,63 @@ void prefetch(const Element* row, int64_t count) {
     for (int64_t i = 0; i < count; i += line) __builtin_prefetch(row + i, Write, Near);
 }
 
+// Rows of some arrays that are brought near a few cache lines at a time: many at once would have to
+// wait, and what is needed now behind them.
+class Ahead {
+    struct Rows {
+        const char* first;
+        int64_t count, stride, bytes;
+    };
+    Rows arrays[4];
+    int given = 0, begun = 0;
+    const char *at, *end;  // of a row
+    int64_t rows = 0;      // to come, with that one
+    int64_t lines = 0, due = 0, at_a_time = 0;
+
+   public:
+    // All of it in bytes.
+    void add(const void* first, int64_t count, int64_t stride, int64_t bytes) {
+        if (first == nullptr || count <= 0 || bytes == 0) return;
+        if (stride == bytes) bytes *= count, count = 1;
+        arrays[given++] = {static_cast<const char*>(first), count, stride, bytes};
+        lines += count * ((bytes + 63) / 64);
+    }
+
+    // fetch() is to be called so many times.
+    void begin(int64_t times) {
+        at_a_time = times == 0 ? 0 : (lines + times - 1) / times;
+        go_on();
+    }
+
+    // From time to time: another array, once all of one is fetched.
+    void go_on() {
+        if (rows > 0) return;
+        if (begun == given) {
+            at_a_time = 0;
+            return;
+        }
+        const Rows& next = arrays[begun++];
+        at = next.first;
+        end = at + next.bytes;
+        rows = next.count;
+        due = 0;
+    }
+
+    // Calls nothing: around it, registers are full.
+    [[gnu::always_inline]] void fetch() {
+        if (at_a_time == 0) return;
+        for (due += at_a_time; due > 0 && rows > 0; --due) {
+            __builtin_prefetch(at, 0, 2);
+            at += 64;
+            if (at < end) continue;
+            const Rows& now = arrays[begun - 1];
+            end += now.stride;
+            at = end - now.bytes;
+            --rows;
+        }
+    }
+};
+
 // visit(pointer to the element type); the pointer is null.
 template <class Visit>
 auto with_element(Dtype dtype, const Visit& visit) {
@@ -185,14 +242,32 @@ inline void store_pairs(const BFloat16* first, const BFloat16* second, int64_t c
     }
 }
 
-// The first `count` lanes, or all.
+// The first `count` elements, or as many as there are lanes; where there are fewer, zeros follow.
+template <class T, class Element>
+Vec<T> load_some(const Element* from, int64_t count) {
+    constexpr int lanes = Vec<T>::lanes;
+    if (count >= lanes) return load(from);
+    if constexpr (sizeof(Element) == sizeof(T)) {
+        return Vec<T>::load_some(from, count);
+    } else {
+        Element some[lanes] = {};
+        for (int64_t i = 0; i < count; ++i) some[i] = from[i];
+        return load(some);
+    }
+}
+
+// Likewise.
 template <class Element, class T>
 void store_some(Vec<T> x, int64_t count, Element* to) {
     constexpr int lanes = Vec<T>::lanes;
     if (count >= lanes) return store(x, to);
-    Element some[lanes];
-    store(x, some);
-    for (int64_t i = 0; i < count; ++i) to[i] = some[i];
+    if constexpr (sizeof(Element) == sizeof(T)) {
+        x.store_some(to, count);
+    } else {
+        Element some[lanes];
+        store(x, some);
+        for (int64_t i = 0; i < count; ++i) to[i] = some[i];
+    }
 }
 
 // The row of a key, and with it those of all keys up to the next multiple of kPageKeys; in the

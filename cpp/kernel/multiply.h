@@ -34,12 +34,14 @@ template <int First, int Last, bool InPairs, class T, int Rows, int Columns>
     }
 }
 
-// step<Rows>(row) over [row, count) in steps of Rows, then of half as many, and so on.
+// step<Rows>(row) over [row, count) in steps of Rows, then of the next smaller power of two, and so
+// on: a few rows are as slow as a few more.
 template <int Rows, class Step>
 [[gnu::always_inline]] inline void in_steps(int64_t row, int64_t count, const Step& step) {
     for (; row + Rows <= count; row += Rows) step.template operator()<Rows>(row);
     if constexpr (Rows > 1) {
-        if (row < count) in_steps<Rows / 2>(row, count, step);
+        constexpr int fewer = Rows > 8 ? 8 : Rows > 4 ? 4 : Rows > 2 ? 2 : 1;
+        if (row < count) in_steps<fewer>(row, count, step);
     }
 }
 

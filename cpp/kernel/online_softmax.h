@@ -75,7 +75,8 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
     using typename Scores::Operand;
     using typename Scores::V;
 
-    const int rows_to_come;  // behind the query tile's, in the row block
+    const int index;         // of the query tile in the row block
+    const int rows_to_come;  // behind the query tile's
     const int64_t value_head_dim;
 
     // In scratch memory: see Matrices.
@@ -96,6 +97,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
     QueryTile(const Block& whole, int first, int count, const Matrices<T>& matrices,
               Shared<T>* in_turn)
         : Scores(whole, first, count, matrices.query, in_turn),
+          index(first / KeptArray<T>::most_rows),
           rows_to_come(whole.row_count - first - count),
           value_head_dim(block.value_head_dim),
           acc(matrices.acc),
@@ -165,9 +167,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
                      query_items(head_dim));
         }
         this->load_query();
-        for (int i = 0; i < block.row_count; ++i) {
-            prefetch<1>(static_cast<const T*>(block.rows[i].out), query_items(value_head_dim));
-        }
+        if (block.kept != nullptr) passes.keep_bias(KeptArray<T>::at(block, index), staging);
         begin_span();
         has_started = true;
     }
@@ -231,16 +231,19 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
     void attend(Span keys, Seen seen, int64_t tile) {
         passes.find_cuts(keys, cuts);
         passes.prefetch(keys);
+        shared->ahead.go_on();
         const bool fetches = shared->fetches && shared->fetched != tile;
         shared->fetched = tile;
-        this->compute_scores(keys, fetches);
+        const T* const bias = scale_scores ? nullptr : passes.simple_bias(keys);
+        bool added = bias != nullptr && this->compute_scores(keys, fetches, bias);
+        if (!added) this->compute_scores(keys, fetches);
         find_values(tile);
         if (!InPairs && scale_scores) this->apply_score_scale(keys);
         const bool drops = block.dropout.drops;
         bool any_left_out = drops;
         if (seen == Seen::kSome) {
-            passes.apply(scores, keys, staging);
-            any_left_out |= this->find_tile_max(keys);
+            const bool changed = passes.apply(scores, keys, staging, added);
+            if (changed || !added) any_left_out |= this->find_tile_max(keys);
         }
         const bool apart = any_left_out && add_nonfinite(keys);
         if (InPairs && scales_late) {
@@ -560,12 +563,15 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
                         const Change& change) const {
         for (int64_t d = 0; d < value_head_dim; d += lanes) {
             V square[lanes];
+#pragma GCC unroll 16
             for (int k = 0; k < lanes; ++k) {
                 const bool inside = k < value_head_dim - d;
                 square[k] = inside ? change(V::load(matrix + (d + k) * width)) : V(T(0));
             }
             transpose<T>(square);
-            for (int i = 0; i < lanes && first_row + i < block.row_count; ++i) {
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; ++i) {
+                if (first_row + i == block.row_count) break;
                 put(first_row + i, d, square[i]);
             }
         }

@@ -48,8 +48,39 @@ size_t scratch_bytes(const Block& block) {
     return layout.scratch.used();
 }
 
-// Calls use(each_tile), where each_tile(visit) calls visit(query tile) for the full ones and then
-// for the last one.
+template <class T>
+size_t kept_bytes(const Block& block) {
+    return size_t(Layout<T>(block, nullptr).full + 1) * KeptArray<T>::bytes(block);
+}
+
+template <class T>
+void begin_keeping(const Block& block) {
+    const int tiles = Layout<T>(block, nullptr).full + 1;
+    for (int i = 0; i < tiles; ++i) *KeptArray<T>::at(block, i).head = {};
+}
+
+// Calls use(each_tile, ahead), where each_tile(visit) calls visit(query tile) for the full ones and
+// then for the last one.
+// What is to be brought near in so many times: where the results go, or what comes next. Of rows
+// that are not evenly apart, some are missed.
+template <class T>
+void look_ahead(const Block& block, bool stores, int64_t times, Ahead& ahead) {
+    const int64_t size = with_query<T>(block.query_dtype, [](auto* x) { return sizeof *x; });
+    const int64_t key_size = with_key<T>(block.kv_dtype, [](auto* x) { return sizeof *x; });
+    const int64_t bytes = block.head_dim * size, value_bytes = block.value_head_dim * size;
+    if (stores && block.row_count > 1) {
+        const auto* const out = static_cast<const char*>(block.rows[0].out);
+        const int64_t stride = static_cast<const char*>(block.rows[1].out) - out;
+        ahead.add(out, block.row_count, stride, value_bytes);
+    }
+    ahead.add(block.next_query, block.next_rows, block.next_query_stride * size, bytes);
+    ahead.add(block.next_key, block.next_keys, block.key.stride * key_size,
+              block.head_dim * key_size);
+    ahead.add(block.next_value, block.next_keys, block.value.stride * key_size,
+              block.value_head_dim * key_size);
+    ahead.begin(times);
+}
+
 template <class T, bool InPairs, class Use>
 void with_query_tiles(const Block& block, bool fetches, const Use& use) {
     using FullTile = QueryTile<T, InPairs, kColumns>;
@@ -66,31 +97,37 @@ void with_query_tiles(const Block& block, bool fetches, const Use& use) {
     with_columns<T>(layout.last_rows, [&]<int Columns>() {
         QueryTile<T, InPairs, Columns> last(block, full * tile_rows, layout.last_rows,
                                             layout.matrices(block, full), &layout.shared);
-        use([&](const auto& visit) {
+        const auto each_tile = [&](const auto& visit) {
             for (int i = 0; i < full; ++i) visit(tiles[i]);
             visit(last);
-        });
+        };
+        use(each_tile, layout.shared.ahead);
     });
 }
 
 template <class T, bool InPairs>
 void attend_in_tiles(const Block& block, void* partials) {
-    with_query_tiles<T, InPairs>(block, partials != nullptr, [&](const auto& each_tile) {
-        int64_t begin = block.kv_len, end = 0;
-        each_tile([&](auto& tile) {
-            if (tile.begin() < begin) begin = tile.begin();
-            if (tile.end() > end) end = tile.end();
+    with_query_tiles<T, InPairs>(
+        block, partials != nullptr, [&](const auto& each_tile, Ahead& ahead) {
+            int64_t begin = block.kv_len, end = 0, steps = 0;
+            each_tile([&](auto& tile) {
+                if (tile.begin() < begin) begin = tile.begin();
+                if (tile.end() > end) end = tile.end();
+                if (tile.begin() < tile.end()) {
+                    steps += (tile.end() - tile.begin()) / micro_rows(kColumns);
+                }
+            });
+            look_ahead<T>(block, partials == nullptr, steps, ahead);
+            for (int64_t key = begin / kKeyTile * kKeyTile; key < end; key += kKeyTile) {
+                if (block.stop.requested(block.stop.context)) return;
+                each_tile([&](auto& tile) { tile.attend_tile(key); });
+            }
+            char* here = static_cast<char*>(partials);
+            each_tile([&](auto& tile) {
+                tile.finish(here);
+                if (partials != nullptr) here += tile.rows() * Partials<T>::bytes(block);
+            });
         });
-        for (int64_t key = begin / kKeyTile * kKeyTile; key < end; key += kKeyTile) {
-            if (block.stop.requested(block.stop.context)) return;
-            each_tile([&](auto& tile) { tile.attend_tile(key); });
-        }
-        char* here = static_cast<char*>(partials);
-        each_tile([&](auto& tile) {
-            tile.finish(here);
-            if (partials != nullptr) here += tile.rows() * Partials<T>::bytes(block);
-        });
-    });
 }
 
 template <class T>
@@ -103,7 +140,7 @@ void attend(const Block& block, void* partials) {
 
 template <class T>
 void count_tiles(const Block& block, TileCounts& counts) {
-    with_query_tiles<T, false>(block, false, [&](const auto& each_tile) {
+    with_query_tiles<T, false>(block, false, [&](const auto& each_tile, Ahead&) {
         each_tile([&](const auto& tile) { tile.count(counts); });
     });
 }

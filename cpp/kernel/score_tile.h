@@ -15,8 +15,6 @@
 namespace fastattn {
 namespace {
 
-// A sum over head_dim is in parts of this depth, for accuracy.
-constexpr int64_t kDepth = 512;
 // So many columns of values are staged at a time, in elements of `size` numbers: few, so that many
 // threads have room; all, if they are not many more; else whole steps of the micro-kernel.
 constexpr int64_t staged_columns(int64_t columns, int64_t size) {
@@ -58,6 +56,7 @@ struct Shared {
     int64_t key_tile = -1, value_tile = -1;  // the key tiles that they are of
     bool fetches = false;                    // reading keys takes longer than their use
     int64_t fetched = -1;  // the key tile at which values, and keys to come, were fetched
+    Ahead ahead;           // what is needed at the end of the block, and for the next one
 
     Shared(const Block& block, int64_t width, bool alone, Scratch& scratch) {
         using V = Vec<T>;
@@ -99,7 +98,7 @@ class ScoreTile {
 
     const Block block;  // the query tile's rows alone
     const int64_t head_dim;
-    const ScorePasses<T, Columns> passes;
+    ScorePasses<T, Columns> passes;
 
     // In scratch memory.
     T* const query;  // (head_dim, width) transposed and scaled
@@ -111,6 +110,7 @@ class ScoreTile {
     const Element* tile_key;
     int64_t key_stride;
     V tile_max[Columns];
+    V rest;                     // of sums with a bias: NaN once one is not finite, else 0
     int64_t cuts[2 * Columns];  // see ScorePasses::find_cuts
 
     V score_scale[Columns];     // what load_query() left out of the query
@@ -189,9 +189,9 @@ class ScoreTile {
         }
     }
 
-    // query = (scale * log2(e) * Q)^T; lanes without a row are 0. With softcap, tanh comes between
-    // the scale and the change of base. A row that the scale would take out of range keeps it for
-    // its scores.
+    // query = (scale * log2(e) * Q)^T; lanes without a row repeat the last one. With softcap, tanh
+    // comes between the scale and the change of base. A row that the scale would take out of range
+    // keeps it for its scores.
     void load_query() {
         const T scale = query_scale<T>(block);
         for (int c = 0; c < Columns; ++c) {
@@ -213,28 +213,26 @@ class ScoreTile {
     // Loads one vector of rows, times scale; returns the rows that the scale takes out of range.
     template <class Element>
     typename V::Mask load_rows(int c, V scale) const {
-        const Row* const rows = block.rows + c * lanes;
-        const int rows_here = block.row_count - c * lanes;
+        const Element* rows[lanes];
+        for (int i = 0; i < lanes; ++i) {
+            const int row = c * lanes + i, last = block.row_count - 1;
+            rows[i] = static_cast<const Element*>(block.rows[row < last ? row : last].query);
+        }
         typename V::Mask too_large = {};
         for (int64_t d = 0; d < head_dim; d += lanes) {
             const int64_t n = head_dim - d < lanes ? head_dim - d : lanes;
             V square[lanes];
-            if (n == lanes && rows_here >= lanes) {
+            if (n == lanes) {
 #pragma GCC unroll 16
-                for (int i = 0; i < lanes; ++i) {
-                    square[i] = load(static_cast<const Element*>(rows[i].query) + d);
-                }
+                for (int i = 0; i < lanes; ++i) square[i] = load(rows[i] + d);
             } else {
-                for (int i = 0; i < lanes; ++i) {
-                    T some[lanes] = {};
-                    for (int k = 0; i < rows_here && k < n; ++k) {
-                        some[k] = added<T>(static_cast<const Element*>(rows[i].query)[d + k]);
-                    }
-                    square[i] = V::load(some);
-                }
+#pragma GCC unroll 16
+                for (int i = 0; i < lanes; ++i) square[i] = load_some<T>(rows[i] + d, n);
             }
             transpose<T>(square);
-            for (int k = 0; k < n; k += Operand::size) {
+#pragma GCC unroll 16
+            for (int k = 0; k < lanes; k += Operand::size) {
+                if (k >= n) break;
                 const V scaled = scale * square[k];
                 T* const to = query + (d + k) / Operand::size * width + c * lanes;
                 if constexpr (InPairs) {
@@ -249,17 +247,19 @@ class ScoreTile {
         return too_large;
     }
 
-    // fetches: the values of these keys are brought near meanwhile.
-    void compute_scores(Span keys, bool fetches) {
+    // fetches: the values of these keys are brought near meanwhile. bias: (keys, width), which is
+    // added, if not null; false: some sum is not finite, and then it is not what passes give.
+    bool compute_scores(Span keys, bool fetches, const T* bias = nullptr) {
         if constexpr (!InPairs && sizeof(T) == sizeof(float)) {
-            if (shared->some_at_a_time) return compute_scores<true>(keys, fetches);
+            if (shared->some_at_a_time) return compute_scores<true>(keys, fetches, bias);
         }
-        compute_scores<false>(keys, fetches);
+        return compute_scores<false>(keys, fetches, bias);
     }
 
     template <bool Widens>
-    void compute_scores(Span keys, bool fetches) {
+    bool compute_scores(Span keys, bool fetches, const T* bias) {
         const Element* const key = tile_key + keys.begin % kKeyTile * key_stride;
+        rest = T(0);
         for (int64_t d = 0; d < head_dim; d += kDepth) {
             const int64_t depth = head_dim - d < kDepth ? head_dim - d : kDepth;
             V largest[Columns];
@@ -267,6 +267,7 @@ class ScoreTile {
             [[maybe_unused]] int64_t first_widened = 0, widened = 0;  // what tile_key has
             between_cuts<Columns>(cuts, [&]<int First, int Last>(int64_t begin, int64_t end) {
                 in_steps<micro_rows(Columns)>(begin, end, [&]<int Rows>(int64_t j) {
+                    shared->ahead.fetch();
                     if (fetches && d == 0) {
                         fetch(block.value, keys.begin + j, keys.begin + j + Rows,
                               block.value_head_dim);
@@ -285,17 +286,36 @@ class ScoreTile {
                     multiply<First, Last, InPairs>(from, Widens ? depth : key_stride, Operand::size,
                                                    query + d / Operand::size * width, width,
                                                    depth / Operand::size, sum);
+                    T* const to = scores + j * width;
 #pragma GCC unroll 16
                     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
                         for (int c = 0; c < Columns; ++c) {
-                            T* const score = scores + (j + r) * width + c * lanes;
-                            if (d > 0) sum[r][c] = V::load(score) + sum[r][c];
+                            const T* const before = to + r * width + c * lanes;
+                            if (d > 0) sum[r][c] = V::load(before) + sum[r][c];
                             if (InPairs && !scales_late && d + depth == head_dim) {
                                 sum[r][c] = score_scale[c] * sum[r][c];
                             }
                             if (c < First || c >= Last) sum[r][c] = -kInfinity<T>;
-                            sum[r][c].store(score);
+                        }
+                    }
+                    if (bias != nullptr) {
+                        const T* const more = bias + j * width;
+#pragma GCC unroll 16
+                        for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+                            for (int c = First; c < Last; ++c) {
+                                sum[r][c] = fma(V::load(more + r * width + c * lanes), V(T(kLog2e)),
+                                                sum[r][c]);
+                                rest = rest + (sum[r][c] - sum[r][c]);
+                            }
+                        }
+                    }
+#pragma GCC unroll 16
+                    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+                        for (int c = 0; c < Columns; ++c) {
+                            sum[r][c].store(to + r * width + c * lanes);
                             largest[c] = max(sum[r][c], largest[c]);
                         }
                     }
@@ -303,6 +323,7 @@ class ScoreTile {
             });
             for (int c = 0; c < Columns; ++c) tile_max[c] = largest[c];
         }
+        return all_finite(rest);
     }
 
     void apply_score_scale(Span keys) {

@@ -15,6 +15,9 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
+// A sum over head_dim is in parts of this depth, for accuracy.
+constexpr int64_t kDepth = 512;
+
 // With softcap, tanh comes between the scale and the change of base.
 template <class T>
 T query_scale(const Block& block) {
@@ -66,6 +69,7 @@ void stage(const void* row, Dtype dtype, int64_t stride, Span keys, T* to) {
 template <class T>
 Vec<T> bounded_sum(Vec<T> score, Vec<T> x, Vec<T> factor) {
     const Vec<T> hidden = -kInfinity<T>, zero = T(0), sum = fma(x, factor, score);
+    if (all_finite(sum)) return sum;
     const Vec<T> bounded = min(Vec<T>(-kLowest<T>), max(Vec<T>(kLowest<T>), sum));
     const auto finite = fma(x, zero, score * zero) == zero;
     return select<T>((x == hidden) | (score == hidden), hidden, select<T>(finite, bounded, sum));
@@ -75,6 +79,38 @@ template <class T>
 void add_to_scores(T* scores, Vec<T> array) {
     bounded_sum(Vec<T>::load(scores), array, Vec<T>(T(kLog2e))).store(scores);
 }
+
+// A mask or a bias as the scores of a query tile lie. It is kept from one row block to the next:
+// often a bias is the same for every batch element.
+template <class T>
+struct KeptArray {
+    static constexpr int most_rows = kColumns * Vec<T>::lanes;  // of a query tile
+    struct Head {
+        Span keys;  // that it has
+        int width;
+        bool finite;
+    };
+    Head* const head;
+    const void** const rows;  // (width) whose it is
+    T* const values;          // (keys, width)
+
+    KeptArray(const Block& block, Scratch& memory)
+        : head(memory.take<Head>(1)),
+          rows(memory.take<const void*>(most_rows)),
+          values(memory.take<T>(block.kv_len * most_rows)) {}
+
+    // Of one query tile.
+    static size_t bytes(const Block& block) {
+        Scratch memory;
+        KeptArray(block, memory);
+        return memory.used();
+    }
+    // index: of the query tile, in its row block.
+    static KeptArray at(const Block& block, int index) {
+        Scratch memory(static_cast<char*>(block.kept) + size_t(index) * bytes(block));
+        return {block, memory};
+    }
+};
 
 // A mask or a bias, as the rows of a query tile see it.
 template <class T, int Columns>
@@ -156,40 +192,103 @@ class RowArray {
         });
     }
 
-    // scores += log2(e) * the array. staging: (lanes, keys.size() rounded up to lanes).
-    void add_to(T* scores, Span keys, T* staging) const {
+    // scores += log2(e) * the array. False: that changed none. staging: (lanes, keys.size() rounded
+    // up to lanes).
+    bool add_to(T* scores, Span keys, T* staging) const {
         scores += (inside(keys).begin - keys.begin) * width;
         keys = inside(keys);
+        if (one_row) return add_row_to(scores, keys, staging);
+        each_vector(keys, staging, [&](int64_t at, V x) { add_to_scores(scores + at, x); });
+        return true;
+    }
+
+    // Makes `kept` hold the array, unless it does so since a block before. staging: (lanes,
+    // kKeyTile), or for fewer keys, if there are not so many.
+    void keep(const KeptArray<T>& kept, T* staging) const {
+        typename KeptArray<T>::Head& head = *kept.head;
+        const bool has_keys = head.keys.begin <= first_key && last_key <= head.keys.end;
+        if (has_keys && head.width == width &&
+            __builtin_memcmp(kept.rows, rows, sizeof rows) == 0) {
+            return;
+        }
+        head = {};
+        bool finite = true;
+        for (int64_t key = first_key, end; key < last_key; key = end) {
+            end = last_key - key < kKeyTile ? last_key : key + kKeyTile;
+            T* const to = kept.values + key * width;
+            each_vector({key, end}, staging, [&](int64_t at, V x) {
+                finite &= all_finite(x);
+                x.store(to + at);
+            });
+        }
+        __builtin_memcpy(kept.rows, rows, sizeof rows);
+        head = {{first_key, last_key}, width, finite};
+    }
+
+    // Likewise, where a tile of it is kept.
+    void add_kept_to(T* scores, Span keys, const T* kept) const {
+        const Span seen = inside(keys);
+        for (int64_t i = (seen.begin - keys.begin) * width; i < (seen.end - keys.begin) * width;
+             i += lanes) {
+            add_to_scores(scores + i, V::load(kept + i));
+        }
+    }
+
+   private:
+    bool add_row_to(T* scores, Span keys, T* staging) const {
+        stage(rows[0], dtype, stride, keys, staging);
+        bool changes = false;
+        for (int64_t j = 0; j < keys.size(); ++j, scores += width) {
+            if (staging[j] == T(0))
+                continue;  // a score of -0 may stay: nothing else tells it from 0
+            for (int c = 0; c < width; c += lanes) add_to_scores(scores + c, V(staging[j]));
+            changes = true;
+        }
+        return changes;
+    }
+
+    // use(at, x) for each vector of the array, `at` its place among scores.
+    template <class Use>
+    void each_vector(Span keys, T* staging, const Use& use) const {
         const int64_t count = keys.size(), pitch = V::padded(count);
         const bool as_it_is = stride == 1 && dtype == kDtype<T>;
-        const int64_t direct = as_it_is ? count / lanes * lanes : 0;  // keys that need no staging
         for (int c = 0; c < Columns; ++c) {
             const void* const* here = rows + c * lanes;
             bool same = true;
             for (int i = 1; i < lanes; ++i) same &= here[i] == here[0];
-            T* column = scores + c * lanes;
             if (same) {
                 stage(here[0], dtype, stride, keys, staging);
-                for (int64_t j = 0; j < count; ++j)
-                    add_to_scores(column + j * width, V(staging[j]));
+                for (int64_t j = 0; j < count; ++j) use(j * width + c * lanes, V(staging[j]));
                 continue;
             }
-            for (int i = 0; i < lanes && direct < count; ++i) {
-                stage<T>(here[i], dtype, stride, {keys.begin + direct, keys.end},
-                         staging + i * pitch + direct);
+            for (int i = 0; i < lanes && !as_it_is; ++i) {
+                stage<T>(here[i], dtype, stride, keys, staging + i * pitch);
             }
+            // As far ahead as a key tile of these rows is long.
+            const void* const* const ahead = c + 1 < Columns ? here + lanes : rows;
+            const int64_t more = c + 1 < Columns ? 0 : kKeyTile;
             for (int64_t first = 0; first < count; first += lanes) {
                 V square[lanes];
+                if (as_it_is) {
 #pragma GCC unroll 16
-                for (int i = 0; i < lanes; ++i) {
-                    square[i] =
-                        V::load(first < direct ? static_cast<const T*>(here[i]) + keys.begin + first
-                                               : staging + i * pitch + first);
+                    for (int i = 0; i < lanes; ++i) {
+                        __builtin_prefetch(static_cast<const T*>(ahead[i]) + keys.begin + first +
+                                           more);
+                        square[i] = load_some<T>(
+                            static_cast<const T*>(here[i]) + keys.begin + first, count - first);
+                    }
+                } else {
+#pragma GCC unroll 16
+                    for (int i = 0; i < lanes; ++i) {
+                        square[i] = V::load(staging + i * pitch + first);
+                    }
                 }
                 transpose<T>(square);
-                const int64_t n = count - first < lanes ? count - first : lanes;
-                for (int64_t j = 0; j < n; ++j)
-                    add_to_scores(column + (first + j) * width, square[j]);
+#pragma GCC unroll 16
+                for (int j = 0; j < lanes; ++j) {
+                    if (first + j == count) break;
+                    use((first + j) * width + c * lanes, square[j]);
+                }
             }
         }
     }
@@ -205,6 +304,8 @@ class ScorePasses {
     const RowArray<T, Columns> mask, bias;
     int64_t inner_begin = 0, inner_end;             // the keys inside every row's interval
     int64_t first_key[Columns], last_key[Columns];  // inside the interval of some row of a vector
+    const T* kept_bias = nullptr;                   // (keys, width)
+    bool kept_is_finite = false;
 
    public:
     int64_t begin, end = 0;  // the keys inside some row's interval
@@ -304,23 +405,52 @@ class ScorePasses {
     }
 
     void prefetch(Span keys) const {
-        bias.prefetch(keys);
+        if (kept_bias == nullptr) bias.prefetch(keys);
         mask.prefetch(keys);
     }
 
+    // The bias comes from there.
+    void keep_bias(const KeptArray<T>& kept, T* staging) {
+        if (!bias.given || begin >= end) return;
+        bias.keep(kept, staging);
+        kept_bias = kept.values;
+        kept_is_finite = kept.head->finite;
+    }
+
+    // The part of the bias that may be added to scores before apply(), if that is possible.
+    const T* simple_bias(Span keys) const {
+        const bool one_part = block.head_dim <= kDepth;
+        const bool inside = keys.begin >= inner_begin && keys.end <= inner_end;
+        const bool simple = kept_is_finite && block.softcap == 0 && inside && one_part;
+        return simple ? kept_bias + keys.begin * width : nullptr;
+    }
+
     // scores: (keys, width), scale (or scale / softcap) applied, in base 2 (with softcap: not yet).
-    void apply(T* scores, Span keys, T* staging) const {
+    // added: the bias is in them. False: all passes left them as they were.
+    bool apply(T* scores, Span keys, T* staging, bool added = false) const {
         const int64_t count = keys.size();
+        bool changes = block.softcap != 0 || block.alibi;
         if (block.softcap != 0) {
             const V cap = T(block.softcap * kLog2e);
             for (int64_t i = 0; i < count * width; i += lanes) {
                 (cap * tanh(V::load(scores + i))).store(scores + i);
             }
         }
-        if (bias.given) bias.add_to(scores, keys, staging);
-        if (mask.given) mask.add_to(scores, keys, staging);
+        if (bias.given && !added) {
+            if (kept_bias != nullptr) {
+                bias.add_kept_to(scores, keys, kept_bias + keys.begin * width);
+            } else {
+                bias.add_to(scores, keys, staging);
+            }
+            changes = true;
+        }
+        if (mask.given) changes |= mask.add_to(scores, keys, staging);
         if (block.alibi) add_alibi(scores, keys);
-        if (keys.begin < inner_begin || keys.end > inner_end) cut_edges(scores, keys);
+        if (keys.begin < inner_begin || keys.end > inner_end) {
+            cut_edges(scores, keys);
+            changes = true;
+        }
+        return changes;
     }
 
    private:

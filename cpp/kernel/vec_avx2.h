@@ -26,6 +26,36 @@ inline __m256d max(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
 inline __m256 min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
 inline __m256d min(__m256d a, __m256d b) { return _mm256_min_pd(a, b); }
 
+// What is masked is neither read nor written, whether or not there is memory.
+inline __m256i first_lanes(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i first_wide_lanes(int64_t count) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline __m256 load_some(const float* from, int64_t count) {
+    return _mm256_maskload_ps(from, first_lanes(count));
+}
+inline __m256d load_some(const double* from, int64_t count) {
+    return _mm256_maskload_pd(from, first_wide_lanes(count));
+}
+inline void store_some(__m256 x, float* to, int64_t count) {
+    _mm256_maskstore_ps(to, first_lanes(count), x);
+}
+inline void store_some(__m256d x, double* to, int64_t count) {
+    _mm256_maskstore_pd(to, first_wide_lanes(count), x);
+}
+
+inline bool all_finite(__m256 x) {
+    const __m256 rest = _mm256_sub_ps(x, x);
+    return _mm256_movemask_ps(_mm256_cmp_ps(rest, rest, _CMP_UNORD_Q)) == 0;
+}
+inline bool all_finite(__m256d x) {
+    const __m256d rest = _mm256_sub_pd(x, x);
+    return _mm256_movemask_pd(_mm256_cmp_pd(rest, rest, _CMP_UNORD_Q)) == 0;
+}
+
 inline void hold(__m256&) {}
 
 // 2^-150 (float) and 2^-1075 (double) round to 0 already.
@@ -56,6 +86,7 @@ inline __m256d times_power_of_two(__m256d p, __m256d n) {
 }
 
 typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
+inline bool any(Wide mask) { return _mm256_movemask_epi8((__m256i)mask) != 0; }
 inline Wide multiply_halves(Wide a, Wide b) {
     return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 }

@@ -27,6 +27,24 @@ inline __m512d max(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 inline __m512 min(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
 inline __m512d min(__m512d a, __m512d b) { return _mm512_min_pd(a, b); }
 
+// What is masked is neither read nor written, whether or not there is memory.
+inline __mmask16 first_lanes(int64_t count) { return __mmask16((1u << count) - 1); }
+inline __m512 load_some(const float* from, int64_t count) {
+    return _mm512_maskz_loadu_ps(first_lanes(count), from);
+}
+inline __m512d load_some(const double* from, int64_t count) {
+    return _mm512_maskz_loadu_pd(__mmask8(first_lanes(count)), from);
+}
+inline void store_some(__m512 x, float* to, int64_t count) {
+    _mm512_mask_storeu_ps(to, first_lanes(count), x);
+}
+inline void store_some(__m512d x, double* to, int64_t count) {
+    _mm512_mask_storeu_pd(to, __mmask8(first_lanes(count)), x);
+}
+
+inline bool all_finite(__m512 x) { return _mm512_fpclass_ps_mask(x, 0x99) == 0; }
+inline bool all_finite(__m512d x) { return _mm512_fpclass_pd_mask(x, 0x99) == 0; }
+
 // Keeps the compiler from reading x from memory again for each use.
 inline void hold(__m512& x) { asm("" : "+v"(x)); }
 
@@ -43,6 +61,7 @@ inline __m512 times_power_of_two(__m512 p, __m512 n) { return _mm512_scalef_ps(p
 inline __m512d times_power_of_two(__m512d p, __m512d n) { return _mm512_scalef_pd(p, n); }
 
 typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
+inline bool any(Wide mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
 inline Wide multiply_halves(Wide a, Wide b) {
     return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
 }

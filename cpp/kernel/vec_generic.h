@@ -63,6 +63,10 @@ inline Double times_power_of_two(Double p, Double n) {
 }
 
 typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
+// Of a mask, whether any lane is set.
+inline bool any(Wide mask) { return (mask[0] | mask[1]) != 0; }
+inline bool all_finite(Float x) { return !any((Wide)(x - x != Float{})); }
+inline bool all_finite(Double x) { return !any((Wide)(x - x != Double{})); }
 // Per lane, the product of the low halves.
 inline Wide multiply_halves(Wide a, Wide b) { return (a & 0xffffffff) * (b & 0xffffffff); }
 

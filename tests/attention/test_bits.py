@@ -14,7 +14,7 @@ from tests.attention.problems import (
     problem_with_everything,
     with_lse,
 )
-from tests.support.correctness import assert_same_bits
+from tests.support.correctness import assert_same_bits, attend_within_gate
 from tests.support.problems import both_dtypes, make_problem
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -171,3 +171,85 @@ def test_tiles_that_are_skipped_change_no_bit():
     assert_same_bits(with_lse(query, key, zeroed, mask=mask), expected)
     order = np.r_[128:256, 512:640]
     assert_same_bits(with_lse(query, key[:, order], value[:, order]), expected)
+
+
+def biases(rng, dtype):
+    """Return biases (2, 130, 150) of the kinds that passes tell apart."""
+    bias = rng.normal(size=(2, 130, 150)).astype(dtype)
+    hiding = np.where(rng.random(bias.shape) < 0.2, -INF, bias)
+    hiding[0, 20:90, 128:] = hiding[1, 7] = -INF
+    largest = np.finfo(dtype).max
+    return {
+        "plain": bias,
+        "hiding": hiding,
+        "one row hiding": np.where(np.arange(150) < 140, bias[:, :1], -INF).astype(dtype),
+        "out of range": np.where(bias > 1, largest, np.where(bias < -1, -largest, bias)),
+        "NaN": np.where(bias > 3, np.nan, bias).astype(dtype),
+        "float16": bias.astype(np.float16),
+    }
+
+
+@pytest.mark.promise("bitwise-batch-neighbours")
+@every_arithmetic
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True, "query_offset": 20},
+        {"window": (30, 9), "query_offset": 5},
+        {"softcap": 2.0},
+        {"mask": "lengths"},
+        {"mask": "columns"},
+        {"kv_lengths": "each"},
+        {"dropout_p": 0.3, "seed": 5},
+    ],
+    ids=lambda options: "-".join(options) or "alone",
+)
+def test_bias_that_the_batch_shares_changes_no_bit(options, dtype):
+    """Many batch elements that have one bias give what each gives with a bias of its own."""
+    rng = np.random.default_rng(11)
+    batch, options = 20, dict(options)
+    operands = [
+        rng.normal(size=(batch, heads, length, 24)).astype(dtype)
+        for heads, length in ((2, 130), (1, 150), (1, 150))
+    ]
+    operands[0][3, 0, 17] = INF
+    operands[1][4, 0, 60, 3] = np.nan
+    operands[2][5, 0, 149] = INF
+    lengths = rng.integers(1, 151, batch)
+    if options.get("mask") == "lengths":
+        options["mask"] = (np.arange(150) < lengths[:, None])[:, None, None]
+    elif options.get("mask") == "columns":
+        options["mask"] = np.where(np.arange(150) % 7 == 3, -INF, np.arange(150) % 2)
+    if "kv_lengths" in options:
+        options["kv_lengths"] = lengths
+    arithmetic = np.promote_types(dtype, np.float32)
+    for bias in biases(rng, arithmetic).values():
+        own = np.ascontiguousarray(np.broadcast_to(bias, (batch, *bias.shape[:2], 150)))
+        shared = bias if bias.shape[1] == 130 else np.broadcast_to(bias, (2, 130, 150))
+        got, expected = (
+            tuple(x.astype(arithmetic) for x in with_lse(*operands, bias=each, **options))
+            for each in (shared, own)
+        )
+        assert_same_bits(got, expected)
+
+
+@pytest.mark.promise("bitwise-strides")
+@every_arithmetic
+@pytest.mark.parametrize("q_len", [3, 19, 49])
+def test_what_lies_around_rows_changes_no_bit(q_len, dtype):
+    """Rows that end within a vector, between numbers that are not theirs."""
+    rng = np.random.default_rng(q_len)
+    for columns in range(1, 66):
+        operands = [rng.normal(size=(2, n, columns)).astype(dtype) for n in (q_len, 35, 35)]
+        apart = []
+        for x in operands:
+            wide = np.full((*x.shape[:2], columns + 40), np.nan, dtype)
+            wide[..., 3 : columns + 3] = x
+            apart.append(wide[..., 3 : columns + 3])
+        wide = np.full((2, q_len, columns + 40), 7, dtype)
+        out = wide[..., 3 : columns + 3]
+        expected = attend_within_gate(*operands)
+        assert_same_bits(with_lse(*apart, out=out), expected)
+        wide[..., 3 : columns + 3] = 7
+        assert np.all(wide == 7)

@@ -171,6 +171,26 @@ def test_what_is_planned_runs(simulator, threads, call):
         assert simulator.duration(plans) <= sum(plan.seconds for plan in plans) + 1e-4
 
 
+@pytest.mark.parametrize("bias", [None, (1, 2, 9, 9), (300, 2, 9, 9)], ids=str)
+def test_what_is_planned_of_short_gradients_runs(simulator, threads, bias):
+    operands = make_problem(9, 9, 16, heads=2, batch=(300,))
+    options = {"bias": None if bias is None else np.zeros(bias, np.float32)}
+    out, lse = fastattn.attention(*operands, return_lse=True, **options)
+
+    def call():
+        fastattn.attention_backward(
+            out, *operands, out, lse, return_dbias=bias is not None, **options
+        )
+
+    for n in (1, 3, 96):
+        (plan,) = simulator.plans_of(call, n)
+        if n < 96:
+            threads(n)
+            assert items_that_ran(call) == [len(phase.first_step) - 1 for phase in plan.phases]
+        assert len(plan.phases) == (2 if bias == (1, 2, 9, 9) else 1)
+        assert (plan.phases[0].threads > 1) == (n > 1)
+
+
 def test_planning_computes_nothing():
     query, key, value = make_problem(300, 300, heads=2)
     out = np.full_like(query, 7)

@@ -212,12 +212,13 @@ def _untouched(case: cases.Case) -> cases.Inputs:
     kv_heads = case.kv_heads or case.q_heads
     query, grad_out = (zeros(case.q_heads, case.q_len) for _ in range(2))
     key, value = (zeros(kv_heads, case.kv_len) for _ in range(2))
-    mask: Array | None = None
+    mask = bias = None
     if case.lengths:
         mask = np.arange(case.kv_len) < np.array(case.lengths)[:, None, None, None]
-    elif case.float_mask:
-        mask = np.zeros((1, case.q_heads, case.q_len, case.kv_len), dtype)
-    return cases.Inputs(query, key, value, mask, grad_out if case.call == "backward" else None)
+    if case.bias:
+        bias = np.zeros((1, case.q_heads, case.q_len, case.kv_len), dtype)
+    grad_out = grad_out if case.call == "backward" else None
+    return cases.Inputs(query, key, value, mask, bias, grad_out)
 
 
 def _of_shape(

@@ -5,7 +5,7 @@
 // blocks are too few for all threads, their keys are cut too, into spans, and what each gives is
 // merged in order. How large blocks are, and whether there are spans, schedule.cpp says. Called by
 // src/; calls the kernel's table (kernel/kernel.h) through parallel_for. Sequences that are decoded
-// go to decode.cpp.
+// go to decode.cpp, short ones to short.cpp.
 #include "attention.h"
 
 #include <algorithm>
@@ -655,6 +655,7 @@ class Blocks {
 
 bool attention(const AttentionArgs& args, Interrupt interrupt) {
     const Call call(args);
+    if (const auto shape = short_shape(call)) return attend_short(call, *shape, interrupt);
     const bool decodes = call.packed() || call.decodes(args.q_len);
     const bool attends = call.packed() || !decodes;
     for (;;) {
@@ -670,12 +671,17 @@ Plan plan_attention(const AttentionArgs& args) {
     const Call call(args);
     Plan plan = Blocks(call, true).plan();
     if (call.decodes(args.q_len)) plan_decode(call, plan);
+    if (const auto shape = short_shape(call)) plan_short(call, *shape, plan);
     return plan;
 }
 
 Schedule schedule_attention(const AttentionArgs& args) {
     const Call call(args);
     Schedule schedule;
+    if (const auto shape = short_shape(call)) {
+        schedule_short(call, *shape, schedule);
+        return schedule;
+    }
     const bool decodes = call.packed() || call.decodes(args.q_len);
     if (call.packed() || !decodes) Blocks(call, false).add_phases(schedule);
     if (decodes) schedule_decode(call, schedule);

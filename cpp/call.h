@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What a call looks like to the kernel: its sequences, the keys that each query may see, and where
-// its rows lie in memory. Used by attention.cpp, decode.cpp, backward.cpp and statistics.cpp.
+// its rows lie in memory. Used by attention.cpp, decode.cpp, short.cpp, backward.cpp and
+// statistics.cpp.
 #pragma once
 
 #include <memory>
+#include <optional>
 
 #include "attention.h"
 #include "kernel/kernel.h"
@@ -129,6 +131,15 @@ struct BlockMemory {
     BlockMemory(int64_t row_count, size_t kernel_bytes, Scratch& scratch)
         : rows(scratch.take<Row>(row_count)), kernel(scratch.reserve(kernel_bytes)) {}
 };
+
+// What the problems of a call share, if they are short (short.cpp).
+std::optional<ShortShape> short_shape(const Call& call);
+// Attends to them; a problem's bits are those of the two other ways. False: interrupted.
+bool attend_short(const Call& call, const ShortShape& shape, Interrupt interrupt);
+// Sets how many threads and how much scratch memory that takes.
+void plan_short(const Call& call, const ShortShape& shape, Plan& plan);
+// Adds what attend_short() does.
+void schedule_short(const Call& call, const ShortShape& shape, Schedule& schedule);
 
 // Attends to the sequences that are decoded (decode.cpp). False: interrupted.
 bool decode(const Call& call, Interrupt interrupt);

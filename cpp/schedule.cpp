@@ -72,6 +72,10 @@ constexpr double kAlikeSeconds = 0.75;  // of the longest
 constexpr double kReadBytesPerSecond = 25e9, kPairFlopsPerSecond = 200e9;  // of one thread
 constexpr double kTaskSeconds = 0.5e-6, kMergedRowSeconds = 50e-9;
 
+// Of short problems.
+constexpr double kShortItemSeconds = 50e-6;  // so that beginning it costs little
+constexpr int64_t kShortItemsOfThread = 8;   // at least, while they are several problems
+
 // Of gradients.
 constexpr size_t kKeyBlockBytes = 1 << 20;  // of what is kept of a key block: for the caches
 constexpr size_t kSumsBytes = 64 << 20;     // of the queries' gradients, unless one chain has more
@@ -79,7 +83,8 @@ constexpr double kKeyBlocksPerThread = 3;   // as long as the longest one: threa
 constexpr double kPartItemsPerThread = 4;   // the same, of parts, which cost no work
 constexpr int kMostParts = 4;               // of a key block: each waits for the one before
 constexpr double kGradientFlops = 50e9;     // a second, of one thread
-constexpr int64_t kRowKeys = 8;             // what it costs to read a row, in keys that it sees
+constexpr double kShortGradientSeconds = 0.3e-6;  // what it costs to set a short problem up
+constexpr int64_t kRowKeys = 8;  // what it costs to read a row, in keys that it sees
 
 }  // namespace
 
@@ -192,8 +197,18 @@ int64_t items_of_wave(int64_t items, int threads) {
     return items > threads ? items / threads * threads : items;
 }
 
+int64_t problems_of_item(double seconds, int64_t problems, int threads) {
+    const int64_t share = problems / (threads * kShortItemsOfThread);
+    return std::clamp<int64_t>(std::min(int64_t(kShortItemSeconds / seconds), share), 1,
+                               kMostProblems);
+}
+
 double gradient_seconds(int64_t rows, int64_t keys, int64_t columns) {
     return double(rows) * double(keys + kRowKeys) * double(5 * columns + 80) / kGradientFlops;
+}
+
+double short_gradient_seconds(int64_t rows, int64_t keys, int64_t columns) {
+    return gradient_seconds(rows, keys, columns) + kShortGradientSeconds;
 }
 
 // Fewer keys at a time cost work: rows are read more often. Parts cost memory: each key block has

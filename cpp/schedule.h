@@ -145,6 +145,12 @@ bool are_alike(double seconds, double others);
 // How many of the items make a wave, where there is no memory for more: whole rounds of the team.
 int64_t items_of_wave(int64_t items, int threads);
 
+// Short problems (short.cpp).
+
+// How many of them are an item, of so many that take so many seconds each.
+constexpr int64_t kMostProblems = 64;
+int64_t problems_of_item(double seconds, int64_t problems, int threads);
+
 // Gradients (backward.cpp has the words).
 
 // A key block visits its row blocks from the last to the first, but so many of them first to last:
@@ -153,6 +159,9 @@ constexpr int64_t kRowBlocksInRun = 4;
 
 // The time on one thread for the gradients of rows and the keys that they see, roughly.
 double gradient_seconds(int64_t rows, int64_t keys, int64_t columns);
+
+// The same for a problem of few rows and few keys.
+double short_gradient_seconds(int64_t rows, int64_t keys, int64_t columns);
 
 struct GradientLoad {
     int64_t key_blocks;

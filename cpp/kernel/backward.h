@@ -55,6 +55,15 @@ class Differentiation {
         bool looked, finite;     // whether it was asked if the keys are finite, and the answer
     };
 
+    // Rows of sums, of padded columns. Those that are complete at once are not added to what is
+    // there, but stored: sum * scale + 0, which turns -0 into 0.
+    struct Sums {
+        T* data;
+        int64_t pitch;
+        bool complete = false;
+        T scale = T(1);
+    };
+
     // One of the rows' two matrices, query or grad_out, in words.
     struct Rows {
         int64_t words, pitch;  // of a row; padded
@@ -65,31 +74,41 @@ class Differentiation {
 
     const GradientBlock& all;
     const Block& block;
-    const int64_t head_dim, value_head_dim, key_pitch, value_pitch, key_count;
+    const int64_t head_dim, value_head_dim, key_pitch, value_pitch;
+    int64_t key_count;
 
     // In scratch memory.
     Rows query, grad_out;
     T *wide_key, *wide_value;  // of a narrower type, widened
     Element* paired_key;       // (key_count / 2, head_dim) pairs of keys
-    T *dk, *dv;                // (key_count, key_pitch or value_pitch)
+    Sums dk, dv;               // (key_count, key_pitch or value_pitch)
+    T* dq;                     // (block_rows, key_pitch), of rows that are alone
+    T* dbias;                  // (key_count, rows_in_vectors()), likewise
     T *scores, *dprobs;        // (kKeyTile, tile_rows)
     T* cap_slope;              // likewise, with softcap
-    Element *prob, *dscore;    // (key_count, block_rows)
-    T* paired_dscore;          // (key_count / 2, block_rows) pairs of keys
+    Element *prob, *dscore;    // (key_count, rows_in_vectors())
+    T* paired_dscore;          // (key_count / 2, rows_in_vectors()) pairs of keys
     T* staging;                // of a mask, or keys to use instead
     T *offset, *correction;    // (block_rows) P = exp2(S - offset), dS = P (dP - correction)
     T *lse_offset,
         *lse_gradient;  // (block_rows) and + exp2(S - lse_offset) lse_gradient, if adds_lse
     T* row_delta;       // (block_rows) sum(out * grad_out)
     KeyTile* tiles;
+    void* kept;  // a KeptArray for each query tile, if the bias is kept
 
     bool adds_lse = false;
+    const GradientQueue* queue = nullptr;  // of problems that are alone
+    // Of a bias's gradient, to be brought near: these keys of some rows.
+    mutable int dbias_row = 0, dbias_past = 0;
+    Span dbias_keys = {0, 0};
 
    public:
-    static size_t scratch_bytes(const Block& block, int64_t keys) {
+    static size_t scratch_bytes(const Block& block, int64_t keys, bool alone, bool keeps_bias) {
         GradientBlock one{};
         one.block = block;
         one.end = keys;
+        one.alone = alone;
+        one.keeps_bias = keeps_bias;
         Scratch scratch;
         Differentiation(one, scratch);
         return scratch.used();
@@ -110,26 +129,118 @@ class Differentiation {
         wide_key = scratch.take<T>(widened ? key_count * head_dim : 0);
         wide_value = scratch.take<T>(widened ? key_count * value_head_dim : 0);
         paired_key = scratch.take<Element>(InPairs ? even * head_dim : 0);
-        dk = scratch.take<T>(key_count * key_pitch);
-        dv = scratch.take<T>(key_count * value_pitch);
+        dk = {scratch.take<T>(key_count * key_pitch), key_pitch};
+        dv = {scratch.take<T>(key_count * value_pitch), value_pitch};
+        dq = scratch.take<T>(all.alone ? block_rows * key_pitch : 0);
+        dbias = scratch.take<T>(all.alone ? key_count * block_rows : 0);
         scores = scratch.take<T>(kKeyTile * tile_rows);
         dprobs = scratch.take<T>(kKeyTile * tile_rows);
         cap_slope = scratch.take<T>(block.softcap != 0 ? kKeyTile * tile_rows : 0);
         prob = scratch.take<Element>(key_count * block_rows);
         dscore = scratch.take<Element>(key_count * block_rows);
         paired_dscore = scratch.take<T>(InPairs ? even / 2 * block_rows : 0);
-        staging = scratch.take<T>(kKeyTile * (head_dim > lanes ? head_dim : lanes));
+        staging = scratch.take<T>(kKeyTile * (key_pitch > lanes ? key_pitch : lanes));
         offset = scratch.take<T>(block_rows);
         correction = scratch.take<T>(block_rows);
         lse_offset = scratch.take<T>(block_rows);
         lse_gradient = scratch.take<T>(block_rows);
         row_delta = scratch.take<T>(block_rows);
         tiles = scratch.take<KeyTile>(tile_count());
+        kept = all.keeps_bias ? scratch.reserve(KeptArray<T>::bytes(block) * query_tiles) : nullptr;
     }
 
     void begin_keys() {
-        clear(dk, key_count * key_pitch);
-        clear(dv, key_count * value_pitch);
+        clear(dk.data, key_count * key_pitch);
+        clear(dv.data, key_count * value_pitch);
+        load_keys();
+    }
+
+    void differentiate() {
+        differentiate_tiles();
+        for (int64_t t = 0; t < tile_count(); ++t) add_key_sums(tiles[t]);
+    }
+
+    // Problems whose rows are one row block, and whose keys are one key tile, one after the other.
+    void differentiate_alone(const GradientQueue& problems) {
+        queue = &problems;
+        for (int i = 0; i < query_tiles && kept != nullptr; ++i) *kept_bias(i).head = {};
+        const Sums key_sums = dk, value_sums = dv;
+        bool any = false;
+        for (; queue->next(queue->context); any = true) {
+            key_count = all.end - all.begin;
+            if (!any && all.gradients[0].dbias != nullptr) {
+                clear(dbias, key_count * rows_in_vectors());
+            }
+            load_keys();
+            differentiate_tiles();
+            store_deltas();
+            const bool wide = block.kv_dtype == kDtype<T>;
+            dk = complete_sums(key_sums, wide, head_dim, all.dk, T(block.scale));
+            dv = complete_sums(value_sums, wide, value_head_dim, all.dv, T(block.dropout.scale));
+            add_key_sums(tiles[0]);
+            with_query<T>(block.kv_dtype, [&]<class To>(const To*) {
+                if (dk.data == key_sums.data) {
+                    store_keys<To>(dk.data, key_pitch, head_dim, T(1), all.dk);
+                }
+                if (dv.data == value_sums.data) {
+                    store_keys<To>(dv.data, value_pitch, value_head_dim, T(1), all.dv);
+                }
+            });
+            find_query_sums();
+        }
+        if (any && all.gradients[0].dbias != nullptr) {
+            add_dbias(0, block.row_count, {all.begin, all.end}, dbias, rows_in_vectors());
+        }
+    }
+
+    void add_query_sums(bool first) {
+        if (first) {
+            clear(static_cast<T*>(all.query_sums), head_dim * block_rows);
+            store_deltas();
+        }
+        for (int64_t t = 0; t < tile_count(); ++t) {
+            int64_t stride;
+            const Element* const key = keys_to_sum(t, head_dim, stride);
+            each_query_tile([&]<int Columns>(int index, const Block&) {
+                const Span keys = tiles[t].keys[index];
+                if (keys.size() > 0) add_query_sums<Columns>(index, keys, t, key, stride);
+            });
+        }
+    }
+
+    void store_query_sums() const {
+        with_query<T>(block.query_dtype, [&]<class To>(const To*) {
+            each_query_tile([&]<int Columns>(int index, const Block& rows) {
+                store_query_sums<Columns, To>(index, rows.row_count);
+            });
+        });
+    }
+
+    void finish_keys() const {
+        with_query<T>(block.kv_dtype, [&]<class To>(const To*) {
+            store_keys<To>(dk.data, key_pitch, head_dim, T(block.scale), all.dk);
+            store_keys<To>(dv.data, value_pitch, value_head_dim, T(block.dropout.scale), all.dv);
+        });
+    }
+
+   private:
+    // Called evenly, so that what comes next is brought near while there is work.
+    void fetch_some() const {
+        if (queue != nullptr) return queue->fetch(queue->context);
+        for (int i = 0; i < 2 && dbias_row < dbias_past; ++i, ++dbias_row) {
+            const T* const row = static_cast<const T*>(all.gradients[dbias_row].dbias);
+            prefetch<1, 3>(row + dbias_keys.begin, dbias_keys.size());
+        }
+    }
+
+    KeptArray<T> kept_bias(int index) const {
+        Scratch memory(static_cast<char*>(kept) + size_t(index) * KeptArray<T>::bytes(block));
+        return {block, memory};
+    }
+
+    int64_t tile_count() const { return (key_count + kKeyTile - 1) / kKeyTile; }
+
+    void load_keys() {
         for (int64_t t = 0; t < tile_count(); ++t) tiles[t].looked = false;
         if constexpr (InPairs) {
             const BFloat16* const key = at<BFloat16>(block.key, all.begin);
@@ -148,14 +259,15 @@ class Differentiation {
         }
     }
 
-    void differentiate() {
+    void differentiate_tiles() {
         load_rows();
         for (int64_t t = 0; t < tile_count(); ++t) {
             tiles[t].hides = false;
             for (Span& keys : tiles[t].keys) keys = {0, 0};
         }
         each_query_tile([&]<int Columns>(int index, const Block& rows) {
-            const ScorePasses<T, Columns> passes(rows);
+            ScorePasses<T, Columns> passes(rows);
+            if (kept != nullptr) passes.keep_bias(kept_bias(index), staging);
             for (int64_t t = 0; t < tile_count(); ++t) {
                 const int64_t tile = all.begin + t * kKeyTile;
                 Span keys = passes.span(tile);
@@ -167,44 +279,7 @@ class Differentiation {
                 differentiate<Columns>(index, passes, keys, seen);
             }
         });
-        for (int64_t t = 0; t < tile_count(); ++t) add_key_sums(tiles[t]);
     }
-
-    void add_query_sums(bool first) {
-        if (first) {
-            clear(static_cast<T*>(all.query_sums), head_dim * block_rows);
-            for (int i = 0; i < block.row_count; ++i) {
-                void* const to = all.gradients[i].delta;
-                if (to != nullptr) *static_cast<T*>(to) = row_delta[i];
-            }
-        }
-        for (int64_t t = 0; t < tile_count(); ++t) {
-            int64_t stride;
-            const Element* const key = keys_to_sum(t, stride);
-            each_query_tile([&]<int Columns>(int index, const Block&) {
-                const Span keys = tiles[t].keys[index];
-                if (keys.size() > 0) add_query_sums<Columns>(index, keys, t, key, stride);
-            });
-        }
-    }
-
-    void store_query_sums() const {
-        with_query<T>(block.query_dtype, [&]<class To>(const To*) {
-            each_query_tile([&]<int Columns>(int index, const Block& rows) {
-                store_query_sums<Columns, To>(index, rows.row_count);
-            });
-        });
-    }
-
-    void finish_keys() const {
-        with_query<T>(block.kv_dtype, [&]<class To>(const To*) {
-            store_keys<To>(dk, key_pitch, head_dim, T(block.scale), all.dk);
-            store_keys<To>(dv, value_pitch, value_head_dim, T(block.dropout.scale), all.dv);
-        });
-    }
-
-   private:
-    int64_t tile_count() const { return (key_count + kKeyTile - 1) / kKeyTile; }
 
     static void take_rows(Rows& rows, int64_t columns, Scratch& scratch) {
         rows.words = columns / size;
@@ -232,6 +307,12 @@ class Differentiation {
                             [&]<int Columns>() { use.template operator()<Columns>(index, rows); });
         }
     }
+    void store_deltas() const {
+        for (int i = 0; i < block.row_count; ++i) {
+            void* const to = all.gradients[i].delta;
+            if (to != nullptr) *static_cast<T*>(to) = row_delta[i];
+        }
+    }
     int64_t rows_in_vectors() const { return V::padded(block.row_count); }
 
     // ---- Rows ----
@@ -249,6 +330,7 @@ class Differentiation {
                 const T delta = dot(static_cast<const From*>(row.out), gradient, value_head_dim);
                 row_delta[i] = delta;
                 set_constants(i, delta);
+                fetch_some();
             }
             for (int i = block.row_count; i < rows_in_vectors(); ++i) {
                 clear(query.plain + i * query.pitch, query.pitch);
@@ -258,11 +340,11 @@ class Differentiation {
             }
             transpose_rows(query);
             transpose_rows(grad_out);
-            for (int i = 0; i < block.row_count; ++i) {
+            const bool all_finite = finite(query) & finite(grad_out);
+            for (int i = 0; i < block.row_count && !all_finite; ++i) {
                 const auto* const from = static_cast<const From*>(block.rows[i].query);
                 const auto* const gradient = static_cast<const From*>(all.gradients[i].grad_out);
-                const bool all_finite = finite(from, head_dim) & finite(gradient, value_head_dim);
-                if (all_finite) continue;
+                if (finite(from, head_dim) & finite(gradient, value_head_dim)) continue;
                 offset[i] = T(__builtin_nan(""));
                 make_finite(query.plain + i * query.pitch, query.words);
                 make_finite(grad_out.plain + i * grad_out.pitch, grad_out.words);
@@ -303,6 +385,11 @@ class Differentiation {
         for (; d + lanes <= count; d += lanes) bad |= ~is_finite<T>(load(from + d));
         for (; d < count; ++d) rest &= added<T>(from[d]) - added<T>(from[d]) == 0;
         return rest && !any<T>(bad);
+    }
+
+    bool finite(const Rows& rows) const {
+        const auto* const plain = reinterpret_cast<const Element*>(rows.plain);
+        return finite(plain, rows_in_vectors() * rows.pitch * size);
     }
 
     static void make_finite(T* words, int64_t count) {
@@ -348,6 +435,7 @@ class Differentiation {
                     transpose<T>(square);
 #pragma GCC unroll 16
                     for (int i = 0; i < lanes; ++i) square[i].store(to + (w + i) * width + c);
+                    fetch_some();
                 }
             }
         });
@@ -395,14 +483,22 @@ class Differentiation {
     template <int Columns>
     void differentiate(int index, const ScorePasses<T, Columns>& passes, Span keys, Seen seen) {
         passes.prefetch(keys);
+        if (all.gradients[0].dbias != nullptr && all.dbias_stride == 1) {
+            dbias_row = index * tile_rows;
+            const int past = dbias_row + Columns * lanes;
+            dbias_past = past < block.row_count ? past : block.row_count;
+            dbias_keys = keys;
+        }
         int64_t stride;
         const Element* const key = find(block.key, wide_key, head_dim, keys.begin, stride);
-        multiply_keys<Columns>(key, stride, query, index, keys.size(), scores);
+        const bool plain = seen == Seen::kAll && !adds_lse && block.dropout.scale == 1;
+        const V scale = query_scale<T>(block), one = T(1);
+        multiply_keys<Columns>(key, stride, query, index, keys.size(), plain ? one : scale, scores);
         const Element* const value =
             find(block.value, wide_value, value_head_dim, keys.begin, stride);
-        multiply_keys<Columns>(value, stride, grad_out, index, keys.size(), dprobs);
-        if (seen == Seen::kAll && !adds_lse && block.dropout.scale == 1) {
-            const V scale = query_scale<T>(block);
+        multiply_keys<Columns>(value, stride, grad_out, index, keys.size(),
+                               plain ? one : V(T(block.dropout.scale)), dprobs);
+        if (plain) {
             V minus[Columns], less[Columns];
             for (int c = 0; c < Columns; ++c) {
                 minus[c] = V(T(0)) - V::load(offset + index * tile_rows + c * lanes);
@@ -413,7 +509,21 @@ class Differentiation {
                 ds = p * (V::load(dprobs + at) - less[c]);
             });
         }
-        apply_passes<Columns>(passes, keys);
+        if (block.softcap != 0) {
+            for (int64_t i = 0; i < keys.size() * Columns * lanes; i += lanes) {
+                const V x = tanh(V::load(scores + i));
+                (one - x * x).store(cap_slope + i);
+            }
+        }
+        passes.apply(scores, keys, staging);
+        if (!block.dropout.drops && block.softcap == 0) {
+            store_tile<Columns>(index, keys, [&](int64_t at, int c, V& p, V& ds) {
+                p = find_pair(at, index * tile_rows + c * lanes, V::load(dprobs + at));
+                ds = V::load(dprobs + at);
+            });
+            if (all.gradients[0].dbias != nullptr) add_dbias<Columns>(index, keys);
+            return;
+        }
         find_tile<Columns>(index, keys);
         if (all.gradients[0].dbias != nullptr) add_dbias<Columns>(index, keys);
         if (block.softcap != 0) {
@@ -429,35 +539,40 @@ class Differentiation {
         });
     }
 
-    // to = keys x rows, (count, rows of the query tile)
+    template <int Columns>
+    [[gnu::noinline]] void add_dbias(int index, Span keys) const {
+        constexpr int width = Columns * lanes;
+        const int first = index * tile_rows;
+        if (!all.alone) {
+            const int rows = block.row_count - first;
+            return add_dbias(first, rows < width ? rows : width, keys, dprobs, width);
+        }
+        T* to = dbias + (keys.begin - all.begin) * rows_in_vectors() + first;
+        for (int64_t j = 0; j < keys.size(); ++j, to += rows_in_vectors()) {
+            for (int c = 0; c < width; c += lanes) {
+                (V::load(to + c) + V::load(dprobs + j * width + c)).store(to + c);
+            }
+        }
+    }
+
+    // to = keys x rows * scale, (count, rows of the query tile)
     template <int Columns>
     void multiply_keys(const Element* key, int64_t stride, const Rows& rows, int index,
-                       int64_t count, T* to) const {
+                       int64_t count, V scale, T* to) const {
         constexpr int width = Columns * lanes;
         const T* const from = transposed<Columns>(rows, index);
         in_steps<micro_rows(Columns)>(0, count, [&]<int Count>(int64_t j) {
+            fetch_some();
             V sum[Count][Columns] = {};
             multiply<0, Columns, InPairs>(key + j * stride, stride, size, from, width, rows.words,
                                           sum);
 #pragma GCC unroll 16
             for (int r = 0; r < Count; ++r) {
 #pragma GCC unroll 4
-                for (int c = 0; c < Columns; ++c) sum[r][c].store(to + (j + r) * width + c * lanes);
+                for (int c = 0; c < Columns; ++c)
+                    (scale * sum[r][c]).store(to + (j + r) * width + c * lanes);
             }
         });
-    }
-
-    template <int Columns>
-    void apply_passes(const ScorePasses<T, Columns>& passes, Span keys) const {
-        const V scale = query_scale<T>(block);
-        for (int64_t i = 0; i < keys.size() * Columns * lanes; i += lanes) {
-            const V score = scale * V::load(scores + i);
-            score.store(scores + i);
-            if (block.softcap == 0) continue;
-            const V x = tanh(score);
-            (V(T(1)) - x * x).store(cap_slope + i);
-        }
-        passes.apply(scores, keys, staging);
     }
 
     // P and dS in place of the scores and dP. Of a hidden pair both are 0, whatever is in its
@@ -465,7 +580,6 @@ class Differentiation {
     template <int Columns>
     [[gnu::noinline]] void find_tile(int index, Span keys) const {
         constexpr int width = Columns * lanes;
-        const V scale = T(block.dropout.scale);
         for (int c = 0; c < Columns; ++c) {
             const int row = index * tile_rows + c * lanes;
             if (block.dropout.drops) {
@@ -473,13 +587,13 @@ class Differentiation {
                 const V zero = T(0);
                 kept.each_key(keys, [&](int64_t key, typename V::Mask keeps) {
                     const int64_t at = (key - keys.begin) * width + c * lanes;
-                    const V dprob = select<T>(keeps, scale * V::load(dprobs + at), zero);
+                    const V dprob = select<T>(keeps, V::load(dprobs + at), zero);
                     select<T>(keeps, find_pair(at, row, dprob), zero).store(scores + at);
                 });
             } else {
                 for (int64_t j = 0; j < keys.size(); ++j) {
                     const int64_t at = j * width + c * lanes;
-                    find_pair(at, row, scale * V::load(dprobs + at)).store(scores + at);
+                    find_pair(at, row, V::load(dprobs + at)).store(scores + at);
                 }
             }
         }
@@ -499,15 +613,30 @@ class Differentiation {
         return select<T>(hides, zero, p);
     }
 
-    // dbias += dS. Rows may share their bias, and keys may: then the gradient is a sum.
-    template <int Columns>
-    [[gnu::noinline]] void add_dbias(int index, Span keys) const {
-        constexpr int width = Columns * lanes;
-        for (int i = 0; i < width && index * tile_rows + i < block.row_count; ++i) {
-            T* const to = static_cast<T*>(all.gradients[index * tile_rows + i].dbias) +
-                          keys.begin * all.dbias_stride;
-            for (int64_t j = 0; j < keys.size(); ++j) {
-                to[j * all.dbias_stride] += dprobs[j * width + i];
+    // dbias += dS of some rows, of (keys, pitch). Rows may share their bias, and keys may: then the
+    // gradient is a sum.
+    [[gnu::noinline]] void add_dbias(int first, int rows, Span keys, const T* dscores,
+                                     int64_t pitch) const {
+        const int64_t stride = all.dbias_stride, count = keys.size();
+        for (int c = 0; c < rows; c += lanes) {
+            for (int64_t j = 0; j < count; j += lanes) {
+                V square[lanes];
+#pragma GCC unroll 16
+                for (int k = 0; k < lanes; ++k) {
+                    square[k] = V::load(dscores + (j + k < count ? j + k : count - 1) * pitch + c);
+                }
+                transpose<T>(square);
+                for (int i = 0; i < lanes && c + i < rows; ++i) {
+                    T* const to = static_cast<T*>(all.gradients[first + c + i].dbias) +
+                                  (keys.begin + j) * stride;
+                    if (stride == 1 && j + lanes <= count) {
+                        (V::load(to) + square[i]).store(to);
+                        continue;
+                    }
+                    for (int k = 0; k < lanes && j + k < count; ++k) {
+                        to[k * stride] += square[i].v[k];
+                    }
+                }
             }
         }
     }
@@ -516,10 +645,11 @@ class Differentiation {
     template <int Columns, class Get>
     [[gnu::always_inline]] void store_tile(int index, Span keys, const Get& get) const {
         constexpr int width = Columns * lanes;
-        const int64_t first = (keys.begin - all.begin) * block_rows + index * tile_rows;
+        const int64_t pitch = rows_in_vectors();
+        const int64_t first = (keys.begin - all.begin) * pitch + index * tile_rows;
         if constexpr (InPairs) {
             T* paired = paired_dscore + first / 2 + index * tile_rows / 2;
-            for (int64_t j = 0; j < keys.size(); j += 2, paired += block_rows) {
+            for (int64_t j = 0; j < keys.size(); j += 2, paired += pitch) {
                 V p[2][Columns], ds[2][Columns];
                 const bool second = j + 1 < keys.size();
                 for (int k = 0; k < 2; ++k) {
@@ -531,8 +661,8 @@ class Differentiation {
                         }
                     }
                     if (k == 1 && !second) break;
-                    store_row<Columns>(p[k], prob + first + (j + k) * block_rows);
-                    store_row<Columns>(ds[k], dscore + first + (j + k) * block_rows);
+                    store_row<Columns>(p[k], prob + first + (j + k) * pitch);
+                    store_row<Columns>(ds[k], dscore + first + (j + k) * pitch);
                 }
 #pragma GCC unroll 4
                 for (int c = 0; c < Columns; ++c) {
@@ -546,8 +676,8 @@ class Differentiation {
                 for (int c = 0; c < Columns; ++c) {
                     V p, ds;
                     get(j * width + c * lanes, c, p, ds);
-                    p.store(prob + first + j * block_rows + c * lanes);
-                    ds.store(dscore + first + j * block_rows + c * lanes);
+                    p.store(prob + first + j * pitch + c * lanes);
+                    ds.store(dscore + first + j * pitch + c * lanes);
                 }
             }
         }
@@ -564,19 +694,6 @@ class Differentiation {
         }
     }
 
-    // to += sum
-    template <int Count, int Columns>
-    [[gnu::always_inline]] static void add(const V (&sum)[Count][Columns], T* to, int64_t pitch) {
-#pragma GCC unroll 16
-        for (int r = 0; r < Count; ++r) {
-#pragma GCC unroll 4
-            for (int c = 0; c < Columns; ++c) {
-                T* const at = to + r * pitch + c * lanes;
-                (V::load(at) + sum[r][c]).store(at);
-            }
-        }
-    }
-
     // ---- Sums over rows ----
 
     // dV += P^T dO and dK += dS^T Q of a key tile, for the keys that some query tile sees.
@@ -588,7 +705,7 @@ class Differentiation {
             if (some.begin < keys.begin) keys.begin = some.begin;
             if (some.end > keys.end) keys.end = some.end;
         }
-        if (keys.size() == 0) return;
+        if (keys.size() == 0) keys = {all.begin, all.begin};
         each_query_tile([&]<int Columns>(int index, const Block&) {
             const Span seen =
                 tile.keys[index].size() > 0 ? tile.keys[index] : Span{keys.end, keys.end};
@@ -601,24 +718,48 @@ class Differentiation {
 
     void clear_unseen(int index, Span keys, int width) const {
         for (int64_t j = keys.begin - all.begin; j < keys.end - all.begin; ++j) {
-            const int64_t at = j * block_rows + index * tile_rows;
+            const int64_t at = j * rows_in_vectors() + index * tile_rows;
             __builtin_memset(static_cast<void*>(prob + at), 0, size_t(width) * sizeof(Element));
             __builtin_memset(static_cast<void*>(dscore + at), 0, size_t(width) * sizeof(Element));
         }
     }
 
-    // sums, of `pitch` columns, += (keys, block_rows) x rows
-    void multiply_rows(const Element* factors, const Rows& rows, int64_t pitch, Span keys,
-                       T* sums) const {
-        const Element* const from = factors + (keys.begin - all.begin) * block_rows;
-        T* const to = sums + (keys.begin - all.begin) * pitch;
-        int64_t d = 0;
+    // (keys, rows) x rows, of so many padded columns
+    void multiply_rows(const Element* factors, const Rows& rows, int64_t columns, Span keys,
+                       const Sums& sums) const {
+        const int64_t first = keys.begin - all.begin, past = keys.end - all.begin;
+        const int64_t pitch = rows_in_vectors();
+        if (sums.complete) {
+            clear_rows(sums, 0, first, columns);
+            clear_rows(sums, past, key_count, columns);
+        }
+        multiply_into(sums, first, past - first,
+                      {factors + first * pitch, pitch, size, rows.summed, columns,
+                       (block.row_count + size - 1) / size, columns});
+    }
+
+    static void clear_rows(const Sums& sums, int64_t first, int64_t past, int64_t columns) {
+        for (; first < past; ++first) clear(sums.data + first * sums.pitch, columns);
+    }
+
+    // A matrix of words times one of vectors, as multiply() has them.
+    struct Product {
+        const Element* a;
+        int64_t a_row, a_step;
+        const T* b;
+        int64_t b_step, depth, columns;
+    };
+
+    void multiply_into(const Sums& sums, int64_t first, int64_t count, Product product) const {
+        T* to = sums.data + first * sums.pitch;
         const auto step = [&]<int Columns>() {
-            multiply_rows<Columns>(from, rows.summed + d, pitch, keys.size(), to + d);
-            d += Columns * lanes;
+            multiply_into<Columns>(sums, to, count, product);
+            product.b += Columns * lanes;
+            product.columns -= Columns * lanes;
+            to += Columns * lanes;
         };
-        while (d < pitch) {
-            const int64_t left = (pitch - d) / lanes;
+        while (product.columns > 0) {
+            const int64_t left = product.columns / lanes;
             if (left >= 5 || left == 3) {
                 step.template operator()<3>();
             } else if (left >= 2) {
@@ -630,22 +771,51 @@ class Differentiation {
     }
 
     template <int Columns>
-    [[gnu::noinline]] void multiply_rows(const Element* factors, const T* rows, int64_t pitch,
-                                         int64_t count, T* sums) const {
+    [[gnu::noinline]] void multiply_into(const Sums& sums, T* to, int64_t count,
+                                         const Product& product) const {
         constexpr int most = micro_rows(Columns) >= 8 ? 8 : micro_rows(Columns) >= 4 ? 4 : 2;
-        const int64_t depth = rows_in_vectors() / size;
+        const auto [a, a_row, a_step, b, b_step, depth, columns] = product;
         in_steps<most>(0, count, [&]<int Count>(int64_t j) {
+            fetch_some();
             V sum[Count][Columns] = {};
-            multiply<0, Columns, InPairs>(factors + j * block_rows, block_rows, size, rows, pitch,
-                                          depth, sum);
-            add(sum, sums + j * pitch, pitch);
+            multiply<0, Columns, InPairs>(a + j * a_row, a_row, a_step, b, b_step, depth, sum);
+            T* const at = to + j * sums.pitch;
+            if (sums.complete) {
+                store_complete(sum, at, sums.pitch, sums.scale);
+            } else {
+                add(sum, at, sums.pitch);
+            }
         });
+    }
+
+    template <int Count, int Columns>
+    [[gnu::always_inline]] static void add(const V (&sum)[Count][Columns], T* to, int64_t pitch) {
+#pragma GCC unroll 16
+        for (int r = 0; r < Count; ++r) {
+#pragma GCC unroll 4
+            for (int c = 0; c < Columns; ++c) {
+                T* const at = to + r * pitch + c * lanes;
+                (V::load(at) + sum[r][c]).store(at);
+            }
+        }
+    }
+    template <int Count, int Columns>
+    [[gnu::always_inline]] static void store_complete(const V (&sum)[Count][Columns], T* to,
+                                                      int64_t pitch, T scale) {
+#pragma GCC unroll 16
+        for (int r = 0; r < Count; ++r) {
+#pragma GCC unroll 4
+            for (int c = 0; c < Columns; ++c) {
+                fma(sum[r][c], V(scale), V(T(0))).store(to + r * pitch + c * lanes);
+            }
+        }
     }
 
     // ---- Sums over keys ----
 
-    // The keys of a tile from its first on, without what is not finite where some pair is hidden.
-    const Element* keys_to_sum(int64_t t, int64_t& stride) {
+    // The keys of a tile from its first on, without what is not finite where some pair is hidden;
+    // so many words of each can be read, those behind head_dim are zeros.
+    const Element* keys_to_sum(int64_t t, int64_t words, int64_t& stride) {
         const int64_t first = t * kKeyTile;
         const int64_t count = key_count - first < kKeyTile ? key_count - first : kKeyTile;
         int64_t given;
@@ -658,19 +828,20 @@ class Differentiation {
         }
         stride = given;
         KeyTile& tile = tiles[t];
-        if (!tile.hides) return key;
         const int64_t rows = (count + size - 1) / size, columns = head_dim * size;
-        if (!tile.looked) {
+        if (tile.hides && !tile.looked) {
             tile.looked = tile.finite = true;
             for (int64_t j = 0; j < rows; ++j) tile.finite &= finite(key + j * given, columns);
         }
-        if (tile.finite) return key;
+        const bool are_finite = !tile.hides || tile.finite;
+        if (are_finite && words == head_dim) return key;
+        stride = words * size;
         for (int64_t j = 0; j < rows; ++j) {
-            Element* const to = reinterpret_cast<Element*>(staging) + j * columns;
+            T* const to = staging + j * words;
             __builtin_memcpy(to, key + j * given, size_t(columns) * sizeof(Element));
-            make_finite(reinterpret_cast<T*>(to), head_dim);
+            if (!are_finite) make_finite(to, head_dim);
+            for (int64_t w = head_dim; w < words; ++w) to[w] = T(0);
         }
-        stride = columns;
         return reinterpret_cast<Element*>(staging);
     }
 
@@ -680,21 +851,65 @@ class Differentiation {
                                           int64_t stride) const {
         constexpr int width = Columns * lanes;
         const int64_t first = (keys.begin - all.begin) / size;  // in words
+        const int64_t pitch = rows_in_vectors();
         const T* const from = [&] {
             if constexpr (InPairs)
-                return paired_dscore + first * block_rows + index * tile_rows;
+                return paired_dscore + first * pitch + index * tile_rows;
             else
-                return dscore + first * block_rows + index * tile_rows;
+                return dscore + first * pitch + index * tile_rows;
         }();
         const Element* const factors = key + (first - t * kKeyTile / size) * stride;
         const int64_t depth = (keys.size() + size - 1) / size;
         T* const sums = static_cast<T*>(all.query_sums) + index * tile_rows * head_dim;
         in_steps<micro_rows(Columns)>(0, head_dim, [&]<int Count>(int64_t d) {
             V sum[Count][Columns] = {};
-            multiply<0, Columns, InPairs>(factors + d * size, size, stride, from, block_rows, depth,
+            multiply<0, Columns, InPairs>(factors + d * size, size, stride, from, pitch, depth,
                                           sum);
             add(sum, sums + d * width, width);
         });
+    }
+
+    // dQ = dS K of rows that are alone. What lies along the lanes are the columns.
+    void find_query_sums() {
+        const auto row = [&](int i) { return static_cast<T*>(all.gradients[i].dq); };
+        const KeyRows rows = {row(0), block.row_count > 1 ? row(1) - row(0) : 0, 0};
+        bool direct = block.query_dtype == kDtype<T>;
+        for (int i = 2; i < block.row_count; ++i) direct &= row(i) - row(i - 1) == rows.stride;
+        const Sums sums = complete_sums({dq, key_pitch}, direct, head_dim, rows, T(block.scale));
+        int64_t stride;
+        const auto* const key = reinterpret_cast<const T*>(keys_to_sum(0, key_pitch, stride));
+        stride /= size;
+        const int64_t pitch = rows_in_vectors();
+        each_query_tile([&]<int Columns>(int index, const Block& rows) {
+            const int first = index * tile_rows;
+            const Span keys = tiles[0].keys[index];
+            if (keys.size() <= 0) {
+                return clear_rows(sums, first, first + rows.row_count, key_pitch);
+            }
+            const int64_t word = (keys.begin - all.begin) / size;
+            const T* const from = InPairs ? paired_dscore : reinterpret_cast<T*>(dscore);
+            multiply_into(
+                sums, first, rows.row_count,
+                {reinterpret_cast<const Element*>(from + word * pitch + first), size, pitch * size,
+                 key + word * stride, stride, (keys.size() + size - 1) / size, key_pitch});
+        });
+        if (sums.data != dq) return;
+        with_query<T>(block.query_dtype, [&]<class To>(const To*) {
+            for (int i = 0; i < block.row_count; ++i) {
+                To* const to = static_cast<To*>(all.gradients[i].dq);
+                for (int64_t d = 0; d < head_dim; d += lanes) {
+                    store_some(V::load(dq + i * key_pitch + d), head_dim - d, to + d);
+                }
+            }
+        });
+    }
+
+    // Where sums go that are complete at once: to the results themselves, if these are rows of
+    // whole vectors of T.
+    static Sums complete_sums(const Sums& scratch, bool direct, int64_t columns,
+                              const KeyRows& results, T scale) {
+        if (!direct || columns % lanes != 0) return {scratch.data, scratch.pitch, true, scale};
+        return {static_cast<T*>(const_cast<void*>(results.data)), results.stride, true, scale};
     }
 
     // ---- Results: sums * scale; adding 0 turns -0 into 0 ----
@@ -757,9 +972,10 @@ int gradient_block_rows(const Block& block) {
 }
 
 template <class T>
-size_t gradient_scratch_bytes(const Block& block, int64_t keys) {
-    return with_differentiation<T>(
-        block, [&]<class Kind>(Kind*) { return Kind::scratch_bytes(block, keys); });
+size_t gradient_scratch_bytes(const Block& block, int64_t keys, bool alone, bool keeps_bias) {
+    return with_differentiation<T>(block, [&]<class Kind>(Kind*) {
+        return Kind::scratch_bytes(block, keys, alone, keeps_bias);
+    });
 }
 
 template <class T>
@@ -779,6 +995,9 @@ constexpr GradientFunctions gradients = {
     },
     [](const GradientBlock& b) { differentiation<T>(b, [](auto& d) { d.store_query_sums(); }); },
     [](const GradientBlock& b) { differentiation<T>(b, [](auto& d) { d.finish_keys(); }); },
+    [](const GradientBlock& b, const GradientQueue& queue) {
+        differentiation<T>(b, [&](auto& d) { d.differentiate_alone(queue); });
+    },
 };
 
 }  // namespace

@@ -2,9 +2,9 @@
 //
 // The table of one variant. CMakeLists.txt compiles this file once per instruction set, and the
 // rest of the folder with it: online_softmax.h has the algorithm, row_block.h its rows in blocks,
-// decode.h the way for few queries, backward.h the gradients, statistics.h what
-// probabilities say, linear.h the products of a
-// model's weights, layers.h its other layers.
+// decode.h the way for few queries, short.h the one for few rows and keys, backward.h the
+// gradients, statistics.h what probabilities say, linear.h the products of a model's weights,
+// layers.h its other layers.
 #include "kernel.h"
 
 #include "backward.h"
@@ -14,6 +14,7 @@
 #include "partials.h"
 #include "probes.h"
 #include "row_block.h"
+#include "short.h"
 #include "statistics.h"
 
 namespace fastattn {
@@ -35,6 +36,7 @@ constexpr Functions functions = {
                .partial_bytes = Partials<T>::bytes,
                .merge = merge_partials<T>,
                .finish = finish_partials<T>},
+    .shorts = short_functions<T>,
     .gradients = gradients<T>,
     .statistics = statistics_functions<T>,
     .fma = run_fma<T>,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The door to this folder: the table that every instruction-set variant fills, and what its
-// functions are given. attention.cpp, decode.cpp, backward.cpp, statistics.cpp, linear.cpp,
-// layers.cpp and limits.cpp call through it; kernel.cpp fills it, once per variant.
+// functions are given. attention.cpp, decode.cpp, short.cpp, backward.cpp, statistics.cpp,
+// linear.cpp, layers.cpp and limits.cpp call through it; kernel.cpp fills it, once per variant.
 //
 // This folder holds the code that is compiled once per instruction set, with that set's flags. An
 // inline function that is compiled twice with different flags is merged by the linker, and an old
@@ -110,20 +110,34 @@ struct GradientBlock {
     KeyRows dk, dv;        // of all keys; of the keys' type
     int64_t dbias_stride;  // from one key to the next
     void* query_sums;      // query_sums_bytes()
+    bool alone;            // of a problem that is one row block and one key tile
+    bool keeps_bias;       // of which others have the same bias
+};
+
+// Problems to be differentiated, one after the other: next() makes the GradientBlock that the
+// function was given the next one of them. They differ in places, and in row_count and end, which
+// are no larger than those of the first. False: there is none.
+struct GradientQueue {
+    bool (*next)(void* context);
+    void (*fetch)(void* context);  // brings some of what the problem after this one needs near
+    void* context;
 };
 
 // The backward pass over a key block that stays near while all row blocks that see it pass by. It
 // begins with begin_keys(). Then, for each row block, differentiate() leaves in scratch memory what
-// add_query_sums() adds to what the key blocks before gave. finish_keys() ends it.
+// add_query_sums() adds to what the key blocks before gave. finish_keys() ends it. Problems that
+// are alone need none of this: differentiate_alone() does all. What it gives a bias, which all of
+// them share, it adds at the end.
 struct GradientFunctions {
     int (*block_rows)(const Block&);
-    size_t (*scratch_bytes)(const Block&, int64_t keys);
+    size_t (*scratch_bytes)(const Block&, int64_t keys, bool alone, bool keeps_bias);
     size_t (*query_sums_bytes)(const Block&);
     void (*begin_keys)(const GradientBlock&);
     void (*differentiate)(const GradientBlock&);
     void (*add_query_sums)(const GradientBlock&, bool first);  // first: no key block was before
     void (*store_query_sums)(const GradientBlock&);
     void (*finish_keys)(const GradientBlock&);
+    void (*differentiate_alone)(const GradientBlock&, const GradientQueue&);
 };
 
 // Decoding: the rows' intervals leave one split of the keys, and the result is a partial for each
@@ -136,6 +150,44 @@ struct DecodeFunctions {
     size_t (*partial_bytes)(const Block&);                 // of one row
     void (*merge)(const Block&, void* into, void* later);  // in the order of the keys
     void (*finish)(const Block&, void* partials);          // stores the result
+};
+
+// Short problems: a few rows and all keys that they may see, which one key tile holds, so that no
+// softmax has to be carried on. What thousands of them share is said once.
+
+// In bytes, from a row to that of the next query, and to that of the next head of the group.
+struct RowSteps {
+    int64_t query, head;
+};
+
+struct ShortShape {
+    Block shared;         // without rows, keys and values
+    int rows, group;      // row r is of query r / group and of head r % group of the group
+    bool few;             // sums are those of DecodeFunctions; else of Functions::attend()
+    int64_t left, right;  // of the window; negative: unlimited
+    RowSteps query, out, lse, mask, bias;
+    bool has_mask, has_bias;
+};
+
+// A key head of a batch element. What is of rows begins with the first query of the group's first
+// head.
+struct ShortProblem {
+    const void *query, *key, *value;
+    void *out, *lse;               // lse: null, not asked for
+    const void *mask, *bias;       // null: none
+    int64_t begin, end;            // the keys that length and eviction leave; begin <= end
+    int64_t offset;                // position of the first query
+    const double *slopes, *sinks;  // of each head of the group; null: none
+    uint32_t head, batch;          // modulo 2**32, for dropout
+};
+
+// attend() stores the results of some problems, one after the other, and returns how many. If these
+// are fewer than `count`, the next one is for the functions whose sums it takes: its numbers are
+// not all finite, or too large.
+struct ShortFunctions {
+    bool (*takes)(const ShortShape&);
+    size_t (*scratch_bytes)(const ShortShape&);
+    int64_t (*attend)(const ShortShape&, const ShortProblem*, int64_t count, void* scratch);
 };
 
 // What is asked of a row's probabilities. Numbers are of the arithmetic's type; null: not asked
@@ -189,6 +241,7 @@ struct Functions {
     void (*attend)(const Block&, void* partials);  // null: it stores the result instead
     void (*count)(const Block&, TileCounts&);
     DecodeFunctions decode;
+    ShortFunctions shorts;
     GradientFunctions gradients;
     StatisticsFunctions statistics;
     double (*fma)(int64_t rounds);  // multiplies and adds in registers, returns the FLOPs

@@ -161,8 +161,7 @@ class _Torch(Library):
     def destination(self, out: Any) -> Array:
         if framework(out) is not self.module:
             raise TypeError(f"out must be a tensor, as query is, not {type(out).__name__}")
-        if out.is_neg():
-            raise ValueError("out must be written as it is, got a tensor whose negative bit is set")
+        check_written(out)
         return self.array("out", out)
 
     def compute(self, call: Any, *arguments: Any, **named: Any) -> Any:
@@ -170,8 +169,8 @@ class _Torch(Library):
             return call(*arguments, **named)
 
     def to_caller(self, out: Any, *results: Array | None) -> tuple[Any, ...]:
-        if out is not None and not out.is_inference():
-            self.module.autograd.graph.increment_version(out)  # it was written unknown to torch
+        if out is not None:
+            written(self.module, out)
         return super().to_caller(out, *results)
 
     def converted(self, x: Array) -> Any:
@@ -257,6 +256,12 @@ def check_no_gradient(torch: Any, name: str, x: Any) -> None:
         )
 
 
+def check_written(out: Any) -> None:
+    """Accept a tensor that holds the numbers that its memory does."""
+    if out.is_neg():
+        raise ValueError("out must be written as it is, got a tensor whose negative bit is set")
+
+
 def check_tensor(torch: Any, name: str, x: Any, on_gpu: bool = False) -> None:
     """Accept a tensor whose values lie, as strides tell, in the memory of the CPU, or of a GPU."""
     if x.is_nested:
@@ -312,6 +317,12 @@ def array_of_tensor(torch: Any, name: str, x: Any) -> Array:
             f"{type(x).__name__}: {error}"
         ) from error
     return array
+
+
+def written(torch: Any, x: Any) -> None:
+    """Tell torch that a tensor was written, which it cannot know."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
 
 
 def tensor_of_array(torch: Any, x: Array) -> Any:

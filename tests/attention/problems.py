@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of results share: problems with every argument, layouts, and marks."""
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from fastattn import attention
+from tests.support.correctness import assert_same_bits
 from tests.support.problems import DTYPES, HALVES, covering_cases, make_problem
 
 INF = np.inf
@@ -18,6 +21,19 @@ every_arithmetic = pytest.mark.parametrize(
 
 def with_lse(*operands, **options):
     return attention(*operands, return_lse=True, **options)
+
+
+def assert_chunks_have_the_bits(expected, operands, options, ends):
+    """Assert that queries that are cut at these places have the bits that are expected."""
+    for begin, end in itertools.pairwise((0, *ends)):
+        rows = slice(begin, end)
+        part = options | {
+            "mask": options["mask"][..., rows, :],
+            "bias": options["bias"][..., rows, :],
+            "query_offset": options["query_offset"] + begin,
+        }
+        got = with_lse(operands[0][..., rows, :], *operands[1:], **part)
+        assert_same_bits(got, (expected[0][..., rows, :], expected[1][..., rows]))
 
 
 LEVELS = {

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 from fastattn import attention, attention_statistics, explain, varlen_attention
-from tests.attention.problems import every_arithmetic, with_lse
+from tests.attention.problems import (
+    assert_chunks_have_the_bits,
+    every_arithmetic,
+    with_lse,
+)
 from tests.support.correctness import assert_same_bits, assert_within_gate
 from tests.support.problems import make_problem
 
@@ -125,15 +129,7 @@ def test_query_chunks_change_no_bit(kv_len, dtype, threads):
     threads(1)
     expected = with_lse(*operands, **options)
     threads(30)
-    for begin, end in ((0, 17), (17, 40), (40, 60)):
-        rows = slice(begin, end)
-        part = options | {
-            "mask": options["mask"][..., rows, :],
-            "bias": options["bias"][..., rows, :],
-            "query_offset": options["query_offset"] + begin,
-        }
-        got = with_lse(operands[0][..., rows, :], *operands[1:], **part)
-        assert_same_bits(got, (expected[0][..., rows, :], expected[1][..., rows]))
+    assert_chunks_have_the_bits(expected, operands, options, (17, 40, 60))
 
 
 @pytest.mark.promise("bitwise-padding")

@@ -10,7 +10,6 @@ import itertools
 import mmap
 import os
 import resource
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +18,7 @@ import pytest
 import fastattn
 from fastattn import _core
 from tests.support.child import run
+from tests.support.memory import peak_so_far, status
 from tests.support.threads import tasks
 
 MIB = 2**20
@@ -205,12 +205,6 @@ def test_hidden_tiles_are_not_touched(isa):
 # How much memory.
 
 
-def status(field):
-    """Return a size that /proc/self/status gives, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
 def peak(case):
     """Return how many bytes a call needs at its peak beside the arrays that are there before it."""
     fastattn.set_num_threads(2)
@@ -252,12 +246,6 @@ def peak(case):
     before = peak_so_far()
     fastattn.attention(*operands, out=out, **options)
     return status("VmHWM") - before
-
-
-def peak_so_far():
-    """Let the peak start again from here, and return it."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
 
 
 CASES = ["window", "causal", "decode", "few keys", "many heads", "most heads", "interleaved"]

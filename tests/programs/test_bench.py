@@ -31,6 +31,7 @@ PATIENCE = 60
 SMALL = [
     Case("plain", 70, 70, 2, 64),
     Case("batched", 33, 65, 2, 64, batch=3),
+    Case("long-queries", 90, 33, 2, 64, batch=2),
     Case("causal", 70, 70, 2, 64, is_causal=True),
     Case("causal-gqa", 70, 70, 4, 64, kv_heads=2, is_causal=True),
     Case("gqa", 70, 70, 4, 64, kv_heads=2),
@@ -39,7 +40,8 @@ SMALL = [
     Case("decode-ragged", 1, 90, 4, 64, kv_heads=2, batch=3, lengths=(90, 7, 41)),
     Case("draft", 5, 90, 4, 64, kv_heads=2, is_causal=True, at_end=True),
     Case("padded", 70, 70, 2, 64, batch=2, lengths=(70, 41)),
-    Case("added", 70, 70, 2, 64, float_mask=True),
+    Case("added", 70, 70, 2, 64, bias=True),
+    Case("padded-added", 70, 70, 2, 64, batch=2, bias=True, lengths=(70, 41)),
     Case("window", 70, 70, 2, 64, window=(9, 4)),
     Case("left-window", 70, 70, 2, 64, window=(9, 0)),
     Case("double", 70, 70, 2, 16, dtype="float64"),  # onnxruntime rounds the scale of others
@@ -56,6 +58,8 @@ SMALL = [
 ]
 PACKED = {"lengths": (70, 41, 3), "batch": 3, "ragged_queries": True}
 OWN = [  # the other ways in which fastattn is asked
+    Case("into", 70, 70, 2, 16, batch=2, bias=True, lengths=(70, 41), call="into"),
+    Case("into-filled", 70, 70, 2, 16, call="into filled"),
     Case("lengths", 1, 90, 4, 16, batch=2, lengths=(90, 41), call="kv_lengths"),
     Case("packed", 70, 70, 2, 16, **PACKED, call="varlen"),
     Case("packed-causal", 70, 70, 2, 16, **PACKED, is_causal=True, call="varlen"),
@@ -93,7 +97,10 @@ UNKNOWN = {  # what a library does not compute in
     "numpy": ("bfloat16", "float16"),
 }
 REFUSED = {  # what it cannot express, and what it says
-    "vllm": {"added": "knows no mask that is added", "window": "no window whose sides differ"},
+    "vllm": {
+        **dict.fromkeys(("added", "padded-added"), "knows no mask that is added"),
+        "window": "no window whose sides differ",
+    },
     "pace": {"half-bfloat16": "is always causal", "half-padded": "knows no mask"},
 }
 EVERY = [case for suite in cases.SUITES.values() for case in suite]
@@ -105,10 +112,9 @@ def by_name(items):
 
 def options(case, inputs):
     """Return what `attention` is told of a case."""
-    mask, bias = (None, inputs.mask) if case.float_mask else (inputs.mask, None)
     return {
-        "mask": mask,
-        "bias": bias,
+        "mask": inputs.mask,
+        "bias": inputs.bias,
         "is_causal": case.is_causal,
         "window": case.window,
         "query_offset": case.query_offset,
@@ -141,7 +147,7 @@ def test_flops_count_visible_pairs(case):
     weights = fastattn.attention_weights(
         query,
         np.ones((case.batch, 1, case.kv_len, 1)),
-        mask=None if case.float_mask else inputs.mask,
+        mask=inputs.mask,
         is_causal=case.is_causal,
         window=case.window,
         query_offset=case.query_offset,

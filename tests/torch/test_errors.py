@@ -5,8 +5,10 @@
 import doctest
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 import fastattn.torch as ft
@@ -53,7 +55,22 @@ def test_errors_of_attention():
     q, k, v = operands()
     with pytest.raises(ValueError, match="out must not be given where an argument requires grad"):
         ft.attention(q.clone().requires_grad_(), k, v, out=torch.empty_like(q))
-    with pytest.raises(ValueError, match="out must be a tensor of the result's dtype and shape"):
+    with pytest.raises(ValueError, match="out must not be given where an argument requires grad"):
+        ft.attention(q, k, v, out=torch.empty_like(q, requires_grad=True))
+    with pytest.raises(TypeError, match="out must be a tensor, not ndarray"):
+        ft.attention(q, k, v, out=np.empty(q.shape, np.float64))
+    with pytest.raises(ValueError, match=r"out must have the shape of the result, .*\(3,\)"):
+        ft.attention(q, k, v, out=torch.empty(3, dtype=q.dtype))
+    with pytest.raises(TypeError, match="out must have the dtype of the result, "):
+        ft.attention(q, k, v, out=torch.empty_like(q, dtype=torch.int32))
+    with pytest.raises(ValueError, match="out must not overlap an input"):
+        ft.attention(q, k, v, out=q)
+    with pytest.raises(ValueError, match="out must be written as it is"):
+        ft.attention(q, k, v, out=torch._neg_view(torch.empty_like(q)))
+    with (
+        FlopCounterMode(display=False),
+        pytest.raises(ValueError, match="out must be a tensor of the result's"),
+    ):
         ft.attention(q, k, v, out=torch.empty(3))
     with pytest.raises(ValueError, match="alibi_slopes must not require grad"):
         ft.attention(q, k, v, alibi_slopes=rand(4, grad=True), query_offset=0)

@@ -169,13 +169,29 @@ def test_every_argument():
         out, lse = ft.attention(q, k, v, return_lse=True, **given)
         np.testing.assert_array_equal(out.numpy(), expected[0])
         np.testing.assert_array_equal(lse.numpy(), expected[1])
-    out = torch.empty(2, 4, 3, 8, dtype=torch.float64)
-    assert ft.attention(q, k, v, out=out, **options) is out
-    np.testing.assert_array_equal(out.numpy(), expected[0])
+    whole = torch.empty(2, 4, 3, 8, dtype=torch.float64)
+    for out in (whole, torch.empty(2, 3, 4, 8, dtype=torch.float64).transpose(1, 2)):
+        version = out._version
+        assert ft.attention(q, k, v, out=out, **options) is out
+        np.testing.assert_array_equal(out.numpy(), expected[0])
+        assert out._version > version
     narrow = options | {name: options[name].bfloat16() for name in ("bias", "sinks")}
     close(ft.attention(q, k, v, **narrow).bfloat16(), out.bfloat16(), torch.bfloat16)
     with pytest.raises(ValueError, match="query_offset must be given"):
         ft.attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.promise("out-is-written-in-place")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_out_is_written_where_it_lies(dtype, core_addresses):
+    tensors = operands(dtype=dtype)
+    whole = torch.empty(2, 4, 2 * tensors[0].shape[-2], 8, dtype=dtype)
+    out = whole[..., ::2, :]
+    for options in ({}, {"mask": torch.tensor(True)}, {"is_causal": True, "query_offset": 0}):
+        core_addresses.clear()
+        assert ft.attention(*tensors, out=out, **options) is out
+        assert core_addresses[-1] == out.data_ptr()
+        assert torch.equal(out, ft.attention(*tensors, **options))
 
 
 def test_half_precision_keys_beside_float32_queries():

@@ -186,6 +186,49 @@ def test_torchs_pool_is_left_asleep():
     assert run(call_after_sleep, env=AWAKE) == 0
 
 
+def call_while_the_pool_is_in_use():
+    """Call while a call of another thread has the pool: which ends first, and whether bits change.
+
+    And return the threads that a call of a third thread adds when all have ended: its own pool.
+    """
+    torch.set_num_threads(2)
+    fastattn.set_num_threads(2)
+    query, ended, begun = big(), [], threading.Event()
+    expected = ft.scaled_dot_product_attention(query, query, query)
+    long = big(16, 8192)
+
+    def attend_long():
+        begun.set()
+        out = ft.scaled_dot_product_attention(long, long, long)
+        ended.append("long")
+        assert torch.equal(out[:, 3, :20], ft.attention(long[:, 3, :20], long[:, 3], long[:, 3]))
+
+    def attend_small():
+        begun.wait()
+        time.sleep(0.02)
+        outs = [ft.scaled_dot_product_attention(query, query, query) for _ in range(5)]
+        ended.append("small" if all(torch.equal(x, expected) for x in outs) else "wrong")
+
+    def count():
+        time.sleep(0.5)  # the pools of threads that have ended end, too
+        before = tasks()
+        ft.scaled_dot_product_attention(query, query, query)
+        ended.append(tasks() - before)
+
+    for targets in ((attend_long, attend_small), (count,)):
+        threads = [threading.Thread(target=target) for target in targets]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return ended
+
+
+@pytest.mark.promise("torchs-pool-is-shared", "concurrent-callers-share-one-team")
+def test_a_call_does_not_wait_for_the_pool():
+    assert run(call_while_the_pool_is_in_use, env=AWAKE) == ["small", "long", 1]
+
+
 def attend_in_threads():
     """Call and differentiate from many threads at once."""
     fastattn.set_num_threads(4)

@@ -33,12 +33,11 @@ def expected(case: Case) -> Array:
     query = inputs.query[np.ix_(batches, heads, rows)]
     key, value = (x[kv_heads] for x in (inputs.key, inputs.value))
     query, key, value = (x.astype(np.float64) for x in (query, key, value))
-    bias = mask = None
-    if inputs.mask is not None:
-        shape = (case.batch, case.q_heads, case.q_len, case.kv_len)
-        mask = np.broadcast_to(inputs.mask, shape)[np.ix_(batches, heads, rows)]
-        if mask.dtype != bool:
-            mask, bias = None, mask
+    shape = (case.batch, case.q_heads, case.q_len, case.kv_len)
+    mask, bias = (
+        None if x is None else np.broadcast_to(x, shape)[np.ix_(batches, heads, rows)]
+        for x in (inputs.mask, inputs.bias)
+    )
     seen = seen_by_position(case, rows)
     mask = seen if mask is None else seen & mask
     if inputs.grad_out is not None:  # dq alone: a row of it needs no other row

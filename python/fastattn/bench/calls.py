@@ -22,15 +22,18 @@ class Prepared(NamedTuple):
     call: Callable[[], Any]
     to_numpy: Callable[[Any], Array]
     how: str  # the operator that was chosen, for the report
+    into: bool = False  # whether the result goes into an array that was there
 
 
 def _attention(case: Case, inputs: Inputs) -> Prepared:
-    query, key, value, mask, grad_out = inputs
+    query, key, value, mask, bias, grad_out = inputs
     options: dict[str, Any] = {}
     if case.call == "kv_lengths":
         options["kv_lengths"] = np.array(case.lengths)
     elif mask is not None:
         options["mask"] = mask
+    if bias is not None:
+        options["bias"] = bias
     if case.is_causal:
         options["is_causal"] = True
     if case.at_end:
@@ -46,10 +49,20 @@ def _attention(case: Case, inputs: Inputs) -> Prepared:
 
         return Prepared(backward, lambda grads: grads[0], "attention_backward")
 
+    def filled() -> Array:
+        return np.full(case.output_shape, 0, query.dtype)
+
     def call() -> Any:
         return fastattn.attention(query, key, value, **options)
 
-    return Prepared(call, _as_it_is, f"attention({', '.join(options)})")
+    def into_filled() -> Any:
+        return fastattn.attention(query, key, value, out=filled(), **options)
+
+    if case.call == "into filled":
+        return Prepared(into_filled, _as_it_is, "attention(out), out new and filled")
+    if case.call == "into":
+        options["out"] = filled()
+    return Prepared(call, _as_it_is, f"attention({', '.join(options)})", case.call == "into")
 
 
 def as_views(inputs: Inputs) -> Inputs:
@@ -195,6 +208,8 @@ def _as_it_is(out: Array) -> Array:
 
 CALLS: dict[str, Callable[[Case, Inputs], Prepared]] = {
     "attention": _attention,
+    "into": _attention,
+    "into filled": _attention,
     "backward": _attention,
     "kv_lengths": _attention,
     "views": _views,

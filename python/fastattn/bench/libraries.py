@@ -113,7 +113,7 @@ def _jax(case: Case, inputs: Inputs, threads: int) -> Prepared:
         name: jax.numpy.asarray(tokens_first(x))
         for name, x in zip(("query", "key", "value"), inputs[:3], strict=True)
     }
-    mask = inputs.mask
+    mask = inputs.mask if inputs.bias is None else all_masks(case, inputs)
     flags: dict[str, Any] = {"is_causal": case.is_causal, "local_window_size": case.window}
     if case.at_end:  # the flags count from the first key
         mask, flags = all_masks(case, inputs), {}
@@ -225,7 +225,7 @@ def _onnx_group_query(case: Case, inputs: Inputs) -> _OnnxModel | None:
         fits = last and case.window is None
     else:
         fits = not case.lengths and (right == 0 or (case.is_causal and right is None))
-    if case.dtype == "float64" or case.float_mask or not fits:
+    if case.dtype == "float64" or case.bias or not fits:
         return None
     lengths = np.array(case.lengths or (case.kv_len,) * case.batch, np.int32)
     names, new, past = "query,key,value,,,lengths,total", inputs, {}
@@ -262,7 +262,7 @@ def _onnx_multi_head(case: Case, inputs: Inputs) -> _OnnxModel | None:
         arrays |= {"key": inputs.key, "value": inputs.value}
     names = "query,key,value"
     attributes = {"num_heads": case.q_heads}
-    if case.lengths and not case.is_causal and case.window is None:
+    if case.lengths and not (case.is_causal or case.window or case.bias):
         seen = np.arange(case.kv_len) < np.array(case.lengths)[:, None]
         arrays["padding"] = seen.astype(np.int32)
         names += ",,padding"

@@ -30,19 +30,19 @@ def module(name: str) -> Any:
 
 def plainly_causal(case: Case, inputs: Inputs) -> bool:
     """Tell whether a flag for causality expresses the whole mask of the case."""
-    return case.is_causal and not case.at_end and case.window is None and inputs.mask is None
+    masked = inputs.mask is not None or inputs.bias is not None or case.window is not None
+    return case.is_causal and not case.at_end and not masked
 
 
 def all_masks(case: Case, inputs: Inputs) -> Array | None:
-    """Fold causality and window into one mask, for a library that knows dense masks alone."""
-    if not case.is_causal and case.window is None:
-        return inputs.mask
-    seen = seen_by_position(case)[None, None]
-    if inputs.mask is None:
-        return seen
-    if inputs.mask.dtype == bool:
-        return seen & inputs.mask
-    return np.where(seen, inputs.mask, inputs.mask.dtype.type(-np.inf))
+    """Fold causality, window and bias into one mask, for a library that knows a dense one alone."""
+    seen, bias = inputs.mask, inputs.bias
+    if case.is_causal or case.window is not None:
+        by_position = seen_by_position(case)[None, None]
+        seen = by_position if seen is None else by_position & seen
+    if seen is None or bias is None:
+        return seen if bias is None else bias
+    return np.where(seen, bias, bias.dtype.type(-np.inf))
 
 
 def require(case: Case, *dtypes: str, otherwise: str = "does not compute in {}") -> None:

@@ -94,7 +94,7 @@ def _window_of_last_queries(case: Case) -> tuple[bool, int]:
 def _vllm(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """Attend to a cache in pages, which is filled before the clock starts."""
     require(case, "float32", "bfloat16", "float16")
-    if case.float_mask:
+    if case.bias:
         raise Unsupported("knows no mask that is added")
     is_causal, window = _window_of_last_queries(case)
     torch = _load("vllm", threads)
@@ -138,7 +138,7 @@ def _vllm(case: Case, inputs: Inputs, threads: int) -> Prepared:
     def to_numpy(_: None) -> Array:
         return padded_rows(case, np.split(out.double().numpy(), starts[1:-1].tolist()))
 
-    return Prepared(call, to_numpy, f"cpu_attention_with_kv_cache, {kind}")
+    return Prepared(call, to_numpy, f"cpu_attention_with_kv_cache, {kind}", into=True)
 
 
 def _zentorch(case: Case, inputs: Inputs, threads: int) -> Prepared:
@@ -173,7 +173,7 @@ def _pace(case: Case, inputs: Inputs, threads: int) -> Prepared:
     """Attend to a pool of slabs, which is filled before the clock starts."""
     require_plain_scores(case, "sinks")
     require(case, "bfloat16")
-    if inputs.mask is not None:
+    if inputs.mask is not None or case.bias:
         raise Unsupported("knows no mask, nor lengths that differ")
     is_causal, window = _window_of_last_queries(case)
     if not is_causal and (case.q_len > 1 or window > 0):

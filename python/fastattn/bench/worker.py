@@ -69,7 +69,7 @@ class Worker:
 
         machine.reset_peak()
         seconds = machine.timed(case, call, 1)
-        extra = machine.extra_bytes(case.output_bytes)
+        extra = machine.extra_bytes(0 if prepared.into else case.output_bytes)
         rows = prepared.to_numpy(results.pop())[np.ix_(*sampled(case))].astype(np.float64)
         self._case, self._prepared = case, prepared
         return {"how": prepared.how, "first_seconds": seconds, "extra_bytes": extra}, rows

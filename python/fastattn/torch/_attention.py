@@ -14,6 +14,7 @@ from torch import Tensor, is_autocast_enabled
 from torch._C import _is_torch_function_mode_enabled
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fastattn._arrays import check_written
 from fastattn._options import Options, options_of, takes
 from fastattn.torch import _autograd, _tensors
 from fastattn.torch._options import NUMBERS, STARTS, TensorOptions
@@ -73,7 +74,7 @@ def attention(
     scale, is_causal, window, softcap, dropout_p, seed, return_lse
         Likewise.
     out : Tensor of the result's shape and dtype, optional
-        Where to write the result, which then has no gradient.
+        Where to write the result, which then has no gradient. It must not overlap an input.
 
     Returns
     -------
@@ -217,15 +218,17 @@ def _called(
         options = options._replace(mask=None, bias=mask if bias is None else bias + mask)
     if isinstance(slopes, Tensor) and slopes.requires_grad:
         raise ValueError("alibi_slopes must not require grad: they have no gradient here")
-    result, lse = _autograd.attend(query, key, value, options, starts, return_lse, ordinary)
     if out is not None:
-        if _autograd.wants_grad(query, key, value, options.bias, sinks):
+        _tensors.check("out", out)
+        check_written(out)
+        if _autograd.wants_grad(query, key, value, options.bias, sinks, out):
             raise ValueError("out must not be given where an argument requires grad")
-        if not isinstance(out, Tensor) or out.dtype != result.dtype or out.shape != result.shape:
-            got = f"{out.dtype}, {tuple(out.shape)}" if isinstance(out, Tensor) else type(out)
+    result, lse = _autograd.attend(query, key, value, options, starts, return_lse, ordinary, out)
+    if out is not None and result is not out:  # an operator has made it
+        if out.dtype != result.dtype or out.shape != result.shape:
             raise ValueError(
                 "out must be a tensor of the result's dtype and shape, "
-                f"{result.dtype}, {tuple(result.shape)}, got {got}"
+                f"{result.dtype}, {tuple(result.shape)}, got {out.dtype}, {tuple(out.shape)}"
             )
         result = out.copy_(result)
     return (result, lse) if return_lse else result

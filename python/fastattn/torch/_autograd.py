@@ -37,17 +37,21 @@ def attend(
     starts: Starts,
     return_lse: bool,
     ordinary: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute a call; ordinary: no argument is of another library."""
+    """Compute a call; ordinary: no argument is of another library.
+
+    An operator makes a result of its own; all else writes to out, if it is given.
+    """
     if torch.compiler.is_compiling():
         return _operator.attend(query, key, value, options, starts)
-    if not (unobserved() and (ordinary or _are_plain(query, key, value, *options, *starts))):
+    if not (unobserved() and (ordinary or _are_plain(query, key, value, *options, *starts, out))):
         _refuse_transforms(query, key, value)
         return _operator.attend(query, key, value, options, starts)
     bias, sinks = options.bias, options.sinks
     if wants_grad(query, key, value, bias, sinks):
         return _Attention.apply(query, key, value, bias, sinks, options, starts, return_lse)  # type: ignore[no-any-return]
-    return _kernel.forward(query, key, value, options, starts, return_lse)
+    return _kernel.forward(query, key, value, options, starts, return_lse, out)
 
 
 def unobserved() -> bool:

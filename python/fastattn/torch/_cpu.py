@@ -10,7 +10,7 @@ import torch
 import fastattn
 from fastattn import _core
 from fastattn._arguments import boolean, finite_number, packed_sizes, sizes
-from fastattn._arrays import pool_of_caller
+from fastattn._arrays import pool_of_caller, written
 from fastattn.torch._options import STARTS, BackwardCall, Gradients, keywords
 from fastattn.torch._tensors import (
     array_of,
@@ -28,10 +28,16 @@ if TYPE_CHECKING:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, options: Options, starts: Starts, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: Options,
+    starts: Starts,
+    return_lse: bool,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return out, and lse if asked for."""
-    if _is_plain(options, starts, query, key):
+    """Return out, the one that is given or a new one, and lse if asked for."""
+    if out is None and _is_plain(options, starts, query, key):
         lse = None
         if return_lse:
             lse = query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
@@ -46,12 +52,16 @@ def forward(
         named.update(zip(STARTS, checked, strict=True))
     else:
         shapes = sizes(*(x.shape for x in arrays))
-    if query.stride(-1) != 1:
-        query = query.contiguous()
-    out = result_like(query, shapes.out_shape)
-    place = array_of("out", out) if out.numel() else None
+    given = out is not None
+    if out is None:
+        if query.stride(-1) != 1:
+            query = query.contiguous()
+        out = result_like(query, shapes.out_shape)
+    place = array_of("out", out) if given or out.numel() else None
     with pool_of_caller:
         results = call(*arrays, **named, return_lse=return_lse, out=place)
+    if given:
+        written(torch, out)
     return out, tensor_of(results[1]) if return_lse else None
 
 

@@ -17,14 +17,20 @@ if TYPE_CHECKING:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, options: Options, starts: Starts, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: Options,
+    starts: Starts,
+    return_lse: bool,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return out, and lse if asked for."""
+    """Return out, the one that is given or a new one, and lse if asked for."""
     from fastattn import cuda
 
     _refuse_packed(starts)
     named = keywords(options, starts, _detached, _numbers)
-    results = cuda.attention(query, key, value, **named, return_lse=return_lse)
+    results = cuda.attention(query, key, value, **named, return_lse=return_lse, out=out)
     return results if return_lse else (results, None)
 
 

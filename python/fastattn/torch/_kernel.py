@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, options: Options, starts: Starts, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: Options,
+    starts: Starts,
+    return_lse: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return out, and lse if asked for."""
+    """Return out, the one that is given or a new one, and lse if asked for."""
     compute = _gpu.forward if query.is_cuda else _cpu.forward
-    return compute(query, key, value, options, starts, return_lse)
+    return compute(query, key, value, options, starts, return_lse, out)
 
 
 def backward(call: BackwardCall) -> Gradients:

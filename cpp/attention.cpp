@@ -524,6 +524,8 @@ class Blocks {
         const Place at = place(item, n);
         Block newest = block(call_.sequence(at.batch), at, 0, block_rows_, memory, stop);
         newest.kept = kept;
+        newest.new_keys = args_.kv_len > kKeysAhead &&
+                          (run_ > 1 || item < threads_ || !same_keys(place(item - threads_), at));
         if (n + 1 < places(item)) {
             set_next(at, place(item, n + 1), newest);
         } else if (item + threads_ < items()) {  // unless others are slower, or faster
@@ -580,6 +582,10 @@ class Blocks {
                     size_t(block_rows_ * partial_bytes_));
     }
 
+    static bool same_keys(const Place& a, const Place& b) {
+        return a.batch == b.batch && a.head == b.head;
+    }
+
     // What the thread attends to after this block.
     void set_next(const Place& at, const Place& next, Block& block) const {
         if (args_.pages != nullptr || args_.kv_parts != nullptr) return;
@@ -591,7 +597,7 @@ class Blocks {
             block.next_rows = std::min(block_rows_, rows(sequence) - first);
             block.next_query_stride = args_.query.row_stride;
         }
-        if (next.batch == at.batch && next.head == at.head) return;
+        if (same_keys(at, next)) return;
         const Interval keys = seen(sequence, next.index);
         const auto row = [&](const Array& array) {
             return call_.rows(array, next.batch).at(next.head, sequence.kv_start + keys.begin);

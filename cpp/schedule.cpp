@@ -211,6 +211,11 @@ double short_gradient_seconds(int64_t rows, int64_t keys, int64_t columns) {
     return gradient_seconds(rows, keys, columns) + kShortGradientSeconds;
 }
 
+// Many, since the first of them is not fetched ahead.
+int64_t short_gradients_of_item(int64_t problems, int threads) {
+    return std::clamp<int64_t>(problems / (threads * kShortItemsOfThread), 1, kMostProblems);
+}
+
 // Fewer keys at a time cost work: rows are read more often. Parts cost memory: each key block has
 // its own until it is done.
 GradientCut cut_gradients(int64_t key_tile, int threads,

@@ -160,8 +160,9 @@ constexpr int64_t kRowBlocksInRun = 4;
 // The time on one thread for the gradients of rows and the keys that they see, roughly.
 double gradient_seconds(int64_t rows, int64_t keys, int64_t columns);
 
-// The same for a problem of few rows and few keys.
+// The same for a problem of few rows and few keys, and how many of them are an item.
 double short_gradient_seconds(int64_t rows, int64_t keys, int64_t columns);
+int64_t short_gradients_of_item(int64_t problems, int threads);
 
 struct GradientLoad {
     int64_t key_blocks;

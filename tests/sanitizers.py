@@ -104,10 +104,18 @@ ADDRESS = Sanitizer(
         Fault(
             "an overrun from one part of scratch memory into the next, decoding",
             "cpp/kernel/decode.h",
-            "for (int64_t d = 0; d < query_pitch; ++d) {",
-            "for (int64_t d = 0; d <= query_pitch; ++d) {",
-            "x = ones(1, 1, 8); fastattn.attention(x, x, x)",
+            "score_scale[r] = T(1);",
+            "score_scale[r + V::padded(rows)] = T(1);",
+            "x = ones(1, 400, 8); fastattn.attention(x[:, :1], x, x)",
             r"use-after-poison(.|\n)*WRITE of size 4(.|\n)*kernel/decode\.h",
+        ),
+        Fault(
+            "an overrun from one part of scratch memory into the next, short problems",
+            "cpp/kernel/short.h",
+            "* share).store(factor + c);",
+            "* share).store(factor + c + most_width());",
+            "x = ones(1, 20, 8); fastattn.attention(x, x, x)",
+            r"use-after-poison(.|\n)*WRITE of size(.|\n)*kernel/short\.h",
         ),
         Fault(
             "an overrun from one part of scratch memory into the next, gradients",

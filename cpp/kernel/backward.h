@@ -8,6 +8,10 @@
 // dQ^T = K^T dS^T; in dV = P^T dO and dK = dS^T Q the head_dim does. Keys and values are read where
 // they lie; of the rows, both the transposed and the plain matrix are laid out for each row block.
 //
+// Sums over rows and keys go on from block to block. Of a problem that is one row block and one key
+// tile they are complete at once, and are stored from the registers; there dQ = dS K has the
+// head_dim along the lanes, too. The bits are the same both ways.
+//
 // Queries and gradients that are not finite: a row that holds one gets NaN as its offset, and makes
 // NaN of all gradients that it adds to. The products take 0 in place of every number that is not
 // finite: 0 times NaN would be NaN where a probability is 0.
@@ -160,7 +164,8 @@ class Differentiation {
         for (int64_t t = 0; t < tile_count(); ++t) add_key_sums(tiles[t]);
     }
 
-    // Problems whose rows are one row block, and whose keys are one key tile, one after the other.
+    // Problems that are alone, one after the other. The gradients of their bias are added up as the
+    // scores lie, (keys, rows), and go where they belong at the end.
     void differentiate_alone(const GradientQueue& problems) {
         queue = &problems;
         for (int i = 0; i < query_tiles && kept != nullptr; ++i) *kept_bias(i).head = {};

@@ -80,7 +80,8 @@ struct Block {
     // keys alone.
     const void *next_key, *next_value, *next_query;
     int64_t next_keys, next_rows, next_query_stride;
-    bool in_span;  // no row sees keys of two spans (split.h): less scratch memory is needed
+    bool new_keys;  // the thread was not at work on them just before
+    bool in_span;   // no row sees keys of two spans (split.h): less scratch memory is needed
     Dropout dropout;
     void* scratch;  // scratch_bytes() of the function called, aligned
     void* kept;     // Functions::kept_bytes(); null: nothing is kept from block to block

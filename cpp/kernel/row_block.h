@@ -81,6 +81,19 @@ void look_ahead(const Block& block, bool stores, int64_t times, Ahead& ahead) {
     ahead.begin(times);
 }
 
+// Likewise, the keys of the next key tile, and their values.
+template <class T>
+void look_at_keys(const Block& block, Span keys, int64_t times, Ahead& ahead) {
+    with_key<T>(block.kv_dtype, [&]<class Element>(const Element*) {
+        constexpr int64_t size = sizeof(Element);
+        ahead.add(row_of<Element>(block, block.key, keys.begin), keys.size(),
+                  block.key.stride * size, block.head_dim * size);
+        ahead.add(row_of<Element>(block, block.value, keys.begin), keys.size(),
+                  block.value.stride * size, block.value_head_dim * size);
+    });
+    ahead.begin(times);
+}
+
 template <class T, bool InPairs, class Use>
 void with_query_tiles(const Block& block, bool fetches, const Use& use) {
     using FullTile = QueryTile<T, InPairs, kColumns>;
@@ -109,17 +122,28 @@ template <class T, bool InPairs>
 void attend_in_tiles(const Block& block, void* partials) {
     with_query_tiles<T, InPairs>(
         block, partials != nullptr, [&](const auto& each_tile, Ahead& ahead) {
-            int64_t begin = block.kv_len, end = 0, steps = 0;
+            int64_t begin = block.kv_len, end = 0, steps = 0, tiles = 0;
             each_tile([&](auto& tile) {
                 if (tile.begin() < begin) begin = tile.begin();
                 if (tile.end() > end) end = tile.end();
-                if (tile.begin() < tile.end()) {
-                    steps += (tile.end() - tile.begin()) / micro_rows(kColumns);
-                }
+                if (tile.begin() >= tile.end()) return;
+                steps += (tile.end() - tile.begin()) / micro_rows(kColumns);
+                ++tiles;
             });
-            look_ahead<T>(block, partials == nullptr, steps, ahead);
+            const int64_t in_turn = tiles * (kKeyTile / micro_rows(kColumns));
+            if (!block.new_keys) look_ahead<T>(block, partials == nullptr, steps, ahead);
             for (int64_t key = begin / kKeyTile * kKeyTile; key < end; key += kKeyTile) {
                 if (block.stop.requested(block.stop.context)) return;
+                if (block.new_keys) {
+                    ahead = {};
+                    const Span next = {key + kKeyTile,
+                                       end < key + 2 * kKeyTile ? end : key + 2 * kKeyTile};
+                    if (next.size() > 0) {
+                        look_at_keys<T>(block, next, in_turn, ahead);
+                    } else {
+                        look_ahead<T>(block, partials == nullptr, in_turn, ahead);
+                    }
+                }
                 each_tile([&](auto& tile) { tile.attend_tile(key); });
             }
             char* here = static_cast<char*>(partials);

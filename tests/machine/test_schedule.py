@@ -95,10 +95,9 @@ def test_predictions_use_what_was_recorded(simulator):
     parts = simulator._spread(one, recorded[0])
     assert parts.tolist() == [2, 6, 6, 6]
     recordings = [simulator._Recording(recorded, beside) for beside in (0.5, 0.25, 9.0)]
-    waking = simulator.WAKING_SECONDS
-    assert simulator._predicted([plan], recordings, 0.0) == pytest.approx(12 + waking + 0.5)
-    by_memory = simulator._predicted([plan], recordings, 40.0)
-    assert by_memory == pytest.approx(24 + waking + 0.5)
+    for waking in (simulator.WAKING_SECONDS, simulator.RISING_SECONDS):
+        predicted = simulator._predicted([plan], recordings, waking)
+        assert predicted == pytest.approx(12 + waking + 0.5)
     other = simulator.Plan(0, [one._replace(first_step=np.array([0, 2, 4]))])
     with pytest.raises(ValueError, match="3 items ran, of 2"):
         simulator._predicted([other], recordings, 0.0)
@@ -170,6 +169,26 @@ def test_what_is_planned_runs(simulator, threads, call):
         assert all(1 <= phase.threads <= n for phase in phases)
         assert all((phase.seconds >= 0).all() for phase in phases)
         assert simulator.duration(plans) <= sum(plan.seconds for plan in plans) + 1e-4
+
+
+@pytest.mark.parametrize("bias", [None, (1, 2, 9, 9), (300, 2, 9, 9)], ids=str)
+def test_what_is_planned_of_short_gradients_runs(simulator, threads, bias):
+    operands = make_problem(9, 9, 16, heads=2, batch=(300,))
+    options = {"bias": None if bias is None else np.zeros(bias, np.float32)}
+    out, lse = fastattn.attention(*operands, return_lse=True, **options)
+
+    def call():
+        fastattn.attention_backward(
+            out, *operands, out, lse, return_dbias=bias is not None, **options
+        )
+
+    for n in (1, 3, 96):
+        (plan,) = simulator.plans_of(call, n)
+        if n < 96:
+            threads(n)
+            assert items_that_ran(call) == [len(phase.first_step) - 1 for phase in plan.phases]
+        assert len(plan.phases) == (2 if bias == (1, 2, 9, 9) else 1)
+        assert (plan.phases[0].threads > 1) == (n > 1)
 
 
 def test_planning_computes_nothing():

@@ -30,6 +30,18 @@ def test_dropout_compiled(backend, fresh_compiler):
     assert not torch.allclose(outs[0], attend(*leaves))
 
 
+@pytest.mark.promise("torch-compiles")
+@pytest.mark.filterwarnings("ignore")
+def test_out_compiled(fresh_compiler):
+    q, k, v = operands()
+    out = torch.empty_like(q)
+    compiled = torch.compile(
+        lambda out: ft.attention(q, k, v, out=out), fullgraph=True, backend="aot_eager"
+    )
+    assert compiled(out) is out
+    assert torch.equal(out, ft.attention(q, k, v))
+
+
 def everything(query, key, value, bias, sinks):
     out, lse = ft.attention(
         query,

@@ -14,7 +14,6 @@ from torch import Tensor, is_autocast_enabled
 from torch._C import _is_torch_function_mode_enabled
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastattn._arrays import check_written
 from fastattn._options import Options, options_of, takes
 from fastattn.torch import _autograd, _tensors
 from fastattn.torch._options import NUMBERS, STARTS, TensorOptions
@@ -220,7 +219,6 @@ def _called(
         raise ValueError("alibi_slopes must not require grad: they have no gradient here")
     if out is not None:
         _tensors.check("out", out)
-        check_written(out)
         if _autograd.wants_grad(query, key, value, options.bias, sinks, out):
             raise ValueError("out must not be given where an argument requires grad")
     result, lse = _autograd.attend(query, key, value, options, starts, return_lse, ordinary, out)

@@ -10,7 +10,7 @@ import torch
 import fastattn
 from fastattn import _core
 from fastattn._arguments import boolean, finite_number, packed_sizes, sizes
-from fastattn._arrays import pool_of_caller, written
+from fastattn._arrays import check_written, pool_of_caller, written
 from fastattn.torch._options import STARTS, BackwardCall, Gradients, keywords
 from fastattn.torch._tensors import (
     array_of,
@@ -53,7 +53,9 @@ def forward(
     else:
         shapes = sizes(*(x.shape for x in arrays))
     given = out is not None
-    if out is None:
+    if out is not None:
+        check_written(out)
+    else:
         if query.stride(-1) != 1:
             query = query.contiguous()
         out = result_like(query, shapes.out_shape)

@@ -206,11 +206,10 @@ class RowArray {
     // kKeyTile), or for fewer keys, if there are not so many.
     void keep(const KeptArray<T>& kept, T* staging) const {
         typename KeptArray<T>::Head& head = *kept.head;
-        const bool has_keys = head.keys.begin <= first_key && last_key <= head.keys.end;
-        if (has_keys && head.width == width &&
-            __builtin_memcmp(kept.rows, rows, sizeof rows) == 0) {
-            return;
-        }
+        bool has_it = head.keys.begin <= first_key && last_key <= head.keys.end;
+        has_it &= head.width == width;
+        for (int i = 0; i < width; ++i) has_it &= kept.rows[i] == rows[i];
+        if (has_it) return;
         head = {};
         bool finite = true;
         for (int64_t key = first_key, end; key < last_key; key = end) {

@@ -17,7 +17,7 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kProblemsUntilStop = 64;  // is looked at
+constexpr double kSecondsUntilStop = 1e-3;  // is looked at
 constexpr int64_t kMostBiasParts = 16;  // of a chain of short problems: it decides bits of dbias
 constexpr size_t kBiasPartsBytes = 8 << 20;  // of all chains that are worked on at a time
 
@@ -107,9 +107,10 @@ class ShortGradients : Gradients {
         add(true);
         parts_ = std::min(members_, kMostBiasParts);
         const int64_t rows = args.call.q_len * call_.group, keys = args.call.kv_len;
-        seconds_ =
-            short_gradient_seconds(rows, keys, args.call.head_dim + args.call.value_head_dim) *
-            double(members_) / double(parts_);
+        const double each =
+            short_gradient_seconds(rows, keys, args.call.head_dim + args.call.value_head_dim);
+        seconds_ = each * double(members_) / double(parts_);
+        until_stop_ = std::clamp<int64_t>(int64_t(kSecondsUntilStop / each), 1, kMostProblems);
         part_bytes_ = parts_ > 1 ? size_t(rows * keys * number_bytes()) : 0;
         wave_ = chains_;
         if (parts_ > 1) {
@@ -234,7 +235,9 @@ class ShortGradients : Gradients {
         const Stop& stop = walk.block.block.stop;
         do {
             if (walk.next == walk.past) return false;
-            if (walk.next % kProblemsUntilStop == 0 && stop.requested(stop.context)) return false;
+            if (walk.next % walk.gradients.until_stop_ == 0 && stop.requested(stop.context)) {
+                return false;
+            }
         } while (!walk.gradients.set(walk, walk.next++));
         if (walk.next < walk.past) walk.gradients.look_ahead(walk.ahead, walk.next);
         return true;
@@ -338,6 +341,7 @@ class ShortGradients : Gradients {
     int64_t parts_ = 1;                 // of a chain
     int64_t wave_ = 1;                  // chains at a time
     int64_t units_of_item_ = 1;
+    int64_t until_stop_ = 1;  // is looked at: problems
     size_t part_bytes_ = 0, scratch_bytes_ = 0;
     double seconds_ = 0;  // of a unit, roughly
     int threads_ = 1;

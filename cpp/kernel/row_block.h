@@ -59,8 +59,6 @@ void begin_keeping(const Block& block) {
     for (int i = 0; i < tiles; ++i) *KeptArray<T>::at(block, i).head = {};
 }
 
-// Calls use(each_tile, ahead), where each_tile(visit) calls visit(query tile) for the full ones and
-// then for the last one.
 // What is to be brought near in so many times: where the results go, or what comes next. Of rows
 // that are not evenly apart, some are missed.
 template <class T>
@@ -94,6 +92,8 @@ void look_at_keys(const Block& block, Span keys, int64_t times, Ahead& ahead) {
     ahead.begin(times);
 }
 
+// Calls use(each_tile, ahead), where each_tile(visit) calls visit(query tile) for the full ones and
+// then for the last one.
 template <class T, bool InPairs, class Use>
 void with_query_tiles(const Block& block, bool fetches, const Use& use) {
     using FullTile = QueryTile<T, InPairs, kColumns>;

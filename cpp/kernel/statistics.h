@@ -110,10 +110,12 @@ class StatisticsTile : ScoreTile<T, InPairs, Columns> {
         V offset[Columns], share[Columns], weight[Columns];
         for (int c = 0; c < Columns; ++c) {
             T of[3][lanes] = {};
-            for (int i = 0; i < lanes && c * lanes + i < block.row_count; ++i) {
-                const int r = c * lanes + i;
+            for (int i = 0; i < lanes; ++i) {
+                const int last = block.row_count - 1, row = c * lanes + i;
+                const int r = row < last ? row : last;  // lanes without a row have its scores
                 const KnownSoftmax<T> softmax(static_cast<const T*>(asked.softmax) + 2 * r);
                 of[0][i] = softmax.offset;
+                if (row > last) continue;
                 of[1][i] = softmax.share;
                 of[2][i] = asked.column_sums == nullptr ? T(0) : T(asked.row_weights[r]);
             }

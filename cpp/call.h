@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What a call looks like to the kernel: its sequences, the keys that each query may see, and where
-// its rows lie in memory. Used by attention.cpp, decode.cpp, short.cpp, statistics.cpp and gradients.h.
+// its rows lie in memory. Used by attention.cpp, decode.cpp, short.cpp, statistics.cpp and
+// gradients.h.
 #pragma once
 
 #include <memory>

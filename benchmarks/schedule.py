@@ -186,7 +186,7 @@ class Job:
     name: str
     prepare: Callable[[bool], Call]  # whether with numbers, or with memory that nothing touches
     isa: str | None = None
-    bytes_read: int = 0  # from memory, if that bounds it
+    is_cold: bool = False  # other memory is read before each call, while the team sleeps
 
 
 def of_case(case: cases.Case) -> Job:
@@ -196,8 +196,7 @@ def of_case(case: cases.Case) -> Job:
         inputs = cases.make_inputs(case) if with_numbers else _untouched(case)
         return CALLS[case.call](case, inputs).call
 
-    bytes_read = cases.bytes_moved(case) if "read" in case.bound_by else 0
-    return Job(case.name, prepare, case.isa, bytes_read)
+    return Job(case.name, prepare, case.isa, "read" in case.bound_by)
 
 
 def _untouched(case: cases.Case) -> cases.Inputs:
@@ -217,8 +216,8 @@ def _untouched(case: cases.Case) -> cases.Inputs:
         mask = np.arange(case.kv_len) < np.array(case.lengths)[:, None, None, None]
     if case.bias:
         bias = np.zeros((1, case.q_heads, case.q_len, case.kv_len), dtype)
-    grad_out = grad_out if case.call == "backward" else None
-    return cases.Inputs(query, key, value, mask, bias, grad_out)
+    differentiates = case.call == "backward"
+    return cases.Inputs(query, key, value, mask, bias, grad_out if differentiates else None)
 
 
 def _of_shape(
@@ -244,9 +243,7 @@ def _of_shape(
         operands = [operand(shape) for shape in (query, key, value)]
         return lambda: fastattn.attention(*operands, **options)
 
-    size = cases.numpy_dtype(dtype).itemsize
-    read = size * sum(int(np.prod(shape)) for shape in (key, value)) if from_memory else 0
-    return Job(name, prepare, bytes_read=read)
+    return Job(name, prepare, is_cold=from_memory)
 
 
 def more_jobs() -> list[Job]:
@@ -365,9 +362,8 @@ def measure(job: Job, threads: Sequence[int], seconds: float) -> dict[int, Compa
     _core.set_isa(job.isa)
     usual = fastattn.get_num_threads()
     try:
-        cold = job.bytes_read > 0  # other memory is read in between, while the team sleeps
-        waking = RISING_SECONDS if cold else WAKING_SECONDS
-        timers = [_Timer(job.prepare(True), cold) for _ in range(max(threads))]
+        waking = RISING_SECONDS if job.is_cold else WAKING_SECONDS
+        timers = [_Timer(job.prepare(True), job.is_cold) for _ in range(max(threads))]
         recordings: dict[int, list[_Recording]] = {n: [] for n in threads}
         samples: dict[int, list[float]] = {n: [] for n in threads}
         begin = time.perf_counter()

@@ -172,7 +172,7 @@ class Split {
     bool is_seen(const Chunk& any) const { return (seen[any.first] & bit(any)) != 0; }
 
     static constexpr int64_t line = 64 / sizeof(Element);  // of the caches, in elements
-    // Fetches what comes so many lines later, at least. The more evenly this is asked for, the
+    // Fetches so many cache lines of what comes later. The more evenly this is asked for, the
     // busier memory is; and processors follow one instruction that goes from line to line more
     // easily than several (docs/kernel.md).
     [[gnu::always_inline]] void fetch(int64_t lines) {

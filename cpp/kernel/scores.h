@@ -80,7 +80,7 @@ void add_to_scores(T* scores, Vec<T> array) {
     bounded_sum(Vec<T>::load(scores), array, Vec<T>(T(kLog2e))).store(scores);
 }
 
-// A mask or a bias as the scores of a query tile lie. It is kept from one row block to the next:
+// A bias as the scores of a query tile lie. It is kept from one row block to the next:
 // often a bias is the same for every batch element.
 template <class T>
 struct KeptArray {

@@ -153,6 +153,15 @@ def misaligned(x):
     return copy
 
 
+# Views of an array with two batch axes, whose strides there are negative, 0 or in another order.
+BATCH_VIEWS = (
+    lambda x: x[::-1, ::2],
+    lambda x: np.broadcast_to(x[:1], x.shape),
+    lambda x: x.swapaxes(0, 1)[1:, ::-1],
+    lambda x: np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3),
+)
+
+
 def problem_with_everything(dtype):
     operands = make_problem(70, 300, 40, 24, heads=4, kv_heads=2, batch=(3,), dtype=dtype)
     rng = np.random.default_rng(4)

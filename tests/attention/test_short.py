@@ -9,7 +9,7 @@ import pytest
 
 import fastattn
 from tests.attention import problems
-from tests.attention.problems import FLOATS, arguments_of, with_lse
+from tests.attention.problems import BATCH_VIEWS, FLOATS, arguments_of, with_lse
 from tests.support.correctness import assert_same_bits, assert_within_gate
 from tests.support.problems import both_dtypes, covering_cases, make_problem
 
@@ -93,12 +93,7 @@ def test_alone_as_in_a_batch(threads, q_len):
 @pytest.mark.parametrize("q_len", [12, 24])
 def test_strides_over_the_batch(q_len):
     query, key, value = make_problem(q_len, 20, 32, heads=3, batch=(4, 5))
-    for view in (
-        lambda x: x[::-1, ::2],
-        lambda x: np.broadcast_to(x[:1], x.shape),
-        lambda x: x.swapaxes(0, 1)[1:, ::-1],
-        lambda x: np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3),
-    ):
+    for view in BATCH_VIEWS:
         operands = [view(x) for x in (query, key, value)]
         assert_same_bits(with_lse(*operands), with_lse(*(x.copy() for x in operands)))
         mixed = (operands[0].copy(), operands[1], operands[2].copy())

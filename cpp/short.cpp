@@ -141,7 +141,6 @@ class Short {
 
     // Of problems from `first` on.
     void attend(int64_t first, int64_t count, char* memory, const Stop& stop) const {
-        if (stop.requested(stop.context)) return;
         Scratch scratch(memory);
         const Parts parts(*this, scratch);
         for (int64_t i = 0; i < count; ++i) set(parts.problems[i], place(first + i));

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <string>
+#include <utility>
 
 namespace fastattn {
 
@@ -87,6 +88,31 @@ const T* values(py::handle object, int64_t size) {
 template const int64_t* values<int64_t>(py::handle, int64_t);
 template const double* values<double>(py::handle, int64_t);
 template const float* values<float>(py::handle, int64_t);
+
+namespace {
+
+// The bytes between which an array lies.
+std::pair<uintptr_t, uintptr_t> extent(const py::array& array) {
+    auto begin = reinterpret_cast<uintptr_t>(array.data()), end = begin;
+    if (array.size() == 0) return {begin, end};
+    for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
+        const py::ssize_t reach = (array.shape(axis) - 1) * array.strides(axis);
+        (reach < 0 ? begin : end) += uintptr_t(reach);
+    }
+    return {begin, end + uintptr_t(array.itemsize())};
+}
+
+}  // namespace
+
+bool lie_apart(const py::array& array, const py::tuple& others) {
+    const auto [begin, end] = extent(array);
+    for (const py::handle other : others) {
+        if (!py::isinstance<py::array>(other)) continue;
+        const auto [first, past] = extent(py::reinterpret_borrow<py::array>(other));
+        if (begin < past && first < end) return false;
+    }
+    return true;
+}
 
 void require_rows(const Array& array, int64_t cols) {
     require(array.col_stride == 1 || cols <= 1, "the last axis is not contiguous");

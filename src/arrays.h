@@ -24,6 +24,10 @@ Dtype dtype_of(const py::array& array);
 Array view(const py::array& array, const std::vector<int64_t>& batch_shape, int64_t heads,
            int64_t rows, int64_t cols, int core = 3);
 
+// Whether no other array begins before this one ends and ends after it begins. What is no array is
+// not looked at.
+bool lie_apart(const py::array& array, const py::tuple& others);
+
 // The size of the axis that stands `from_end` axes before the end; 1 if there is none.
 int64_t axis_size(const py::array& array, int from_end);
 

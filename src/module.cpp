@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 
+#include "arrays.h"
 #include "attention.h"
 #include "calls.h"
 #include "gil.h"
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(), py::multiple_interpreters::not
     register_tensors(m);
     register_layers(m);
     register_linear(m);
+    m.def("lie_apart", lie_apart);
     m.def("isa", isa);
     m.def("isas", isas);
     m.def("supported_isas", supported_isas);

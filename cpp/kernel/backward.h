@@ -498,12 +498,17 @@ class Differentiation {
         const Element* const key = find(block.key, wide_key, head_dim, keys.begin, stride);
         const bool plain = seen == Seen::kAll && !adds_lse && block.dropout.scale == 1;
         const V scale = query_scale<T>(block), one = T(1);
-        multiply_keys<Columns>(key, stride, query, index, keys.size(), plain ? one : scale, scores);
+        int64_t value_stride;
         const Element* const value =
-            find(block.value, wide_value, value_head_dim, keys.begin, stride);
-        multiply_keys<Columns>(value, stride, grad_out, index, keys.size(),
-                               plain ? one : V(T(block.dropout.scale)), dprobs);
+            find(block.value, wide_value, value_head_dim, keys.begin, value_stride);
+        const auto multiply_both = [&](const auto& score, const auto& dprob) {
+            multiply_keys<Columns>(key, stride, query, index, keys.size(), score, scores);
+            multiply_keys<Columns>(value, value_stride, grad_out, index, keys.size(), dprob,
+                                   dprobs);
+        };
         if (plain) {
+            const auto same = [](V x) { return x; };
+            multiply_both(same, same);
             V minus[Columns], less[Columns];
             for (int c = 0; c < Columns; ++c) {
                 minus[c] = V(T(0)) - V::load(offset + index * tile_rows + c * lanes);
@@ -514,6 +519,8 @@ class Differentiation {
                 ds = p * (V::load(dprobs + at) - less[c]);
             });
         }
+        const V kept_scale = T(block.dropout.scale);
+        multiply_both([&](V x) { return scale * x; }, [&](V x) { return kept_scale * x; });
         if (block.softcap != 0) {
             for (int64_t i = 0; i < keys.size() * Columns * lanes; i += lanes) {
                 const V x = tanh(V::load(scores + i));
@@ -560,10 +567,10 @@ class Differentiation {
         }
     }
 
-    // to = keys x rows * scale, (count, rows of the query tile)
-    template <int Columns>
+    // to = change(keys x rows), (count, rows of the query tile)
+    template <int Columns, class Change>
     void multiply_keys(const Element* key, int64_t stride, const Rows& rows, int index,
-                       int64_t count, V scale, T* to) const {
+                       int64_t count, const Change& change, T* to) const {
         constexpr int width = Columns * lanes;
         const T* const from = transposed<Columns>(rows, index);
         in_steps<micro_rows(Columns)>(0, count, [&]<int Count>(int64_t j) {
@@ -574,8 +581,9 @@ class Differentiation {
 #pragma GCC unroll 16
             for (int r = 0; r < Count; ++r) {
 #pragma GCC unroll 4
-                for (int c = 0; c < Columns; ++c)
-                    (scale * sum[r][c]).store(to + (j + r) * width + c * lanes);
+                for (int c = 0; c < Columns; ++c) {
+                    change(sum[r][c]).store(to + (j + r) * width + c * lanes);
+                }
             }
         });
     }

@@ -213,18 +213,19 @@ class Split {
                        keys ? head_dim : value_head_dim, next.keys.size());
             return ahead.at < ahead.end;
         }
-        if (ahead.of == Ahead::kNothing) return false;
+        if (ahead.of == Ahead::kNothing || block.next_keys <= 0) return false;
         ahead.of = Ahead::kNothing;
         const int64_t next = block.next_keys < kChunk ? block.next_keys : kChunk;
         begin_rows(static_cast<const Element*>(block.next_key), block.key.stride, head_dim, next);
         return ahead.at < ahead.end;
     }
 
+    // count: at least 1.
     void begin_rows(const Element* first, int64_t stride, int64_t columns, int64_t count) {
         const bool one_run = stride == columns;
         if (one_run) columns *= count;
         ahead.at = first;
-        ahead.end = first + (count > 0 ? columns : 0);
+        ahead.end = first + columns;
         ahead.rows = one_run ? 0 : count - 1;
         ahead.stride = stride;
         ahead.columns = columns;

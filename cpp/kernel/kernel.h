@@ -75,7 +75,7 @@ struct Block {
     Dtype mask_dtype, bias_dtype;
     int64_t mask_stride, bias_stride;  // from one key to the next
     double scale, softcap;
-    bool alibi;
+    bool alibi, sinks;  // are there any
     // What the thread works on next: to be fetched; of the keys' and values' stride. decode() takes
     // keys alone.
     const void *next_key, *next_value, *next_query;

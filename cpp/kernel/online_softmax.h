@@ -499,16 +499,12 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
     // denominator.
     void store(const T* sum, const V* sums, const V* maxima) const {
         for (int c = 0; c < Columns; ++c) {
-            T sink[lanes], largest[lanes], denominator[lanes];
-            for (int i = 0; i < lanes; ++i) {
-                const int row = c * lanes + i;
-                sink[i] =
-                    T(row < block.row_count ? block.rows[row].sink * kLog2e : -__builtin_inf());
-            }
-            const V peak = max(maxima[c], V::load(sink));
+            T largest[lanes], denominator[lanes];
+            const V sink = block.sinks ? sinks(c) : V(-kInfinity<T>);
+            const V peak = max(maxima[c], sink);
             const V offset = select<T>(peak == V(-kInfinity<T>), V(T(0)), peak);
             const V sum_rescale = exp2(maxima[c] - offset);
-            const V all = fma(sums[c], sum_rescale, exp2(V::load(sink) - offset));
+            const V all = fma(sums[c], sum_rescale, exp2(sink - offset));
             const V share = select<T>(all == V(T(0)), V(T(0)), sum_rescale / all);
             const V factor = V(T(block.dropout.scale)) * share;
             maxima[c].store(largest);
@@ -527,6 +523,15 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
                     T(double(largest[i]) * kLn2 + __builtin_log(double(denominator[i])));
             }
         }
+    }
+
+    V sinks(int c) const {
+        T sink[lanes];
+        for (int i = 0; i < lanes; ++i) {
+            const int row = c * lanes + i;
+            sink[i] = T(row < block.row_count ? block.rows[row].sink * kLog2e : -__builtin_inf());
+        }
+        return V::load(sink);
     }
 
     template <class Element>

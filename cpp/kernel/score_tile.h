@@ -201,17 +201,19 @@ class ScoreTile {
                 continue;
             }
             with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {
-                const auto too_large = load_rows<Element>(c, scale);
+                score_scale[c] = T(1);
+                if (!any<T>(load_rows<Element>(c, scale))) return;
+                const auto too_large = load_rows<Element, true>(c, scale);
                 score_scale[c] = select<T>(too_large, V(scale), V(T(1)));
-                if (!any<T>(too_large)) return;
                 load_rows<Element>(c, select<T>(too_large, V(T(1)), V(scale)));
-                scale_scores = true;
+                scale_scores |= any<T>(too_large);
             });
         }
     }
 
-    // Loads one vector of rows, times scale; returns the rows that the scale takes out of range.
-    template <class Element>
+    // Loads one vector of rows, times scale; returns the rows that are not finite then, or only
+    // those that were.
+    template <class Element, bool WereFinite = false>
     typename V::Mask load_rows(int c, V scale) const {
         const Element* rows[lanes];
         for (int i = 0; i < lanes; ++i) {
@@ -219,6 +221,7 @@ class ScoreTile {
             rows[i] = static_cast<const Element*>(block.rows[row < last ? row : last].query);
         }
         typename V::Mask too_large = {};
+        V rest = T(0);  // NaN once one is not finite
         for (int64_t d = 0; d < head_dim; d += lanes) {
             const int64_t n = head_dim - d < lanes ? head_dim - d : lanes;
             V square[lanes];
@@ -239,12 +242,13 @@ class ScoreTile {
                     const Pairs pairs = to_pairs(scaled, scale * square[k + 1]);
                     __builtin_memcpy(to, &pairs, sizeof pairs);
                 } else {
-                    too_large |= is_finite<T>(square[k]) & ~is_finite<T>(scaled);
+                    if (WereFinite) too_large |= is_finite<T>(square[k]) & ~is_finite<T>(scaled);
+                    rest = rest + (scaled - scaled);
                     scaled.store(to);
                 }
             }
         }
-        return too_large;
+        return WereFinite ? too_large : ~is_finite<T>(rest);
     }
 
     // fetches: the values of these keys are brought near meanwhile. bias: (keys, width), which is

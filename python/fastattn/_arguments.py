@@ -604,6 +604,14 @@ def result_array(
     if out is None:
         return library.empty(shape, dtype)
     out = library.destination(out)
+    if (
+        type(out) is ndarray
+        and out.flags.carray
+        and out.dtype is dtype
+        and out.shape == shape
+        and _core.lie_apart(out, inputs)
+    ):
+        return out
     if type(out) is not ndarray and not (isinstance(out, ndarray) and is_numbers(out)):
         raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
     if out.dtype != dtype:

@@ -255,7 +255,7 @@ CASES = [
     *(
         ({name: x, "out": inside(MEMORY, OUT, offset)}, ValueError, "out must not overlap an input, got an array that shares its memory")
         for name, shape in [("query", QUERY.shape), ("key", KEY.shape), ("value", VALUE.shape), ("mask", WHOLE), ("bias", (5, 7))]
-        for x, offset in [(inside(MEMORY, shape, 100), 100), (inside(MEMORY, shape, 119), 0), (inside(MEMORY, shape, 100), 99 + np.prod(shape))]
+        for x, offset in [(inside(MEMORY, shape, 100), 100), (inside(MEMORY, shape, 119), 0), (inside(MEMORY, shape, 100), 99 + np.prod(shape)), (inside(MEMORY, shape, 100)[::-1], 99 + np.prod(shape))]
     ),
 ]  # fmt: skip
 
@@ -495,6 +495,12 @@ def test_out_beside_its_inputs():
     expected = attention(query, key, value)
     attention(query, key, value, out=memory[:, ::2, :, 8:])
     assert_same_bits(np.array(memory[:, ::2, :, 8:]), expected)
+    query = memory[0, 0:5:4, :, :8]  # begins before a plain out and ends behind it
+    out = memory.reshape(-1)[2 * 7 * 16 :][: 2 * 7 * 8].reshape(2, 7, 8)
+    key, value = (memory[1, i : i + 2, :, :8].copy() for i in (1, 3))
+    expected = attention(query, key, value)
+    assert attention(query, key, value, out=out) is out
+    assert_same_bits(out, expected)
     query = memory[:, ::2, :, 7::-1]  # its last axis is not contiguous
     expected = attention(query.copy(), key, value)
     attention(query, key, value, out=memory[:, ::2, :, :8])

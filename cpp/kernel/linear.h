@@ -39,11 +39,16 @@ struct Plain {
     }
 };
 
-// A float16, in all lanes.
-inline Vec<float> broadcast_float16(const char* from) {
-    uint16_t bits;
-    __builtin_memcpy(&bits, from, sizeof bits);
-    return isa::from_float16(bits - isa::HalfBits{});
+// The first two float16 of a block, each in all lanes.
+inline void broadcast_float16(const char* block, Vec<float>& first, Vec<float>& second) {
+    uint32_t two;
+    __builtin_memcpy(&two, block, sizeof two);
+    isa::broadcast_float16(two, first.v, second.v);
+}
+inline Vec<float> broadcast_float16(const char* block) {
+    Vec<float> first, second;
+    broadcast_float16(block, first, second);
+    return first;
 }
 
 // ggml's Q8_0: a scale and 32 integers.
@@ -61,13 +66,14 @@ struct Q8_0 {
     }
 };
 
-// Integers of 4 bits, as floats: the low halves of 16 bytes, then the high ones.
-inline void widen_halves(const char* bytes, Step& to) {
+// Integers of 4 bits, times scale, and least: the low halves of 16 bytes, then the high ones. A
+// scale times an integer is exact, so that one rounding is left.
+inline void widen_halves(const char* bytes, Vec<float> scale, Vec<float> least, Step& to) {
 #pragma GCC unroll 4
     for (int v = 0; v < kStepVectors / 2; ++v) {
         isa::Int8s some;
         __builtin_memcpy(&some, bytes + v * sizeof some, sizeof some);
-        isa::from_halves(some, to[v].v, to[v + kStepVectors / 2].v);
+        isa::from_halves(some, scale.v, least.v, to[v].v, to[v + kStepVectors / 2].v);
     }
 }
 
@@ -77,22 +83,18 @@ struct Q4_0 {
     static void widen(const char* row, int64_t step, Step& to) {
         const char* const block = row + step * 18;
         const Vec<float> scale = broadcast_float16(block);
-        widen_halves(block + 2, to);
-#pragma GCC unroll 8
-        for (int v = 0; v < kStepVectors; ++v) to[v] = (to[v] - Vec<float>(8.0f)) * scale;
+        widen_halves(block + 2, scale, scale * Vec<float>(-8.0f), to);
     }
 };
 
-// ggml's Q4_1: a scale, a smallest number and 32 integers. A scale times an integer is exact, so
-// that one rounding is left.
+// ggml's Q4_1: a scale, a smallest number and 32 integers.
 struct Q4_1 {
     static constexpr int64_t bytes(int64_t count) { return count / kStep * 20; }
     static void widen(const char* row, int64_t step, Step& to) {
         const char* const block = row + step * 20;
-        const Vec<float> scale = broadcast_float16(block), least = broadcast_float16(block + 2);
-        widen_halves(block + 4, to);
-#pragma GCC unroll 8
-        for (int v = 0; v < kStepVectors; ++v) to[v] = fma(to[v], scale, least);
+        Vec<float> scale, least;
+        broadcast_float16(block, scale, least);
+        widen_halves(block + 4, scale, least, to);
     }
 };
 

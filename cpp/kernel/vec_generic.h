@@ -78,12 +78,6 @@ inline Float from_bfloat16(HalfBits half) {
 }
 typedef int8_t Int8s __attribute__((vector_size(kVectorBytes / 4)));
 inline Float from_int8(Int8s x) { return __builtin_convertvector(x, Float); }
-// The low and the high halves of bytes, as integers of 0 to 15.
-inline void from_halves(Int8s x, Float& low, Float& high) {
-    const Int32 both = __builtin_convertvector(x, Int32);
-    low = __builtin_convertvector(both & 15, Float);
-    high = __builtin_convertvector(both >> 4 & 15, Float);
-}
 
 // The product moves the exponent's bias, subnormals included; Inf and NaN get all exponent bits.
 inline Float from_float16(HalfBits half) {
@@ -91,6 +85,17 @@ inline Float from_float16(HalfBits half) {
     const Float magnitude = (Float)((x & 0x7fff) << 13) * 0x1p112f;
     const Bits special = (x & 0x7c00) == 0x7c00 ? Bits{} + 0x7f800000 : Bits{};
     return (Float)((Bits)magnitude | special | (x & 0x8000) << 16);
+}
+// i * scale + least of the low and the high halves of bytes, integers of 0 to 15.
+inline void from_halves(Int8s x, Float scale, Float least, Float& low, Float& high) {
+    const Int32 both = __builtin_convertvector(x, Int32);
+    low = fma(__builtin_convertvector(both & 15, Float), scale, least);
+    high = fma(__builtin_convertvector(both >> 4 & 15, Float), scale, least);
+}
+// Two float16, each in all lanes.
+inline void broadcast_float16(uint32_t two, Float& first, Float& second) {
+    first = from_float16(uint16_t(two) - HalfBits{});
+    second = from_float16(uint16_t(two >> 16) - HalfBits{});
 }
 
 // To the nearest, and to the even one of two.

@@ -89,7 +89,7 @@ def test_a_context_numbers_positions_and_keeps_values_of_another_size():
     value = np.arange(10, dtype=np.float32).reshape(5, 1, 2)
     means = [[0, 1], [1, 2], [4, 5], [5, 6], [6, 7]]  # of what each sees: all keys are alike
     assert_array_equal(context.attend(0, np.repeat(x, 3, 1), x, value), np.tile(means, 3))
-    context.keep({2, 1})
+    context.reorder([1, 2])
     assert_array_equal(context.lengths, [0, 3])
     context.feed([1, 1])
     assert_array_equal(context.positions, [0, 3])

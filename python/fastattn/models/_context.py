@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Context:
         ]
         self.layers = layers
         self._ids = list(range(sequences))  # that every cache gives them
+        self._order: list[int] | None = None  # the same, where the caches have another order
         for cache in self._caches:
             for _ in self._ids:
                 cache.add()
@@ -61,7 +62,7 @@ class Context:
         # What `attend` asks at once: the cache's ids, the first row, how many sequences and tokens.
         self._calls: list[tuple[list[int] | None, int, int, int]]
         if len(set(counts)) == 1:
-            self._calls = [(None, 0, len(each), int(each[0]))]
+            self._calls = [(self._order, 0, len(each), int(each[0]))]
         else:
             parts = zip(self._ids, begins.tolist(), each.tolist(), strict=True)
             self._calls = [([i], begin, 1, count) for i, begin, count in parts if count]
@@ -96,8 +97,9 @@ class Context:
         """Do what `attend` does, of which nobody is told."""
         cache = self._caches[layer]
         if self._one_each:  # a step of a loop, which must be quick
-            cache.append(key[:, :, None], value[:, :, None])
-            seen: Floats = cache.attend(query[:, :, None], **options)
+            ids = self._order
+            cache.append(key[:, :, None], value[:, :, None], sequences=ids)
+            seen: Floats = cache.attend(query[:, :, None], sequences=ids, **options)
             return seen.reshape(len(query), -1)
         out = np.empty((*query.shape[:2], value.shape[2]), np.float32)
         for ids, begin, sequences, tokens in self._calls:
@@ -110,11 +112,19 @@ class Context:
             cache.attend(q, sequences=ids, out=result, **options)
         return out.reshape(len(out), -1)
 
-    def keep(self, indices: Collection[int]) -> None:
-        """Drop all sequences but these, which are numbered anew in their order."""
-        for i, sequence in enumerate(self._ids):
-            if i not in indices:
-                for cache in self._caches:
-                    cache.free(sequence)
-        kept = [i for i in range(len(self._ids)) if i in indices]
-        self._ids, self.lengths = [self._ids[i] for i in kept], self.lengths[kept]
+    def reorder(self, indices: Sequence[int]) -> None:
+        """Go on with these sequences, which are numbered anew in this order.
+
+        One that is named several times goes on in several ways, and what it has read is shared.
+        Others are dropped.
+        """
+        ids: list[int] = []
+        for sequence in [self._ids[i] for i in indices]:
+            if sequence in ids:
+                (sequence,) = {x.add(sequence) for x in self._caches}  # All give it the same id.
+            ids.append(sequence)
+        for sequence in set(self._ids) - set(ids):
+            for cache in self._caches:
+                cache.free(sequence)
+        self._ids, self.lengths = ids, self.lengths[list(indices)]
+        self._order = None if ids == self._caches[0].sequences else ids

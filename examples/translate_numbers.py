@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 
 import fastattn.models
-from fastattn import maps
 
 TRAINED, NEW = 20_000, 1_000
 SIZES = dict(d_model=128, encoder_layers=2, decoder_layers=2, max_position_embeddings=128)

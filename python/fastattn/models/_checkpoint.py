@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,7 @@ class Checkpoint(NamedTuple):
     chat_template: str | None
     special: Mapping[str, str]  # the special tokens that a template may name
     stop_ids: frozenset[int]  # tokens that end a text
+    generation: Mapping[str, Any] = MappingProxyType({})  # as of generation_config.json
 
 
 def from_folder(folder: Path) -> Checkpoint:
@@ -77,7 +79,8 @@ def from_folder(folder: Path) -> Checkpoint:
         with within(folder / "chat_template.jinja"):
             template = content(folder / "chat_template.jinja").decode()
     with within(folder / "generation_config.json"):
-        stops = _ids(json_object(folder / "generation_config.json", {}).get("eos_token_id"))
+        generation = json_object(folder / "generation_config.json", {})
+        stops = _ids(generation.get("eos_token_id"))
     with within(folder / "config.json"):
         stops = stops or _ids(config.get("eos_token_id"))
     if not stops and "eos_token" in special:
@@ -93,6 +96,7 @@ def from_folder(folder: Path) -> Checkpoint:
         template,
         special,
         stops,
+        generation,
     )
 
 

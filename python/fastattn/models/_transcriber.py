@@ -8,6 +8,7 @@ that was whole has ended.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -168,7 +169,7 @@ class Transcriber(EncoderDecoder):
             The file is damaged; the sound is empty, too long, not finite or of another rate; the
             language is unknown; or beams is no int of 1 or more.
         """
-        samples = _samples(audio, sampling_rate)
+        samples, sound = self._sound(audio, sampling_rate)
         if language is not None and language not in self.languages:
             known = ", ".join(self.languages)
             raise ValueError(f"language must be one of {known}, got {language!r}")
@@ -176,14 +177,10 @@ class Transcriber(EncoderDecoder):
             raise ValueError(f"beams must be at least 1, got {beams}")
         boolean("words", words)
         found, begin, frames = list[Segment](), 0, len(samples) // HOP
-        size = FRAMES_OF_TIME * self.config.max_source_positions
-        # Silence follows the sound, so that every window is whole.
-        sound = log_mel(np.pad(samples, (0, size * HOP)), self.config.num_mel_bins)
         with progress_line(f"{frames / FRAMES:.0f} s of sound", frames, progress) as advance:
             while begin < frames:
-                count = min(size, frames - begin)
-                states = self._model.encode(sound[begin : begin + size])
-                context = self._model.context(states, np.array([0, len(states)]))
+                count = min(self._window, frames - begin)
+                context = self._heard(sound, begin)
                 first = self._first_logits(context)
                 language = language or self._tokens.language(first)
                 text = self._written(context, language, beams)
@@ -197,6 +194,22 @@ class Transcriber(EncoderDecoder):
                 begin += heard
                 advance(heard)
         return Transcription(tuple(found), language or self.languages[0])
+
+    @property
+    def _window(self) -> int:
+        """How many frames the model hears at a time."""
+        return FRAMES_OF_TIME * self.config.max_source_positions
+
+    def _sound(self, audio: Any, sampling_rate: int = RATE) -> tuple[Floats, Floats]:
+        """Return a sound's samples, and its spectrogram, which silence follows for a window."""
+        samples = _samples(audio, sampling_rate)
+        behind = np.pad(samples, (0, self._window * HOP))
+        return samples, log_mel(behind, self.config.num_mel_bins)
+
+    def _heard(self, sound: Floats, begin: int) -> SourceContext:
+        """Return what the model hears in the window that begins with a frame."""
+        states = self._model.encode(sound[begin : begin + self._window])
+        return self._model.context(states, np.array([0, len(states)]))
 
     def _first_logits(self, context: SourceContext) -> Floats:
         """Return the logits of what follows the token that begins all texts."""
@@ -265,25 +278,36 @@ class Transcriber(EncoderDecoder):
         self, ids: list[int], context: SourceContext, language: str, frames: int
     ) -> tuple[list[float], Floats]:
         """Return when each token begins to be said, and last the end, and how likely each was."""
-        prompt, context = [*self._tokens.prompts[language], self._tokens.no_times], context.anew()
         layers, heads = zip(*self.config.aligned_heads, strict=True)
-        context.feed([len(prompt) + len(ids)])
         with (
             unobserved(*self._model.parts.values()),
             self.capture(of="cross", layers=sorted(set(layers))) as captured,
         ):
-            states = self._model(np.array([*prompt, *ids]), context)[len(prompt) - 1 :]
-        shares = nn.softmax(self._model.head(states[:-1]))
-        # A row looks at what it writes behind it. Marks are no sound: their rows are left out.
+            orders, states = self._read(ids, context, language)
+        shares = nn.softmax(self._model.head(states[orders:-1]))
+        # Marks are no sound: their rows are left out.
         said = [i for i, x in enumerate(ids) if self._tokens.is_said(x)] + [len(ids)]
-        rows = [*range(len(prompt) - 1), *(len(prompt) - 1 + i for i in said)]
+        rows = [*range(orders), *(orders + i for i in said)]
         weights = captured.weights[np.searchsorted(captured.layers, layers), heads][:, rows]
         weights = weights[..., : -(-frames // FRAMES_OF_TIME)]  # not of what follows the sound
         weights /= weights.sum(axis=2, keepdims=True)
-        firsts = first_frames(weights, len(prompt) - 1) * (FRAMES_OF_TIME / FRAMES)
+        firsts = first_frames(weights, orders) * (FRAMES_OF_TIME / FRAMES)
         # A mark begins with what is said next.
         seconds = firsts[np.searchsorted(said, np.arange(len(ids) + 1))]
         return seconds.tolist(), shares[np.arange(len(ids)), ids]
+
+    def _read(
+        self, ids: Sequence[int], context: SourceContext, language: str
+    ) -> tuple[int, Floats]:
+        """Let the model read a text, as if it had written that without times.
+
+        Return how many states stand before the text, and all: each is of the token before the one
+        that it writes.
+        """
+        prompt = [*self._tokens.prompts[language], self._tokens.no_times]
+        context = context.anew()
+        context.feed([len(prompt) + len(ids)])
+        return len(prompt) - 1, self._model(np.array([*prompt, *ids]), context)
 
 
 def _samples(audio: Any, sampling_rate: int) -> Floats:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from fastattn.models import bert, gpt2, llama, marian
+from fastattn.models import bert, gpt2, llama, marian, whisper
 from fastattn.models._context import Context
 from fastattn.models._family import RotaryConfig
 from fastattn.models._load import FAMILIES
@@ -16,13 +16,14 @@ from fastattn.models._load import FAMILIES
 HEADS = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
 HEADS |= dict(intermediate_size=8, max_position_embeddings=8)
 SIDE = ("layers", "attention_heads", "ffn_dim")
-SIDES = [f"{x}_{part}" for x in ("encoder", "decoder") for part in SIDE]
+SIDES = dict.fromkeys([f"{x}_{part}" for x in ("encoder", "decoder") for part in SIDE], 2)
+SIDES |= dict(vocab_size=9, d_model=8)
 USUAL = {
     llama.Config: HEADS | {"model_type": "qwen2"},
     gpt2.Config: dict(vocab_size=9, n_positions=8, n_embd=8, n_layer=2, n_head=2),
     bert.Config: HEADS | {"type_vocab_size": 2},
-    marian.Config: dict.fromkeys(SIDES, 2)
-    | dict(vocab_size=9, d_model=8, max_position_embeddings=8),
+    marian.Config: SIDES | {"max_position_embeddings": 8},
+    whisper.Config: SIDES | dict(num_mel_bins=8, max_source_positions=8, max_target_positions=8),
 }
 HOSTILE = [
     None,

@@ -90,6 +90,19 @@ def observing(model: Watched, observer: T) -> Iterator[T]:
         model.observers = tuple(x for x in model.observers if x is not observer)
 
 
+@contextlib.contextmanager
+def unobserved(*watched: Watched) -> Iterator[None]:
+    """Let observers look away, for as long as the `with` lasts."""
+    before = [x.observers for x in watched]
+    for x in watched:
+        x.observers = ()
+    try:
+        yield
+    finally:
+        for x, observers in zip(watched, before, strict=True):
+            x.observers = observers
+
+
 class Observed:
     """What `Decoder` and `Encoder` share: their model can be looked into."""
 

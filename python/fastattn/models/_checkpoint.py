@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ class Checkpoint(NamedTuple):
     chat_template: str | None
     special: Mapping[str, str]  # the special tokens that a template may name
     stop_ids: frozenset[int]  # tokens that end a text
-    generation: Mapping[str, Any]  # as of generation_config.json, or config.json, beneath it
+    generation: Mapping[str, Any] = MappingProxyType({})  # as of generation_config.json
 
 
 def from_folder(folder: Path) -> Checkpoint:
@@ -92,7 +93,7 @@ def from_folder(folder: Path) -> Checkpoint:
         template,
         special,
         stops,
-        {**config, **generation},
+        generation,
     )
 
 

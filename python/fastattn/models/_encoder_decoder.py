@@ -116,6 +116,10 @@ class SourceContext(Context):
         self._sources = np.arange(len(cu_seqlens) - 1)  # of each sequence, which must ascend
         super().__init__(len(self._sources), len(sources), *sources[0][0].shape[1:])
 
+    def anew(self) -> SourceContext:
+        """Return a context of the same sources, of which nothing has been written."""
+        return SourceContext(self._keys_values, self._cu_seqlens)
+
     def feed(self, counts: Sequence[int]) -> None:
         """Say how many tokens of each sequence come now, packed one sequence after the other."""
         super().feed(counts)

@@ -72,7 +72,6 @@ def from_gguf(path: Path) -> Checkpoint:
         template,
         {name: tokens[i] for name, i in named.items() if i is not None},
         frozenset(i for x in ("eos", "eot", "eom") if (i := ids[x]) is not None),
-        {},
     )
 
 

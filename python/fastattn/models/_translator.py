@@ -125,7 +125,7 @@ class Translator(EncoderDecoder):
         self.config, self.stop_ids = model.config, checkpoint.stop_ids
         self.max_position_embeddings: int = model.config.max_position_embeddings
         with within(checkpoint.place / "generation_config.json"):
-            stated = GenerationConfig.read(checkpoint.generation)
+            stated = GenerationConfig.read({**checkpoint.config, **checkpoint.generation})
             limits = self.max_position_embeddings, model.config.target_vocab_size
             self._search = stated.search(self.stop_ids, *limits)
         self._start = np.array([stated.decoder_start_token_id])

@@ -244,8 +244,8 @@ def _translate(options: argparse.Namespace) -> None:
     asked = _given(options, "beams", "length_penalty", "max_new_tokens")
     model = _model(options, models.Translator)
     some = [x for x in texts if x.strip()]  # A line without words stays one.
-    if not some:
-        raise ValueError("there must be a TEXT with a word, got none")
+    if texts and not some:
+        raise ValueError("there must be a TEXT with a word, and is none")
     if options.n_best is None:
         found = iter(model.translate(some, **asked))
         for text in texts:

@@ -201,10 +201,10 @@ class Transcriber(EncoderDecoder):
         return FRAMES_OF_TIME * self.config.max_source_positions
 
     def _sound(self, audio: Any, sampling_rate: int = RATE) -> tuple[Floats, Floats]:
-        """Return a sound's samples, and its spectrogram, which silence follows for a window."""
+        """Return a sound's samples and its spectrogram, which 0 follows for a window, as usual."""
         samples = _samples(audio, sampling_rate)
-        behind = np.pad(samples, (0, self._window * HOP))
-        return samples, log_mel(behind, self.config.num_mel_bins)
+        sound = log_mel(samples, self.config.num_mel_bins)
+        return samples, np.pad(sound, [(0, self._window), (0, 0)])
 
     def _heard(self, sound: Floats, begin: int) -> SourceContext:
         """Return what the model hears in the window that begins with a frame."""
@@ -227,6 +227,7 @@ class Transcriber(EncoderDecoder):
             stop_ids=frozenset([self._tokens.end]),
             max_new_tokens=self.config.max_target_positions - len(prompt),
             beams=beams,
+            early_stopping=True,
             suppressed=self._tokens.suppressed,
             renormalize=True,
             rule=self._tokens.rule,

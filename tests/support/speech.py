@@ -11,7 +11,9 @@ import pytest
 
 RATE = 16000
 END, START = 256, 257
-SPECIAL = ["endoftext", "startoftranscript", "en", "transcribe", "nospeech", "notimestamps"]
+LANGUAGES = ["en", "de", "ru"]
+SPECIAL = ["endoftext", "startoftranscript", *LANGUAGES, "transcribe", "nospeech", "notimestamps"]
+ID = {x: END + i for i, x in enumerate(SPECIAL)}
 TIMES = END + len(SPECIAL)
 SIZES = dict(vocab_size=TIMES + 51, d_model=24, encoder_layers=2, decoder_layers=3)
 SIZES |= dict(encoder_attention_heads=3, decoder_attention_heads=4, encoder_ffn_dim=40)
@@ -61,19 +63,15 @@ def one_by_one(words, seed=0, seconds=None):
     return np.pad(sound, (0, max(0, (seconds or 0) * RATE - len(sound)))), spans
 
 
-def write(folder, dtype="float32", seed=0, end=0.0, **changes):
-    """Write a folder of Whisper whose every weight is random, and whose tokens are bytes.
-
-    `end` is added to what makes the token likely that ends a text.
-    """
+def write(folder, dtype="float32", seed=0, languages=()):
+    """Write a folder of Whisper whose every weight is random, and whose tokens are bytes."""
     import tokenizers
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    model = transformers.WhisperForConditionalGeneration(
-        transformers.WhisperConfig(**SIZES | changes)
-    )
+    config = transformers.WhisperConfig(**SIZES)
+    model = transformers.WhisperForConditionalGeneration(config)
     for x in model.parameters():
         x.data += 0.2 * torch.randn(x.shape)
     model.generation_config = transformers.GenerationConfig(
@@ -83,7 +81,9 @@ def write(folder, dtype="float32", seed=0, end=0.0, **changes):
         begin_suppress_tokens=[32, END],
         no_timestamps_token_id=TIMES - 1,
         max_initial_timestamp_index=50,
-        is_multilingual=False,
+        is_multilingual=bool(languages),
+        **({"lang_to_id": {f"<|{x}|>": ID[x] for x in languages}} if languages else {}),
+        task_to_id={"transcribe": ID["transcribe"]},
         alignment_heads=[[1, 0], [2, 3]],
     )
     model.to(getattr(torch, dtype)).save_pretrained(folder)

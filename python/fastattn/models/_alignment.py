@@ -20,7 +20,10 @@ from fastattn.nn import Floats, Integers
 MEDIAN = 7  # frames, of whose weights one becomes the median
 MOMENT = 0.01  # seconds whose loudness is one number
 LOUD, SOFT = 0.95, 0.05  # the shares of all moments that have less power than these two
-QUIET, ABOVE = 1e-3, 3  # It is quiet below a share of the loud power, or not far above the soft one.
+QUIET, ABOVE = (
+    1e-3,
+    3,
+)  # It is quiet below a share of the loud power, or not far above the soft one.
 PAUSE = 0.1  # seconds at least: the closed lips of a p are no pause
 REACH = 0.3  # seconds at most between the border of two words and the pause that it means
 

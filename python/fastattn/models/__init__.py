@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that run on the kernel, with the weights of a checkpoint.
 
-An `Encoder` makes vectors of texts, a `Decoder` writes, a `Transcriber` writes down what is said.
+An `Encoder` makes vectors of texts, a `Decoder` writes, a `Translator` translates, a `Transcriber`
+writes down what is said.
 """
 
 from fastattn.models._capture import Capture
@@ -9,6 +10,7 @@ from fastattn.models._decoder import Decoder, Score
 from fastattn.models._encoder import Encoder
 from fastattn.models._load import load
 from fastattn.models._transcriber import Segment, Transcriber, Transcription, Word
+from fastattn.models._translator import Translation, Translator
 
 __all__ = [
     "Capture",
@@ -18,6 +20,8 @@ __all__ = [
     "Segment",
     "Transcriber",
     "Transcription",
+    "Translation",
+    "Translator",
     "Word",
     "load",
 ]

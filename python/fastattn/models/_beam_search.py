@@ -118,13 +118,15 @@ class Beams:
         for rank, place in enumerate(places.tolist()):
             parent, token = divmod(place, rows.shape[1])
             ids, total = self.going[parent].ids, float(rows[parent, token])
+            if total == -np.inf:
+                break
             score = total / length**how.length_penalty
             if token not in how.stop_ids:
                 ids = [*ids, token]
             if token in how.stop_ids or length == how.max_new_tokens:
                 if rank < how.beams:
                     self.ended.append(Hypothesis(ids, total, score))
-            elif total > -np.inf and len(going) < how.beams:
+            elif len(going) < how.beams:
                 parents.append(parent)
                 going.append(Hypothesis(ids, total, score))
         self.ended = sorted(self.ended, key=lambda x: -x.score)[: how.beams]

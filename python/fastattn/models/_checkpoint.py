@@ -26,6 +26,7 @@ from fastattn.models._file import (
     value,
     within,
 )
+from fastattn.models._sentencepiece import SOURCE, sentence_pieces
 from fastattn.models._tokens import tokenizer_from
 
 if TYPE_CHECKING:
@@ -60,11 +61,7 @@ def from_folder(folder: Path) -> Checkpoint:
     with within(folder / "config.json"):
         config = json_object(folder / "config.json")
     tensors = _safetensors.read(folder).tensors
-    with within(folder / "tokenizer.json"):
-        tokenizer = tokenizer_from(content(folder / "tokenizer.json"))
-        usual_side = (tokenizer.truncation or {}).get("direction", "right")
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+    tokenizer, usual_side = _tokenizer(folder)
     with within(folder / "special_tokens_map.json"):
         special = _special(json_object(folder / "special_tokens_map.json", {}))
     with within(folder / "tokenizer_config.json"):
@@ -98,6 +95,18 @@ def from_folder(folder: Path) -> Checkpoint:
         stops,
         generation,
     )
+
+
+def _tokenizer(folder: Path) -> tuple[Tokenizer, str]:
+    """Return the tokenizer of a folder, and on which side it cuts what is too long."""
+    if (folder / SOURCE).is_file():
+        return sentence_pieces(folder), "right"
+    with within(folder / "tokenizer.json"):
+        tokenizer = tokenizer_from(content(folder / "tokenizer.json"))
+        side = (tokenizer.truncation or {}).get("direction", "right")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer, side
 
 
 def checked(

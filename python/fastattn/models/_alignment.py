@@ -19,7 +19,11 @@ from fastattn.nn import Floats, Integers
 
 MEDIAN = 7  # frames, of whose weights one becomes the median
 MOMENT = 0.01  # seconds whose loudness is one number
-LOUD, QUIET = 0.95, 1e-3  # LOUD of all moments have less power than a loud one; QUIET is its share
+LOUD, SOFT = 0.95, 0.05  # the shares of all moments that have less power than these two
+QUIET, ABOVE = (
+    1e-3,
+    3,
+)  # It is quiet below a share of the loud power, or not far above the soft one.
 PAUSE = 0.1  # seconds at least: the closed lips of a p are no pause
 REACH = 0.3  # seconds at most between the border of two words and the pause that it means
 
@@ -100,7 +104,8 @@ def _pauses(samples: Floats, rate: int) -> list[tuple[float, float]]:
     size = round(rate * MOMENT)
     moments = samples[: len(samples) // size * size].reshape(-1, size)
     power = np.square(moments).mean(axis=1, dtype=np.float64)
-    is_quiet = power < QUIET * np.quantile(power, LOUD) if len(power) else power < 0
+    soft, loud = np.quantile(power, (SOFT, LOUD))
+    is_quiet = power < max(ABOVE * soft, QUIET * loud)
     changes = np.flatnonzero(np.diff(is_quiet, prepend=False, append=False)) * MOMENT
     runs = zip(changes[::2].tolist(), changes[1::2].tolist(), strict=True)
     return [x for x in runs if x[1] - x[0] >= PAUSE]

@@ -24,9 +24,10 @@ from fastattn.models._tokens import tokenizer_from
 MODEL = "model.bin"
 KINDS = ("WhisperSpec",)
 ATTRIBUTES = {  # the values of the models that are computed, where the file says one
-    **{"encoder/activation": 3, "decoder/activation": 3},  # GELU
-    **{"encoder/pre_norm": 1, "decoder/pre_norm": 1, "encoder/alibi": 0, "decoder/alibi": 0},
-    **{"encoder/scale_embeddings": 0, "decoder/scale_embeddings": 0},
+    "decoder/activation": 3,  # GELU
+    "decoder/pre_norm": 1,
+    "decoder/alibi": 0,
+    "decoder/scale_embeddings": 0,
     "decoder/start_from_zero_embedding": 0,
 }
 GENERATION = {  # keys of config.json, and what generation_config.json calls them

@@ -201,10 +201,10 @@ class Transcriber(EncoderDecoder):
         return FRAMES_OF_TIME * self.config.max_source_positions
 
     def _sound(self, audio: Any, sampling_rate: int = RATE) -> tuple[Floats, Floats]:
-        """Return a sound's samples, and its spectrogram, which silence follows for a window."""
+        """Return a sound's samples and its spectrogram, which 0 follows for a window, as usual."""
         samples = _samples(audio, sampling_rate)
-        behind = np.pad(samples, (0, self._window * HOP))
-        return samples, log_mel(behind, self.config.num_mel_bins)
+        sound = log_mel(samples, self.config.num_mel_bins)
+        return samples, np.pad(sound, [(0, self._window), (0, 0)])
 
     def _heard(self, sound: Floats, begin: int) -> SourceContext:
         """Return what the model hears in the window that begins with a frame."""
@@ -227,6 +227,7 @@ class Transcriber(EncoderDecoder):
             stop_ids=frozenset([self._tokens.end]),
             max_new_tokens=self.config.max_target_positions - len(prompt),
             beams=beams,
+            early_stopping=True,
             suppressed=self._tokens.suppressed,
             renormalize=True,
             rule=self._tokens.rule,
@@ -244,14 +245,14 @@ class Transcriber(EncoderDecoder):
         elif cuts:
             heard = FRAMES_OF_TIME * (ids[cuts[-1] - 1] - times)
         found = []
-        for begin, end in pairwise([0, *cuts] if cuts else [0, len(ids)]):
-            of_words = [x for x in ids[begin:end] if x < self._tokens.end]
-            written = [x - times for x in ids[begin:end] if x >= times]
-            ends = [x * FRAMES_OF_TIME / FRAMES for x in written]
-            if len(ends) < 2:
-                ends = [0.0, count / FRAMES]
+        for part in (ids[slice(*x)] for x in pairwise([0, *cuts] if cuts else [0, len(ids)])):
+            of_words = [x for x in part if x < self._tokens.end]
+            # A text may stop before its end, and say times behind that of the sound.
+            written = [FRAMES_OF_TIME * (x - times) for x in part if x >= times]
+            start, end = written[:1] or [0], written[1:] or [count]
             if (said := self._tokens.text(of_words)).strip():
-                found.append(Segment(said, ends[0], ends[-1], of_words, _mean(text)))
+                ends = [min(x, count) / FRAMES for x in (start[0], end[-1])]
+                found.append(Segment(said, ends[0], ends[1], of_words, _mean(text)))
         return found, heard
 
     def _with_words(

@@ -325,7 +325,8 @@ def _samples(audio: Any, sampling_rate: int) -> Floats:
         if array.ndim != 1:
             rule = "audio must have shape (samples,), one channel"
             raise ValueError(f"{rule}, got audio.shape={array.shape}")
-        found = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # What is too large becomes infinite.
+            found = array.astype(np.float32)
     if whole_number("sampling_rate", sampling_rate) != RATE:
         rule = f"{name} must have {RATE} samples in a second"
         raise ValueError(f"{rule}, got {sampling_rate}: resample it before")

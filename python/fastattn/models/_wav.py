@@ -106,7 +106,7 @@ def _numbers(data: memoryview, kind: int, bits: int) -> Floats:
     """Return numbers between -1 and 1."""
     found: NDArray[Any] = np.frombuffer(data, KINDS[kind, bits])
     if kind == FLOATS:
-        with np.errstate(over="ignore"):  # of 64 bits: infinite
+        with np.errstate(over="ignore"):  # What is too large becomes infinite.
             return found.astype(np.float32)
     if bits == 8:  # from 0 on, where the others are around 0
         found = found.astype(np.int16) - 128

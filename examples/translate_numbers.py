@@ -5,10 +5,11 @@
     pip install ".[models,plot]" torch==2.13.0 transformers==5.24.0 sentencepiece num2words
     python examples/translate_numbers.py
 
-A small Marian is trained with the gradients of fastattn on 20,000 numbers from 0 to 999,999, in
-words, and kept as a folder of Hugging Face, with the tokens that SentencePiece finds. From there on
-fastattn.models alone translates 1,000 numbers that it never saw, by the likeliest token and by
-beams, and draws where the decoder looked. The exit status is 1 if less than 95 % are exact.
+A small Marian learns 20,000 of the numbers from 0 to 999,999, with the gradients of fastattn, in
+five minutes on two cores. It is kept as a folder of Hugging Face, with the tokens that
+SentencePiece finds; where the folder is there, nothing is trained. From there on fastattn.models
+alone translates 1,000 numbers that were not learned, by the likeliest token and by beams, and draws
+where the decoder looks. The exit status is 1 if less than 95 % are exact.
 """
 
 from __future__ import annotations
@@ -22,23 +23,28 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fastattn.models
+from fastattn import maps
 
-TRAINED, NEW = 20_000, 1_000
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST, TRAINED, NEW = 999_999, 20_000, 1_000
 SIZES = dict(d_model=128, encoder_layers=2, decoder_layers=2, max_position_embeddings=128)
 SIZES |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
 SIZES |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 384)
 PIECES = 120  # at most, of each language
-BATCH, RATE = 128, 2e-3
-SHOWN = 451_927
+BATCH, RATE, WARM = 128, 2e-3, 200
+SHOWN = "четыреста пятьдесят одна тысяча девятьсот двадцать семь"
 
 
 def pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Return numbers in Russian and English words: those to learn, and others."""
     from num2words import num2words
 
-    numbers = random.Random(0).sample(range(1_000_000), TRAINED + NEW)
+    numbers = random.Random(0).sample(range(LARGEST + 1), TRAINED + NEW)
     said = [(num2words(n, lang="ru"), num2words(n, lang="en")) for n in numbers]
     return said[:TRAINED], said[TRAINED:]
 
@@ -90,35 +96,33 @@ def train(folder: Path, epochs: int) -> None:
     )
     model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="fastattn")
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98))
-    texts, translations = zip(*learned, strict=True)
-    sources = tokenizer(list(texts)).input_ids
-    targets = tokenizer(text_target=list(translations)).input_ids
-    steps = epochs * (TRAINED // BATCH)
-    begin = time.perf_counter()
+    texts, translations = (list(x) for x in zip(*learned, strict=True))
+    sources = [torch.tensor(x) for x in tokenizer(texts).input_ids]
+    targets = [torch.tensor(x) for x in tokenizer(text_target=translations).input_ids]
+
+    def padded(ids: list[Tensor], chosen: list[int]) -> Tensor:
+        """Return a batch, one row for each text."""
+        rows = [ids[i] for i in chosen]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+
+    steps, begin = epochs * (TRAINED // BATCH), time.perf_counter()
     for step in range(steps):
-        place = step % (TRAINED // BATCH)
+        place = step % (TRAINED // BATCH) * BATCH
         if place == 0:
-            order = torch.randperm(TRAINED)
-        chosen = order[place * BATCH : (place + 1) * BATCH].tolist()
-        source, target = (
-            torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(ids[i]) for i in chosen], batch_first=True, padding_value=pad
-            )
-            for ids in (sources, targets)
-        )
-        labels = target.masked_fill(target == pad, -100)
+            order = torch.randperm(TRAINED).tolist()
+        chosen = order[place : place + BATCH]
+        source, target = padded(sources, chosen), padded(targets, chosen)
+        labels = target.masked_fill(target == pad, -100)  # which the loss leaves out
         loss = model(input_ids=source, attention_mask=source != pad, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        warm = min(1, (step + 1) / 200)
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        slowly = min(1, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = RATE * slowly
         optimizer.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            show(
-                f"step {step + 1} of {steps}: loss {loss:.4f}, {time.perf_counter() - begin:.0f} s"
-            )
+            seconds = time.perf_counter() - begin
+            show(f"step {step + 1} of {steps}: loss {loss:.4f}, {seconds:.0f} s")
     model.generation_config.update(num_beams=4, max_length=SIZES["max_position_embeddings"])
     model.generation_config.bad_words_ids = [[pad]]
     model.save_pretrained(folder)
@@ -134,7 +138,7 @@ def main() -> int:
     """Train where there is no folder yet, translate, draw; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("numbers-ru-en"))
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=5)
     options = parser.parse_args()
     folder: Path = options.folder
     if not folder.exists():
@@ -153,6 +157,11 @@ def main() -> int:
         seconds = time.perf_counter() - begin
         shares.append(sum(a == b for a, b in zip(found, expected, strict=True)) / NEW)
         show(f"{beams} beams: {shares[-1]:.1%} of {NEW} are exact, {NEW / seconds:.0f} texts/s")
+    for best in model.translate([SHOWN], n_best=2)[0]:
+        show(f"{best.score:8.4f}  {best.text}")
+    found = maps.show(model, SHOWN, layers=SIZES["decoder_layers"] - 1)
+    show(str(found))
+    found.save(folder.with_suffix(".png"))
     return int(min(shares) < 0.95)
 
 

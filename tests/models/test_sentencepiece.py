@@ -26,7 +26,7 @@ MODELS = {
     "as-it-is": dict(normalization_rule_name="identity"),
     "lower-case": dict(normalization_rule_name="nmt_nfkc_cf"),
 }
-ALPHABET = "abc hello двадцать ,'  \t日ﬁ½\uff11ÅA<x>語é😀"
+ALPHABET = "abc hello двадцать ,'  \t日ﬁ½\uff11ÅA<x>語é😀\u0301\u2581\xb4"
 
 
 def trained(**options):
@@ -67,7 +67,7 @@ def some_texts(count):
 def test_texts_are_cut_as_sentencepiece_cuts_them(model):
     theirs, vocab = sentencepiece.SentencePieceProcessor(model_proto=model), ids_of(model)
     ours = SentencePieces(model, vocab, vocab)
-    for text in some_texts(2000):
+    for text in some_texts(5000):
         expected = theirs.encode(text, out_type=str)
         found = ours.encode(text)
         assert found.tokens == [*expected, "</s>"]
@@ -151,7 +151,9 @@ def write_by_hand(folder, model):
         (WORD + b"\x0b", "the kind of a field must be 0, 1, 2 or 5, got 3"),
         (WORD + b"\xff", "an integer must end within 10 bytes and its message, got none at 15"),
         (b"\xff" * 99, "an integer must end within 10 bytes and its message, got none at 0"),
-        (UNKNOWN + WORD + field(3, field(2, b"xyz")), "its pieces and characters must fit .*"),
+        (UNKNOWN + WORD + field(3, field(2, 3)), "its table of characters must be bytes, got 3"),
+        (UNKNOWN + WORD + field(3, field(2, b"xyz")), "the trie of its characters must be a .*"),
+        (UNKNOWN + WORD + field(3, field(2, b"\x05\0\0\0xyzxyz")), "the trie .*, got 5"),
     ],
 )  # fmt: skip
 def test_models_that_are_none_are_refused(model, message, tmp_path):

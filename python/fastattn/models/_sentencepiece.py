@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastattn.models._character_map import CharacterMap
 from fastattn.models._file import (
     MOST_ITEMS,
     Natural,
@@ -71,8 +72,19 @@ class SentencePieces:
     normalizer = None  # whose letters a configuration could change
 
     def __init__(self, model: bytes, source: Mapping[str, int], target: Mapping[str, int]) -> None:
-        self._cutter, self._source = _cutter(model), source
-        self._target = {i: piece for piece, i in target.items()}
+        fields = list(_fields(model))
+        trained, before = (_message(dict(fields).get(number, b"")) for number in (2, 3))
+        if (kind := trained.get(3, UNIGRAM)) != UNIGRAM:
+            raise ValueError(f"the kind of its model must be 1, unigram, got {shown.repr(kind)}")
+        pieces = [_piece(x) for number, x in fields if number == 1]
+        self._cutter = _cutter(pieces)
+        self._prefix, self._joins = SPACE * bool(before.get(3, 1)), before.get(4, 1)
+        table = before.get(2, b"")
+        if not isinstance(table, bytes):
+            raise ValueError(f"its table of characters must be bytes, got {table}")
+        kept = [x.text for x in pieces if x.kind == USER_DEFINED]
+        self._characters = CharacterMap(table, kept)
+        self._source, self._target = source, {i: piece for piece, i in target.items()}
         parts = needed("tokenizers").decoders
         replace, strip = parts.Replace(SPACE, " "), parts.Strip(" ", 1, 0)
         self._decoder = parts.Sequence([replace, parts.ByteFallback(), parts.Fuse(), strip])
@@ -81,10 +93,19 @@ class SentencePieces:
         """Return the tokens of a text, of which the first may be a language."""
         language = LANGUAGE.match(text)
         tokens = [language[0]] if language else []
-        tokens += self._cutter.encode(text[len("".join(tokens)) :]).tokens
+        tokens += self._cut(text[len("".join(tokens)) :])
         tokens += [END] * add_special_tokens
         unknown = self._source[UNK]
         return Encoding([self._source.get(x, unknown) for x in tokens], tokens)
+
+    def _cut(self, text: str) -> list[str]:
+        """Return the pieces of a text."""
+        text = self._characters(text)
+        if self._joins:
+            text = " ".join(filter(None, text.split(" "))).rstrip(f" {SPACE}")
+        text = text.replace(" ", SPACE)
+        tokens: list[str] = self._cutter.encode(self._prefix + text).tokens if text else []
+        return tokens
 
     def encode_batch_fast(
         self, texts: Sequence[str], add_special_tokens: bool = True
@@ -135,40 +156,22 @@ def _words(path: Path) -> dict[str, int]:
     return found
 
 
-def _cutter(model: bytes) -> Any:
-    """Return the tokenizer that cuts a text into the pieces of a model."""
-    fields = list(_fields(model))
-    trained, before = (_message(dict(fields).get(number, b"")) for number in (2, 3))
-    if (found := trained.get(3, UNIGRAM)) != UNIGRAM:
-        raise ValueError(f"the kind of its model must be 1, unigram, got {shown.repr(found)}")
-    pieces = [_piece(x) for number, x in fields if number == 1]
+def _cutter(pieces: list[Piece]) -> Any:
+    """Return the tokenizer that cuts a text into pieces."""
     scores = [x.score for x in pieces if x.kind == NORMAL]
     known = [x for x in pieces if x.kind in FOUND]
-    # What stands for unknown characters is in no text.
-    known = [x._replace(text="\uffff") if x.kind == UNKNOWN else x for x in known]
     unknown = [i for i, x in enumerate(known) if x.kind == UNKNOWN]
     if not scores or len(unknown) != 1:
         raise ValueError("its pieces must be normal ones, and one that stands for all others")
-    # A piece that users define is taken wherever it stands, by the score that it gets here.
-    vocabulary = [
-        (x.text, len(x.text.encode()) * max(scores) - 0.1 if x.kind == USER_DEFINED else x.score)
-        for x in known
-    ]
-    tokenizers = needed("tokenizers")
-    of_text = tokenizers.normalizers
-    steps = [of_text.Replace(" ", SPACE)]
-    if before.get(3, 1):
-        steps.insert(0, of_text.Prepend(SPACE))
-    if before.get(4, 1):
-        spaces = tokenizers.Regex(r"\A +| +\z| +(?= )")
-        steps.insert(0, of_text.Replace(spaces, ""))
-    with refused("its pieces and characters must fit together, and do not"):
-        if characters := before.get(2):
-            steps.insert(0, of_text.Precompiled(characters))
-        has_bytes = any(x.kind == BYTE for x in known)
-        unigram = tokenizers.models.Unigram(vocabulary, unknown[0], has_bytes)
-        cutter = tokenizers.Tokenizer(unigram)
-        cutter.normalizer = of_text.Sequence(steps)
+    vocabulary = []
+    for text, score, kind in known:
+        if kind == USER_DEFINED:  # It is taken wherever it stands, by this score.
+            score = len(text.encode()) * max(scores) - 0.1
+        # What stands for unknown characters is in no text.
+        vocabulary.append(("\uffff" if kind == UNKNOWN else text, score))
+    with refused("its pieces must fit together, and do not"):
+        tokenizers, has_bytes = needed("tokenizers"), any(x.kind == BYTE for x in known)
+        cutter = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unknown[0], has_bytes))
         cutter.encode("a")  # Some parts that do not fit together show here.
     return cutter
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from fastattn.maps import _words
 from fastattn.maps._words import Words, merged
-from fastattn.models._log_mel import FRAMES, HOP
+from fastattn.models._log_mel import FRAMES, HOP, RATE
 from fastattn.models._speech_tokens import FRAMES_OF_TIME
+from fastattn.models._transcriber import samples_of
 from fastattn.nn import Floats
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Heard(NamedTuple):
 
 def heard(model: Transcriber, audio: Any, layers: Any, heads: Any) -> Heard:
     """Return what heads of a model look at as it writes of a sound, which one window must hold."""
-    samples, sound = model._sound(audio)
+    samples = samples_of(audio, RATE)
     window, frames = model._window, len(samples) // HOP
     if frames > window:
         rule = f"at most {window // FRAMES} s for a map, what the model hears at a time"
@@ -40,7 +41,7 @@ def heard(model: Transcriber, audio: Any, layers: Any, heads: Any) -> Heard:
     if not ids:
         raise ValueError("audio must have a word for a map, and the model hears none")
     with model.capture(of="cross", layers=layers, heads=heads) as captured:
-        orders, _ = model._read(ids, model._heard(sound, 0), found.language)
+        orders, _ = model._read(ids, model._heard(model._spectrogram(samples), 0), found.language)
     weights = captured.weights[:, :, orders:-1]
     count = -(-frames // FRAMES_OF_TIME)
     behind = weights[..., count:].sum(axis=3, keepdims=True)

@@ -25,7 +25,7 @@ QUIET, ABOVE = (
     3,
 )  # It is quiet below a share of the loud power, or not far above the soft one.
 PAUSE = 0.1  # seconds at least: the closed lips of a p are no pause
-REACH = 0.3  # seconds at most between the border of two words and the pause that it means
+REACH = 0.2  # seconds at most between a pause and the border of words that it stands for
 
 
 def first_frames(weights: Floats, orders: int) -> Integers:
@@ -90,13 +90,18 @@ def without_pauses(
     -------
     list of (float, float)
     """
-    pauses, found, least = _pauses(samples, rate), list[tuple[float, float]](), 0.0
-    for border in borders:
-        gaps = [(max(x - border, border - y, 0.0), (x, y)) for x, y in pauses if x >= least]
-        gap, pause = min(gaps, default=(REACH, (border, border)))
-        found.append(pause if gap < REACH else (max(border, least),) * 2)
-        least = found[-1][1]
-    return [(before[1], behind[0]) for before, behind in pairwise(found)]
+    # A pause is between the words whose border is nearest; of several the nearest one counts.
+    times, ends = np.array(borders), [(REACH, x, x) for x in borders]
+    for begin, end in _pauses(samples, rate):
+        gaps = np.maximum(np.maximum(begin - times, times - end), 0)
+        i = int(gaps.argmin())
+        ends[i] = min(ends[i], (float(gaps[i]), begin, end))
+    found, least = list[tuple[float, float]](), 0.0
+    for (_, _, begin), (_, end, _) in pairwise(ends):
+        begin = max(begin, least)
+        least = max(begin, end)
+        found.append((begin, least))
+    return found
 
 
 def _pauses(samples: Floats, rate: int) -> list[tuple[float, float]]:

@@ -35,9 +35,10 @@ def log_mel(samples: Floats, bands: int) -> Floats:
     """
     frames = len(samples) // HOP
     out = np.empty((frames, bands), np.float32)
-    # A frame is in the middle of what it sees. At the beginning it sees the sound's reflection.
-    padded = np.pad(samples, (0, WINDOW))
-    padded = np.concatenate([padded[WINDOW // 2 : 0 : -1], padded])
+    # A frame is in the middle of what it sees: first of the sound's reflection, last of silence.
+    silence = np.zeros(WINDOW, np.float32)
+    reflected = np.concatenate([samples[:WINDOW], silence])[WINDOW // 2 : 0 : -1]
+    padded = np.concatenate([reflected, samples, silence])
     seen = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP][:frames]
     fade = np.hanning(WINDOW + 1)[:-1].astype(np.float32)
     for begin in range(0, frames, BLOCK):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastattn.models._checkpoint import Checkpoint
     from fastattn.models.whisper import WhisperModel
 
-LONGEST = 2 * 3600  # seconds of sound, which take 1 GB
+LONGEST = 2 * 3600  # seconds of sound, which take about 1.5 GB
 LOUDEST = 2.0**15  # of a sample: as of integers of 16 bits
 NO_SPEECH, UNLIKELY = 0.6, -1.0  # A window is silence if both say so: its words are made up.
 
@@ -169,7 +169,7 @@ class Transcriber(EncoderDecoder):
             The file is damaged; the sound is empty, too long, not finite or of another rate; the
             language is unknown; or beams is no int of 1 or more.
         """
-        samples, sound = self._sound(audio, sampling_rate)
+        samples = samples_of(audio, sampling_rate)
         if language is not None and language not in self.languages:
             known = ", ".join(self.languages)
             raise ValueError(f"language must be one of {known}, got {language!r}")
@@ -177,6 +177,7 @@ class Transcriber(EncoderDecoder):
             raise ValueError(f"beams must be at least 1, got {beams}")
         boolean("words", words)
         found, begin, frames = list[Segment](), 0, len(samples) // HOP
+        sound = self._spectrogram(samples)
         with progress_line(f"{frames / FRAMES:.0f} s of sound", frames, progress) as advance:
             while begin < frames:
                 count = min(self._window, frames - begin)
@@ -200,11 +201,10 @@ class Transcriber(EncoderDecoder):
         """How many frames the model hears at a time."""
         return FRAMES_OF_TIME * self.config.max_source_positions
 
-    def _sound(self, audio: Any, sampling_rate: int = RATE) -> tuple[Floats, Floats]:
-        """Return a sound's samples and its spectrogram, which 0 follows for a window, as usual."""
-        samples = _samples(audio, sampling_rate)
-        sound = log_mel(samples, self.config.num_mel_bins)
-        return samples, np.pad(sound, [(0, self._window), (0, 0)])
+    def _spectrogram(self, samples: Floats) -> Floats:
+        """Return the spectrogram of a sound, which 0 follows for a window, as is usual."""
+        found = log_mel(samples, self.config.num_mel_bins)
+        return np.pad(found, [(0, self._window), (0, 0)])
 
     def _heard(self, sound: Floats, begin: int) -> SourceContext:
         """Return what the model hears in the window that begins with a frame."""
@@ -291,7 +291,7 @@ class Transcriber(EncoderDecoder):
         rows = [*range(orders), *(orders + i for i in said)]
         weights = captured.weights[np.searchsorted(captured.layers, layers), heads][:, rows]
         weights = weights[..., : -(-frames // FRAMES_OF_TIME)]  # not of what follows the sound
-        weights /= weights.sum(axis=2, keepdims=True)
+        weights /= np.maximum(weights.sum(axis=2, keepdims=True), np.float32(1e-30))
         firsts = first_frames(weights, orders) * (FRAMES_OF_TIME / FRAMES)
         # A mark begins with what is said next.
         seconds = firsts[np.searchsorted(said, np.arange(len(ids) + 1))]
@@ -311,7 +311,7 @@ class Transcriber(EncoderDecoder):
         return len(prompt) - 1, self._model(np.array([*prompt, *ids]), context)
 
 
-def _samples(audio: Any, sampling_rate: int) -> Floats:
+def samples_of(audio: Any, sampling_rate: int) -> Floats:
     """Return the samples of a sound, which must be some, and as the model is used to."""
     name = "audio"
     if isinstance(audio, str | os.PathLike):
@@ -325,7 +325,8 @@ def _samples(audio: Any, sampling_rate: int) -> Floats:
         if array.ndim != 1:
             rule = "audio must have shape (samples,), one channel"
             raise ValueError(f"{rule}, got audio.shape={array.shape}")
-        found = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # What is too large becomes infinite.
+            found = array.astype(np.float32)
     if whole_number("sampling_rate", sampling_rate) != RATE:
         rule = f"{name} must have {RATE} samples in a second"
         raise ValueError(f"{rule}, got {sampling_rate}: resample it before")

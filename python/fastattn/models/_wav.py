@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastattn.models._file import within
 from fastattn.nn import Floats
 
-LARGEST = 2**32 + 2**16  # bytes: sizes have 32 bits
+LARGEST, LONGEST = 2**30, 2**28  # bytes of a file, and samples, which take 4 bytes each
 UNKNOWN = 2**31 - 2**16  # From this size on, whoever wrote to a pipe did not know it.
 INTEGERS, FLOATS, EXTENSIBLE = 1, 3, 0xFFFE  # formats; the last says the real one further behind
 KINDS = {  # of numbers: the format and the bits, and what NumPy calls them
@@ -83,8 +83,10 @@ def of_bytes(data: bytes) -> Sound:
     sound = chunks[b"data"]
     if rest := len(sound) % (width := channels * bits // 8):
         raise ValueError(f"its sound must be whole samples of {width} bytes, got {rest} left over")
-    samples: Floats = _numbers(sound, kind, bits).reshape(-1, channels).mean(axis=1)
-    return Sound(samples, rate)
+    if (count := len(sound) // width) > LONGEST:
+        raise ValueError(f"its sound must be at most {LONGEST} samples, got {count}")
+    samples = _numbers(sound, kind, bits)
+    return Sound(samples.reshape(-1, channels).mean(axis=1) if channels > 1 else samples, rate)
 
 
 def _chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
@@ -106,7 +108,7 @@ def _numbers(data: memoryview, kind: int, bits: int) -> Floats:
     """Return numbers between -1 and 1."""
     found: NDArray[Any] = np.frombuffer(data, KINDS[kind, bits])
     if kind == FLOATS:
-        with np.errstate(over="ignore"):  # of 64 bits: infinite
+        with np.errstate(over="ignore"):  # What is too large becomes infinite.
             return found.astype(np.float32)
     if bits == 8:  # from 0 on, where the others are around 0
         found = found.astype(np.int16) - 128

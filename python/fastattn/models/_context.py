@@ -45,7 +45,6 @@ class Context:
         ]
         self.layers = layers
         self._ids = list(range(sequences))  # that every cache gives them
-        self._order: list[int] | None = None  # the same, where the caches have another order
         for cache in self._caches:
             for _ in self._ids:
                 cache.add()
@@ -62,7 +61,7 @@ class Context:
         # What `attend` asks at once: the cache's ids, the first row, how many sequences and tokens.
         self._calls: list[tuple[list[int] | None, int, int, int]]
         if len(set(counts)) == 1:
-            self._calls = [(self._order, 0, len(each), int(each[0]))]
+            self._calls = [(None, 0, len(each), int(each[0]))]
         else:
             parts = zip(self._ids, begins.tolist(), each.tolist(), strict=True)
             self._calls = [([i], begin, 1, count) for i, begin, count in parts if count]
@@ -97,9 +96,8 @@ class Context:
         """Do what `attend` does, of which nobody is told."""
         cache = self._caches[layer]
         if self._one_each:  # a step of a loop, which must be quick
-            ids = self._order
-            cache.append(key[:, :, None], value[:, :, None], sequences=ids)
-            seen: Floats = cache.attend(query[:, :, None], sequences=ids, **options)
+            cache.append(key[:, :, None], value[:, :, None])
+            seen: Floats = cache.attend(query[:, :, None], **options)
             return seen.reshape(len(query), -1)
         out = np.empty((*query.shape[:2], value.shape[2]), np.float32)
         for ids, begin, sequences, tokens in self._calls:
@@ -118,13 +116,13 @@ class Context:
         One that is named several times goes on in several ways, and what it has read is shared.
         Others are dropped.
         """
-        ids: list[int] = []
-        for sequence in [self._ids[i] for i in indices]:
-            if sequence in ids:
-                (sequence,) = {x.add(sequence) for x in self._caches}  # All give it the same id.
-            ids.append(sequence)
-        for sequence in set(self._ids) - set(ids):
-            for cache in self._caches:
+        more = len(indices) - len(self.lengths)
+        every = [*indices, *[0] * -more]  # also of the rows that are dropped
+        for cache in self._caches:
+            for _ in range(more):
+                cache.add()
+            if every != list(range(len(every))):
+                cache.reorder(every)
+            for sequence in cache.sequences[len(indices) :]:
                 cache.free(sequence)
-        self._ids, self.lengths = ids, self.lengths[list(indices)]
-        self._order = None if ids == self._caches[0].sequences else ids
+        self._ids, self.lengths = self._caches[0].sequences, self.lengths[list(indices)]

@@ -182,6 +182,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for variables, kind, message in [
         ([], "TransformerSpec", "the kind of model must be one of WhisperSpec, got 'TransformerS"),
+        (
+            [variable("decoder/projection/weight", X)],
+            "WhisperSpec",
+            "projection/weight must be another name of decoder/embeddings/weight, and is not",
+        ),
         ([], "WhisperSpec", "tensor model.decoder.embed_tokens.weight must have an axis 0"),
         (
             [variable("decoder/layer_0/self_attention/linear_0/weight", np.zeros((4, 2), "f4"))],

@@ -241,3 +241,9 @@ def test_the_same_sound_gives_the_same_bits(small):
     first, second = (small.transcribe(sound, words=True) for _ in range(2))
     assert first == second
     assert_array_equal(first.words, second.words)
+
+
+@pytest.mark.parametrize("samples", [160, 320, 799])
+def test_the_shortest_sounds(small, samples):
+    found = small.transcribe(np.random.default_rng(0).standard_normal(samples), words=True)
+    assert all(0 <= x.start <= x.end <= samples / RATE + 0.01 for x in found.words)

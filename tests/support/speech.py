@@ -34,11 +34,11 @@ def wav(data, kind=1, channels=1, rate=RATE, bits=16, size=None, before=b"", beh
 
 
 @functools.cache
-def said(text, speed=130):
+def said(text, voice="en-us"):
     """Return what espeak-ng says, without the silence around it; skip where it is not installed."""
     if shutil.which("espeak-ng") is None:
         pytest.skip("espeak-ng is not installed")
-    command = ["espeak-ng", "-v", "en-us", "-s", str(speed), "--stdout", text]
+    command = ["espeak-ng", "-v", voice, "-s", "130", "--stdout", text]
     data = subprocess.run(command, capture_output=True, check=True).stdout
     rate = int.from_bytes(data[24:28], "little")
     spoken = np.frombuffer(data[44:], "<i2") / 2**15
@@ -48,7 +48,7 @@ def said(text, speed=130):
     return found[loud[0] : loud[-1] + 1]
 
 
-def one_by_one(words, seed=0, seconds=None):
+def one_by_one(words, seed=0, seconds=None, voice="en-us"):
     """Return words with silences of 0.3 to 0.8 s between them, and when each begins and ends.
 
     Silence fills the sound up to its seconds.
@@ -56,9 +56,9 @@ def one_by_one(words, seed=0, seconds=None):
     rng = np.random.default_rng(seed)
     parts, spans = [np.zeros(RATE // 2, np.float32)], []
     for word in words:
-        begin = sum(map(len, parts))
-        spans.append((begin / RATE, (begin + len(said(word))) / RATE))
-        parts += [said(word), np.zeros(int(rng.uniform(0.3, 0.8) * RATE), np.float32)]
+        begin, sound = sum(map(len, parts)), said(word, voice)
+        spans.append((begin / RATE, (begin + len(sound)) / RATE))
+        parts += [sound, np.zeros(int(rng.uniform(0.3, 0.8) * RATE), np.float32)]
     sound = np.concatenate(parts)
     return np.pad(sound, (0, max(0, (seconds or 0) * RATE - len(sound)))), spans
 

@@ -20,10 +20,8 @@ from fastattn.nn import Floats, Integers
 MEDIAN = 7  # frames, of whose weights one becomes the median
 MOMENT = 0.01  # seconds whose loudness is one number
 LOUD, SOFT = 0.95, 0.05  # the shares of all moments that have less power than these two
-QUIET, ABOVE = (
-    1e-3,
-    3,
-)  # It is quiet below a share of the loud power, or not far above the soft one.
+QUIET = 1e-3  # of the power of a loud moment: where there is less, it is quiet;
+ABOVE = 3  # or where there is less than so many times that of a soft one, as in noise
 PAUSE = 0.1  # seconds at least: the closed lips of a p are no pause
 REACH = 0.2  # seconds at most between a pause and the border of words that it stands for
 

@@ -49,7 +49,7 @@ INSIDE = {  # of a layer: one weight may be several
     "ffn/linear_1": ("fc2",),
 }
 ENDS = {"gamma": "weight", "beta": "bias", "encodings": "weight"}  # others are called the same
-PROJECTION = "decoder/projection/weight"  # another name of the table of words
+WORDS, PROJECTION = "decoder/embeddings/weight", "decoder/projection/weight"  # one array
 LAYER = re.compile(r"(encoder|decoder)/layer_(\d+)/(.+)/(\w+)")
 
 
@@ -65,6 +65,8 @@ def from_ctranslate2(folder: Path) -> Checkpoint:
         for name, x in arrays.items():
             if x.dtype.kind == "i":
                 raise ValueError(f"variable {name!r} must be floats, not quantised, got {x.dtype}")
+        if arrays.get(PROJECTION) is not arrays.get(WORDS):
+            raise ValueError(f"{PROJECTION} must be another name of {WORDS}, and is not")
         tensors = dict(_renamed(arrays))
         config = _config(numbers, tensors)
     with within(folder / "config.json"):

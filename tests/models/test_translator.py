@@ -305,6 +305,14 @@ def test_a_search_that_is_not_done_is_refused(stated, message, folder, tmp_path)
         models.load(place)
 
 
+def test_a_translation_must_have_an_end(folder, tmp_path):
+    place = rewritten(folder, tmp_path, eos_token_id=None)
+    config = json.loads((place / "config.json").read_text()) | {"eos_token_id": None}
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"eos_token_id must be there, and is not$"):
+        models.load(place)
+
+
 def test_weights_that_are_not_finite_are_an_error(folder, tmp_path):
     model = models.load(folder)
     weights = dict(model._model.weights)

@@ -50,8 +50,8 @@ class Search:
     renormalize : bool
         Whether the other tokens share the probability of those that are not allowed.
     rule : function, optional
-        It is given the tokens of each beginning behind its prompt, and the logits of what follows,
-        of shape (beginnings, vocabulary). It sets those to -inf that may not follow.
+        It is given the tokens of each beginning behind its prompt, and how likely each is to
+        follow, of shape (beginnings, vocabulary). It sets those to -inf that may not follow.
     """
 
     stop_ids: frozenset[int]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -60,18 +60,19 @@ class GenerationConfig(BaseConfig):
             if not isinstance(word, list) or len(word) != 1:
                 rule = "bad_words_ids must be lists of one token"
                 raise ValueError(f"{rule}, got {shown.repr(word)}")
-        for token in self.suppressed:
+        for token in self.suppressed(()):
             check("a token that is not to be written", token, Natural)
 
-    @property
-    def suppressed(self) -> tuple[Any, ...]:
-        """The tokens that are never written."""
-        return (*(x for (x,) in self.bad_words_ids or ()), *(self.suppress_tokens or ()))
+    def suppressed(self, stop_ids: Collection[int]) -> tuple[Any, ...]:
+        """Return the tokens that are never written; an end that is a bad word is written."""
+        words = [x for (x,) in self.bad_words_ids or () if x not in stop_ids]
+        return (*words, *(self.suppress_tokens or ()))
 
     def search(self, stop_ids: frozenset[int], most: int, vocab_size: int) -> Search:
         """Return how texts are looked for, of at most so many tokens."""
-        named = *self.suppressed, self.forced_bos_token_id, self.forced_eos_token_id, *stop_ids
-        for token in (self.decoder_start_token_id, *named):
+        suppressed = self.suppressed(stop_ids)
+        named = self.decoder_start_token_id, self.forced_bos_token_id, self.forced_eos_token_id
+        for token in (*named, *stop_ids, *suppressed):
             if token is not None and token >= vocab_size:
                 raise ValueError(f"tokens must be below {vocab_size}, the vocabulary, got {token}")
         return Search(
@@ -80,7 +81,7 @@ class GenerationConfig(BaseConfig):
             beams=self.num_beams,
             length_penalty=self.length_penalty,
             early_stopping=self.early_stopping,
-            suppressed=tuple(x for x in self.suppressed if x not in stop_ids),
+            suppressed=suppressed,
             first=self.forced_bos_token_id,
             last=self.forced_eos_token_id,
             renormalize=self.renormalize_logits,
@@ -125,6 +126,8 @@ class Translator(EncoderDecoder):
         self.config, self.stop_ids = model.config, checkpoint.stop_ids
         self.max_position_embeddings: int = model.config.max_position_embeddings
         with within(checkpoint.place / "generation_config.json"):
+            if not self.stop_ids:
+                raise ValueError("eos_token_id must be there, and is not")
             stated = GenerationConfig.read({**checkpoint.config, **checkpoint.generation})
             limits = self.max_position_embeddings, model.config.target_vocab_size
             self._search = stated.search(self.stop_ids, *limits)
@@ -210,13 +213,13 @@ class Translator(EncoderDecoder):
             Of one token at least, and at most `max_position_embeddings`.
         beams : int, optional
             How many beginnings of a translation are kept at each step; with 1, it goes on by the
-            likeliest token. By default as the checkpoint says, as are the next but one.
+            likeliest token. By default as the checkpoint says, as are the other options.
         n_best : int, optional
-            Return so many translations of each text, the best first, with their scores; at most as
-            many as there are beams.
+            Return so many translations of each text, the best first, with their scores: at most as
+            many as there are beams. By default the best one, as a str.
         length_penalty : float, optional
             The power of its number of tokens by which a translation's log-probability is divided,
-            from -30 to 30: the higher, the longer translations are preferred.
+            from -30 to 30: the higher it is, the longer the translations that are preferred.
         max_new_tokens : int, optional
             A translation ends after so many tokens, the one that ends it included.
         progress : bool, optional
@@ -313,9 +316,8 @@ class Translator(EncoderDecoder):
         sources = encoded(self._tokenizer, texts)
         for i, (text, ids) in enumerate(zip(texts, sources, strict=True)):
             if len(ids) <= ends:
-                raise ValueError(
-                    f"texts[{i}] must be at least 1 token, got {text!r}, which is none"
-                )
+                rule = f"texts[{i}] must be at least 1 token"
+                raise ValueError(f"{rule}, got {shown.repr(text)}, which is none")
         return [self._fitting(f"texts[{i}]", ids) for i, ids in enumerate(sources)]
 
     def _fitting(self, name: str, ids: Sequence[int] | Integers) -> Integers:

@@ -23,7 +23,7 @@ LOUD, SOFT = 0.95, 0.05  # the shares of all moments that have less power than t
 QUIET = 1e-3  # of the power of a loud moment: where there is less, it is quiet;
 ABOVE = 3  # or where there is less than so many times that of a soft one, as in noise
 PAUSE = 0.1  # seconds at least: the closed lips of a p are no pause
-REACH = 0.2  # seconds at most between a pause and the border of words that it stands for
+REACH = 0.3  # seconds at most between a pause and the border of words that it stands for
 
 
 def first_frames(weights: Floats, orders: int) -> Integers:

@@ -38,6 +38,8 @@ class SpeechTokens:
         says that no times follow, and the first time. Tokens below `end` are words.
     prompts : dict of list of int
         What a text begins with, by its language.
+    suppressed : tuple of int
+        The tokens that are never written.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
@@ -53,8 +55,8 @@ class SpeechTokens:
             task, vocabulary = self._id("transcribe"), tokenizer.get_vocab()
             found = [x for name in sorted(vocabulary) if (x := LANGUAGE.fullmatch(name))]
             self.prompts = {x[1]: [self.start, vocabulary[x[0]], task] for x in found}
-        never = {self.start, self.silence, self.no_times, *(config.suppress_tokens or ())}
-        self.suppressed = tuple(sorted(never))
+        orders = range(self.start, self.times)  # to the model, which writes none
+        self.suppressed = tuple({*orders, *(config.suppress_tokens or ())} - {self.end})
         self._not_first = config.begin_suppress_tokens or []
 
     def _id(self, *names: str) -> int:

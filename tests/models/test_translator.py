@@ -187,6 +187,20 @@ def test_heads_are_seen_while_a_text_is_written(model):
         assert_allclose(getattr(captured, name), getattr(again, name), atol=1e-5)
 
 
+def test_rows_of_a_capture_are_tokens_that_are_written(model):
+    source, target = model.tokenize(TEXTS[0]), [5, 9, 30, 2]
+    with model.capture(what=("weights", "hidden", "key")) as every:
+        model.logits(source, target)
+    with model.capture(rows=[1, 3], what=("weights", "column_sums", "hidden")) as some:
+        model.logits(source, target)
+    assert_array_equal(some.rows, [1, 3])
+    assert_allclose(some.weights, every.weights[:, :, [1, 3]], atol=1e-6)
+    assert_allclose(some.column_sums, some.weights.sum(axis=2), atol=1e-6)
+    assert_array_equal(some.hidden, every.hidden[:, [1, 3]])
+    assert every.key.shape == (3, 6, len(source), 8)
+    assert [x["is_causal"] for x in every.options] == [False] * 3
+
+
 @pytest.mark.parametrize("of", ["cross", "decoder", "encoder"])
 def test_without_its_heads_a_part_adds_nothing_of_what_is_seen(of, model):
     source, target = model.tokenize(TEXTS[0]), [5, 9, 30, 2]

@@ -22,7 +22,7 @@ for package in ("torch", "transformers"):
     pytest.importorskip(package, exc_type=ImportError)
 pytestmark = [
     pytest.mark.skipif(not EXAMPLE.exists(), reason="no examples beside the tests"),
-    pytest.mark.timeout(1200),  # half a minute, where the CPU is free
+    pytest.mark.timeout(1200),  # under a minute, where the CPU is free
 ]
 
 TEXT = "двести тридцать один"
@@ -98,3 +98,16 @@ def test_each_word_is_made_of_the_one_that_it_means(model):
     best = found.weights[0].max(axis=0)  # of its heads
     for word, meant in LOOKS.items():
         assert found.keys[best[found.queries.index(word)].argmax()] == meant
+
+
+def test_a_training_that_is_interrupted_leaves_no_folder(example, tmp_path, monkeypatch):
+    def interrupted(folder, epochs):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "ru-en"
+    monkeypatch.setattr(example, "train", interrupted)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--folder", str(folder)])
+    with pytest.raises(KeyboardInterrupt):
+        example.main()
+    assert not folder.exists()

@@ -44,6 +44,12 @@ def test_files_of_the_standard_library_are_read_and_channels_are_mixed():
     assert found.rate == 16000
 
 
+def test_numbers_that_are_not_finite_stay_so():
+    data = np.array([[np.inf, -np.inf], [3e38, 3e38], [np.nan, 0], [1, 0]], "<f4").tobytes()
+    found = _wav.of_bytes(wav(data, 3, channels=2, bits=32)).samples
+    assert_array_equal(np.isfinite(found), [False, False, False, True])
+
+
 def test_other_chunks_are_passed_over():
     data = wav(b"\x80\xff\x00", bits=8, before=b"LIST\x03\0\0\0abc\0", behind=b"\0LIST\0\0\0\0")
     assert_array_equal(_wav.of_bytes(data).samples, np.float32([0, 127 / 128, -1]))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastattn.models._checkpoint import Checkpoint
     from fastattn.models.whisper import WhisperModel
 
-LONGEST = 2 * 3600  # seconds of sound, which take about 1.5 GB
+LONGEST = 2 * 3600  # seconds of sound, which take 1.2 GB
 LOUDEST = 2.0**15  # of a sample: as of integers of 16 bits
 NO_SPEECH, UNLIKELY = 0.6, -1.0  # A window is silence if both say so: its words are made up.
 

@@ -86,7 +86,10 @@ def of_bytes(data: bytes) -> Sound:
     if (count := len(sound) // width) > LONGEST:
         raise ValueError(f"its sound must be at most {LONGEST} samples, got {count}")
     samples = _numbers(sound, kind, bits)
-    return Sound(samples.reshape(-1, channels).mean(axis=1) if channels > 1 else samples, rate)
+    if channels > 1:
+        with np.errstate(invalid="ignore", over="ignore"):  # of infinite and of huge numbers
+            samples = samples.reshape(-1, channels).mean(axis=1)
+    return Sound(samples, rate)
 
 
 def _chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:

@@ -207,6 +207,7 @@ OTHERS = [
     (lambda: filled(ZEROS, VALUES, capacity=2), MemoryError, "capacity must be >= the tokens kept and the new ones, got capacity=2, [0 0] + [3 3] tokens"),
     (lambda: filled(ZEROS, VALUES).reorder([0, 2]), ValueError, "indices must be within 0..batch - 1 = 0..1, got [0, 2]"),
     (lambda: filled(ZEROS, VALUES).reorder([0, 1, 0]), ValueError, "indices must broadcast to the batch shape (2,), got indices.shape=(3,)"),
+    (lambda: usual().reorder([-1, 0]), ValueError, "indices must be within 0..sequences - 1 = 0..1, got [-1, 0]"),
     (lambda: forgetful().evict(2, keep_first=5), ValueError, THREE_PARTS.format(5)),
     (lambda: forgetful().evict([9, 2], keep_first=[0, 6]), ValueError, THREE_PARTS.format(6)),
     (lambda: filled(HUGE, HUGE), MemoryError, "no room for a pool of 2 pages"),

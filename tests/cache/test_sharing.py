@@ -236,6 +236,25 @@ def test_reorder_takes_lengths_and_begins_along():
 
 
 @pytest.mark.promise("reorder-takes-everything-along")
+def test_sequences_go_on_from_others_in_the_order_they_were_added():
+    query, key, value = problem(np.float32, 300, batch=3)
+    cache = PagedKVCache(2, 16, value_head_dim=24)
+    first, *others = (cache.add() for _ in range(4))
+    cache.append(key, value, [300, 0, 140], sequences=others)
+    cache.free(first)
+    pages = cache.used_pages
+    cache.reorder([2, 0, 2])
+    assert cache.sequences == others
+    assert_array_equal(cache.lengths, [140, 300, 140])
+    assert cache.used_pages == pages  # shared, not copied
+    cache.append(key[:, :, :1], value[:, :, :1])
+    alone = KVCache(3, 2, 16, value_head_dim=24)
+    alone.append(key[[2, 0, 2]], value[[2, 0, 2]], [140, 300, 140])
+    alone.append(key[:, :, :1], value[:, :, :1])
+    assert_same_bits(cache.attend(query[:, :, :1]), alone.attend(query[:, :, :1]))
+
+
+@pytest.mark.promise("reorder-takes-everything-along")
 def test_ragged_beams_leave_nothing_behind():
     rng = np.random.default_rng(0)
     cache = KVCache(3, 1, 2, capacity=200)

@@ -377,7 +377,7 @@ def test_a_space_of_its_own_is_no_word(decoder):
         ("he", {"heads": 9}, ValueError, "heads must be within 0..8, those of the model, got 9"),
         ("he", {"word": "she"}, ValueError, "word must be a word of the text, got 'she', which is none; near it: 'he'"),
         ("he", {"generate": -1}, ValueError, "generate must be at least 0, got -1"),
-        ("he", {"key_tokens": ["he"]}, ValueError, "key_tokens must not be given with a model, which has no cross-attention"),
+        ("he", {"key_tokens": ["he"]}, ValueError, "key_tokens must not be given with a model, which knows them"),
         ("he", {"is_special": [True]}, ValueError, "is_special must not be given with a model, which knows them"),
         ("he " * 9000, {}, ValueError, "text must be at most 8192 tokens, the model's context, got 9001"),
     ],

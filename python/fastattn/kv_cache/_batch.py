@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
 import numpy as np
 
 from fastattn._options import ScoreOptions, options_of, takes
-from fastattn.kv_cache._arguments import PAGE_TOKENS, at_least_one, per_sequence
+from fastattn.kv_cache._arguments import PAGE_TOKENS, at_least_one
 from fastattn.kv_cache._files import Contents, StoredCache
 from fastattn.kv_cache._paged import PagedKVCache
 from fastattn.kv_cache._pool import NONE
@@ -266,9 +266,7 @@ return_column_sums, out
         indices : array of int broadcastable to (batch,)
             Within 0..batch - 1.
         """
-        self._cache._pool.reorder(
-            per_sequence("indices", indices, self.batch, 0, self.batch - 1, "0..batch - 1")
-        )
+        self._cache._reorder(indices, "0..batch - 1")
 
     def _contents(self) -> Contents:
         """Return what the cache is."""

@@ -571,6 +571,23 @@ class PagedKVCache(StoredCache):
             pool.fix(pages)
         pool.evict(rows, *left)
 
+    def reorder(self, indices: ArrayLike) -> None:
+        """Let each of `sequences` go on from what another one has: a step of beam search.
+
+        Nothing is copied now: sequences share what they have in common until one appends to it.
+
+        Parameters
+        ----------
+        indices : array of int broadcastable to (sequences,)
+            Sequence ``sequences[b]`` becomes a copy of ``sequences[indices[b]]``.
+        """
+        self._reorder(indices, "0..sequences - 1")
+
+    def _reorder(self, indices: Any, rule: str) -> None:
+        """Do what `reorder` does, whose indices must be by that rule."""
+        n = len(self._ids)
+        self._pool.reorder(per_sequence("indices", indices, n, 0, n - 1, rule))
+
     def _name_rows(self, ids: list[int]) -> None:
         """Let the rows of the table be the sequences of these ids."""
         self._ids = ids

@@ -30,7 +30,7 @@ def add_command(commands: Commands) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser("map", help="show where a model looks in a text")
     add = parser.add_argument
-    add("text", metavar="TEXT", help="- is stdin")
+    add("text", metavar="TEXT", help="- is stdin; the WAV file for a model that transcribes")
     add("--word", metavar="WORD", help="the word that looks; its second occurrence: WORD:2")
     add("--to", metavar="WORD", help="the word that is looked at: rank the heads")
     add("--layer", type=int, metavar="N", help="look at this layer alone")
@@ -57,6 +57,9 @@ def _map(options: argparse.Namespace) -> None:
             suffix_of(path, (suffix,))
     text = _read("-", "a TEXT").removesuffix("\n") if options.text == "-" else options.text
     model: Any = models.load(options.model)
+    if options.check and not hasattr(model, "score") and not hasattr(model, "encode"):
+        rule = "--check needs a model that scores or encodes a text"
+        raise ValueError(f"{rule}, got {options.model}, of type {type(model).__name__}")
     found = maps.show(
         model,
         text,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,7 +18,7 @@ from fastattn.maps._words import Choice, Words, merged
 from fastattn.nn import Floats
 
 if TYPE_CHECKING:
-    from fastattn.models import Decoder, Encoder
+    from fastattn.models import Decoder, Encoder, Transcriber, Translator
 
     Numbers = int | Sequence[int] | None
 
@@ -30,11 +31,22 @@ FORMS = (
 
 @overload
 def show(
-    weights: Decoder | Encoder,
+    weights: Decoder | Encoder | Translator,
     tokens: str,
     key_tokens: None = None,
     *,
     generate: int = 0,
+    layers: Numbers = None,
+    heads: Numbers = None,
+    word: Choice | None = None,
+    title: str | None = None,
+) -> Map: ...
+@overload
+def show(
+    weights: Transcriber,
+    tokens: str | os.PathLike[str] | ArrayLike,
+    key_tokens: None = None,
+    *,
     layers: Numbers = None,
     heads: Numbers = None,
     word: Choice | None = None,
@@ -68,13 +80,14 @@ def show(
 
     Parameters
     ----------
-    weights : Decoder, Encoder or array
+    weights : Decoder, Encoder, Translator, Transcriber or array
         A model of `fastattn.models`; or probabilities of shape (queries, keys), (heads, queries,
         keys) or (layers, heads, queries, keys), or a list of layers whose batch, if they have one,
         is 1, as transformers, torch and BertViz give them.
     tokens : str or sequence of str
-        The text that the model reads; or the tokens of the queries, spelt as byte-level BPE,
-        SentencePiece or WordPiece spell them, or with the spaces before them, or whole words.
+        The text that the model reads, or the sound that a Transcriber writes of, whose moments are
+        the keys, in seconds. Or the tokens of the queries, spelt as byte-level BPE, SentencePiece
+        or WordPiece spell them, or with the spaces before them, or whole words.
     key_tokens : sequence of str, optional
         The tokens of the keys, if those are of another text (cross-attention).
     is_special : sequence of bool, optional
@@ -117,8 +130,13 @@ def show(
     if hasattr(weights, "capture"):
         for name, given in (("key_tokens", key_tokens), ("is_special", is_special)):
             if given is not None:
-                why = "which has no cross-attention" if name == "key_tokens" else "which knows them"
-                raise ValueError(f"{name} must not be given with a model, {why}")
+                raise ValueError(f"{name} must not be given with a model, which knows them")
+        for name, of_source in (("transcribe", _of_sound), ("translate", _of_translation)):
+            if hasattr(weights, name):
+                if generate:
+                    kind = type(weights).__name__
+                    raise ValueError(f"generate must be 0 with a {kind}, got {generate}")
+                return of_source(weights, tokens, **options)
         return _of_model(weights, tokens, whole_number("generate", generate), **options)
     if generate:
         raise ValueError(f"generate needs a model, got {type(weights).__name__}")
@@ -170,11 +188,7 @@ def _of_model(
     model: Any, text: Any, generate: int, *, layers: Any, heads: Any, **options: Any
 ) -> Map:
     """Return the map of a model that reads a text, and may go on with it."""
-    config = model._model.config
-    chosen = [
-        _chosen("layers", layers, config.num_hidden_layers, "the model"),
-        _chosen("heads", heads, config.num_attention_heads, "the model"),
-    ]
+    chosen = _chosen_heads(model._model.config, layers, heads)
     writes = hasattr(model, "generate_ids")
     if generate < 0 or (generate and not writes):
         rule = "at least 0" if writes else "0 with an encoder, which does not write"
@@ -212,6 +226,47 @@ def _of_model(
         is_causal=writes,
         generated=len(rows.words) if generate else 0,
         code=f"with model.ablate([({{layer}}, {{head}})]): print({runs})",
+        **options,
+    )
+
+
+def _chosen_heads(config: Any, layers: Any, heads: Any) -> list[Any]:
+    """Return the numbers of the layers and heads that a map of a model has."""
+    return [
+        _chosen("layers", layers, config.num_hidden_layers, "the model"),
+        _chosen("heads", heads, config.num_attention_heads, "the model"),
+    ]
+
+
+def _of_sound(model: Any, audio: Any, *, layers: Any, heads: Any, **options: Any) -> Map:
+    """Return the map of what a model looks at as it writes down what is said."""
+    from fastattn.maps._sound import heard
+
+    chosen = _chosen_heads(model._model.parts["cross"].config, layers, heads)
+    weights, rows, columns = heard(model, audio, *chosen)
+    code = "with model.ablate([({layer}, {head})]): print(model.transcribe(audio))"
+    return _made(weights, rows, columns, None, chosen, is_causal=False, code=code, **options)
+
+
+def _of_translation(model: Any, text: Any, *, layers: Any, heads: Any, **options: Any) -> Map:
+    """Return the map of what a model looks at in a text as it translates it."""
+    chosen = _chosen_heads(model._model.parts["cross"].config, layers, heads)
+    source = model.tokenize(text)
+    ((best,),) = model.translate([text], n_best=1)
+    if not best.ids:
+        raise ValueError("text must have a translation for a map, and the model gives it none")
+    _bounded(len(chosen[0]) * len(chosen[1]), len(best.ids), len(source))
+    with model.capture(layers=chosen[0], heads=chosen[1]) as captured:
+        model.logits(source, best.ids)
+    tokens = model._tokenizer.encode(text).tokens
+    return _made(
+        captured.weights[:, :, :-1],  # The last row writes the end.
+        merged(_words.pieces_of_ids(model.detokenize, best.ids, 0), [False] * len(best.ids)),
+        merged(_words.pieces_of_tokens(tokens), _words.special_of(tokens, None)),
+        None,
+        chosen,
+        is_causal=False,
+        code="with model.ablate([({layer}, {head})]): print(model.translate([text]))",
         **options,
     )
 

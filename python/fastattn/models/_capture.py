@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,9 +19,6 @@ from numpy.typing import ArrayLike
 import fastattn
 from fastattn._arguments import as_array, whole_number
 from fastattn.nn import Floats, Integers
-
-if TYPE_CHECKING:
-    from fastattn.models._family import Model
 
 STATISTICS = ("weights", "top", "column_sums", "entropy", "maximum")
 WHAT = (*STATISTICS, "hidden", "query", "key", "value")
@@ -56,11 +53,35 @@ class Observer:
         """
 
 
+class Watched:
+    """What observers look on at, by its layers and heads: a model, or a part of one."""
+
+    config: Any
+    observers: tuple[Observer, ...] = ()
+
+    def begin(self, ids: Integers, lengths: Integers) -> None:
+        """Tell the observers what is read, and how long the texts are with it."""
+        for observer in self.observers:
+            observer.begin(ids, lengths)
+
+    def states(self, layer: int, x: Floats) -> Floats:
+        """Return x, of which the observers are told that a layer is given it."""
+        for observer in self.observers:
+            observer.states(layer, x)
+        return x
+
+    def attended(self, layer: int, attention: Attention, seen: Floats) -> Floats:
+        """Return what a layer sees, of which the observers are told."""
+        for observer in self.observers:
+            observer.attended(layer, attention, seen)
+        return seen
+
+
 T = TypeVar("T", bound=Observer)
 
 
 @contextlib.contextmanager
-def observing(model: Model[Any], observer: T) -> Iterator[T]:
+def observing(model: Watched, observer: T) -> Iterator[T]:
     """Let a model tell an observer what it does, for as long as the `with` lasts."""
     model.observers = (*model.observers, observer)
     try:
@@ -69,10 +90,23 @@ def observing(model: Model[Any], observer: T) -> Iterator[T]:
         model.observers = tuple(x for x in model.observers if x is not observer)
 
 
+@contextlib.contextmanager
+def unobserved(*watched: Watched) -> Iterator[None]:
+    """Let observers look away, for as long as the `with` lasts."""
+    before = [x.observers for x in watched]
+    for x in watched:
+        x.observers = ()
+    try:
+        yield
+    finally:
+        for x, observers in zip(watched, before, strict=True):
+            x.observers = observers
+
+
 class Observed:
     """What `Decoder` and `Encoder` share: their model can be looked into."""
 
-    _model: Model[Any]
+    _model: Watched
 
     def capture(
         self,
@@ -114,8 +148,9 @@ class Observed:
             A layer or a head is not there, or an argument is no such thing. In the `with`: the
             model is given several texts, or one that it has begun to read before.
         """
-        asked = {"layers": layers, "heads": heads, "rows": rows, "what": what, "top": top}
-        return observing(self._model, Capture(self._model, **asked))
+        model = self._model
+        asked = Capture(model, layers=layers, heads=heads, rows=rows, what=what, top=top)
+        return observing(model, asked)
 
     def ablate(self, heads: ArrayLike) -> AbstractContextManager[Any]:
         """Let heads give 0, for as long as a `with` lasts, to see what the model does without them.
@@ -188,7 +223,7 @@ class Capture(Observer):
     """
 
     def __init__(
-        self, model: Model[Any], *, layers: Any, heads: Any, rows: Any, what: Any, top: Any
+        self, model: Watched, *, layers: Any, heads: Any, rows: Any, what: Any, top: Any
     ) -> None:
         self._count = model.config.num_hidden_layers
         self.layers = _chosen("layers", layers, self._count)
@@ -289,13 +324,13 @@ class Capture(Observer):
 
     def _statistics(self) -> dict[str, Any]:
         """Return all that was asked of the weights."""
-        rows, tokens, what, found = self.rows, len(self.ids), self.what, dict[str, Any]()
+        rows, what, found = self.rows, self.what, dict[str, Any]()
         gaps = np.flatnonzero(np.diff(rows) != 1) + 1  # A call is given rows in succession.
         runs = [slice(*ends) for ends in pairwise([0, *gaps.tolist(), len(rows)])]
         for i, (layer, options) in enumerate(zip(self.layers.tolist(), self.options, strict=True)):
             query, key = self._heads("query", layer), self._heads("key", layer)
             for run in runs:
-                single = np.arange(run.stop - run.start), np.arange(tokens)
+                single = np.arange(run.stop - run.start), np.arange(key.shape[1])
                 statistics = fastattn.attention_statistics(
                     query[None, :, run],
                     key[None],
@@ -325,7 +360,7 @@ class Capture(Observer):
 class Ablation(Observer):
     """Who takes heads away."""
 
-    def __init__(self, model: Model[Any], heads: ArrayLike) -> None:
+    def __init__(self, model: Watched, heads: ArrayLike) -> None:
         pairs = as_array("heads", heads, "integers")
         self._heads: dict[int, Integers] = {}
         if not pairs.size:

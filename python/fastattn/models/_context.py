@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -110,11 +110,19 @@ class Context:
             cache.attend(q, sequences=ids, out=result, **options)
         return out.reshape(len(out), -1)
 
-    def keep(self, indices: Collection[int]) -> None:
-        """Drop all sequences but these, which are numbered anew in their order."""
-        for i, sequence in enumerate(self._ids):
-            if i not in indices:
-                for cache in self._caches:
-                    cache.free(sequence)
-        kept = [i for i in range(len(self._ids)) if i in indices]
-        self._ids, self.lengths = [self._ids[i] for i in kept], self.lengths[kept]
+    def reorder(self, indices: Sequence[int]) -> None:
+        """Go on with these sequences, which are numbered anew in this order.
+
+        One that is named several times goes on in several ways, and what it has read is shared.
+        Others are dropped.
+        """
+        more = len(indices) - len(self.lengths)
+        every = [*indices, *[0] * -more]  # also of the rows that are dropped
+        for cache in self._caches:
+            for _ in range(more):
+                cache.add()
+            if every != list(range(len(every))):
+                cache.reorder(every)
+            for sequence in cache.sequences[len(indices) :]:
+                cache.free(sequence)
+        self._ids, self.lengths = self._caches[0].sequences, self.lengths[list(indices)]

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn import nn
-from fastattn._arguments import as_array, whole_number
+from fastattn._arguments import whole_number
 from fastattn.models._capture import Observed
 from fastattn.models._chat import checked_messages, render
 from fastattn.models._generation import READ_TOKENS, Generation
 from fastattn.models._sampling import Options, Sampling, takes
 from fastattn.models._streaming import StoppedText, TextStream, pieces_of
-from fastattn.models._tokens import encoded, unicode_text
+from fastattn.models._tokens import encoded, fitting, tokens_of, unicode_text
 from fastattn.nn import Floats, Integers
 
 if TYPE_CHECKING:
@@ -362,21 +362,8 @@ class Decoder(Observed):
 
     def _fitting(self, name: str, ids: Sequence[int] | Integers) -> Integers:
         """Return tokens, which must be some and fit into the context."""
-        if not len(ids):
-            raise ValueError(f"{name} must be at least 1 token, got 0")
-        if len(ids) > self.max_position_embeddings:
-            rule = f"at most {self.max_position_embeddings} tokens, the model's context"
-            raise ValueError(f"{name} must be {rule}, got {len(ids)}")
-        return np.asarray(ids, np.int64)
+        return fitting(name, ids, self.max_position_embeddings)
 
     def _tokens(self, name: str, ids: ArrayLike) -> Integers:
         """Return tokens that a user gives, which must be of the vocabulary."""
-        array = as_array(name, ids, "integers")
-        if array.ndim != 1:
-            raise ValueError(f"{name} must have one axis, got {name}.shape={array.shape}")
-        if array.size and array.dtype.kind not in "iu":
-            raise TypeError(f"{name} must be integers, not {array.dtype}")
-        last = self.config.vocab_size - 1
-        for wrong in array[(array < 0) | (array > last)][:1]:
-            raise ValueError(f"{name} must be within 0..{last}, the vocabulary, got {wrong}")
-        return array.astype(np.int64)
+        return tokens_of(name, ids, self.config.vocab_size)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from fastattn.models._capture import Observed
 from fastattn.models._family import EncoderModel
 from fastattn.models._progress import progress_line
-from fastattn.models._tokens import encoded, unicode_text
+from fastattn.models._tokens import encoded, unicode_text, unicode_texts
 from fastattn.nn import Floats, linear
 
 if TYPE_CHECKING:
@@ -128,18 +128,15 @@ class Encoder(Observed):
             A text is no str, or holds half of a surrogate pair; the prompt is unknown; the
             tokenizer fails; weights are not finite.
         """
-        if isinstance(texts, str) or not isinstance(texts, Iterable):
-            found = "a str: give [text]" if isinstance(texts, str) else type(texts).__name__
-            raise TypeError(f"texts must be a sequence of str, got {found}")
+        texts = unicode_texts("texts", texts)
         prompt = self._prompt(self._default_prompt if prompt_name is None else prompt_name)
-        texts = [unicode_text(f"texts[{i}]", text) for i, text in enumerate(texts)]
         sizes = [TEXT_CHARACTERS + len(prompt) + len(x) for x in texts]
         out = np.empty((len(texts), self._width), np.float32)
         with progress_line(f"{len(texts)} texts", sum(sizes), progress) as advance:
-            for chunk in _batches(sizes, CHUNK_CHARACTERS):
+            for chunk in batches(sizes, CHUNK_CHARACTERS):
                 tokens = self._tokenize([prompt + texts[i] for i in chunk])
                 pooled = np.zeros((len(chunk), self._model.config.hidden_size), np.float32)
-                for batch in _batches([len(x) for x in tokens], BATCH_TOKENS):
+                for batch in batches([len(x) for x in tokens], BATCH_TOKENS):
                     starts = np.cumsum([0, *(len(tokens[i]) for i in batch)], dtype=np.int64)
                     states = self._model(np.concatenate([tokens[i] for i in batch]), starts)
                     for i, (begin, end) in zip(batch, pairwise(starts), strict=True):
@@ -171,7 +168,7 @@ class Encoder(Observed):
         return encoded(self._tokenizer, texts)
 
 
-def _batches(sizes: list[int], most: int) -> Iterator[list[int]]:
+def batches(sizes: list[int], most: int) -> Iterator[list[int]]:
     """Yield the indices of texts, largest first, in batches of at most that size, or one text.
 
     A text of size 0 is in none.

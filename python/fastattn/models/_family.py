@@ -18,7 +18,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from fastattn import nn
-from fastattn.models._capture import Attention, Observer
+from fastattn.models._capture import Attention, Watched
 from fastattn.models._context import Context
 from fastattn.models._file import KINDS, check, shown
 from fastattn.nn import Floats, Integers
@@ -162,14 +162,14 @@ class RotaryConfig(BaseConfig):
 C = TypeVar("C", bound=BaseConfig)
 
 
-class Model(ABC, Generic[C]):
+class Model(Watched, ABC, Generic[C]):
     """A model: what it computes with its configuration, and with its weights by their names.
 
     Weights with two axes are as stored, of any type that `nn.linear` reads; others are float32.
     The configuration has `num_hidden_layers` and `num_attention_heads`, as keys or as properties.
     """
 
-    observers: tuple[Observer, ...] = ()  # who are told what it does
+    config: C
 
     def __init__(self, config: C, weights: Mapping[str, Any]) -> None:
         self.config, self.weights = config, weights
@@ -255,14 +255,11 @@ class DecoderModel(Model[C]):
         how each attends.
         """
         context.observers = self.observers
-        for observer in self.observers:
-            observer.begin(ids, context.lengths)
+        self.begin(ids, context.lengths)
         for i in range(context.layers):
-            for observer in self.observers:
-                observer.states(i, x)
+            self.states(i, x)
             yield i
-        for observer in self.observers:
-            observer.states(context.layers, x)
+        self.states(context.layers, x)
 
 
 class EncoderModel(Model[C]):
@@ -271,17 +268,6 @@ class EncoderModel(Model[C]):
     @abstractmethod
     def __call__(self, ids: Integers, cu_seqlens: Integers) -> Floats:
         """Return the last hidden states of packed texts, of shape (tokens, hidden_size)."""
-
-    def begin(self, ids: Integers, cu_seqlens: Integers) -> None:
-        """Tell the observers what is read."""
-        for observer in self.observers:
-            observer.begin(ids, np.diff(cu_seqlens))
-
-    def states(self, layer: int, x: Floats) -> Floats:
-        """Return x, of which the observers are told that a layer is given it."""
-        for observer in self.observers:
-            observer.states(layer, x)
-        return x
 
     def attend(
         self,
@@ -294,10 +280,8 @@ class EncoderModel(Model[C]):
     ) -> Floats:
         """Do what `nn.multi_head_attention` does, of which the observers are told."""
         seen = nn.multi_head_attention(query, key, value, heads, cu_seqlens)
-        for observer in self.observers:
-            q, k, v = (x.reshape(len(x), heads, -1) for x in (query, key, value))
-            observer.attended(layer, Attention(q, k, v, {"is_causal": False}), seen)
-        return seen
+        q, k, v = (x.reshape(len(x), heads, -1) for x in (query, key, value))
+        return self.attended(layer, Attention(q, k, v, {"is_causal": False}), seen)
 
 
 def parameters(weights: Mapping[str, tuple[int, ...]], *, bias: bool = True) -> Shapes:
@@ -315,6 +299,7 @@ def _kinds(config: type[BaseConfig]) -> dict[str, tuple[Any, ...]]:
     """Return which of `KINDS` each key's value may be."""
     found = {}
     for key, hint in typing.get_type_hints(config, include_extras=True).items():
-        hints = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        is_union = typing.get_origin(hint) in (UnionType, typing.Union)
+        hints = typing.get_args(hint) if is_union else (hint,)
         found[key] = tuple(x if x in KINDS else typing.get_origin(x) for x in hints)
     return found

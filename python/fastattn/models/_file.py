@@ -25,6 +25,7 @@ LARGEST_FILE = 100_000_000  # bytes, but for tensors: what safetensors allow a h
 MOST_ITEMS = 10_000_000  # of JSON: one of three bytes takes some hundred in memory
 Tensor = NDArray[Any] | Quantised
 Natural = Annotated[int, "or 0"]
+Power = Annotated[float, "of any sign"]
 
 shown = reprlib.Repr()  # An error shows the beginning of what was found.
 shown.maxlevel, shown.maxstring = 2, 200
@@ -72,6 +73,10 @@ KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {  # of a value: the rule,
     float: (
         "a number from 1e-30 to 1e30",
         lambda x: type(x) in (int, float) and 1e-30 <= x <= 1e30,
+    ),
+    Power: (
+        "a number from -30 to 30",
+        lambda x: type(x) in (int, float) and -30 <= x <= 30,
     ),
     bool: ("true or false", lambda x: type(x) is bool),
     str: ("a string in UTF-8", lambda x: type(x) is str and is_unicode(x)),

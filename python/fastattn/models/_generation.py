@@ -62,7 +62,7 @@ class Generation:
         """End some of the prompts that go on, and free what was read of them."""
         if prompts:
             kept = [place for place, i in enumerate(self._unread) if i not in prompts]
-            self._context.keep(kept)
+            self._context.reorder(kept)
             self._unread = {i: x for i, x in self._unread.items() if i not in prompts}
 
     def step(self) -> dict[int, int]:

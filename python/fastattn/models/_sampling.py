@@ -92,7 +92,7 @@ class Sampling:
         """Return the ids that the filters leave, None for all, and their weights: the most is 1."""
         ids = None
         if self.top_k is not None and self.top_k < len(logits):
-            ids = _largest(logits, self.top_k, np.partition(logits, -self.top_k)[-self.top_k])
+            ids = largest(logits, self.top_k, np.partition(logits, -self.top_k)[-self.top_k])
             logits = logits[ids]
         weights = logits - most
         # float32 holds no number between these limits' reciprocals that matters.
@@ -114,14 +114,14 @@ class Sampling:
         least = np.float32((1 - self.top_p) * whole / len(weights))
         most = np.sort(weights[weights >= least])[::-1]
         count = int(most.cumsum(dtype=np.float64).searchsorted(self.top_p * whole)) + 1
-        return _largest(weights, count, most[min(count, len(most)) - 1])
+        return largest(weights, count, most[min(count, len(most)) - 1])
 
     def _likely(self, weights: Floats) -> NDArray[np.intp] | None:
         """Return the places that min_p leaves."""
         return np.flatnonzero(weights >= np.float32(self.min_p)) if self.min_p else None
 
 
-def _largest(x: Floats, count: int, least: np.float32) -> NDArray[np.intp]:
+def largest(x: Floats, count: int, least: np.float32) -> NDArray[np.intp]:
     """Return the places of the largest numbers, of which one is the least; the first of equals."""
     places = np.flatnonzero(x >= least)
     if len(places) > count:

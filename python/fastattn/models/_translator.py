@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn._arguments import finite_number, whole_number
-from fastattn.models._beam_search import Search, search
+from fastattn.models._beam_search import Search, number_of_beams, search
 from fastattn.models._encoder import BATCH_TOKENS, batches
 from fastattn.models._encoder_decoder import EncoderDecoder
 from fastattn.models._family import BaseConfig
@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from fastattn.models.marian import MarianMTModel
 
 BEAM_TOKENS = 16  # of a batch, that each beam of a text counts for at least
+USUAL = {  # keys of what the search does not do, and their values where it is not asked for
+    **dict.fromkeys(("do_sample", "token_healing"), False),
+    **dict.fromkeys(("min_length", "min_new_tokens", "diversity_penalty", "penalty_alpha"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1),
+    **dict.fromkeys(("num_beam_groups", "guidance_scale"), 1),
+    **dict.fromkeys(("sequence_bias", "exponential_decay_length_penalty", "constraints")),
+    **dict.fromkeys(("begin_suppress_tokens", "force_words_ids", "stop_strings", "max_time")),
+    **dict.fromkeys(("watermarking_config", "dola_layers")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +44,7 @@ class GenerationConfig(BaseConfig):
 
     decoder_start_token_id: Natural
     max_length: int | None = None  # the start included
+    max_new_tokens: int | None = None  # It counts, where both are there.
     num_beams: int = 1
     length_penalty: Power = 1.0
     early_stopping: bool | str = False
@@ -42,20 +53,21 @@ class GenerationConfig(BaseConfig):
     forced_bos_token_id: Natural | None = None
     forced_eos_token_id: Natural | None = None
     renormalize_logits: bool = False
-    do_sample: bool = False
-    min_length: Natural = 0
-    no_repeat_ngram_size: Natural = 0
-    repetition_penalty: float = 1.0
+
+    @classmethod
+    def read(cls, stated: Mapping[str, Any]) -> Self:
+        """Return what a file says; refuse what the search does not do."""
+        for key, usual in USUAL.items():
+            if (found := stated.get(key)) not in (None, usual):
+                raise ValueError(f"{key} must be {usual}, got {shown.repr(found)}")
+        return super().read(stated)
 
     def __post_init__(self) -> None:
-        """Refuse what the search does not do."""
+        """Refuse what is no search."""
         super().__post_init__()
+        number_of_beams("num_beams", self.num_beams)
         if isinstance(self.early_stopping, str):
             self.one_of("early_stopping", "never")
-        for key, usual in (("do_sample", False), ("repetition_penalty", 1)):
-            self.one_of(key, usual)
-        for key in ("min_length", "no_repeat_ngram_size"):
-            self.one_of(key, 0)
         for word in self.bad_words_ids or ():
             if not isinstance(word, list) or len(word) != 1:
                 rule = "bad_words_ids must be lists of one token"
@@ -77,7 +89,9 @@ class GenerationConfig(BaseConfig):
                 raise ValueError(f"tokens must be below {vocab_size}, the vocabulary, got {token}")
         return Search(
             stop_ids=stop_ids,
-            max_new_tokens=min(most, max((self.max_length or most + 1) - 1, 1)),
+            max_new_tokens=min(
+                most, self.max_new_tokens or max((self.max_length or most + 1) - 1, 1)
+            ),
             beams=self.num_beams,
             length_penalty=self.length_penalty,
             early_stopping=self.early_stopping,
@@ -125,10 +139,11 @@ class Translator(EncoderDecoder):
         self._model, self._tokenizer = model, checkpoint.tokenizer
         self.config, self.stop_ids = model.config, checkpoint.stop_ids
         self.max_position_embeddings: int = model.config.max_position_embeddings
-        with within(checkpoint.place / "generation_config.json"):
+        said, start = checkpoint.generation or checkpoint.config, "decoder_start_token_id"
+        with within(checkpoint.place / f"{'generation_' * bool(checkpoint.generation)}config.json"):
             if not self.stop_ids:
                 raise ValueError("eos_token_id must be there, and is not")
-            stated = GenerationConfig.read({**checkpoint.config, **checkpoint.generation})
+            stated = GenerationConfig.read({start: checkpoint.config.get(start), **said})
             limits = self.max_position_embeddings, model.config.target_vocab_size
             self._search = stated.search(self.stop_ids, *limits)
         self._start = np.array([stated.decoder_start_token_id])
@@ -212,8 +227,9 @@ class Translator(EncoderDecoder):
         texts : sequence of str
             Of one token at least, and at most `max_position_embeddings`.
         beams : int, optional
-            How many beginnings of a translation are kept at each step; with 1, it goes on by the
-            likeliest token. By default as the checkpoint says, as are the other options.
+            How many beginnings of a translation are kept at each step, at most 1000; with 1, it
+            goes on by the likeliest token. By default as the checkpoint says, as are the other
+            options.
         n_best : int, optional
             Return so many translations of each text, the best first, with their scores: at most as
             many as there are beams. By default the best one, as a str.
@@ -294,13 +310,12 @@ class Translator(EncoderDecoder):
     def _options(self, beams: Any, length_penalty: Any, max_new_tokens: Any) -> Search:
         """Return how texts are looked for, with the options that are given."""
         given: dict[str, Any] = {}
-        for name, x in (("beams", beams), ("max_new_tokens", max_new_tokens)):
-            if x is not None:
-                if whole_number(name, x) < 1:
-                    raise ValueError(f"{name} must be >= 1, got {x}")
-                given[name] = int(x)
+        if beams is not None:
+            given["beams"] = number_of_beams("beams", beams)
         if max_new_tokens is not None:
-            given["max_new_tokens"] = min(given["max_new_tokens"], self.max_position_embeddings)
+            if whole_number("max_new_tokens", max_new_tokens) < 1:
+                raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+            given["max_new_tokens"] = min(int(max_new_tokens), self.max_position_embeddings)
         if length_penalty is not None:
             if abs(finite_number("length_penalty", length_penalty)) > 30:
                 raise ValueError(f"length_penalty must be from -30 to 30, got {length_penalty}")

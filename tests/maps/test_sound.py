@@ -8,7 +8,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from fastattn import maps, models
-from tests.support.speech import RATE, one_by_one, wav
+from fastattn.maps import _show
+from tests.support.speech import RATE, one_by_one, wav, write
 
 pytest.importorskip("tokenizers")
 WORDS = ["river", "silver", "summer", "garden", "yellow", "table"]
@@ -95,3 +96,19 @@ def test_links_files_and_the_head_that_is_taken_away(model, sound, tmp_path):
 def test_what_is_no_map_is_refused(model, seconds, options, message):
     with pytest.raises(ValueError, match=rf"^{message}$"):
         maps.show(model, np.zeros(seconds * RATE, np.float32), **options)
+
+
+def test_a_map_that_would_be_too_large_is_refused(model, sound, monkeypatch):
+    monkeypatch.setattr(_show, "CELLS", 10_000)
+    message = r"audio must be shorter, or .*, got 24 heads of \d+ x \d+ tokens, .*"
+    with pytest.raises(ValueError, match=rf"^{message}$"):
+        maps.show(model, sound[0])
+    assert maps.show(model, sound[0], layers=3, heads=3).layers == (3,)
+
+
+def test_more_words_than_fit_are_refused(tmp_path):
+    pytest.importorskip("transformers", exc_type=ImportError)
+    model = models.load(write(tmp_path, seed=11))
+    samples = np.random.default_rng(0).standard_normal(RATE) / 100
+    with pytest.raises(ValueError, match=r"^audio must have at most 38 tokens for a map, got 52$"):
+        maps.show(model, samples)

@@ -152,7 +152,7 @@ def test_the_model_is_that_of_the_folder_it_was_made_of(source, quantization, tm
     folder = converted(source, tmp_path, quantization)
     found, expected = models.load(folder), models.load(source)
     assert models.load(folder / "model.bin").config == found.config
-    for key in ("suppress_tokens", "begin_suppress_tokens", "alignment_heads", *SIZES):
+    for key in ("suppress_tokens", "alignment_heads", *SIZES):
         assert getattr(found.config, key, None) == getattr(expected.config, key, None)
     if quantization is None:
         for key, x in expected._model.weights.items():
@@ -176,6 +176,20 @@ def test_the_model_is_that_of_the_folder_it_was_made_of(source, quantization, tm
 def test_other_models_are_refused(source, quantization, changed, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         models.load(converted(source, tmp_path, quantization, **changed))
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"suppress_ids": [-1]}, "suppress_ids must be tokens below vocab_size, 315, got -1"),
+        ({"suppress_ids": 3}, "suppress_ids must be a list or null, got 3"),
+        ({"alignment_heads": [[3, 0]]}, r"alignment_heads must be pairs .*, got \[3, 0\]"),
+    ],
+)
+def test_a_wrong_key_is_said_to_be_where_it_is(source, stated, message, tmp_path):
+    (converted(source, tmp_path) / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: {message}$"):
+        models.load(tmp_path)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 """What is said is written down, and when; sounds that are none are refused."""
 
 import importlib.util
+import json
 import re
 
 import numpy as np
@@ -184,8 +185,9 @@ WRONG = [
     (
         {"audio": np.full(999, 1e6)},
         ValueError,
-        "audio must be finite, and at most 32768.0, got 1.*",
+        r"audio must be finite, and at most 100.0 \(divide integers of 16 bits by 32768\), got 1.*",
     ),
+    ({"audio": np.full(999, 101.0)}, ValueError, "audio must be finite, .*, got 101.0"),
     (
         {"sampling_rate": 8000},
         ValueError,
@@ -235,6 +237,68 @@ def test_a_tokenizer_without_times_is_refused(tmp_path):
     path.write_text(path.read_text().replace("<|notimestamps|>", "<|other|>"))
     with pytest.raises(ValueError, match=r"must have the token <\|notimestamps\|>, and has not"):
         models.load(tmp_path)
+
+
+def test_a_tokenizer_without_languages_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", exc_type=ImportError)
+    monkeypatch.setattr(_speech_tokens, "MULTILINGUAL", SIZES["vocab_size"])
+    message = rf"^{tmp_path}: the tokenizer must have tokens of languages, as <\|en\|>, got none$"
+    path = write(tmp_path) / "tokenizer.json"
+    path.write_text(re.sub(r"<\|(en|de|ru)\|>", r"<|\1_|>", path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        models.load(tmp_path)
+
+
+def changed(folder, config=(), generation=()):
+    """Write a folder of English; let its two files of JSON say something else."""
+    write(folder)
+    for name, stated in (("config", config), ("generation_config", generation)):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(stated)))
+    return folder
+
+
+def test_each_file_says_what_is_its_own(tmp_path):
+    pytest.importorskip("transformers", exc_type=ImportError)
+    config = {"suppress_tokens": [5], "alignment_heads": [[0, 0]]}
+    sizes = {"vocab_size": 999, "d_model": 12, "decoder_layers": 1, "model_type": "bert"}
+    found = models.load(changed(tmp_path, config, {**sizes, "suppress_tokens": None})).config
+    assert (found.vocab_size, found.d_model, found.decoder_layers) == (315, 24, 3)
+    assert (found.suppress_tokens, found.alignment_heads) == (None, [[1, 0], [2, 3]])
+    (tmp_path / "generation_config.json").unlink()
+    found = models.load(tmp_path).config
+    assert (found.suppress_tokens, found.alignment_heads) == ([5], [[0, 0]])
+
+
+def test_a_wrong_key_is_said_to_be_where_it_is(tmp_path):
+    pytest.importorskip("transformers", exc_type=ImportError)
+    path = changed(tmp_path, generation={"alignment_heads": [[3, 0]]}) / "generation_config.json"
+    with pytest.raises(ValueError, match=rf"^{path}: alignment_heads must be .*, got \[3, 0\]$"):
+        models.load(tmp_path)
+
+
+def test_bfloat16(small):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    sound = np.random.default_rng(0).standard_normal(RATE).astype(ml_dtypes.bfloat16)
+    expected = small.transcribe(sound.astype(np.float32))
+    assert small.transcribe(sound) == expected
+    torch = pytest.importorskip("torch", exc_type=ImportError)
+    tensor = torch.from_numpy(sound.astype(np.float32)).to(torch.bfloat16)
+    assert small.transcribe(tensor) == expected
+
+
+def test_a_head_is_taken_away_of_all_that_the_model_hears(small, tiny):
+    sound = np.random.default_rng(0).standard_normal(RATE // 2) / 8
+    every = [(layer, head) for layer in range(3) for head in range(4)]
+    language = small.transcribe(sound).language
+    with small.ablate(every, of="decoder"), small.ablate(every):
+        assert small.transcribe(sound).language != language
+    words = one_by_one(WORDS[:4])[0]
+    expected = tiny.transcribe(words, words=True)
+    with tiny.ablate([(3, 1)]):
+        found = tiny.transcribe(words, words=True)
+    assert found.segments[0].ids == expected.segments[0].ids
+    assert abs(found.words[2].probability - expected.words[2].probability) > 0.01
 
 
 def test_the_same_sound_gives_the_same_bits(small):

@@ -2,7 +2,9 @@
 """A WAV file gives the sound that is in it, and a damaged one an error."""
 
 import io
+import os
 import struct
+import tracemalloc
 import wave
 
 import numpy as np
@@ -91,6 +93,31 @@ def test_damaged_files_are_refused(data, message, tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"^{path}: (?:{message})$"):
         _wav.read(path)
+
+
+def test_many_chunks_take_no_memory():
+    data = wav(DATA, before=b"".join(b"%04x\0\0\0\0" % i for i in range(60_000)))
+    tracemalloc.start()
+    assert len(_wav.of_bytes(data).samples) == 1000
+    assert tracemalloc.get_traced_memory()[1] < len(data)
+    tracemalloc.stop()
+
+
+def test_no_more_than_is_allowed_is_read(monkeypatch):
+    monkeypatch.setattr(_wav, "LARGEST", 1000)
+    end, begin = os.pipe()
+    os.write(begin, wav(DATA))
+    os.close(begin)
+    path = f"/dev/fd/{end}"
+    with pytest.raises(ValueError, match=f"^{path}: it must be at most 1000 bytes, got more$"):
+        _wav.read(path)
+    os.close(end)
+
+
+def test_numbers_of_all_channels_are_counted(monkeypatch):
+    monkeypatch.setattr(_wav, "LONGEST", 999)
+    with pytest.raises(ValueError, match=r"^its sound must be at most 999 numbers, got 1000$"):
+        _wav.of_bytes(wav(DATA, channels=2))
 
 
 def test_any_bytes_give_a_sound_or_an_error():

@@ -96,7 +96,7 @@ def test_sentences_and_times_are_those_of_transformers(seed, languages, tmp_path
         ({"decoder_layers": 1001}, "decoder_layers must be at most 1000, got 1001"),
         ({"num_mel_bins": None}, "num_mel_bins must be there, and is not"),
         ({"suppress_tokens": [1, -1]}, "suppress_tokens must be tokens below .*, 315, got -1"),
-        ({"begin_suppress_tokens": [True]}, "begin_suppress_tokens must be tokens .*, got True"),
+        ({"suppress_tokens": [True]}, "suppress_tokens must be tokens .*, got True"),
         ({"alignment_heads": [[3, 0]]}, r"alignment_heads must be .* below 3 and 4, got \[3, 0\]"),
         ({"alignment_heads": [[0, 4]]}, r"alignment_heads must be .*, got \[0, 4\]"),
         ({"alignment_heads": [[0, 1.0]]}, r"alignment_heads must be .*, got \[0, 1.0\]"),

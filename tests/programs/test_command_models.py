@@ -316,6 +316,12 @@ def test_transcribe_prints_a_line_for_each_sentence_or_word(call, tmp_path):
     assert call("transcribe", "-", stdin=data)[1].startswith("320 of 44100\n")
 
 
+def test_transcribe_reads_no_more_of_stdin_than_is_allowed(call, monkeypatch):
+    monkeypatch.setattr(_wav, "LARGEST", 100)
+    errors = "fastattn: error: stdin: it must be at most 100 bytes, got more\n"
+    assert call("transcribe", "-", stdin=wav(bytes(320))) == (2, "", errors)
+
+
 # What is wrong.
 
 

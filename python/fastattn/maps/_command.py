@@ -30,7 +30,7 @@ def add_command(commands: Commands) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser("map", help="show where a model looks in a text")
     add = parser.add_argument
-    add("text", metavar="TEXT", help="- is stdin; the WAV file for a model that transcribes")
+    add("text", metavar="TEXT", help="- is stdin; a WAV file's path for a model that transcribes")
     add("--word", metavar="WORD", help="the word that looks; its second occurrence: WORD:2")
     add("--to", metavar="WORD", help="the word that is looked at: rank the heads")
     add("--layer", type=int, metavar="N", help="look at this layer alone")
@@ -55,8 +55,13 @@ def _map(options: argparse.Namespace) -> None:
     for name, suffix in (("html", ".html"), ("png", ".png")):
         if (path := getattr(options, name)) is not None:
             suffix_of(path, (suffix,))
-    text = _read("-", "a TEXT").removesuffix("\n") if options.text == "-" else options.text
     model: Any = models.load(options.model)
+    text = options.text
+    if text == "-" and hasattr(model, "transcribe"):
+        kind = type(model).__name__
+        raise ValueError(f"TEXT must be the path of a WAV file for a model of type {kind}, got -")
+    if text == "-":
+        text = _read("-", "a TEXT").removesuffix("\n")
     if options.check and not hasattr(model, "score") and not hasattr(model, "encode"):
         rule = "--check needs a model that scores or encodes a text"
         raise ValueError(f"{rule}, got {options.model}, of type {type(model).__name__}")

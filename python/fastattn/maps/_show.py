@@ -293,11 +293,11 @@ def _read(model: Any, text: Any) -> tuple[list[int], list[str]]:
     return encoding.ids, [name if is_added else piece for is_added, name, piece in added]
 
 
-def _bounded(heads: int, rows: int, columns: int) -> None:
+def _bounded(heads: int, rows: int, columns: int, name: str = "text") -> None:
     """Refuse a map that would be too large."""
     if (cells := heads * rows * columns) > CELLS:
         raise ValueError(
-            f"text must be shorter, or layers= and heads= fewer, for at most {CELLS:,} numbers, "
+            f"{name} must be shorter, or layers= and heads= fewer, for at most {CELLS:,} numbers, "
             f"got {heads} heads of {rows} x {columns} tokens, {cells:,}; pyramid is for long texts"
         )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn.maps import _words
+from fastattn.maps._show import _bounded
 from fastattn.maps._words import Words, merged
 from fastattn.models._log_mel import FRAMES, HOP, RATE
 from fastattn.models._speech_tokens import FRAMES_OF_TIME
@@ -40,10 +41,14 @@ def heard(model: Transcriber, audio: Any, layers: Any, heads: Any) -> Heard:
     ids = [x for segment in found.segments for x in segment.ids]
     if not ids:
         raise ValueError("audio must have a word for a map, and the model hears none")
+    prompt = [*model._tokens.prompts[found.language], model._tokens.no_times]
+    if len(ids) > (most := model.config.max_target_positions - len(prompt)):
+        raise ValueError(f"audio must have at most {most} tokens for a map, got {len(ids)}")
+    count = -(-frames // FRAMES_OF_TIME)
+    _bounded(len(layers) * len(heads), len(ids), count, "audio")
     with model.capture(of="cross", layers=layers, heads=heads) as captured:
         orders, _ = model._read(ids, model._heard(model._spectrogram(samples), 0), found.language)
     weights = captured.weights[:, :, orders:-1]
-    count = -(-frames // FRAMES_OF_TIME)
     behind = weights[..., count:].sum(axis=3, keepdims=True)
     # A column is a multiple of a tenth of a second.
     step = FRAMES // FRAMES_OF_TIME // 10 * -(-frames // (FRAMES // 10 * MOMENTS))

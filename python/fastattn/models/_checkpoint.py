@@ -54,6 +54,7 @@ class Checkpoint(NamedTuple):
     special: Mapping[str, str]  # the special tokens that a template may name
     stop_ids: frozenset[int]  # tokens that end a text
     generation: Mapping[str, Any] = MappingProxyType({})  # as of generation_config.json
+    generation_place: Path | None = None  # the file that says `generation`
 
 
 def from_folder(folder: Path) -> Checkpoint:
@@ -94,6 +95,7 @@ def from_folder(folder: Path) -> Checkpoint:
         special,
         stops,
         generation,
+        folder / "generation_config.json",
     )
 
 

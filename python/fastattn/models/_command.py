@@ -265,7 +265,7 @@ def _transcribe(options: argparse.Namespace) -> None:
     asked = {"language": options.language, "words": options.words, "beams": options.beams}
     if options.file == "-":
         with within("stdin"):
-            sound = _wav.of_bytes(sys.stdin.buffer.read())
+            sound = _wav.of_file(sys.stdin.buffer)
         found = model.transcribe(sound.samples, sampling_rate=sound.rate, **asked)
     else:
         found = model.transcribe(options.file, **asked)

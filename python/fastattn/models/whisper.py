@@ -7,8 +7,11 @@ decoder writes of what it heard.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from fastattn.models._encoder_decoder import (
     SourceContext,
 )
 from fastattn.models._family import Shapes, parameters
-from fastattn.models._file import shown
+from fastattn.models._file import check, shown
 from fastattn.nn import Floats, Integers, gelu
 
 KERNEL = 3  # frames that a convolution sees
@@ -34,7 +37,6 @@ class Config(EncoderDecoderConfig):
     max_target_positions: int
     tie_word_embeddings: bool = True
     suppress_tokens: list[Any] | None = None
-    begin_suppress_tokens: list[Any] | None = None
     alignment_heads: list[Any] | None = None  # by layer and head
 
     def __post_init__(self) -> None:
@@ -42,16 +44,18 @@ class Config(EncoderDecoderConfig):
         super().__post_init__()
         self.one_of("tie_word_embeddings", True)
         self.one_of("scale_embedding", False)
-        for key in ("suppress_tokens", "begin_suppress_tokens"):
-            for x in getattr(self, key) or ():
-                if type(x) is not int or not 0 <= x < self.vocab_size:
-                    rule = f"tokens below vocab_size, {self.vocab_size}"
-                    raise ValueError(f"{key} must be {rule}, got {shown.repr(x)}")
+        check_tokens("suppress_tokens", self.suppress_tokens, self.vocab_size)
         layers, heads = range(self.decoder_layers), range(self.decoder_attention_heads)
         for x in self.alignment_heads or ():
             if not _is_pair(x) or x[0] not in layers or x[1] not in heads:
                 rule = f"pairs of a layer and a head, below {len(layers)} and {len(heads)}"
                 raise ValueError(f"alignment_heads must be {rule}, got {shown.repr(x)}")
+
+    def with_generation(self, stated: Mapping[str, Any]) -> Config:
+        """Return this with the keys that generation_config.json says, if there is one."""
+        keys = ("suppress_tokens", "alignment_heads") if stated else ()
+        known: dict[str, Any] = {x: stated.get(x) for x in keys}
+        return dataclasses.replace(self, **known)
 
     @property
     def aligned_heads(self) -> list[tuple[int, int]]:
@@ -122,6 +126,15 @@ class WhisperModel(EncoderDecoderModel[Config]):
     def head(self, states: Floats) -> Floats:
         """Return the logits of the token that follows each state."""
         return self.linear("model.decoder.embed_tokens", states)
+
+
+def check_tokens(key: str, found: Any, vocab_size: int) -> None:
+    """Refuse a key's value that is neither null nor a list of tokens."""
+    check(key, found, list, NoneType)
+    for x in found or ():
+        if type(x) is not int or not 0 <= x < vocab_size:
+            rule = f"tokens below vocab_size, {vocab_size}"
+            raise ValueError(f"{key} must be {rule}, got {shown.repr(x)}")
 
 
 def _is_pair(x: Any) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from fastattn import maps, models
-from fastattn.maps import _show
+from fastattn.maps import _html
 from tests.support.speech import RATE, one_by_one, wav, write
 
 pytest.importorskip("tokenizers")
@@ -99,7 +99,7 @@ def test_what_is_no_map_is_refused(model, seconds, options, message):
 
 
 def test_a_map_that_would_be_too_large_is_refused(model, sound, monkeypatch):
-    monkeypatch.setattr(_show, "CELLS", 10_000)
+    monkeypatch.setattr(_html, "CELLS", 10_000)
     message = r"audio must be shorter, or .*, got 24 heads of \d+ x \d+ tokens, .*"
     with pytest.raises(ValueError, match=rf"^{message}$"):
         maps.show(model, sound[0])

@@ -27,6 +27,15 @@ STEPS = np.unique(
 FLOORS = (1e-5, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2)
 
 
+def bounded(heads: int, rows: int, columns: int, name: str = "text") -> None:
+    """Refuse a map that would be too large."""
+    if (cells := heads * rows * columns) > CELLS:
+        raise ValueError(
+            f"{name} must be shorter, or layers= and heads= fewer, for at most {CELLS:,} numbers, "
+            f"got {heads} heads of {rows} x {columns} tokens, {cells:,}; pyramid is for long texts"
+        )
+
+
 def page(data: Mapping[str, Any]) -> str:
     """Return the HTML that shows what `Map.data` or `LongMap.data` returns."""
     text = json.dumps({**data, "steps": STEPS.tolist()}, ensure_ascii=False, allow_nan=False)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from fastattn._arguments import as_array, is_integer, whole_number
 from fastattn.maps import _words
-from fastattn.maps._html import CELLS
+from fastattn.maps._html import bounded
 from fastattn.maps._map import Map
 from fastattn.maps._words import Choice, Words, merged
 from fastattn.nn import Floats
@@ -195,7 +195,7 @@ def _of_model(
         raise ValueError(f"generate must be {rule}, got {generate}")
     ids, pieces = _read(model, text)
     first = len(ids) - 1 if generate else 0  # The row of a token writes the one behind it.
-    _bounded(len(chosen[0]) * len(chosen[1]), generate or len(ids), len(ids) + generate)
+    bounded(len(chosen[0]) * len(chosen[1]), generate or len(ids), len(ids) + generate)
     written: list[int] = []
     with model.capture(layers=chosen[0], heads=chosen[1], rows=slice(first, None)) as captured:
         if writes:
@@ -255,7 +255,7 @@ def _of_translation(model: Any, text: Any, *, layers: Any, heads: Any, **options
     ((best,),) = model.translate([text], n_best=1)
     if not best.ids:
         raise ValueError("text must have a translation for a map, and the model gives it none")
-    _bounded(len(chosen[0]) * len(chosen[1]), len(best.ids), len(source))
+    bounded(len(chosen[0]) * len(chosen[1]), len(best.ids), len(source))
     with model.capture(layers=chosen[0], heads=chosen[1]) as captured:
         model.logits(source, best.ids)
     tokens = model._tokenizer.encode(text).tokens
@@ -291,15 +291,6 @@ def _read(model: Any, text: Any) -> tuple[list[int], list[str]]:
     pieces = _words.pieces_of_text(text, encoding.offsets)
     added = zip(encoding.special_tokens_mask, encoding.tokens, pieces, strict=True)
     return encoding.ids, [name if is_added else piece for is_added, name, piece in added]
-
-
-def _bounded(heads: int, rows: int, columns: int, name: str = "text") -> None:
-    """Refuse a map that would be too large."""
-    if (cells := heads * rows * columns) > CELLS:
-        raise ValueError(
-            f"{name} must be shorter, or layers= and heads= fewer, for at most {CELLS:,} numbers, "
-            f"got {heads} heads of {rows} x {columns} tokens, {cells:,}; pyramid is for long texts"
-        )
 
 
 def _made(
@@ -391,7 +382,7 @@ def _layers(given: Any) -> list[Any]:
             layers = list(weights.reshape((1,) * (4 - weights.ndim) + shape))
     if not 2 <= len(shape) <= 4 or 0 in shape:
         raise ValueError(f"{FORMS}, got shape {shape}")
-    _bounded(len(layers) * layers[0].shape[0], *layers[0].shape[1:])
+    bounded(len(layers) * layers[0].shape[0], *layers[0].shape[1:])
     return layers
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn.maps import _words
-from fastattn.maps._show import _bounded
+from fastattn.maps._html import bounded
 from fastattn.maps._words import Words, merged
 from fastattn.models._log_mel import FRAMES, HOP, RATE
 from fastattn.models._speech_tokens import FRAMES_OF_TIME
@@ -45,7 +45,7 @@ def heard(model: Transcriber, audio: Any, layers: Any, heads: Any) -> Heard:
     if len(ids) > (most := model.config.max_target_positions - len(prompt)):
         raise ValueError(f"audio must have at most {most} tokens for a map, got {len(ids)}")
     count = -(-frames // FRAMES_OF_TIME)
-    _bounded(len(layers) * len(heads), len(ids), count, "audio")
+    bounded(len(layers) * len(heads), len(ids), count, "audio")
     with model.capture(of="cross", layers=layers, heads=heads) as captured:
         orders, _ = model._read(ids, model._heard(model._spectrogram(samples), 0), found.language)
     weights = captured.weights[:, :, orders:-1]

@@ -21,9 +21,8 @@ constexpr int kStepVectors = kStep / Vec<float>::lanes;
 // The micro-kernel's rows of x and of the weight: 8 x 3 sums (of 16 registers: 4 x 3), the weights
 // and a vector of x.
 constexpr int kLinearRows = kVectorBytes == 64 ? 8 : 4, kLinearColumns = 3;
-constexpr int64_t kFewLinearRows = 4;      // widen the weights in registers
-constexpr int64_t kMostFeatures = 768;     // of rows of x that stay in the first-level cache
-constexpr int64_t kBytesAhead = 16 << 10;  // so far behind them, weights are on their way
+constexpr int64_t kFewLinearRows = 4;   // widen the weights in registers
+constexpr int64_t kMostFeatures = 768;  // of rows of x that stay in the first-level cache
 
 using Step = Vec<float>[kStepVectors];
 
@@ -183,22 +182,18 @@ void multiply_few(const LinearBlock& block, int64_t column) {
     const int64_t steps = block.in_features / kStep, rest = block.in_features % kStep;
     const char* const weight =
         static_cast<const char*>(block.weight) + column * block.weight_stride;
-    // What lies ahead is fetched line by line, whatever rows it is of: as in decoding, that is
-    // easier for processors to follow than a line of each row. Rows that lie far apart are missed.
-    const char* ahead = weight + kBytesAhead;
-    const char* fetched = ahead;
-    const int64_t bytes_a_step =
-        Columns * smaller(block.weight_stride / (steps > 0 ? steps : 1), 2 * Stored::bytes(kStep));
+    const int64_t ahead = Columns * block.weight_stride;
     Vec<float> sum[Rows * Columns];
 #pragma GCC unroll 32
     for (Vec<float>& s : sum) s = Vec<float>(0.0f);
     for (int64_t step = 0; step < steps; ++step) {
-        ahead += bytes_a_step;
-#pragma GCC unroll 1
-        for (; fetched < ahead; fetched += 64) __builtin_prefetch(fetched);
 #pragma GCC unroll 8
         for (int c = 0; c < Columns; ++c) {
             const char* const from = weight + c * block.weight_stride;
+            // The tile behind this one is on its way.
+            for (int64_t line = 0; line < Stored::bytes(kStep); line += 64) {
+                __builtin_prefetch(from + ahead + Stored::bytes(step * kStep) + line);
+            }
             Step w;
             Stored::widen(from, step, w);
 #pragma GCC unroll 8

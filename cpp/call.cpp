@@ -232,12 +232,16 @@ void Call::set_rows_of_head(Row* to, int64_t count, const Sequence& s, int64_t h
     }
 }
 
+namespace {
+
 // A thread keeps one small piece for its next call: of a call of a few microseconds, the allocator
 // took a tenth.
 constexpr size_t kSmallBytes = 256 << 10;
 thread_local Memory small(nullptr, &free_aligned);
 
 void keep(void* memory) { small.reset(static_cast<char*>(memory)); }
+
+}  // namespace
 
 Memory allocate(size_t bytes) {
     // A whole number of alignments.

@@ -10,6 +10,7 @@ from fastattn._attention import attention, varlen_attention
 from fastattn._backward import attention_backward
 from fastattn._core import __version__
 from fastattn._inspect import attention_weights, dropout_mask, explain
+from fastattn._linear import linear
 from fastattn._machine import (
     get_num_threads,
     info,
@@ -33,6 +34,7 @@ __all__ = [
     "explain",
     "get_num_threads",
     "info",
+    "linear",
     "merge",
     "reference",
     "scaled_dot_product_attention",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,47 @@ class Quantised:
     kind: str
     blocks: NDArray[Any]
 
+    def __post_init__(self) -> None:
+        if self.kind not in BLOCKS:
+            raise ValueError(f"kind must be {', '.join(BLOCKS)}, got {self.kind!r}")
+        dtype = getattr(self.blocks, "dtype", type(self.blocks).__name__)
+        if not isinstance(self.blocks, np.ndarray) or dtype != BLOCKS[self.kind]:
+            raise TypeError(f"blocks must be an array of {BLOCKS[self.kind]}, not {dtype}")
+        if not self.blocks.ndim:
+            raise ValueError("blocks must have shape (..., columns / 32), got ()")
+        for field in BLOCKS[self.kind].names or ():
+            if field != "quants" and not np.isfinite(numbers := self.blocks[field]).all():
+                place = np.argwhere(~np.isfinite(numbers))[0].tolist()
+                got = f"{numbers[tuple(place)]} in block {place}"
+                raise ValueError(f"every {field} of a block must be finite, got {got}")
+
+    @classmethod
+    def from_bytes(cls, kind: str, data: Any, shape: tuple[int, ...]) -> Quantised:
+        """Return the tensor whose blocks lie in a buffer, row after row; nothing is copied.
+
+        Parameters
+        ----------
+        kind : "Q8_0", "Q4_0" or "Q4_1"
+        data : bytes, or whatever has a buffer
+        shape : tuple of int
+            That of the tensor: (rows, columns), or more axes before these.
+
+        Raises
+        ------
+        ValueError
+            The buffer has more or fewer bytes than the shape needs, a row is not whole blocks, or
+            a scale is not finite.
+        """
+        if kind not in BLOCKS:
+            raise ValueError(f"kind must be {', '.join(BLOCKS)}, got {kind!r}")
+        if not shape or min(shape) < 0 or shape[-1] % BLOCK:
+            rule = f"have rows of a multiple of {BLOCK} columns"
+            raise ValueError(f"shape must {rule}, got {tuple(shape)}")
+        held, blocks = memoryview(data).nbytes, (*shape[:-1], shape[-1] // BLOCK)
+        if held != (needed := math.prod(blocks) * BLOCKS[kind].itemsize):
+            raise ValueError(f"data must have the {needed} bytes of {shape} in {kind}, got {held}")
+        return cls(kind, np.frombuffer(data, BLOCKS[kind]).reshape(blocks))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor: (rows, columns), or more axes before these."""
@@ -52,8 +94,7 @@ class Quantised:
             numbers[..., BLOCK // 2 :] = blocks["quants"] >> 4
         if self.kind == "Q4_0":
             numbers -= 8
-        with np.errstate(invalid="ignore"):  # A damaged scale may be NaN or infinite.
-            numbers *= blocks["scale"].astype(np.float32)[..., None]
-            if self.kind == "Q4_1":
-                numbers += blocks["min"].astype(np.float32)[..., None]
+        numbers *= blocks["scale"].astype(np.float32)[..., None]
+        if self.kind == "Q4_1":
+            numbers += blocks["min"].astype(np.float32)[..., None]
         return numbers.reshape(*blocks.shape[:-1], -1)

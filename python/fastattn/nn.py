@@ -15,8 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn import _core
-from fastattn._arguments import FLOAT32, as_array, finite_number, name_of, of_dtypes
+from fastattn._arguments import FLOAT32, as_array, finite_number
 from fastattn._attention import varlen_attention
+from fastattn._linear import Floats as Floats
+from fastattn._linear import Weight as Weight
+from fastattn._linear import floats, linear, stored
 from fastattn._quantised import Quantised
 
 __all__ = [
@@ -37,40 +40,7 @@ __all__ = [
     "swiglu",
 ]
 
-Floats: TypeAlias = NDArray[np.float32]
 Integers: TypeAlias = NDArray[np.int64]
-WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
-Weight: TypeAlias = NDArray[Any] | Quantised  # of one of these dtypes, or small integers
-
-
-def linear(x: Floats, weight: Weight, bias: Floats | None = None) -> Floats:
-    """Return ``x @ weight.T + bias``.
-
-    A weight is read as it is stored, and each of its numbers is exact: x is not rounded.
-
-    Parameters
-    ----------
-    x : array of shape (total, in)
-    weight : array of float32, float16 or bfloat16, or Quantised, of shape (out, in)
-    bias : array of shape (out,), optional
-
-    Returns
-    -------
-    ndarray of shape (total, out)
-    """
-    x = _floats("x", x)
-    weight, stored, kind = _stored(weight)
-    if x.ndim != 2 or len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
-        got = f"x.shape={x.shape}, weight.shape={weight.shape}"
-        raise ValueError(f"x and weight must have shapes (total, in) and (out, in), got {got}")
-    if bias is not None:
-        bias = _floats("bias", bias)
-        if bias.shape != weight.shape[:1]:
-            got = f"bias.shape={bias.shape}, weight.shape={weight.shape}"
-            raise ValueError(f"bias must have shape (out,), got {got}")
-    if stored.strides[1] != stored.itemsize:
-        stored = np.ascontiguousarray(stored)
-    return _core.linear(x, stored, kind, bias)
 
 
 def embedding(ids: Integers, weight: Weight) -> Floats:
@@ -86,7 +56,7 @@ def embedding(ids: Integers, weight: Weight) -> Floats:
     ndarray of shape (total, dim)
     """
     ids = _integers("ids", ids)
-    weight, _, _ = _stored(weight)
+    weight, _, _ = stored(weight)
     if len(weight.shape) != 2:
         raise ValueError(f"weight must have shape (vocabulary, dim), got {weight.shape}")
     rows = weight.shape[0]
@@ -111,7 +81,7 @@ def layer_norm(x: Floats, weight: Floats, bias: Floats, eps: float) -> Floats:
     ndarray of x's shape
     """
     x, weight, bias = (
-        _floats("x", x),
+        floats("x", x),
         _of_columns("weight", weight, x),
         _of_columns("bias", bias, x),
     )
@@ -134,7 +104,7 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     -------
     ndarray of x's shape
     """
-    x, weight = _floats("x", x), _of_columns("weight", weight, x)
+    x, weight = floats("x", x), _of_columns("weight", weight, x)
     out = np.empty(x.shape, FLOAT32)
     _core.rms_norm(x, weight, finite_number("eps", eps), out)
     return out
@@ -155,7 +125,7 @@ def gelu(x: Floats, approximate: Literal["none", "tanh"] = "none") -> Floats:
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
-    x = _floats("x", x)
+    x = floats("x", x)
     out = np.empty(x.shape, FLOAT32)
     _core.gelu(x, approximate == "tanh", out)
     return out
@@ -173,7 +143,7 @@ def swiglu(gate: Floats, up: Floats) -> Floats:
     -------
     ndarray of their shape
     """
-    gate, up = _floats("gate", gate), _of_shape("up", up, "gate", gate)
+    gate, up = floats("gate", gate), _of_shape("up", up, "gate", gate)
     out = np.empty(gate.shape, FLOAT32)
     _core.swiglu(gate, up, out)
     return out
@@ -191,7 +161,7 @@ def geglu(gate: Floats, up: Floats) -> Floats:
     -------
     ndarray of their shape
     """
-    gate, up = _floats("gate", gate), _of_shape("up", up, "gate", gate)
+    gate, up = floats("gate", gate), _of_shape("up", up, "gate", gate)
     out = np.empty(gate.shape, FLOAT32)
     _core.geglu(gate, up, out)
     return out
@@ -211,7 +181,7 @@ def rotary_tables(positions: Integers, frequencies: Floats) -> tuple[Floats, Flo
     cos, sin : ndarray of shape (total, rotary_dim / 2)
     """
     places = _integers("positions", positions).astype(FLOAT32)
-    angles: Floats = np.multiply.outer(places, _floats("frequencies", frequencies))
+    angles: Floats = np.multiply.outer(places, floats("frequencies", frequencies))
     return np.cos(angles), np.sin(angles)
 
 
@@ -228,7 +198,7 @@ def rotary(x: Floats, cos: Floats, sin: Floats) -> Floats:
     -------
     ndarray of x's shape
     """
-    x, cos, sin = _floats("x", x), _floats("cos", cos), _of_shape("sin", sin, "cos", cos)
+    x, cos, sin = floats("x", x), floats("cos", cos), _of_shape("sin", sin, "cos", cos)
     if x.ndim != 3:
         raise ValueError(f"x must have shape (total, heads, head_dim), got x.shape={x.shape}")
     if cos.ndim != 2 or len(cos) != len(x) or 2 * cos.shape[1] > x.shape[2]:
@@ -343,30 +313,9 @@ def multi_head_attention(
     return out.reshape(len(query), -1)
 
 
-def _stored(weight: Any) -> tuple[Weight, NDArray[Any], str]:
-    """Return the weight, what is in memory of it, and as which type."""
-    if type(weight) is not np.ndarray:
-        if isinstance(weight, Quantised):
-            return weight, weight.blocks, weight.kind
-        weight = of_dtypes("weight", weight, WEIGHT_DTYPES)
-    if not weight.dtype.isnative:
-        weight = weight.astype(weight.dtype.newbyteorder("="))
-    if (kind := name_of(weight.dtype)) not in WEIGHT_DTYPES:
-        of_dtypes("weight", weight, WEIGHT_DTYPES)
-    return weight, weight, kind
-
-
-def _floats(name: str, x: Any) -> Floats:
-    """Return the array that x is or stands for, contiguous."""
-    if type(x) is np.ndarray and x.dtype == FLOAT32 and x.flags.c_contiguous:
-        return x
-    floats: Floats = np.asarray(of_dtypes(name, x, ("float32",)), FLOAT32, order="C")
-    return floats
-
-
 def _of_shape(name: str, x: Any, other: str, like: Floats) -> Floats:
     """Return x as an array of the same shape as another one."""
-    array = _floats(name, x)
+    array = floats(name, x)
     if array.shape != like.shape:
         got = f"{name}.shape={array.shape}, {other}.shape={like.shape}"
         raise ValueError(f"{name} must have the shape of {other}, got {got}")
@@ -375,7 +324,7 @@ def _of_shape(name: str, x: Any, other: str, like: Floats) -> Floats:
 
 def _of_columns(name: str, x: Any, rows: Floats) -> Floats:
     """Return x as an array with a number for each column of the rows."""
-    array = _floats(name, x)
+    array = floats(name, x)
     if array.shape != rows.shape[-1:] or not rows.ndim:
         got = f"{name}.shape={array.shape}, x.shape={rows.shape}"
         raise ValueError(f"{name} must have shape (dim,) for an x of shape (..., dim), got {got}")
@@ -392,7 +341,7 @@ def _integers(name: str, x: Any) -> NDArray[Any]:
 
 def _softmax(x: Any, log: bool) -> Floats:
     """Return the softmax over the last axis, or its logarithm."""
-    x = _floats("x", x)
+    x = floats("x", x)
     if not x.ndim:
         raise ValueError("x must have an axis, got x.shape=()")
     out = np.empty(x.shape, FLOAT32)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nn.linear` is the product by its formula, whatever the weight is stored as and is beside it."""
+"""`linear` is the product by its formula, whatever the weight is stored as and is beside it."""
 
+import re
 import signal
 import time
 
@@ -8,11 +9,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fastattn import nn
-from fastattn._quantised import BLOCKS, Quantised
+from fastattn import linear
+from fastattn.nn import Quantised
 from tests.support.correctness import assert_same_bits
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+BLOCKS = {
+    "Q8_0": np.dtype([("scale", "<f2"), ("quants", "i1", 32)]),
+    "Q4_0": np.dtype([("scale", "<f2"), ("quants", "u1", 16)]),
+    "Q4_1": np.dtype([("scale", "<f2"), ("min", "<f2"), ("quants", "u1", 16)]),
+}
 STORAGES = (*DTYPES, *BLOCKS)
 # Rows, in and out around the kernel's tiles: few rows and many, of one step and of two parts.
 SHAPES = [
@@ -62,8 +68,8 @@ def test_product(isa, storage, shape):
     rows, columns, out = shape
     x, bias = given(rows, columns, out)
     weight, numbers = weight_of(storage, out, columns)
-    assert_right(nn.linear(x, weight, bias), x, numbers, bias)
-    assert_right(nn.linear(x, weight), x, numbers)
+    assert_right(linear(x, weight, bias), x, numbers, bias)
+    assert_right(linear(x, weight), x, numbers)
 
 
 @pytest.mark.parametrize("storage", DTYPES)
@@ -72,7 +78,7 @@ def test_any_number_of_columns(isa, storage, rows):
     for columns in (0, *range(1, 70), 767, 769, 1537):
         x, bias = given(rows, columns, 5)
         weight, numbers = weight_of(storage, 5, columns)
-        assert_right(nn.linear(x, weight, bias), x, numbers, bias)
+        assert_right(linear(x, weight, bias), x, numbers, bias)
 
 
 @every_storage
@@ -81,28 +87,28 @@ def test_other_rows_threads_and_storage_change_no_bit(isa, threads, storage, col
     x, bias = given(130, columns, 100)
     weight, numbers = weight_of(storage, 100, columns)
     threads(1)
-    out = nn.linear(x, weight, bias)
-    assert_same_bits(nn.linear(x, numbers, bias), out)
+    out = linear(x, weight, bias)
+    assert_same_bits(linear(x, numbers, bias), out)
     for count in (1, 2, 3):
         threads(count)
-        assert_same_bits(nn.linear(x, weight, bias), out)
+        assert_same_bits(linear(x, weight, bias), out)
         for rows in (slice(7, 8), slice(3, 6), slice(120, 125), slice(1, 90)):
-            assert_same_bits(nn.linear(x[rows], weight, bias), out[rows])
+            assert_same_bits(linear(x[rows], weight, bias), out[rows])
     some = Quantised(storage, weight.blocks[30:37]) if storage in BLOCKS else weight[30:37]
-    assert_same_bits(nn.linear(x, some, bias[30:37]), out[:, 30:37])
+    assert_same_bits(linear(x, some, bias[30:37]), out[:, 30:37])
 
 
 def test_arrays_of_any_layout(isa):
     x, bias = given(6, 40, 9)
     weight, _ = weight_of("float32", 9, 40)
-    expected = nn.linear(x, weight, bias)
+    expected = linear(x, weight, bias)
     for same in (np.asfortranarray(x), np.repeat(x, 2, 0)[::2], x.astype(">f4")):
-        assert_same_bits(nn.linear(same, weight, bias), expected)
+        assert_same_bits(linear(same, weight, bias), expected)
     unaligned = np.frombuffer(b"x" + weight.tobytes(), np.float32, offset=1).reshape(9, 40)
     repeated, backwards = np.repeat(weight, 3, 0)[::3], weight[::-1].copy()[::-1]
     for same in (np.asfortranarray(weight), unaligned, repeated, backwards):
-        assert_same_bits(nn.linear(x, same, bias), expected)
-    assert_same_bits(nn.linear(x, weight, np.repeat(bias, 2)[::2]), expected)
+        assert_same_bits(linear(x, same, bias), expected)
+    assert_same_bits(linear(x, weight, np.repeat(bias, 2)[::2]), expected)
 
 
 def test_special_numbers_stay_in_their_row_and_column(isa):
@@ -110,7 +116,7 @@ def test_special_numbers_stay_in_their_row_and_column(isa):
         x, _ = given(rows, 100, 7)
         weight, _ = weight_of("float32", 7, 100)
         x[0, 99], weight[2, 0] = np.nan, np.inf
-        out = nn.linear(x, weight)
+        out = linear(x, weight)
         assert np.isnan(out[0]).all()
         assert not np.isfinite(out[:, 2]).any()
         assert np.isfinite(np.delete(out[1:], 2, axis=1)).all()
@@ -120,9 +126,9 @@ def test_special_numbers_stay_in_their_row_and_column(isa):
 def test_empty(shape):
     rows, columns, out = shape
     x, bias = given(*shape)
-    assert nn.linear(x, np.ones((out, columns), np.float32), bias).shape == (rows, out)
+    assert linear(x, np.ones((out, columns), np.float32), bias).shape == (rows, out)
     assert_same_bits(
-        nn.linear(x[:, :0], np.ones((out, 0), np.float32), bias), bias + x[:, :0].sum(1)[:, None]
+        linear(x[:, :0], np.ones((out, 0), np.float32), bias), bias + x[:, :0].sum(1)[:, None]
     )
 
 
@@ -143,15 +149,15 @@ X, WEIGHT, BIAS = np.ones((2, 32), np.float32), np.ones((3, 32), np.float32), np
             "weight must be an array of float32, float16 or bfloat16, not int8",
         ),
         (
-            (X[0], WEIGHT),
+            (X[0, 0], WEIGHT),
             ValueError,
-            "x and weight must have shapes (total, in) and (out, in), "
-            "got x.shape=(32,), weight.shape=(3, 32)",
+            "x and weight must have shapes (..., in) and (out, in), "
+            "got x.shape=(), weight.shape=(3, 32)",
         ),
         (
             (X, WEIGHT[:, 1:]),
             ValueError,
-            "x and weight must have shapes (total, in) and (out, in), "
+            "x and weight must have shapes (..., in) and (out, in), "
             "got x.shape=(2, 32), weight.shape=(3, 31)",
         ),
         (
@@ -163,17 +169,71 @@ X, WEIGHT, BIAS = np.ones((2, 32), np.float32), np.ones((3, 32), np.float32), np
 )
 def test_errors(arguments, error, message):
     with pytest.raises(error) as raised:
-        nn.linear(*arguments)
+        linear(*arguments)
     assert str(raised.value) == message
 
 
 def test_weights_of_any_kind_of_array():
     x, bias = given(3, 32, 5)
     weight, _ = weight_of("float32", 5, 32)
-    expected = nn.linear(x, weight, bias)
-    assert_same_bits(nn.linear(x, weight.astype(">f4"), bias), expected)
+    expected = linear(x, weight, bias)
+    assert_same_bits(linear(x, weight.astype(">f4"), bias), expected)
     with pytest.raises(TypeError, match=r"weight must be an array of float32, .*, not float64"):
-        nn.linear(x, weight.tolist(), bias)
+        linear(x, weight.tolist(), bias)
+
+
+def test_rows_of_any_axes():
+    x, bias = given(24, 64, 5)
+    weight, _ = weight_of("Q8_0", 5, 64)
+    expected = linear(x, weight, bias)
+    for shape in ((24,), (4, 6), (2, 1, 12), (24, 1)):
+        assert_same_bits(linear(x.reshape(*shape, 64), weight, bias), expected.reshape(*shape, 5))
+    assert_same_bits(linear(x[3], weight, bias), expected[3])
+    assert linear(np.zeros((2, 0, 64), np.float32), weight).shape == (2, 0, 5)
+    assert linear(np.zeros((2, 3, 0), np.float32), np.zeros((4, 0), np.float32)).shape == (2, 3, 4)
+
+
+def test_tensors_give_tensors():
+    torch = pytest.importorskip("torch")
+    x, bias = given(6, 32, 5)
+    weight, _ = weight_of("bfloat16", 5, 32)
+    out = linear(torch.from_numpy(x), torch.from_numpy(weight.view(np.int16)).view(torch.bfloat16))
+    assert isinstance(out, torch.Tensor)
+    assert_same_bits(out.numpy(), linear(x, weight))
+    assert_same_bits(
+        linear(x, torch.from_numpy(weight.astype(np.float32)), bias), linear(x, weight, bias)
+    )
+
+
+def test_blocks_of_bytes():
+    weight, numbers = weight_of("Q4_1", 6, 96)
+    data = weight.blocks.tobytes()
+    same = Quantised.from_bytes("Q4_1", data, (6, 96))
+    assert same.shape == (6, 96)
+    assert_same_bits(same.dequantised(), numbers)
+    for arguments, message in (
+        (("Q4_1", data[:-1], (6, 96)), "data must have the 360 bytes of (6, 96) in Q4_1, got 359"),
+        (("Q8_0", data, (6, 96)), "data must have the 612 bytes of (6, 96) in Q8_0, got 360"),
+        (("Q4_1", data, (6, 95)), "shape must have rows of a multiple of 32 columns, got (6, 95)"),
+        (("Q4_1", data, ()), "shape must have rows of a multiple of 32 columns, got ()"),
+        (("Q5_0", data, (6, 96)), "kind must be Q8_0, Q4_0, Q4_1, got 'Q5_0'"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+            Quantised.from_bytes(*arguments)
+    with pytest.raises(TypeError, match=r"^blocks must be an array of \[.*\], not float32$"):
+        Quantised("Q4_1", numbers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "number"),
+    [("Q8_0", "scale", np.nan), ("Q4_0", "scale", np.inf), ("Q4_1", "min", -np.inf)],
+)
+def test_scales_that_are_not_finite(kind, field, number):
+    blocks = weight_of(kind, 5, 96)[0].blocks
+    blocks[field][3, 1] = number
+    message = f"every {field} of a block must be finite, got {number} in block [3, 1]"
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+        Quantised(kind, blocks)
 
 
 def test_a_signal_ends_a_long_product():
@@ -187,7 +247,7 @@ def test_a_signal_ends_a_long_product():
     began = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            [nn.linear(x, weight) for _ in range(100)]
+            [linear(x, weight) for _ in range(100)]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

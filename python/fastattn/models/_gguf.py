@@ -205,7 +205,8 @@ class _Parser:
         self.check_end(begin + size, "its data")
         array = np.frombuffer(self.data, dtype, math.prod(shape), begin).reshape(shape)
         if dtype.names:
-            return Quantised(kind, array), size
+            with within(f"{self.path}: {self.place}"):
+                return Quantised(kind, array), size
         if kind == "BF16":
             with within(f"{self.path}: {self.place}"):
                 array = array.view(needed("ml_dtypes").bfloat16)

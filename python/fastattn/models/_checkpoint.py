@@ -55,6 +55,7 @@ class Checkpoint(NamedTuple):
     stop_ids: frozenset[int]  # tokens that end a text
     generation: Mapping[str, Any] = MappingProxyType({})  # as of generation_config.json
     generation_place: Path | None = None  # the file that says `generation`
+    encoder: Mapping[str, Any] = MappingProxyType({})  # options of `Encoder` that no file says
 
 
 def from_folder(folder: Path) -> Checkpoint:

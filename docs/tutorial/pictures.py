@@ -131,7 +131,9 @@ def one_query(said: Callable[[str, str], str]) -> Picture:
 def softmax(said: Callable[[str, str], str]) -> Picture:
     """Draw chapter 2: the weights of three scores, times several factors."""
     scores = np.array([3.0, 2.0, 1.5])
-    title = said("Softmax of the scores 3, 2 and 1.5, times", "Softmax оценок 3, 2 и 1,5, умноженных на")
+    title = said(
+        "Softmax of the scores 3, 2 and 1.5, times", "Softmax оценок 3, 2 и 1,5, умноженных на"
+    )
     found = Picture(380, 212, title)
     found.text(190, 26, title, "middle")
     for i, factor in enumerate((0.1, 1, 10)):
@@ -142,7 +144,7 @@ def softmax(said: Callable[[str, str], str]) -> Picture:
             found.text(x + 14, 164 - 110 * weight, f"{weight:.0%}", "small middle")
         found.path("grid", f"M{14 + 120 * i} 170 h112")
         number = f"{factor:g}" if said("e", "r") == "e" else f"{factor:g}".replace(".", ",")
-        found.text(70 + 120 * i, 194, f"× {number}", "middle")
+        found.text(70 + 120 * i, 194, f"\N{MULTIPLICATION SIGN} {number}", "middle")
     return found
 
 
@@ -192,7 +194,9 @@ def turns(said: Callable[[str, str], str]) -> Picture:
 def layer(said: Callable[[str, str], str]) -> Picture:
     """Draw chapter 7: the parts of a layer."""
     found = Picture(300, 440, said("A layer of a Transformer", "Слой трансформера"))
-    steps = said("norm,attention,norm,feed-forward network", "норма,внимание,норма,сеть (feed-forward)")
+    steps = said(
+        "norm,attention,norm,feed-forward network", "норма,внимание,норма,сеть (feed-forward)"
+    )
     found.text(170, 28, said("a row for each token", "строка для каждого токена"), "middle")
     y = 36
     for i, step in enumerate(steps.split(",")):
@@ -280,13 +284,17 @@ def pronoun(said: Callable[[str, str], str]) -> Picture:
         for noun, height in (("Мария", 76), ("Ивана", 44)):
             share = float(shares[shown.keys.index(noun)])
             begin, end = middles[word], middles[noun]
-            way = f"M{begin:.0f} {y - 18} C{begin:.0f} {y - height - 18} {end:.0f} {y - height - 18}"
+            way = (
+                f"M{begin:.0f} {y - 18} C{begin:.0f} {y - height - 18} {end:.0f} {y - height - 18}"
+            )
             is_right = (noun == "Ивана") == (word == "он")
             kind = "orange-line" if is_right else "blue-line"
             found.path(kind, f"{way} {end:.0f} {y - 18}", 1 + 14 * share)
             above = y - 86 if noun == "Мария" else y - 28
             found.text((begin + end) / 2, above, f"{share:.0%}", "middle")
-    found.text(12, 258, said("orange: the right noun", "оранжевое — верное существительное"), "small")
+    found.text(
+        12, 258, said("orange: the right noun", "оранжевое — верное существительное"), "small"
+    )
     return found
 
 

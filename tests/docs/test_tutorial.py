@@ -20,7 +20,7 @@ CHAPTERS = sorted(x.name for x in (TUTORIAL / "en").glob("[0-9]*.md"))
 PAGES = [*CHAPTERS, "index.md", "questions.md"]
 EXTRA = {"models": ("tokenizers", "jinja2", "ml_dtypes")}
 QUOTED = re.compile(r"^> .*\[`([^`]+)`\]\(([^)]+)\): `(.+)`$", re.M)
-ENGLISH, RUSSIAN = re.compile(r"[A-Za-z]"), re.compile(r"[А-Яа-яЁё]")
+ENGLISH, RUSSIAN = re.compile(r"[A-Za-z]"), re.compile(r"[\u0400-\u04ff]")
 
 pytestmark = pytest.mark.skipif(not TUTORIAL.exists(), reason="no docs beside the tests")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -138,12 +139,12 @@ class _Parser:
         ends, scores = self.array("<u4", count + 1), self.array("<f4", count)
         if (np.diff(ends.astype(np.int64)) < 0).any() or ends[-1] > size:
             self.refuse(f"pieces must lie one after the other within {size} bytes", ends)
-        if not np.isfinite(scores).all():
-            self.refuse("the scores of pieces must be finite", scores)
+        for wrong in scores[~np.isfinite(scores)][:1].tolist():
+            self.refuse("the scores of pieces must be finite", wrong)
         text = self.array("u1", size).tobytes()
         bounds = ends.tolist()
         try:
-            found = [text[a:b].decode() for a, b in zip(bounds, bounds[1:], strict=False)]
+            found = [text[a:b].decode() for a, b in pairwise(bounds)]
         except UnicodeDecodeError as error:
             self.refuse("pieces must be UTF-8", error.object[error.start : error.end])
         if ids != [0, 2, 1, 3] or tuple(found[:4]) != SPECIAL or found[-1] != LAST:

@@ -181,7 +181,7 @@ def causal(said: Callable[[str, str], str]) -> Picture:
 
 def turns(said: Callable[[str, str], str]) -> Picture:
     """Draw chapter 6: an arrow that is turned by the same angle for each place."""
-    found = Picture(380, 138, said("Rotary positions", "Позиции поворотом"))
+    found = Picture(380, 138, said("Rotary positions", "Поворот на каждом месте"))
     for place in range(4):
         x, y, angle = 52 + 92 * place, 58, 0.3 + 0.6 * place
         found.add(f'<circle class="grid" cx="{x}" cy="{y}" r="38"/>')

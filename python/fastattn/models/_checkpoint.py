@@ -48,13 +48,14 @@ class Checkpoint(NamedTuple):
     config: Mapping[str, Any]  # as of config.json
     tensors: Mapping[str, Tensor]
     tokenizer: Tokenizer
-    max_length: int | None  # tokens that the tokenizer is made for
-    truncation_side: str  # of a text that is too long, where it is cut: left or right
-    chat_template: str | None
-    special: Mapping[str, str]  # the special tokens that a template may name
-    stop_ids: frozenset[int]  # tokens that end a text
+    max_length: int | None = None  # tokens that the tokenizer is made for
+    truncation_side: str = "right"  # of a text that is too long, where it is cut: left or right
+    chat_template: str | None = None
+    special: Mapping[str, str] = MappingProxyType({})  # the special tokens that a template may name
+    stop_ids: frozenset[int] = frozenset()  # tokens that end a text
     generation: Mapping[str, Any] = MappingProxyType({})  # as of generation_config.json
     generation_place: Path | None = None  # the file that says `generation`
+    encoder: Mapping[str, Any] = MappingProxyType({})  # options of `Encoder` that no file says
 
 
 def from_folder(folder: Path) -> Checkpoint:

@@ -80,11 +80,6 @@ def from_ctranslate2(folder: Path) -> Checkpoint:
         config=config,
         tensors=tensors,
         tokenizer=tokenizer,
-        max_length=None,
-        truncation_side="right",
-        chat_template=None,
-        special={},
-        stop_ids=frozenset(),
         generation={new: stated[old] for old, new in GENERATION.items() if old in stated},
         generation_place=folder / "config.json",
     )

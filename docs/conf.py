@@ -46,3 +46,13 @@ html_css_files = ["site.css"]
 html_extra_path = ["site/root"]  # from the root of the site to its first page
 html_copy_source = False
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def is_left_out(app, what, name, value, skip, options):
+    """Leave out what Python says of the fields of named tuples: "Alias for field number 0"."""
+    return True if type(value).__name__ == "_tuplegetter" else None
+
+
+def setup(app):
+    """Say which members have no place."""
+    app.connect("autodoc-skip-member", is_left_out)

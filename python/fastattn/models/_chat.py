@@ -34,7 +34,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mappin
     try:
         from fastattn.models._sandbox import Sandbox
     except ImportError:
-        absent = "chat needs the package jinja2: pip install jinja2"
+        absent = "chat needs the package jinja2: pip install 'fastattn[models]'"
         raise ModuleNotFoundError(absent, name="jinja2") from None
     steps = MOST_STEPS + STEPS_EACH * sum(len(x["content"]) for x in messages)
     given = dict(messages=[dict(x) for x in messages], tools=None, documents=None)

@@ -54,7 +54,7 @@ def needed(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        absent = f"it needs the package {package}: pip install {package}"
+        absent = f"it needs the package {package}: pip install 'fastattn[models]'"
         raise ModuleNotFoundError(absent, name=package) from None
 
 

@@ -7,6 +7,11 @@ of torch's own, under the modules of torch.nn too. Tensors are read where they l
 torch.compile and torch.export work. What differs from torch is in a table in docs/torch.md.
 """
 
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"fastattn.torch needs PyTorch ({error}): pip install torch") from error
+
 from fastattn.torch._attention import attention, varlen_attention
 from fastattn.torch._patch import Patch, patch
 from fastattn.torch._sdpa import scaled_dot_product_attention

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kColumns = 24;            // an item's rows of the weight: a multiple of these
 constexpr int64_t kRows = 64;               // an item's rows of x, at least, if they are cut
-constexpr int64_t kBlockBytes = 256 << 10;  // of weights as float, which stay near
+constexpr int64_t kBlockBytes = 320 << 10;  // of weights as float, which stay near
 constexpr int64_t kItemsPerThread = 4;
 constexpr double kItemFlops = 2e9;  // at most, if rows can be cut: between two looks at Ctrl-C
 constexpr double kBytes = 1e10;     // a second, of one thread; roughly
@@ -36,7 +36,8 @@ bool linear(const LinearArgs& args, Interrupt interrupt) {
     const int64_t wanted = kItemsPerThread * team_size(kMostThreads, seconds, threads_at_hand);
 
     // Few rows leave no widened weights that should stay near.
-    const int64_t near = kBlockBytes / std::max<int64_t>(args.in_features * 4, 1);
+    const int64_t part = std::clamp<int64_t>(args.in_features, 1, functions.most_features);
+    const int64_t near = kBlockBytes / (part * 4);
     const int64_t most = args.rows <= functions.few_rows ? args.out_features : near;
     const int64_t even = ceil_div(args.out_features, wanted);
     const int64_t columns =

@@ -262,6 +262,7 @@ struct LinearBlock {
 
 struct LinearFunctions {
     int64_t few_rows;                             // rows, at most, that need no scratch memory
+    int64_t most_features;                        // that are widened at a time
     size_t (*scratch_bytes)(const LinearBlock&);  // looks at the sizes and the storage alone
     void (*multiply)(const LinearBlock&);
 };

@@ -257,7 +257,8 @@ struct LinearBlock {
     int64_t x_stride, out_stride;
     int64_t weight_stride;  // in bytes
     Storage storage;
-    void* scratch;  // scratch_bytes(), aligned
+    const float* halves;  // what each float16 is, by its bits
+    void* scratch;        // scratch_bytes(), aligned
 };
 
 struct LinearFunctions {

@@ -40,31 +40,27 @@ inline int64_t part_of(int64_t in_features) {
 template <class Element>
 struct Plain {
     static constexpr int64_t bytes(int64_t count) { return count * int64_t(sizeof(Element)); }
-    static void widen(const char* row, int64_t step, Step& to) {
+    static void widen(const char* row, int64_t step, const float*, Step& to) {
         const auto* const from = reinterpret_cast<const Element*>(row) + step * kStep;
 #pragma GCC unroll 8
         for (int v = 0; v < kStepVectors; ++v) to[v] = load(from + v * Vec<float>::lanes);
     }
 };
 
-// The first two float16 of a block, each in all lanes.
-inline void broadcast_float16(const char* block, Vec<float>& first, Vec<float>& second) {
-    uint32_t two;
-    __builtin_memcpy(&two, block, sizeof two);
-    isa::broadcast_float16(two, first.v, second.v);
-}
-inline Vec<float> broadcast_float16(const char* block) {
-    Vec<float> first, second;
-    broadcast_float16(block, first, second);
-    return first;
+// A float16 as float, in all lanes. `halves` has all of them: to look one up takes no unit that the
+// products need, as to convert and to broadcast it does.
+inline Vec<float> broadcast_half(const float* halves, const char* from) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return Vec<float>(halves[bits]);
 }
 
 // ggml's Q8_0: a scale and 32 integers.
 struct Q8_0 {
     static constexpr int64_t bytes(int64_t count) { return count / kStep * 34; }
-    static void widen(const char* row, int64_t step, Step& to) {
+    static void widen(const char* row, int64_t step, const float* halves, Step& to) {
         const char* const block = row + step * 34;
-        const Vec<float> scale = broadcast_float16(block);
+        const Vec<float> scale = broadcast_half(halves, block);
 #pragma GCC unroll 8
         for (int v = 0; v < kStepVectors; ++v) {
             isa::Int8s numbers;
@@ -74,35 +70,34 @@ struct Q8_0 {
     }
 };
 
-// Integers of 4 bits, times scale, and least: the low halves of 16 bytes, then the high ones. A
-// scale times an integer is exact, so that one rounding is left.
-inline void widen_halves(const char* bytes, Vec<float> scale, Vec<float> least, Step& to) {
+// Integers of 4 bits: the low halves of 16 bytes, then the high ones. scales: a scale, and where
+// it is given the smallest number.
+template <class... Scales>
+inline void widen_halves(const char* bytes, Step& to, Scales... scales) {
 #pragma GCC unroll 4
     for (int v = 0; v < kStepVectors / 2; ++v) {
         isa::Int8s some;
         __builtin_memcpy(&some, bytes + v * sizeof some, sizeof some);
-        isa::from_halves(some, scale.v, least.v, to[v].v, to[v + kStepVectors / 2].v);
+        isa::from_halves(some, scales.v..., to[v].v, to[v + kStepVectors / 2].v);
     }
 }
 
 // ggml's Q4_0: a scale and 32 integers, less 8.
 struct Q4_0 {
     static constexpr int64_t bytes(int64_t count) { return count / kStep * 18; }
-    static void widen(const char* row, int64_t step, Step& to) {
+    static void widen(const char* row, int64_t step, const float* halves, Step& to) {
         const char* const block = row + step * 18;
-        const Vec<float> scale = broadcast_float16(block);
-        widen_halves(block + 2, scale, scale * Vec<float>(-8.0f), to);
+        widen_halves(block + 2, to, broadcast_half(halves, block));
     }
 };
 
 // ggml's Q4_1: a scale, a smallest number and 32 integers.
 struct Q4_1 {
     static constexpr int64_t bytes(int64_t count) { return count / kStep * 20; }
-    static void widen(const char* row, int64_t step, Step& to) {
+    static void widen(const char* row, int64_t step, const float* halves, Step& to) {
         const char* const block = row + step * 20;
-        Vec<float> scale, least;
-        broadcast_float16(block, scale, least);
-        widen_halves(block + 4, scale, least, to);
+        const Vec<float> scale = broadcast_half(halves, block);
+        widen_halves(block + 4, to, scale, broadcast_half(halves, block + 2));
     }
 };
 
@@ -130,7 +125,7 @@ template <class Stored>
 void widen_some(const char* row, int64_t step, int64_t count, Step& to) {
     char some[size_t(Stored::bytes(kStep))] = {};
     __builtin_memcpy(some, row + Stored::bytes(step * kStep), size_t(Stored::bytes(count)));
-    Stored::widen(some, 0, to);
+    Stored::widen(some, 0, nullptr, to);
 }
 
 // The sums of the lanes of `a` that are Apart from each other, in its half of the lanes, and of `b`
@@ -255,7 +250,7 @@ void multiply_few(const LinearBlock& block, int64_t column) {
                     __builtin_prefetch(from + ahead + Stored::bytes(step * kStep) + line);
                 }
                 Step w;
-                Stored::widen(from, step, w);
+                Stored::widen(from, step, block.halves, w);
 #pragma GCC unroll 8
                 for (int v = 0; v < kStepVectors; ++v) {
 #pragma GCC unroll 4
@@ -297,7 +292,7 @@ void multiply_few_rows(const LinearBlock& block) {
 // so is a feature.
 template <class Stored, int Rows>
 void pack(const char* from, int64_t stride, int64_t rows, int64_t in_features, int64_t begin,
-          int64_t end, float* to) {
+          int64_t end, const float* halves, float* to) {
     constexpr int lanes = Vec<float>::lanes;
     for (int r = 0; r < Rows; ++r, from += stride) {
         float* place = to + r * lanes;
@@ -308,7 +303,7 @@ void pack(const char* from, int64_t stride, int64_t rows, int64_t in_features, i
             } else if (in_features - k < kStep) {
                 widen_some<Stored>(from, k / kStep, in_features - k, step);
             } else {
-                Stored::widen(from, k / kStep, step);
+                Stored::widen(from, k / kStep, halves, step);
             }
             for (int v = 0; v < kStepVectors; ++v, place += Rows * lanes) step[v].store(place);
         }
@@ -389,7 +384,7 @@ void multiply_many(const LinearBlock& block) {
         const auto* weight = static_cast<const char*>(block.weight);
         for (int64_t column = 0; column < block.out_features; column += kLinearColumns) {
             pack<Stored, kLinearColumns>(weight, block.weight_stride, block.out_features - column,
-                                         block.in_features, begin, end,
+                                         block.in_features, begin, end, block.halves,
                                          scratch.weight + column * (end - begin));
             weight += kLinearColumns * block.weight_stride;
         }
@@ -397,7 +392,7 @@ void multiply_many(const LinearBlock& block) {
             pack<Plain<float>, kLinearRows>(
                 reinterpret_cast<const char*>(block.x + row * block.x_stride),
                 block.x_stride * int64_t(sizeof(float)), block.rows - row, block.in_features, begin,
-                end, scratch.x);
+                end, nullptr, scratch.x);
             multiply_tiles(block, scratch, row, begin, end);
         }
     }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "attention.h"
 #include "dtype.h"
@@ -23,7 +24,8 @@ struct LinearArgs {
     Storage storage;
 };
 
-// False: interrupted, out is unfinished; so it is where it throws std::bad_alloc.
-bool linear(const LinearArgs& args, Interrupt interrupt);
+// Computes all layers, of which each has something to do, as one piece of work. False: interrupted,
+// out is unfinished; so it is where it throws std::bad_alloc.
+bool linear(const std::vector<LinearArgs>& layers, Interrupt interrupt);
 
 }  // namespace fastattn

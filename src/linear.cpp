@@ -7,6 +7,7 @@
 #include <pybind11/numpy.h>
 
 #include <string>
+#include <vector>
 
 #include "arrays.h"
 #include "calls.h"
@@ -30,10 +31,12 @@ Stored stored_as(const std::string& name) {
     throw py::value_error("storage is not known: " + name);
 }
 
-// x (rows, in_features), contiguous; weight (out_features, its bytes or blocks), whose rows are.
-py::array_t<float> multiply(const py::array& x, const py::array& weight, const std::string& storage,
-                            py::handle bias) {
-    const Stored stored = stored_as(storage);
+// x (rows, in_features), contiguous; a layer is its weight (out_features, its bytes or blocks),
+// whose rows are, how it is stored, and a bias or None.
+LinearArgs layer_of(const py::array& x, const py::tuple& layer) {
+    require(py::isinstance<py::array>(layer[0]), "a weight is an array");
+    const auto weight = py::reinterpret_borrow<py::array>(layer[0]);
+    const Stored stored = stored_as(layer[1].cast<std::string>());
     require(x.ndim() == 2 && weight.ndim() == 2, "x and weight have two axes");
     LinearArgs args{};
     args.rows = x.shape(0);
@@ -45,15 +48,26 @@ py::array_t<float> multiply(const py::array& x, const py::array& weight, const s
             "weight has other in_features than x");
     require(weight.size() == 0 || weight.shape(1) == 1 || weight.strides(1) == weight.itemsize(),
             "rows of the weight are contiguous");
-    py::array_t<float> out({args.rows, args.out_features});
     args.x = values<float>(x, x.size());
     args.weight = weight.data();
     args.weight_stride = weight.strides(0);
-    args.bias = values<float>(bias, args.out_features);
-    args.out = out.mutable_data();
-    const bool finished = without_gil([&] { return linear(args, Interrupt{signal_arrived}); });
+    args.bias = values<float>(layer[2], args.out_features);
+    return args;
+}
+
+py::list multiply(const py::array& x, const py::args& layers) {
+    py::list all;
+    std::vector<LinearArgs> work;
+    for (const py::handle layer : layers) {
+        LinearArgs args = layer_of(x, layer.cast<py::tuple>());
+        py::array_t<float> out({args.rows, args.out_features});
+        args.out = out.mutable_data();
+        all.append(out);
+        if (args.rows > 0 && args.out_features > 0) work.push_back(args);
+    }
+    const bool finished = without_gil([&] { return linear(work, Interrupt{signal_arrived}); });
     if (!finished) throw py::error_already_set();
-    return out;
+    return all;
 }
 
 }  // namespace

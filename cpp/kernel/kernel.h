@@ -257,11 +257,13 @@ struct LinearBlock {
     int64_t x_stride, out_stride;
     int64_t weight_stride;  // in bytes
     Storage storage;
-    void* scratch;  // scratch_bytes(), aligned
+    const float* halves;  // what each float16 is, by its bits
+    void* scratch;        // scratch_bytes(), aligned
 };
 
 struct LinearFunctions {
     int64_t few_rows;                             // rows, at most, that need no scratch memory
+    int64_t most_features;                        // that are widened at a time
     size_t (*scratch_bytes)(const LinearBlock&);  // looks at the sizes and the storage alone
     void (*multiply)(const LinearBlock&);
 };

@@ -99,18 +99,16 @@ typedef int8_t Int8s __attribute__((vector_size(kVectorBytes / 4)));
 inline __m256 from_int8(Int8s x) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)x)));
 }
-// i * scale + least of the low and the high halves of bytes, integers of 0 to 15.
+// i * scale + least of the low and the high halves of bytes, integers of 0 to 15, and
+// (i - 8) * scale: a scale times an integer is exact, so that one rounding is left.
 inline void from_halves(Int8s x, __m256 scale, __m256 least, __m256& low, __m256& high) {
     const __m256i both = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)x));
     const __m256i halves = _mm256_and_si256(both, _mm256_set1_epi32(15));
     low = _mm256_fmadd_ps(_mm256_cvtepi32_ps(halves), scale, least);
     high = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(both, 4)), scale, least);
 }
-// Two float16, each in all lanes.
-inline void broadcast_float16(uint32_t two, __m256& first, __m256& second) {
-    const __m128 both = _mm_cvtph_ps(_mm_cvtsi32_si128(int(two)));
-    first = _mm256_broadcastss_ps(both);
-    second = _mm256_broadcastss_ps(_mm_movehdup_ps(both));
+inline void from_halves(Int8s x, __m256 scale, __m256& low, __m256& high) {
+    from_halves(x, scale, scale * -8.0f, low, high);
 }
 inline __m256 from_float16(HalfBits x) { return _mm256_cvtph_ps((__m128i)x); }
 inline HalfBits to_float16(__m256 x) { return (HalfBits)_mm256_cvtps_ph(x, 8); }

@@ -72,20 +72,20 @@ inline __m512 from_bfloat16(HalfBits x) {
 }
 typedef int8_t Int8s __attribute__((vector_size(kVectorBytes / 4)));
 inline __m512 from_int8(Int8s x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x)); }
-// i * scale + least of the low and the high halves of bytes, integers of 0 to 15: looked up among
-// the 16 sums that there are.
-inline void from_halves(Int8s x, __m512 scale, __m512 least, __m512& low, __m512& high) {
+// The halves of bytes, low and high ones, are integers of 0 to 15: looked up among 16 numbers.
+inline void look_up(Int8s x, __m512 numbers, __m512& low, __m512& high) {
     const __m512i both = _mm512_cvtepu8_epi32((__m128i)x);
-    const __m512 i = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 sums = _mm512_fmadd_ps(i, scale, least);
-    low = _mm512_permutexvar_ps(both, sums);
-    high = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), sums);
+    low = _mm512_permutexvar_ps(both, numbers);
+    high = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), numbers);
 }
-// Two float16, each in all lanes.
-inline void broadcast_float16(uint32_t two, __m512& first, __m512& second) {
-    const __m512 both = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi32_si128(int(two))));
-    first = _mm512_broadcastss_ps(_mm512_castps512_ps128(both));
-    second = _mm512_permutexvar_ps(_mm512_set1_epi32(1), both);
+// i * scale + least of such integers, and (i - 8) * scale.
+inline void from_halves(Int8s x, __m512 scale, __m512 least, __m512& low, __m512& high) {
+    const __m512 i = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    look_up(x, _mm512_fmadd_ps(i, scale, least), low, high);
+}
+inline void from_halves(Int8s x, __m512 scale, __m512& low, __m512& high) {
+    const __m512 i = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    look_up(x, i * scale, low, high);
 }
 inline __m512 from_float16(HalfBits x) { return _mm512_cvtph_ps((__m256i)x); }
 inline HalfBits to_float16(__m512 x) { return (HalfBits)_mm512_cvtps_ph(x, 8); }

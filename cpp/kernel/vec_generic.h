@@ -86,16 +86,15 @@ inline Float from_float16(HalfBits half) {
     const Bits special = (x & 0x7c00) == 0x7c00 ? Bits{} + 0x7f800000 : Bits{};
     return (Float)((Bits)magnitude | special | (x & 0x8000) << 16);
 }
-// i * scale + least of the low and the high halves of bytes, integers of 0 to 15.
+// i * scale + least of the low and the high halves of bytes, integers of 0 to 15, and
+// (i - 8) * scale: a scale times an integer is exact, so that one rounding is left.
 inline void from_halves(Int8s x, Float scale, Float least, Float& low, Float& high) {
     const Int32 both = __builtin_convertvector(x, Int32);
     low = fma(__builtin_convertvector(both & 15, Float), scale, least);
     high = fma(__builtin_convertvector(both >> 4 & 15, Float), scale, least);
 }
-// Two float16, each in all lanes.
-inline void broadcast_float16(uint32_t two, Float& first, Float& second) {
-    first = from_float16(uint16_t(two) - HalfBits{});
-    second = from_float16(uint16_t(two >> 16) - HalfBits{});
+inline void from_halves(Int8s x, Float scale, Float& low, Float& high) {
+    from_halves(x, scale, scale * -8.0f, low, high);
 }
 
 // To the nearest, and to the even one of two.

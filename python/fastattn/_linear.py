@@ -61,6 +61,38 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """
     library = NUMPY if type(x) is np.ndarray else library_of(x)
     rows = floats("x", x)
+    layer = _layer(rows, weight, bias)
+    table = rows
+    if rows.ndim != 2:
+        table = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
+    (out,) = library.compute(_core.linear, table, layer)
+    if rows.ndim != 2:
+        out = out.reshape(*rows.shape[:-1], out.shape[-1])
+    return out if library is NUMPY else library.to_caller(None, out)[0]
+
+
+def linears(x: Floats, *layers: tuple[Weight, Floats | None]) -> list[Floats]:
+    """Return what linear layers of the same x give, computed at once: threads start once.
+
+    Parameters
+    ----------
+    x : array of shape (total, in)
+    layers : tuple of a weight of shape (out, in) and a bias of shape (out,) or None
+        As `linear` takes them.
+
+    Returns
+    -------
+    list of ndarray of shape (total, out)
+        The same bits as those of `linear`.
+    """
+    x = floats("x", x)
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape (total, in), got {x.shape}")
+    return _core.linear(x, *[_layer(x, *layer) for layer in layers])
+
+
+def _layer(rows: Floats, weight: Any, bias: Any) -> tuple[NDArray[Any], str, Floats | None]:
+    """Return what is in memory of a layer's weight, as which type, and the bias."""
     weight, numbers, kind = stored(weight)
     if not rows.ndim or len(weight.shape) != 2 or weight.shape[1] != rows.shape[-1]:
         got = f"x.shape={rows.shape}, weight.shape={weight.shape}"
@@ -72,13 +104,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
             raise ValueError(f"bias must have shape (out,), got {got}")
     if numbers.strides[1] != numbers.itemsize:
         numbers = np.ascontiguousarray(numbers)
-    if rows.ndim == 2:
-        out = library.compute(_core.linear, rows, numbers, kind, bias)
-    else:
-        table = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
-        out = library.compute(_core.linear, table, numbers, kind, bias)
-        out = out.reshape(*rows.shape[:-1], len(numbers))
-    return out if library is NUMPY else library.to_caller(None, out)[0]
+    return numbers, kind, bias
 
 
 def stored(weight: Any) -> tuple[Weight, NDArray[Any], str]:

@@ -97,4 +97,4 @@ class Quantised:
         numbers *= blocks["scale"].astype(np.float32)[..., None]
         if self.kind == "Q4_1":
             numbers += blocks["min"].astype(np.float32)[..., None]
-        return numbers.reshape(*blocks.shape[:-1], -1)
+        return numbers.reshape(*blocks.shape[:-1], blocks.shape[-1] * BLOCK)

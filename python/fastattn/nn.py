@@ -19,7 +19,7 @@ from fastattn._arguments import FLOAT32, as_array, finite_number
 from fastattn._attention import varlen_attention
 from fastattn._linear import Floats as Floats
 from fastattn._linear import Weight as Weight
-from fastattn._linear import floats, linear, stored
+from fastattn._linear import floats, linear, linears, stored
 from fastattn._quantised import Quantised
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "linears",
     "log_softmax",
     "multi_head_attention",
     "rms_norm",
@@ -286,7 +287,7 @@ def gated_feed_forward(
     -------
     ndarray of shape (total, dim)
     """
-    gated = activation(linear(x, gate, gate_bias), linear(x, up, up_bias))
+    gated = activation(*linears(x, (gate, gate_bias), (up, up_bias)))
     return linear(gated, down, down_bias)
 
 

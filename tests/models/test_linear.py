@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fastattn import linear
+from fastattn import linear, nn
 from fastattn.nn import Quantised
 from tests.support.correctness import assert_same_bits
 
@@ -191,6 +191,32 @@ def test_rows_of_any_axes():
     assert_same_bits(linear(x[3], weight, bias), expected[3])
     assert linear(np.zeros((2, 0, 64), np.float32), weight).shape == (2, 0, 5)
     assert linear(np.zeros((2, 3, 0), np.float32), np.zeros((4, 0), np.float32)).shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_layers_of_the_same_x_at_once(isa, threads, rows):
+    sizes = {"Q4_1": 100, "float32": 7, "Q8_0": 0, "bfloat16": 800}
+    x, _ = given(rows, 1024, 1)
+    layers = [(weight_of(kind, out, 1024)[0], given(1, 1, out)[1]) for kind, out in sizes.items()]
+    layers[1] = layers[1][0], None
+    expected = [linear(x, *layer) for layer in layers]
+    for count in (1, 2, 3):
+        threads(count)
+        for found, one in zip(nn.linears(x, *layers), expected, strict=True):
+            assert_same_bits(found, one)
+    assert nn.linears(x) == []
+    with pytest.raises(ValueError, match=r"^x must have shape \(total, in\), got \(1024,\)$"):
+        nn.linears(x[0], *layers)
+
+
+def test_float16_of_every_kind_as_scales():
+    scales = np.arange(1 << 16).astype(np.uint16).view(np.float16)
+    scales = scales[np.isfinite(scales)]
+    blocks = np.zeros((len(scales), 1), BLOCKS["Q8_0"])
+    blocks["scale"][:, 0], blocks["quants"][:, 0, 0] = scales, 1
+    x = np.zeros((1, 32), np.float32)
+    x[0, 0] = 1
+    np.testing.assert_array_equal(linear(x, Quantised("Q8_0", blocks))[0], scales.astype("f4"))
 
 
 def test_tensors_give_tensors():

@@ -188,6 +188,11 @@ class Model(Watched, ABC, Generic[C]):
         """Return x times the weight of that name, plus its bias, if there is one."""
         return nn.linear(x, *self._layers(name))
 
+    def linears(self, names: Sequence[str], x: Floats) -> list[Floats]:
+        """Return x times each weight, plus its bias: as `linear`, and all at once."""
+        layers = self._layers(*names)
+        return nn.linears(x, *zip(layers[::2], layers[1::2], strict=True))
+
     def feed_forward(
         self, names: Sequence[str], x: Floats, activation: Callable[[Floats], Floats]
     ) -> Floats:

@@ -94,7 +94,7 @@ class BertModel(EncoderModel[Config]):
     def attention(self, layer: int, x: Floats, cu_seqlens: Integers) -> Floats:
         """Return x after a layer's attention."""
         name = f"encoder.layer.{layer}.attention"
-        q, k, v = (self.linear(f"{name}.self.{part}", x) for part in ("query", "key", "value"))
+        q, k, v = self.linears([f"{name}.self.{part}" for part in ("query", "key", "value")], x)
         seen = self.attend(layer, q, k, v, self.config.num_attention_heads, cu_seqlens)
         return self.norm(f"{name}.output.LayerNorm", x + self.linear(f"{name}.output.dense", seen))
 

@@ -134,8 +134,8 @@ class LlamaModel(DecoderModel[Config]):
         """Return what a layer's attention adds."""
         name, config = f"model.layers.{layer}.self_attn", self.config
         q, k, v = (
-            self.linear(f"{name}.{part}_proj", x).reshape(len(x), -1, config.head_size)
-            for part in "qkv"
+            part.reshape(len(x), -1, config.head_size)
+            for part in self.linears([f"{name}.{part}_proj" for part in "qkv"], x)
         )
         if config.model_type == "qwen3":
             q, k = self.norm(f"{name}.q_norm", q), self.norm(f"{name}.k_norm", k)

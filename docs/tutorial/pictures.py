@@ -132,7 +132,7 @@ def softmax(said: Callable[[str, str], str]) -> Picture:
     """Draw chapter 2: the weights of three scores, times several factors."""
     scores = np.array([3.0, 2.0, 1.5])
     title = said(
-        "Softmax of the scores 3, 2 and 1.5, times", "Softmax оценок 3, 2 и 1,5, умноженных на"
+        "Softmax of the scores 3, 2 and 1.5, times", "Softmax оценок 3, 2 и 1.5, умноженных на"
     )
     found = Picture(380, 212, title)
     found.text(190, 26, title, "middle")
@@ -143,8 +143,7 @@ def softmax(said: Callable[[str, str], str]) -> Picture:
             found.rect("blue", x, 170 - 110 * weight, 28, max(110 * weight, 1), opacity=0.7)
             found.text(x + 14, 164 - 110 * weight, f"{weight:.0%}", "small middle")
         found.path("grid", f"M{14 + 120 * i} 170 h112")
-        number = f"{factor:g}" if said("e", "r") == "e" else f"{factor:g}".replace(".", ",")
-        found.text(70 + 120 * i, 194, f"\N{MULTIPLICATION SIGN} {number}", "middle")
+        found.text(70 + 120 * i, 194, f"\N{MULTIPLICATION SIGN} {factor:g}", "middle")
     return found
 
 
@@ -183,7 +182,7 @@ def turns(said: Callable[[str, str], str]) -> Picture:
     """Draw chapter 6: an arrow that is turned by the same angle for each place."""
     found = Picture(380, 138, said("Rotary positions", "Поворот на каждом месте"))
     for place in range(4):
-        x, y, angle = 52 + 92 * place, 58, 0.3 + 0.6 * place
+        x, y, angle = 52 + 92 * place, 58, 0.3 * place
         found.add(f'<circle class="grid" cx="{x}" cy="{y}" r="38"/>')
         tip = x + 36 * math.cos(angle), y - 36 * math.sin(angle)
         found.path("blue-line", f"M{x} {y} L{tip[0]:.1f} {tip[1]:.1f}", 3, arrow=True)
@@ -240,7 +239,7 @@ def tiles(said: Callable[[str, str], str]) -> Picture:
     rng = np.random.default_rng(5)
     rows, count, size, done = 4, 5, 4, 3
     scores = rng.normal(size=(rows, count * size)).round(1)
-    found = Picture(380, 236, said("Tiles and running sums", "Плитки и текущие суммы"))
+    found = Picture(380, 272, said("Tiles and running sums", "Плитки и текущие суммы"))
     found.text(116, 26, said("keys, a tile at a time", "ключи, плитка за плиткой"), "small middle")
     for x, head in ((262, said("max", "макс.")), (330, said("sum", "сумма"))):
         found.text(x, 26, head, "small middle")
@@ -254,10 +253,14 @@ def tiles(said: Callable[[str, str], str]) -> Picture:
         seen = scores[i, : (done + 1) * size]
         sums = np.exp(seen - seen.max()).sum()
         numbers = [f"{seen.max():.1f}", f"{sums:.2f}"]
-        if said("e", "r") == "r":
-            numbers = [x.replace(".", ",") for x in numbers]
         for x, number in zip((262, 330), numbers, strict=True):
             found.text(x, y + 28, number, "middle")
+    legend = said(
+        "light: done and forgotten; orange: now|the numbers are an example",
+        "светлые — готовы и забыты, оранжевые — сейчас|числа взяты для примера",
+    )
+    for i, line in enumerate(legend.split("|")):
+        found.text(16, 240 + 20 * i, line, "small")
     return found
 
 

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over ranks: each process has some rows of a sequence that is too long for one.
+
+`attention` and `attention_backward` are those of fastattn, over the ranks of an mpi4py communicator
+or of a process group of torch.distributed; a `Layout` says which rank has which rows. Neither
+package is needed to import this one.
+"""
+
+from fastattn.distributed._calls import attention, attention_backward
+from fastattn.distributed._layout import Layout, contiguous, zigzag
+
+__all__ = ["Layout", "attention", "attention_backward", "contiguous", "zigzag"]

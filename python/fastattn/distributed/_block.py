@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One block of keys: added to attention so far, and its gradients to gradients so far.
+
+Both are in the dtype of the arithmetic, float32 for half precision: rounding each part would make
+errors that grow with the number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+import fastattn
+from fastattn._arrays import widened
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fastattn._options import Options
+
+    Array = NDArray[Any]
+    Starts = tuple[Array, Array] | None  # cu_seqlens of queries and of keys
+
+
+class Gradients(NamedTuple):
+    """What gradients are added to, by rows of queries or of keys."""
+
+    query: Array
+    key: Array
+    value: Array
+
+
+def attend(
+    query: Array, key: Array, value: Array, options: Options, starts: Starts
+) -> tuple[Array, Array]:
+    """Return out and lse of a call; of packed documents, if starts are given."""
+    named: dict[str, Any] = options._asdict() | {"return_lse": True}
+    call: Any = fastattn.attention
+    if starts is None:
+        out, lse = call(query, key, value, **named)
+        return out, lse
+    call = fastattn.varlen_attention
+    out, lse = call(_rows_first(query), _rows_first(key), _rows_first(value), *starts, **named)
+    shape = (*query.shape[:-1], value.shape[-1])
+    return out.swapaxes(0, 1).reshape(shape), lse.reshape(shape[:-1])
+
+
+def add_keys(
+    out: Array, lse: Array, query: Array, key: Array, value: Array, options: Options, starts: Starts
+) -> None:
+    """Make attention over some keys, out and lse, that over these keys too; without sinks."""
+    options = options._replace(sinks=None)
+    add(out, lse, *attend(_wide(query), key, value, options, starts))
+
+
+def add(out: Array, lse: Array, more_out: Array, more_lse: Array) -> None:
+    """Make out and lse, over some keys, those over other keys too, whose own are given."""
+    with np.errstate(all="ignore"):
+        both = np.logaddexp(lse, more_lse)
+        for x, of_x in ((out, lse), (more_out, more_lse)):
+            x *= np.where(of_x == -np.inf, 0, np.exp(of_x - both))[..., None]
+    out += more_out
+    lse[...] = both
+
+
+def add_gradients(
+    sums: Gradients,
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    out: Array,
+    lse: Array,
+    grad_lse: Array | None,
+    options: Options,
+    starts: Starts,
+) -> None:
+    """Add the gradients of a block of keys; out and lse are those over all keys."""
+    operands = (_wide(query), _wide(key), _wide(value))
+    grads = gradients(_wide(grad_out), *operands, _wide(out), lse, grad_lse, options, starts)
+    for total, grad in zip(sums, grads, strict=True):
+        total += grad
+
+
+def gradients(
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    out: Array,
+    lse: Array,
+    grad_lse: Array | None,
+    options: Options,
+    starts: Starts,
+) -> Gradients:
+    """Return the gradients of a call, in the dtypes of the operands."""
+    named: dict[str, Any] = options._asdict() | {"grad_lse": grad_lse}
+    call: Any = fastattn.attention_backward
+    operands = (query, key, value)
+    if starts is None:
+        return Gradients(*call(grad_out, *operands, out, lse, **named))
+    named |= dict(zip(("cu_seqlens_q", "cu_seqlens_kv"), starts, strict=True))
+    by_head = lse.shape[-2:] if lse.ndim > 1 else (1, *lse.shape)
+    if grad_lse is not None:
+        named["grad_lse"] = grad_lse.reshape(by_head)
+    packed = [_rows_first(x) for x in (grad_out, *operands, out)]
+    grads = call(*packed, lse.reshape(by_head), **named)
+    pairs = zip(grads, operands, strict=True)
+    return Gradients(*(grad.swapaxes(0, 1).reshape(x.shape) for grad, x in pairs))
+
+
+def _rows_first(x: Array) -> Array:
+    """Return the rows of one batch element packed, heads behind them."""
+    return x.reshape(x.shape[-3:] if x.ndim > 2 else (1, *x.shape)).swapaxes(0, 1)
+
+
+def _wide(x: Array) -> Array:
+    """Return half precision as float32."""
+    x = widened(x)
+    return x if x.dtype.itemsize > 2 else x.astype(np.float32)

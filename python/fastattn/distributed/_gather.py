@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Method gather: each rank has all keys that it needs, and computes its rows as one process does.
+
+So the bits of a row are those of one process, whatever the ranks and the layout are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastattn.distributed._block import Gradients, add_gradients, attend
+from fastattn.distributed._blocks import blocks, homeward, sources
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fastattn._options import Options
+    from fastattn.distributed._engine import Peers
+    from fastattn.distributed._problem import Problem
+
+    Array = NDArray[Any]
+
+MANY_ROWS = 17  # fewer take other kernels, and so have other last bits
+
+
+def forward(peers: Peers, problem: Problem) -> tuple[Array, Array]:
+    """Return out and lse of this rank's queries over all keys, sinks included."""
+    shapes = problem.shapes
+    out = np.empty(shapes.out_shape, problem.query.dtype)
+    lse = np.empty(shapes.lse_shape, problem.wide)
+    key, value = _all_keys(peers, problem)
+    whole = slice(0, problem.kv_layout.total)
+    for rows, start, stop in problem.layout.pieces(problem.rank):
+        _, _, options, starts = problem.block(rows, (start, stop), whole, (0, whole.stop))
+        query = problem.query[..., rows, :]
+        count = stop - start
+        more = max(min(problem.layout.total, MANY_ROWS) - count, 0)
+        if more and starts is None:
+            query, options = _padded(query, more), _padded_pairs(options, more)
+        of_rows = attend(query, key, value, options, starts)
+        out[..., rows, :] = of_rows[0][..., :count, :]
+        lse[..., rows] = of_rows[1][..., :count]
+    return out, lse
+
+
+def backward(
+    peers: Peers,
+    problem: Problem,
+    grad_out: Array,
+    out: Array,
+    lse: Array,
+    grad_lse: Array | None,
+) -> Gradients:
+    """Return the gradients of this rank's rows; out and lse are those over all keys."""
+    query = problem.query
+    key, value = _all_keys(peers, problem)
+    whole = slice(0, problem.kv_layout.total)
+    sums = Gradients(*(np.zeros(x.shape, problem.wide) for x in (query, key, value)))
+    for rows, start, stop in problem.layout.pieces(problem.rank):
+        _, _, options, starts = problem.block(rows, (start, stop), whole, (0, whole.stop))
+        add_gradients(
+            Gradients(sums.query[..., rows, :], sums.key, sums.value),
+            grad_out[..., rows, :],
+            query[..., rows, :],
+            key,
+            value,
+            out[..., rows, :],
+            lse[..., rows],
+            None if grad_lse is None else grad_lse[..., rows],
+            options,
+            starts,
+        )
+    home = homeward(peers, problem)
+    for source in sources(problem):
+        for of_source, of_all in zip(home.sums(source), sums[1:], strict=True):
+            for rows, start, stop in problem.kv_layout.pieces(source):
+                of_source[..., rows, :] = of_all[..., start:stop, :]
+        home.send(source)
+    return Gradients(sums.query, *home.arrived())
+
+
+def _all_keys(peers: Peers, problem: Problem) -> tuple[Array, Array]:
+    """Return keys and values by position; zeros for those that no query of this rank sees."""
+    total = problem.kv_layout.total
+    wholes = [
+        np.zeros((*x.shape[:-2], total, x.shape[-1]), x.dtype) for x in (problem.key, problem.value)
+    ]
+    for source, key, value, _ in blocks(peers, problem):
+        for whole, x in zip(wholes, (key, value), strict=True):
+            for rows, start, stop in problem.kv_layout.pieces(source):
+                whole[..., start:stop, :] = x[..., rows, :]
+    return wholes[0], wholes[1]
+
+
+def _padded(x: Array, more: int) -> Array:
+    """Return an array with its last row repeated."""
+    return np.concatenate([x, x[..., -1:, :].repeat(more, axis=-2)], axis=-2)
+
+
+def _padded_pairs(options: Options, more: int) -> Options:
+    """Return options whose mask and bias have the rows of a padded query."""
+    padded = {
+        name: _padded(x, more)
+        for name, x in (("mask", options.mask), ("bias", options.bias))
+        if x is not None and x.ndim > 1 and x.shape[-2] != 1
+    }
+    return options._replace(**padded)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Method ring: queries stay, blocks of keys come by, and each is added to attention so far."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastattn._arrays import widened
+from fastattn.distributed._block import Gradients, add_gradients, add_keys
+from fastattn.distributed._blocks import blocks, homeward
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fastattn.distributed._engine import Peers
+    from fastattn.distributed._problem import Problem
+
+    Array = NDArray[Any]
+
+
+def forward(peers: Peers, problem: Problem) -> tuple[Array, Array]:
+    """Return out and lse of this rank's queries over all keys, sinks included."""
+    shapes = problem.shapes
+    out = np.zeros(shapes.out_shape, problem.wide)
+    lse = np.full(shapes.lse_shape, -np.inf, problem.wide)
+    for source, key, value, poll in blocks(peers, problem):
+        for rows, columns, options, starts in problem.blocks(source):
+            add_keys(
+                out[..., rows, :],
+                lse[..., rows],
+                problem.query[..., rows, :],
+                key[..., columns, :],
+                value[..., columns, :],
+                options,
+                starts,
+            )
+            poll()
+    if problem.options.sinks is not None:
+        _add_sinks(out, lse, problem.options.sinks)
+    return out, lse
+
+
+def backward(
+    peers: Peers,
+    problem: Problem,
+    grad_out: Array,
+    out: Array,
+    lse: Array,
+    grad_lse: Array | None,
+) -> Gradients:
+    """Return the gradients of this rank's rows; out and lse are those over all keys."""
+    query = problem.query
+    dq = np.zeros(query.shape, problem.wide)
+    home = homeward(peers, problem)
+    for source, key, value, poll in blocks(peers, problem):
+        dk, dv = home.sums(source)
+        for rows, columns, options, starts in problem.blocks(source):
+            add_gradients(
+                Gradients(dq[..., rows, :], dk[..., columns, :], dv[..., columns, :]),
+                grad_out[..., rows, :],
+                query[..., rows, :],
+                key[..., columns, :],
+                value[..., columns, :],
+                out[..., rows, :],
+                lse[..., rows],
+                None if grad_lse is None else grad_lse[..., rows],
+                options,
+                starts,
+            )
+            poll()
+            home.poll()
+        home.send(source)
+    return Gradients(dq, *home.arrived())
+
+
+def _add_sinks(out: Array, lse: Array, sinks: Array) -> None:
+    """Let each head's sink take its share of what its rows give; once, not for each block."""
+    logits = widened(sinks).astype(np.float64)
+    with np.errstate(all="ignore"):
+        share = 1 / (1 + np.exp((logits[:, None] if lse.ndim > 1 else logits) - lse))
+    out *= np.where(lse == -np.inf, 0, share)[..., None]

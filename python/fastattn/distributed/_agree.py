@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 Checked = TypeVar("Checked")
 
-DIGEST = 32  # bytes
 TEXT = 8192  # bytes, of terms in words
 LONGEST_TERM = 160  # characters
+MOST_NUMBERS = 4  # of an array, that are told one by one
 REFUSED = "refused"
 FIRST_STEP = "agreeing on the arguments"
 
@@ -71,15 +71,20 @@ def _digest(terms: dict[str, str]) -> Any:
 def _text(term: Any) -> str:
     """Return a term as text that differs where the term does."""
     if isinstance(term, np.ndarray):
-        whole = hashlib.sha256(np.ascontiguousarray(term).view(np.uint8).tobytes()).hexdigest()
         flat = term.reshape(-1)
-        shown = ", ".join(str(x) for x in flat[:4]) + (", .." if flat.size > 4 else "")
-        return f"[{shown}] of shape {term.shape}, {term.dtype} (sha256 {whole[:8]})"
+        shown = ", ".join(str(x) for x in flat[:MOST_NUMBERS])
+        if flat.size > MOST_NUMBERS:
+            shown += f", .. (sha256 {_short(flat.tobytes())})"
+        return f"[{shown}] of shape {term.shape}, {term.dtype}"
     text = str(term)
     if len(text) <= LONGEST_TERM:
         return text
-    whole = hashlib.sha256(text.encode()).hexdigest()
-    return f"{text[: LONGEST_TERM - 30]} .. (sha256 {whole[:8]})"
+    return f"{text[: LONGEST_TERM - 40]} .. (sha256 {_short(text.encode())})"
+
+
+def _short(whole: bytes) -> str:
+    """Return a few characters that differ where the bytes do."""
+    return hashlib.sha256(whole).hexdigest()[:16]
 
 
 def _told(terms: dict[str, str]) -> Any:

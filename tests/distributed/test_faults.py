@@ -245,8 +245,8 @@ def test_a_late_rank_and_what_comes_after():
     assert errors[0] == [
         "TimeoutError: attention on rank 0: agreeing on the arguments: receiving from rank 1 and "
         "sending to rank 1 was not done after timeout=0.3 s",
-        "RuntimeError: comm must be one whose calls have all ended well, got one on which attention "
-        "has failed (agreeing on the arguments): make a new communicator",
+        "RuntimeError: comm must be one whose calls have all ended well, got one on which "
+        "attention has failed (agreeing on the arguments): make a new communicator",
     ]
     assert errors[1][0].startswith(
         "TimeoutError: attention on rank 1: step 1 of 1: receiving from rank 0 was"

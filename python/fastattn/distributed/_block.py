@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     Starts = tuple[Array, Array] | None  # cu_seqlens of queries and of keys
 
 
+MANY_ROWS = 17  # of fewer, other kernels compute the rows, with other last bits
+
+
+def as_of_many(total: int) -> int:
+    """Return how many rows make a call take the kernel that one with all queries takes."""
+    return min(total, MANY_ROWS)
+
+
 class Gradients(NamedTuple):
     """What gradients are added to, by rows of queries or of keys."""
 
@@ -32,14 +40,21 @@ class Gradients(NamedTuple):
 
 
 def attend(
-    query: Array, key: Array, value: Array, options: Options, starts: Starts
+    query: Array, key: Array, value: Array, options: Options, starts: Starts, least: int = 0
 ) -> tuple[Array, Array]:
-    """Return out and lse of a call; of packed documents, if starts are given."""
+    """Return out and lse of a call; of packed documents, if starts are given.
+
+    least: fewer queries than these are computed as if they were so many. A row's bits depend on
+    whether it is one of few.
+    """
+    rows = query.shape[-2]
+    if rows < least and starts is None:
+        query, options = _padded(query, least), _padded_pairs(options, rows, least)
     named: dict[str, Any] = options._asdict() | {"return_lse": True}
     call: Any = fastattn.attention
     if starts is None:
         out, lse = call(query, key, value, **named)
-        return out, lse
+        return out[..., :rows, :], lse[..., :rows]
     call = fastattn.varlen_attention
     out, lse = call(_rows_first(query), _rows_first(key), _rows_first(value), *starts, **named)
     shape = (*query.shape[:-1], value.shape[-1])
@@ -51,7 +66,7 @@ def add_keys(
 ) -> None:
     """Make attention over some keys, out and lse, that over these keys too; without sinks."""
     options = options._replace(sinks=None)
-    add(out, lse, *attend(_wide(query), key, value, options, starts))
+    add(out, lse, *attend(wide(query), key, value, options, starts))
 
 
 def add(out: Array, lse: Array, more_out: Array, more_lse: Array) -> None:
@@ -62,6 +77,14 @@ def add(out: Array, lse: Array, more_out: Array, more_lse: Array) -> None:
             x *= np.where(of_x == -np.inf, 0, np.exp(of_x - both))[..., None]
     out += more_out
     lse[...] = both
+
+
+def add_sinks(out: Array, lse: Array, sinks: Array) -> None:
+    """Let each head's sink take its share of what its rows give; once, not for each block."""
+    logits = widened(sinks).astype(np.float64)
+    with np.errstate(all="ignore"):
+        share = 1 / (1 + np.exp((logits[:, None] if lse.ndim > 1 else logits) - lse))
+    out *= np.where(lse == -np.inf, 0, share)[..., None]
 
 
 def add_gradients(
@@ -77,8 +100,8 @@ def add_gradients(
     starts: Starts,
 ) -> None:
     """Add the gradients of a block of keys; out and lse are those over all keys."""
-    operands = (_wide(query), _wide(key), _wide(value))
-    grads = gradients(_wide(grad_out), *operands, _wide(out), lse, grad_lse, options, starts)
+    operands = (wide(query), wide(key), wide(value))
+    grads = gradients(wide(grad_out), *operands, wide(out), lse, grad_lse, options, starts)
     for total, grad in zip(sums, grads, strict=True):
         total += grad
 
@@ -115,7 +138,23 @@ def _rows_first(x: Array) -> Array:
     return x.reshape(x.shape[-3:] if x.ndim > 2 else (1, *x.shape)).swapaxes(0, 1)
 
 
-def _wide(x: Array) -> Array:
+def wide(x: Array) -> Array:
     """Return half precision as float32."""
     x = widened(x)
     return x if x.dtype.itemsize > 2 else x.astype(np.float32)
+
+
+def _padded(x: Array, rows: int) -> Array:
+    """Return an array with its last row repeated."""
+    more = x[..., -1:, :].repeat(rows - x.shape[-2], axis=-2)
+    return np.concatenate([x, more], axis=-2)
+
+
+def _padded_pairs(options: Options, rows: int, least: int) -> Options:
+    """Return options whose mask and bias have the rows of a padded query."""
+    padded = {
+        name: _padded(x, least)
+        for name, x in (("mask", options.mask), ("bias", options.bias))
+        if x is not None and x.ndim > 1 and x.shape[-2] == rows > 1
+    }
+    return options._replace(**padded)

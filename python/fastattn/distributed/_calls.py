@@ -11,16 +11,14 @@ from fastattn._arguments import (
     boolean,
     check_like,
     floats,
-    positive_number,
     result_array,
     wants_gradient,
 )
 from fastattn._arrays import rounded_to, widened
 from fastattn._options import AttentionOptions, options_of, takes
-from fastattn.distributed import _gather, _heads, _ring
+from fastattn.distributed import _gather, _heads, _reproducible, _ring
 from fastattn.distributed._agree import agreed
-from fastattn.distributed._comm import engine_of
-from fastattn.distributed._engine import Peers
+from fastattn.distributed._comm import peers_of, seconds
 from fastattn.distributed._problem import checked
 
 if TYPE_CHECKING:
@@ -46,6 +44,7 @@ def attention(
     kv_layout: Layout | None = None,
     documents: ArrayLike | None = None,
     method: Method = "ring",
+    reproducible: bool = False,
     timeout: float | None = None,
     return_lse: Literal[False] = False,
     out: ArrayLike | None = None,
@@ -62,6 +61,7 @@ def attention(
     kv_layout: Layout | None = None,
     documents: ArrayLike | None = None,
     method: Method = "ring",
+    reproducible: bool = False,
     timeout: float | None = None,
     return_lse: Literal[True],
     out: ArrayLike | None = None,
@@ -78,6 +78,7 @@ def attention(
     kv_layout: Layout | None = None,
     documents: ArrayLike | None = None,
     method: Method = "ring",
+    reproducible: bool = False,
     timeout: float | None = None,
     return_lse: bool = False,
     out: ArrayLike | None = None,
@@ -110,6 +111,11 @@ def attention(
         each rank first gets all keys that it needs; its rows are then bitwise those of one process.
         ``"heads"``: ranks exchange rows for heads and compute all rows of some heads, bitwise as
         one process; at most as many ranks as query heads.
+    reproducible : bool
+        The same bits over any number of ranks, any layout and every engine: keys are attended in
+        fixed chunks of 256, and merged in integers, which have no order. It takes more time, and
+        7 times the memory of the result in float32. ``"gather"`` and ``"heads"`` always have the same bits.
+        Not with documents; gradients are never the same over other numbers of ranks.
     timeout : float, optional
         Seconds to wait for other ranks in one step. Unless given, as long as the engine does: MPI
         without end, gloo for the timeout of its group.
@@ -149,10 +155,10 @@ def attention(
     of a ring are the same each time for given ranks, layout and options.
     """
     asked = options_of(attention, options)
-    peers = _peers(comm, "attention", timeout)
+    peers = peers_of(comm, "attention", timeout)
 
     def check() -> Any:
-        _seconds(timeout)
+        seconds(timeout)
         problem, terms = checked(
             peers.engine, query, key, value, layout, kv_layout, documents, method, asked
         )
@@ -160,10 +166,14 @@ def attention(
         inputs = (problem.query, problem.key, problem.value, asked.mask, asked.bias)
         shape, dtype = problem.shapes.out_shape, problem.query.dtype
         result = result_array(out, problem.library, shape, dtype, inputs)
-        return (problem, wants_lse, result), terms
+        in_grid = boolean("reproducible", reproducible) and method == "ring"
+        if in_grid and problem.documents is not None:
+            raise ValueError("reproducible must be False with documents and method='ring'")
+        forward = _reproducible.forward if in_grid else METHODS[method].forward
+        return (problem, wants_lse, result, forward), {**terms, "reproducible": in_grid}
 
-    problem, wants_lse, result = agreed(peers, check)
-    found, lse = problem.library.compute(METHODS[method].forward, peers, problem)
+    problem, wants_lse, result, forward = agreed(peers, check)
+    found, lse = problem.library.compute(forward, peers, problem)
     result[...] = rounded_to(result.dtype, found)
     result, lse = problem.library.to_caller(out, result, lse if wants_lse else None)
     return (result, lse) if wants_lse else result
@@ -223,10 +233,10 @@ kv_lengths, dropout_p, seed
         As for `attention`.
     """
     asked = options_of(attention_backward, options)
-    peers = _peers(comm, "attention_backward", timeout)
+    peers = peers_of(comm, "attention_backward", timeout)
 
     def check() -> Any:
-        _seconds(timeout)
+        seconds(timeout)
         problem, terms = checked(
             peers.engine, query, key, value, layout, kv_layout, documents, method, asked
         )
@@ -270,16 +280,3 @@ def _of_sinks(problem: Problem, grad_out: Array, out: Array, lse: Array) -> Arra
         whole = -(share * np.atleast_2d(by_row))
     of_heads = whole.sum(axis=tuple(i for i in range(whole.ndim) if i != whole.ndim - 2))
     return rounded_to(sinks.dtype, of_heads)
-
-
-def _peers(comm: Any, call: str, timeout: Any) -> Peers:
-    """Return the ranks of a call; its timeout is checked with the other arguments."""
-    engine = engine_of(comm)
-    try:
-        return Peers(engine, call, _seconds(timeout))
-    except (TypeError, ValueError):
-        return Peers(engine, call, None)
-
-
-def _seconds(timeout: Any) -> float | None:
-    return None if timeout is None else positive_number("timeout", timeout)

@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn.distributed._block import Gradients, add_gradients, attend
+from fastattn.distributed._block import Gradients, add_gradients, as_of_many, attend
 from fastattn.distributed._blocks import blocks, homeward, sources
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fastattn._options import Options
     from fastattn.distributed._engine import Peers
     from fastattn.distributed._problem import Problem
 
     Array = NDArray[Any]
-
-MANY_ROWS = 17  # fewer take other kernels, and so have other last bits
 
 
 def forward(peers: Peers, problem: Problem) -> tuple[Array, Array]:
@@ -35,13 +32,9 @@ def forward(peers: Peers, problem: Problem) -> tuple[Array, Array]:
     for rows, start, stop in problem.layout.pieces(problem.rank):
         _, _, options, starts = problem.block(rows, (start, stop), whole, (0, whole.stop))
         query = problem.query[..., rows, :]
-        count = stop - start
-        more = max(min(problem.layout.total, MANY_ROWS) - count, 0)
-        if more and starts is None:
-            query, options = _padded(query, more), _padded_pairs(options, more)
-        of_rows = attend(query, key, value, options, starts)
-        out[..., rows, :] = of_rows[0][..., :count, :]
-        lse[..., rows] = of_rows[1][..., :count]
+        least = as_of_many(problem.layout.total)
+        of_rows = attend(query, key, value, options, starts, least)
+        out[..., rows, :], lse[..., rows] = of_rows
     return out, lse
 
 
@@ -92,18 +85,3 @@ def _all_keys(peers: Peers, problem: Problem) -> tuple[Array, Array]:
             for rows, start, stop in problem.kv_layout.pieces(source):
                 whole[..., start:stop, :] = x[..., rows, :]
     return wholes[0], wholes[1]
-
-
-def _padded(x: Array, more: int) -> Array:
-    """Return an array with its last row repeated."""
-    return np.concatenate([x, x[..., -1:, :].repeat(more, axis=-2)], axis=-2)
-
-
-def _padded_pairs(options: Options, more: int) -> Options:
-    """Return options whose mask and bias have the rows of a padded query."""
-    padded = {
-        name: _padded(x, more)
-        for name, x in (("mask", options.mask), ("bias", options.bias))
-        if x is not None and x.ndim > 1 and x.shape[-2] != 1
-    }
-    return options._replace(**padded)

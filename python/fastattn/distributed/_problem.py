@@ -122,7 +122,7 @@ class Problem(NamedTuple):
     def blocks(self, source: int) -> Iterator[Block]:
         """Yield the calls of this rank's queries on the keys of rank `source`."""
         for q_piece in self.layout.pieces(self.rank):
-            for rows, start, stop in _chunks(q_piece):
+            for rows, start, stop in chunks_of(q_piece):
                 first, end = self.reach.keys(start, stop)
                 for columns, k_start, k_stop in self.kv_layout.pieces(source):
                     if k_start < end and k_stop > first:
@@ -287,7 +287,7 @@ def _as_arrays(options: Options) -> Options:
     return options._replace(**kept)
 
 
-def _chunks(piece: Piece) -> Iterator[Piece]:
+def chunks_of(piece: Piece) -> Iterator[Piece]:
     """Yield equal parts of a span of queries, that are not too large."""
     count = -(-(piece.stop - piece.start) // ROWS_AT_ONCE)
     length = piece.stop - piece.start

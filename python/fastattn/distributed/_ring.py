@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn._arrays import widened
-from fastattn.distributed._block import Gradients, add_gradients, add_keys
+from fastattn.distributed._block import Gradients, add_gradients, add_keys, add_sinks
 from fastattn.distributed._blocks import blocks, homeward
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def forward(peers: Peers, problem: Problem) -> tuple[Array, Array]:
             )
             poll()
     if problem.options.sinks is not None:
-        _add_sinks(out, lse, problem.options.sinks)
+        add_sinks(out, lse, problem.options.sinks)
     return out, lse
 
 
@@ -73,11 +72,3 @@ def backward(
             home.poll()
         home.send(source)
     return Gradients(dq, *home.arrived())
-
-
-def _add_sinks(out: Array, lse: Array, sinks: Array) -> None:
-    """Let each head's sink take its share of what its rows give; once, not for each block."""
-    logits = widened(sinks).astype(np.float64)
-    with np.errstate(all="ignore"):
-        share = 1 / (1 + np.exp((logits[:, None] if lse.ndim > 1 else logits) - lse))
-    out *= np.where(lse == -np.inf, 0, share)[..., None]

@@ -113,9 +113,9 @@ def attention(
         one process; at most as many ranks as query heads.
     reproducible : bool
         The same bits over any number of ranks, any layout and every engine: keys are attended in
-        fixed chunks of 256, and merged in integers, which have no order. It takes more time, and
-        7 times the memory of the result in float32. ``"gather"`` and ``"heads"`` always have the same bits.
-        Not with documents; gradients are never the same over other numbers of ranks.
+        fixed chunks of 256, and merged in integers, which have no order. It takes more time, and 7
+        times the memory of a result in float32. ``"gather"`` and ``"heads"`` always have the same
+        bits. Not with documents; gradients are never the same over other numbers of ranks.
     timeout : float, optional
         Seconds to wait for other ranks in one step. Unless given, as long as the engine does: MPI
         without end, gloo for the timeout of its group.

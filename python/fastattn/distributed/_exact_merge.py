@@ -2,9 +2,10 @@
 """A merge whose result does not depend on the order: sums of integers.
 
 A part (out, lse) counts exp(lse) times: its numerators are out * exp(lse), its denominator is
-exp(lse). Both are written as digits of 24 bits on a grid of absolute powers of 2, one for a row's
-numerators and one for its denominator, and the highest three digits are kept. They are integers,
-and adding them has no order. A digit that is too low beside some part is dropped, whenever that part is met.
+exp(lse). Both are written as digits of 24 bits on a grid of absolute powers of 2, one grid for a
+row's numerators and one for its denominator, and the highest three digits are kept. They are
+integers, and adding them has no order. A digit that is too low beside some part is dropped,
+whenever that part is met.
 """
 
 from __future__ import annotations

@@ -664,6 +664,7 @@ bool attention(const AttentionArgs& args, Interrupt interrupt) {
         if (decodes && !decode(call, interrupt)) return false;
         // A child that a signal handler forked has lost what other threads had merged by halves.
         if (times_begun_again() == before) return true;
+        if (args.accumulates) throw_begun_again();
     }
 }
 

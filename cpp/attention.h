@@ -33,10 +33,10 @@ struct Parts {
     int64_t shift, first_begin, first_end, first_shift;
 };
 
-// One call. query and out share a dtype, and so do key and value: all float64, which is then the
-// type of lse and of all arithmetic; or float32 or half precision, and then it is float32.
-// Half-precision queries have keys and values of the same dtype, or int8. The last axis is
-// contiguous. Trusted: the caller has checked it.
+// One call. key and value share a dtype, and so do query and out, but that out may be float32 where
+// query is of half precision: all float64, which is then the type of lse and of all arithmetic; or
+// float32 or half precision, and then it is float32. Half-precision queries have keys and values of
+// the same dtype, or int8. The last axis is contiguous. Trusted: the caller has checked it.
 //
 // Three layouts of the sequences. Plain: each batch element has q_len rows and kv_len keys. Packed:
 // it has the rows and keys between two starts, of arrays without a batch axis; q_len and kv_len are
@@ -45,7 +45,9 @@ struct AttentionArgs {
     Array query, key, value, out;
     Array key_scale, value_scale;  // (..., kv_heads, rows): what an int8 row is to be multiplied by
     Array lse;                     // cols absent; null: not asked for
-    Array mask, bias;              // (..., q_heads, q_len, kv_len)
+    // out and lse hold what other keys gave, and take what both give; there are no sinks then.
+    bool accumulates = false;
+    Array mask, bias;  // (..., q_heads, q_len, kv_len)
     // Of the arithmetic's type, contiguous; null: not asked for. softmax (batch, q_heads, q_len, 2)
     // takes the largest score, in base 2, and 1 / the denominator; scores (batch, q_heads, kv_len)
     // those that a query sees, in base 2, of a call that takes_scores().
@@ -54,7 +56,8 @@ struct AttentionArgs {
     int64_t q_heads = 0, kv_heads = 0, q_len = 0, kv_len = 0, head_dim = 0, value_head_dim = 0;
     const double* alibi_slopes = nullptr;     // (batch, q_heads)
     const double* sinks = nullptr;            // (q_heads)
-    const int64_t* query_offset = nullptr;    // (batch); null: 0
+    const int64_t* query_offset = nullptr;    // (batch), from the first key on; null: 0
+    const int64_t* key_offset = nullptr;      // (batch), which dropout adds to positions; null: 0
     const int64_t* kv_lengths = nullptr;      // (batch); null: kv_len
     const int64_t* kv_begins = nullptr;       // (batch); keys before are not seen; null: 0
     const int64_t* q_starts = nullptr;        // (batch + 1); packed
@@ -68,18 +71,22 @@ struct AttentionArgs {
     double softcap = 0.0;  // 0: off
     // Query i sees key j iff -left <= j - (i + query_offset) <= right; causality is right = 0.
     int64_t left = kUnlimited, right = kUnlimited;
-    double dropout_p = 0.0;  // within 0..1
-    uint64_t seed = 0;       // of what dropout draws
-    int threads = 0;         // to plan for; 0: those at hand
+    double dropout_p = 0.0;                      // within 0..1
+    uint64_t seed = 0;                           // of what dropout draws
+    uint32_t head_offset = 0, batch_offset = 0;  // of the first head and batch element, for dropout
+    int threads = 0;                             // to plan for; 0: those at hand
 };
 
 // The gradients of a call, whose out and lse are what it gave. grad_out is like out, grad_lse and
-// delta like lse; dq, dk and dv are like query, key and value, without repeated axes. delta takes
-// the sum of out * grad_out. dbias, float32 (float64 for float64), takes the gradient of the bias:
-// a repeated axis sums over it. What is written comes as zeros.
+// delta like lse; dq, dk and dv are like query, key and value, without repeated axes, or all of
+// these are of the arithmetic's type. delta takes the sum of out * grad_out. dbias, float32
+// (float64 for float64), takes the gradient of the bias: a repeated axis sums over it. What is
+// written comes as zeros, but for dq, dk and dv of a call that accumulates, to which gradients are
+// added.
 struct GradientArgs {
     AttentionArgs call;
     Array grad_out, grad_lse, dq, dk, dv, dbias, delta;  // grad_lse, dbias, delta: null, not given
+    bool accumulates = false;
 };
 
 // What is asked of the probabilities of a call, which has no value, out, lse or dropout. Results

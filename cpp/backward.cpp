@@ -446,8 +446,11 @@ class Backward : Gradients {
 }  // namespace
 
 bool attention_backward(const GradientArgs& args, Interrupt interrupt) {
-    if (is_short(args)) return differentiate_short(args, interrupt);
-    return Backward(args).run(interrupt);
+    const int before = times_begun_again();
+    const bool finished =
+        is_short(args) ? differentiate_short(args, interrupt) : Backward(args).run(interrupt);
+    if (args.accumulates && times_begun_again() != before) throw_begun_again();
+    return finished;
 }
 
 Schedule schedule_backward(const GradientArgs& args) {

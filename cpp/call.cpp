@@ -67,6 +67,7 @@ Sequence Call::sequence(int64_t batch) const {
     s.end = args.kv_lengths ? args.kv_lengths[batch] : s.kv_len;
     s.begin = args.kv_begins ? std::min(args.kv_begins[batch], s.end) : 0;
     s.offset = args.query_offset ? args.query_offset[batch] : 0;
+    s.key_offset = args.key_offset ? args.key_offset[batch] : 0;
     if (args.kv_parts != nullptr) {
         s.kv_len = slots();
         s.shift = args.kv_parts[batch].shift;
@@ -154,6 +155,7 @@ Block Call::shared_block() const {
     block.kv_len = args.kv_parts ? slots() : args.kv_len;
     block.query_dtype = args.query.dtype;
     block.kv_dtype = args.key.dtype;
+    block.out_dtype = args.out.dtype;
     block.mask_dtype = args.mask.dtype;
     block.bias_dtype = args.bias.dtype;
     block.mask_stride = args.mask.col_stride;
@@ -162,6 +164,7 @@ Block Call::shared_block() const {
     block.softcap = args.softcap;
     block.alibi = args.alibi_slopes != nullptr;
     block.sinks = args.sinks != nullptr;
+    block.accumulates = args.accumulates;
     block.dropout = dropout_of(args);
     return block;
 }
@@ -172,6 +175,7 @@ void Call::set_keys(Block& block, const Sequence& s, int64_t kv_head) const {
     block.key_scale.data = rows(args.key_scale, s.batch).at(kv_head, s.kv_start);
     block.value_scale.data = rows(args.value_scale, s.batch).at(kv_head, s.kv_start);
     block.kv_len = s.kv_len;
+    block.dropout.key_offset = s.key_offset;
 }
 
 void Call::set_rows(Row* to, int count, const Sequence& s, int64_t kv_head, int64_t first) const {
@@ -214,8 +218,8 @@ void Call::set_rows_of_head(Row* to, int64_t count, const Sequence& s, int64_t h
     row.pages = args.pages ? args.pages + s.batch * args.page_columns : nullptr;
     row.slope = args.alibi_slopes ? args.alibi_slopes[of_all] : 0;
     row.sink = args.sinks ? args.sinks[head] : -std::numeric_limits<double>::infinity();
-    row.head = uint32_t(head);
-    row.batch = uint32_t(s.batch);
+    row.head = uint32_t(head) + args.head_offset;
+    row.batch = uint32_t(s.batch) + args.batch_offset;
     Interval seen = interval(s, first);
     for (int64_t i = first; i < first + count; ++i, to += step) {
         if (limited) seen = interval(s, i);

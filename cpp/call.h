@@ -25,6 +25,7 @@ struct Sequence {
     int64_t kv_start, kv_len;  // its rows of key and value
     int64_t begin, end;        // the keys that length and eviction leave
     int64_t offset;            // position of its first query
+    int64_t key_offset;        // what dropout adds to positions
     int64_t shift;             // what was added to positions
 };
 

@@ -502,9 +502,10 @@ class Decode {
         return a.sequence.shift - b.sequence.shift;
     }
 
-    static std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> place(const Member& member) {
+    using Placed = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+    static Placed place(const Member& member) {
         const Sequence& s = member.sequence;
-        return {s.q_len, s.kv_start, s.kv_len, member.key, member.value};
+        return {s.q_len, s.kv_start, s.kv_len, s.key_offset, member.key, member.value};
     }
 
     // The columns of the page table that hold these keys.

@@ -47,6 +47,9 @@ class Gradients {
         block.block.stop = stop;
         block.gradients = memory.more;
         block.dbias_stride = args_.dbias.col_stride;
+        block.dq_dtype = args_.dq.dtype;
+        block.dkv_dtype = args_.dk.dtype;
+        block.accumulates = args_.accumulates;
         return block;
     }
 

@@ -27,6 +27,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 #if defined(__SANITIZE_THREAD__)
@@ -473,6 +474,11 @@ int get_num_threads() {
 }
 
 int times_begun_again() { return begun_again.load(std::memory_order_relaxed); }
+
+void throw_begun_again() {
+    throw std::runtime_error(
+        "a call that accumulates was interrupted by a fork: what it adds to is lost in the child");
+}
 
 bool Patience::ended() {
     const auto now = Clock::now();

@@ -34,6 +34,7 @@ bool parallel_for(int64_t items, int threads, Interrupt interrupt, const Body& b
 // How often the items of a parallel_for had to begin again, all of them, in a child that a signal
 // handler forked amid some of them: what they give must not depend on what they gave before.
 int times_begun_again();
+[[noreturn]] void throw_begun_again();  // of a call whose items cannot be done twice
 
 // Asks about Ctrl-C between calls of parallel_for that are each too short to do so.
 class Patience {

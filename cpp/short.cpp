@@ -183,12 +183,13 @@ class Short {
         problem.begin = sequence.begin;
         problem.end = sequence.end;
         problem.offset = sequence.offset;
+        problem.key_offset = sequence.key_offset;
         problem.slopes = args_.alibi_slopes == nullptr
                              ? nullptr
                              : args_.alibi_slopes + at.batch * args_.q_heads + q_head;
         problem.sinks = args_.sinks == nullptr ? nullptr : args_.sinks + q_head;
-        problem.head = uint32_t(q_head);
-        problem.batch = uint32_t(at.batch);
+        problem.head = uint32_t(q_head) + args_.head_offset;
+        problem.batch = uint32_t(at.batch) + args_.batch_offset;
     }
 
     void attend_the_long_way(const Place& at, void* memory, const Stop& stop) const {
@@ -233,6 +234,8 @@ std::optional<ShortShape> short_shape(const Call& call) {
         args.scores != nullptr || args.key.dtype == Dtype::kInt8) {
         return {};
     }
+    // A problem may be given up, and attended to again, after some of its results were stored.
+    if (args.accumulates) return {};
     const auto steps = [](const Array& array) {
         const int64_t size = size_of(array.dtype);
         return RowSteps{array.row_stride * size, array.head_stride * size};

@@ -63,8 +63,11 @@ struct Options {
           left(item(options, 8).cast<int64_t>()),
           right(item(options, 9).cast<int64_t>()),
           dropout_p(item(options, 10).cast<double>()),
-          seed(item(options, 11).cast<uint64_t>()) {
-        require(options.size() == 12, "there are twelve options");
+          seed(item(options, 11).cast<uint64_t>()),
+          key_offset(item(options, 12)),
+          head_offset(item(options, 13).cast<uint32_t>()),
+          batch_offset(item(options, 14).cast<uint32_t>()) {
+        require(options.size() == 15, "there are fifteen options");
     }
 
     py::handle mask, bias, alibi_slopes, sinks, query_offset, kv_lengths;
@@ -72,6 +75,8 @@ struct Options {
     int64_t left, right;
     double dropout_p;
     uint64_t seed;
+    py::handle key_offset;
+    uint32_t head_offset, batch_offset;
 
    private:
     static py::handle item(const py::tuple& options, size_t i) {
@@ -79,6 +84,8 @@ struct Options {
         return PyTuple_GET_ITEM(options.ptr(), py::ssize_t(i));
     }
 };
+
+bool is_half(Dtype dtype) { return dtype == Dtype::kFloat16 || dtype == Dtype::kBFloat16; }
 
 // The arrays of one call, and its options.
 struct Call {
@@ -119,7 +126,7 @@ AttentionArgs arguments(const Call& call, int64_t q_rows, int64_t q_len, int64_t
     args.query = view(query, batch_shape, args.q_heads, q_rows, args.head_dim);
     const Dtype dtype = args.query.dtype;
     const Dtype kv_dtype = dtype_of(key);
-    const bool half = kv_dtype == Dtype::kFloat16 || kv_dtype == Dtype::kBFloat16;
+    const bool half = is_half(kv_dtype);
     const bool int8 = kv_dtype == Dtype::kInt8;
     require(dtype != Dtype::kBool && dtype != Dtype::kInt8 && dtype_of(value) == kv_dtype,
             "dtypes are not supported");
@@ -142,6 +149,9 @@ AttentionArgs arguments(const Call& call, int64_t q_rows, int64_t q_len, int64_t
     args.alibi_slopes = values<double>(options.alibi_slopes, batch * args.q_heads);
     args.sinks = values<double>(options.sinks, args.q_heads);
     args.query_offset = values<int64_t>(options.query_offset, batch);
+    args.key_offset = values<int64_t>(options.key_offset, batch);
+    args.head_offset = options.head_offset;
+    args.batch_offset = options.batch_offset;
     args.kv_lengths = values<int64_t>(options.kv_lengths, batch);
     for (int64_t b = 0; args.kv_lengths != nullptr && b < batch; ++b) {
         require(args.kv_lengths[b] >= 0 && args.kv_lengths[b] <= args.kv_len,
@@ -158,7 +168,8 @@ AttentionArgs arguments(const Call& call, int64_t q_rows, int64_t q_len, int64_t
 }
 
 // Where the results go. lse: None, if it is not asked for.
-void set_results(AttentionArgs& args, const py::array& query, py::array out, py::handle lse) {
+void set_results(AttentionArgs& args, const py::array& query, py::array out, py::handle lse,
+                 bool accumulates = false) {
     const int64_t rows = axis_size(query, 1);
     const Dtype dtype = args.query.dtype;
     require(out.writeable(), "out is not writeable");
@@ -166,8 +177,12 @@ void set_results(AttentionArgs& args, const py::array& query, py::array out, py:
                 axis_size(out, 2) == args.q_heads,
             "out has the wrong shape");
     args.out = view(out, args.batch_shape, args.q_heads, rows, args.value_head_dim);
-    require(args.out.dtype == dtype, "out has the wrong dtype");
+    require(args.out.dtype == dtype || (args.out.dtype == Dtype::kFloat32 && is_half(dtype)),
+            "out has the wrong dtype");
     require_rows(args.out, args.value_head_dim);
+    args.accumulates = accumulates;
+    require(!accumulates || (!lse.is_none() && args.sinks == nullptr),
+            "to accumulate takes lse and no sinks");
     if (lse.is_none()) return;
     auto array = py::reinterpret_borrow<py::array>(lse);
     require(array.writeable(), "lse is not writeable");
@@ -319,21 +334,25 @@ Array gradient(const AttentionArgs& call, py::handle array, int64_t heads, int64
 
 // arrays: GradientArrays of python/fastattn/_backward.py, in its order.
 void differentiate(AttentionArgs attention, int64_t q_rows, int64_t kv_rows,
-                   const py::tuple& arrays) {
+                   const py::tuple& arrays, bool accumulates) {
     GradientArgs args;
     args.call = std::move(attention);
     AttentionArgs& call = args.call;
     require(arrays.size() == 9, "there are nine more arrays");
     const Dtype wide = call.query.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+    const auto like = [&](Dtype dtype, int i) {  // or of the arithmetic's
+        return dtype_of(py::reinterpret_borrow<py::array>(arrays[size_t(i)])) == wide ? wide
+                                                                                      : dtype;
+    };
     const auto of_rows = [&](int i, int64_t cols, bool written) {
         const Array array = gradient(call, py::object(arrays[i]), call.q_heads, q_rows, cols,
-                                     call.query.dtype, written);
+                                     like(call.query.dtype, i), written);
         require_rows(array, cols);
         return array;
     };
     const auto of_keys = [&](int i, int64_t cols) {
         const Array array = gradient(call, py::object(arrays[i]), call.kv_heads, kv_rows, cols,
-                                     call.key.dtype, true);
+                                     like(call.key.dtype, i), true);
         require_rows(array, cols);
         return array;
     };
@@ -354,6 +373,11 @@ void differentiate(AttentionArgs attention, int64_t q_rows, int64_t kv_rows,
          {&call.out, &call.lse, &args.grad_out, &args.dq, &args.dk, &args.dv}) {
         require(array->data != nullptr, "an array of the backward pass is missing");
     }
+    require(call.out.dtype == args.grad_out.dtype && args.dk.dtype == args.dv.dtype,
+            "the dtypes of gradients do not go together");
+    args.accumulates = accumulates;
+    require(!accumulates || (args.dq.dtype == wide && args.dk.dtype == wide),
+            "what is accumulated has the wrong dtype");
     run(args);
 }
 
@@ -361,18 +385,19 @@ using Shape = std::vector<int64_t>;
 
 void attend(const py::array& query, const py::array& key, const py::array& value,
             const py::array& out, py::handle lse, const Shape& batch_shape,
-            const py::tuple& options) {
+            const py::tuple& options, bool accumulates) {
     AttentionArgs args = plain({query, key, value, batch_shape, Options(options)});
-    set_results(args, query, out, lse);
+    set_results(args, query, out, lse, accumulates);
     run(args);
 }
 
 void attend_packed(const py::array& query, const py::array& key, const py::array& value,
                    const py::array& out, py::handle lse, const Shape& batch_shape,
-                   const py::tuple& options, py::handle q_starts, py::handle kv_starts) {
+                   const py::tuple& options, bool accumulates, py::handle q_starts,
+                   py::handle kv_starts) {
     AttentionArgs args =
         packed({query, key, value, batch_shape, Options(options)}, q_starts, kv_starts);
-    set_results(args, query, out, lse);
+    set_results(args, query, out, lse, accumulates);
     run(args);
 }
 
@@ -396,16 +421,17 @@ void attend_paged(const py::array& query, const py::array& key, const py::array&
 }
 
 void attend_backward(const py::array& query, const py::array& key, const py::array& value,
-                     const Shape& batch_shape, const py::tuple& options, const py::tuple& arrays) {
+                     const Shape& batch_shape, const py::tuple& options, const py::tuple& arrays,
+                     bool accumulates) {
     differentiate(plain({query, key, value, batch_shape, Options(options)}), axis_size(query, 1),
-                  axis_size(key, 1), arrays);
+                  axis_size(key, 1), arrays, accumulates);
 }
 
 void attend_packed_backward(const py::array& query, const py::array& key, const py::array& value,
                             const Shape& batch_shape, const py::tuple& options, py::handle q_starts,
-                            py::handle kv_starts, const py::tuple& arrays) {
+                            py::handle kv_starts, const py::tuple& arrays, bool accumulates) {
     differentiate(packed({query, key, value, batch_shape, Options(options)}, q_starts, kv_starts),
-                  axis_size(query, 1), axis_size(key, 1), arrays);
+                  axis_size(query, 1), axis_size(key, 1), arrays, accumulates);
 }
 
 py::dict explain(const py::array& query, const py::array& key, const py::array& value,

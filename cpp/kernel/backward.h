@@ -179,11 +179,11 @@ class Differentiation {
             load_keys();
             differentiate_tiles();
             store_deltas();
-            const bool wide = block.kv_dtype == kDtype<T>;
+            const bool wide = all.dkv_dtype == kDtype<T> && !all.accumulates;
             dk = complete_sums(key_sums, wide, head_dim, all.dk, T(block.scale));
             dv = complete_sums(value_sums, wide, value_head_dim, all.dv, T(block.dropout.scale));
             add_key_sums(tiles[0]);
-            with_query<T>(block.kv_dtype, [&]<class To>(const To*) {
+            with_query<T>(all.dkv_dtype, [&]<class To>(const To*) {
                 if (dk.data == key_sums.data) {
                     store_keys<To>(dk.data, key_pitch, head_dim, T(1), all.dk);
                 }
@@ -214,7 +214,7 @@ class Differentiation {
     }
 
     void store_query_sums() const {
-        with_query<T>(block.query_dtype, [&]<class To>(const To*) {
+        with_query<T>(all.dq_dtype, [&]<class To>(const To*) {
             each_query_tile([&]<int Columns>(int index, const Block& rows) {
                 store_query_sums<Columns, To>(index, rows.row_count);
             });
@@ -222,7 +222,7 @@ class Differentiation {
     }
 
     void finish_keys() const {
-        with_query<T>(block.kv_dtype, [&]<class To>(const To*) {
+        with_query<T>(all.dkv_dtype, [&]<class To>(const To*) {
             store_keys<To>(dk.data, key_pitch, head_dim, T(block.scale), all.dk);
             store_keys<To>(dv.data, value_pitch, value_head_dim, T(block.dropout.scale), all.dv);
         });
@@ -325,47 +325,60 @@ class Differentiation {
     void load_rows() {
         adds_lse = false;
         with_query<T>(block.query_dtype, [&]<class From>(const From*) {
-            for (int i = 0; i < block.row_count; ++i) {
-                const Row& row = block.rows[i];
-                const GradientRow& more = all.gradients[i];
-                const auto* const from = static_cast<const From*>(row.query);
-                const auto* const gradient = static_cast<const From*>(more.grad_out);
-                copy_row(from, head_dim, query, i);
-                copy_row(gradient, value_head_dim, grad_out, i);
-                const T delta = dot(static_cast<const From*>(row.out), gradient, value_head_dim);
-                row_delta[i] = delta;
-                set_constants(i, delta);
-                fetch_some();
-            }
-            for (int i = block.row_count; i < rows_in_vectors(); ++i) {
-                clear(query.plain + i * query.pitch, query.pitch);
-                clear(grad_out.plain + i * grad_out.pitch, grad_out.pitch);
-                offset[i] = lse_offset[i] = kInfinity<T>;
-                correction[i] = lse_gradient[i] = T(0);
-            }
-            transpose_rows(query);
-            transpose_rows(grad_out);
-            const bool all_finite = finite(query) & finite(grad_out);
-            for (int i = 0; i < block.row_count && !all_finite; ++i) {
-                const auto* const from = static_cast<const From*>(block.rows[i].query);
-                const auto* const gradient = static_cast<const From*>(all.gradients[i].grad_out);
-                if (finite(from, head_dim) & finite(gradient, value_head_dim)) continue;
-                offset[i] = T(__builtin_nan(""));
-                make_finite(query.plain + i * query.pitch, query.words);
-                make_finite(grad_out.plain + i * grad_out.pitch, grad_out.words);
-            }
-            if constexpr (InPairs) {
-                pair_rows(query, head_dim);
-                pair_rows(grad_out, value_head_dim);
+            if (block.out_dtype == block.query_dtype) {
+                load_rows<From, From>();
+            } else {
+                load_rows<From, T>();
             }
         });
+        if constexpr (InPairs) {
+            pair_rows(query, head_dim);
+            pair_rows(grad_out, value_head_dim);
+        }
+    }
+
+    // Out: of out and grad_out.
+    template <class From, class Out>
+    void load_rows() {
+        for (int i = 0; i < block.row_count; ++i) {
+            const auto* const gradient = static_cast<const Out*>(all.gradients[i].grad_out);
+            copy_row(static_cast<const From*>(block.rows[i].query), head_dim, query, i);
+            copy_row(gradient, value_head_dim, grad_out, i);
+            const auto* const out = static_cast<const Out*>(block.rows[i].out);
+            const T delta = dot(out, gradient, value_head_dim);
+            row_delta[i] = delta;
+            set_constants(i, delta);
+            fetch_some();
+        }
+        for (int i = block.row_count; i < rows_in_vectors(); ++i) {
+            clear(query.plain + i * query.pitch, query.pitch);
+            clear(grad_out.plain + i * grad_out.pitch, grad_out.pitch);
+            offset[i] = lse_offset[i] = kInfinity<T>;
+            correction[i] = lse_gradient[i] = T(0);
+        }
+        transpose_rows(query);
+        transpose_rows(grad_out);
+        const bool all_finite = finite(query) & finite(grad_out);
+        for (int i = 0; i < block.row_count && !all_finite; ++i) {
+            const auto* const from = static_cast<const From*>(block.rows[i].query);
+            const auto* const gradient = static_cast<const Out*>(all.gradients[i].grad_out);
+            if (finite(from, head_dim) & finite(gradient, value_head_dim)) continue;
+            offset[i] = T(__builtin_nan(""));
+            make_finite(query.plain + i * query.pitch, query.words);
+            make_finite(grad_out.plain + i * grad_out.pitch, grad_out.words);
+        }
     }
 
     template <class From>
     static void copy_row(const From* from, int64_t columns, const Rows& rows, int64_t i) {
         T* const to = rows.plain + i * rows.pitch;
-        if constexpr (InPairs) {
+        if constexpr (InPairs && kIsBFloat16<From>) {
             __builtin_memcpy(to, from, size_t(columns) * sizeof(From));
+        } else if constexpr (InPairs) {
+            auto* const words = reinterpret_cast<Element*>(to);
+            for (int64_t d = 0; d < columns; d += lanes) {
+                store_some(load_some<T>(from + d, columns - d), columns - d, words + d);
+            }
         } else {
             widen(from, 0, 1, columns, to);
         }
@@ -886,7 +899,7 @@ class Differentiation {
     void find_query_sums() {
         const auto row = [&](int i) { return static_cast<T*>(all.gradients[i].dq); };
         const KeyRows rows = {row(0), block.row_count > 1 ? row(1) - row(0) : 0, 0};
-        bool direct = block.query_dtype == kDtype<T>;
+        bool direct = all.dq_dtype == kDtype<T> && !all.accumulates;
         for (int i = 2; i < block.row_count; ++i) direct &= row(i) - row(i - 1) == rows.stride;
         const Sums sums = complete_sums({dq, key_pitch}, direct, head_dim, rows, T(block.scale));
         int64_t stride;
@@ -907,11 +920,11 @@ class Differentiation {
                  key + word * stride, stride, (keys.size() + size - 1) / size, key_pitch});
         });
         if (sums.data != dq) return;
-        with_query<T>(block.query_dtype, [&]<class To>(const To*) {
+        with_query<T>(all.dq_dtype, [&]<class To>(const To*) {
             for (int i = 0; i < block.row_count; ++i) {
                 To* const to = static_cast<To*>(all.gradients[i].dq);
                 for (int64_t d = 0; d < head_dim; d += lanes) {
-                    store_some(V::load(dq + i * key_pitch + d), head_dim - d, to + d);
+                    store_result(V::load(dq + i * key_pitch + d), head_dim - d, to + d);
                 }
             }
         });
@@ -927,6 +940,11 @@ class Differentiation {
 
     // ---- Results: sums * scale; adding 0 turns -0 into 0 ----
 
+    template <class To>
+    [[gnu::always_inline]] void store_result(V x, int64_t count, To* to) const {
+        store_some(all.accumulates ? x + load_some<T>(to, count) : x, count, to);
+    }
+
     template <int Columns, class To>
     void store_query_sums(int index, int rows) const {
         constexpr int width = Columns * lanes;
@@ -940,7 +958,7 @@ class Differentiation {
                 transpose<T>(square);
                 for (int i = 0; i < lanes && c + i < rows; ++i) {
                     To* const to = static_cast<To*>(all.gradients[index * tile_rows + c + i].dq);
-                    store_some(fma(square[i], V(T(block.scale)), V(T(0))), head_dim - d, to + d);
+                    store_result(fma(square[i], V(T(block.scale)), V(T(0))), head_dim - d, to + d);
                 }
             }
         }
@@ -953,7 +971,7 @@ class Differentiation {
         for (int64_t j = 0; j < key_count; ++j, to += into.stride) {
             for (int64_t d = 0; d < columns; d += lanes) {
                 const V sum = V::load(sums + j * pitch + d);
-                store_some(fma(sum, V(scale), V(T(0))), columns - d, to + d);
+                store_result(fma(sum, V(scale), V(T(0))), columns - d, to + d);
             }
         }
     }

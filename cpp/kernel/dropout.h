@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Which pairs dropout keeps. The random number of a pair depends on nothing but the seed and what
-// the pair is (key, position, query head and batch element), so that it is the same wherever and
-// however often it is asked for. Called by online_softmax.h, decode.h and backward.h.
+// the pair is (the positions of key and query, query head and batch element), so that it is the
+// same wherever and however often it is asked for. Called by online_softmax.h, decode.h and
+// backward.h.
 //
 // The numbers are those of Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as
 // easy as 1, 2, 3", 2011), whose counter is (key / 4, position, head, batch): one call gives those
-// of four keys. reference.py has it in NumPy.
+// of four keys. These may lie across the bounds of what is asked for: the first key of all stands
+// at position Dropout::key_offset, and any number may be that. reference.py has it in NumPy.
 #pragma once
 
 #include "elements.h"
@@ -50,14 +52,15 @@ class KeptOfRows {
     Words<T> position, head, batch;
     const uint64_t seed;
     const uint32_t last_dropped;
+    const int64_t key_offset;
 
    public:
     // For lanes behind the last row the answers mean nothing.
     KeptOfRows(const Dropout& dropout, const Row* rows, int row_count)
-        : seed(dropout.seed), last_dropped(dropout.last_dropped) {
+        : seed(dropout.seed), last_dropped(dropout.last_dropped), key_offset(dropout.key_offset) {
         uint32_t positions[lanes] = {}, heads[lanes] = {}, batches[lanes] = {};
         for (int i = 0; i < lanes && i < row_count; ++i) {
-            positions[i] = uint32_t(rows[i].position);
+            positions[i] = uint32_t(rows[i].position + key_offset);
             heads[i] = rows[i].head;
             batches[i] = rows[i].batch;
         }
@@ -69,8 +72,10 @@ class KeptOfRows {
     // visit(key, kept) for each key in turn; kept: a mask of the rows.
     template <class Visit>
     [[gnu::always_inline]] void each_key(Span keys, const Visit& visit) const {
-        for (int64_t first = keys.begin / 4 * 4; first < keys.end; first += 4) {
-            Words<T> words[4] = {Words<T>::everywhere(uint32_t(first / 4)), position, head, batch};
+        int64_t first = keys.begin - ((keys.begin + key_offset) & 3);
+        for (; first < keys.end; first += 4) {
+            const uint32_t four = uint32_t((first + key_offset) >> 2);
+            Words<T> words[4] = {Words<T>::everywhere(four), position, head, batch};
             philox(words, seed);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
@@ -113,11 +118,33 @@ class KeptOfKeys {
 
     KeptOfKeys(const Dropout& d, const Row& r) : dropout(d), row(r) {}
 
-    // kept: of the keys first, first + 1, ...; first is a multiple of 4.
+    // kept: of the keys first, first + 1, ...
     [[gnu::always_inline]] void find(int64_t first, Mask (&kept)[4]) const {
+        const int64_t position = first + dropout.key_offset, within = position & 3;
+        find_fours(position >> 2, kept);
+        if (within == 0) return;
+        Mask masks[2][4];  // of as many positions, and of those behind
+        __builtin_memcpy(masks[0], kept, sizeof kept);
+        find_fours((position >> 2) + lanes, masks[1]);
+        const auto* const from = reinterpret_cast<const char*>(masks);
+        __builtin_memcpy(kept, from + size_t(within) * sizeof(Mask) / lanes, sizeof kept);
+    }
+
+    bool keeps(int64_t key) const {
+        const int64_t position = key + dropout.key_offset;
+        Mask kept[4];
+        find_fours(position >> 2, kept);
+        const int i = int(position & 3);
+        return kept[i / lanes][i % lanes] != 0;
+    }
+
+   private:
+    // kept: of the positions 4 * first, 4 * first + 1, ...
+    [[gnu::always_inline]] void find_fours(int64_t first, Mask (&kept)[4]) const {
         uint32_t fours[lanes];
-        for (int i = 0; i < lanes; ++i) fours[i] = uint32_t(first / 4 + i);
-        Words<T> words[4] = {Words<T>::load(fours), Words<T>::everywhere(uint32_t(row.position)),
+        for (int i = 0; i < lanes; ++i) fours[i] = uint32_t(first + i);
+        Words<T> words[4] = {Words<T>::load(fours),
+                             Words<T>::everywhere(uint32_t(row.position + dropout.key_offset)),
                              Words<T>::everywhere(row.head), Words<T>::everywhere(row.batch)};
         philox(words, dropout.seed);
         Mask of[4];
@@ -130,17 +157,9 @@ class KeptOfKeys {
             kept[2 * half + 1] = zip_high<T>(even[half], odd[half]);
         }
     }
-
-    bool keeps(int64_t key) const {
-        Mask kept[4];
-        find(key / 4 * 4, kept);
-        const int i = int(key % 4);
-        return kept[i / lanes][i % lanes] != 0;
-    }
 };
 
-// The same for a row's probabilities, which lie key by key, in whole vectors; the first key is a
-// multiple of 4.
+// The same for a row's probabilities, which lie key by key, in whole vectors.
 template <class T>
 void drop(T* probs, Span keys, const KeptOfKeys<T>& kept) {
     constexpr int lanes = Vec<T>::lanes;

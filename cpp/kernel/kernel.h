@@ -41,12 +41,13 @@ struct Row {
 };
 
 // A pair's probability counts, times scale, iff its random number (dropout.h) is larger than
-// last_dropped; without `drops`, every pair's does.
+// last_dropped; without `drops`, every pair's does. Keys and rows count from key_offset on there.
 struct Dropout {
     bool drops = false;
     uint32_t last_dropped = 0;
     uint64_t seed = 0;
     double scale = 1;
+    int64_t key_offset = 0;
 };
 
 // Asked once per key tile; true: stop, the result is not wanted any more.
@@ -71,11 +72,12 @@ struct Block {
     KeyRows key_scale, value_scale;  // float, of int8 keys and values
     int64_t page_keys;
     int64_t head_dim, value_head_dim, kv_len;
-    Dtype query_dtype, kv_dtype;  // of query and out, of key and value
+    Dtype query_dtype, kv_dtype, out_dtype;  // kv_dtype: of key and value
     Dtype mask_dtype, bias_dtype;
     int64_t mask_stride, bias_stride;  // from one key to the next
     double scale, softcap;
     bool alibi, sinks;  // are there any
+    bool accumulates;   // out and lse hold what other keys gave; then there are no sinks
     // What the thread works on next: to be fetched; of the keys' and values' stride. decode() takes
     // keys alone.
     const void *next_key, *next_value, *next_query;
@@ -95,9 +97,9 @@ struct TileCounts {
 
 // What the gradients of a row need beside it, and where they go.
 struct GradientRow {
-    const void* grad_out;  // of the query's type
+    const void* grad_out;  // of out's type
     const void* grad_lse;  // of the arithmetic's; null: 0
-    void* dq;              // of the query's type
+    void* dq;              // of dq_dtype
     void* dbias;           // of the arithmetic's, the row's first element; null: none
     void* delta;           // takes sum(out * grad_out); null: not asked for
 };
@@ -106,8 +108,10 @@ struct GradientRow {
 struct GradientBlock {
     Block block;  // of GradientFunctions::block_rows() rows at most
     const GradientRow* gradients;
-    int64_t begin, end;    // the keys, a key block; it begins with a whole key tile
-    KeyRows dk, dv;        // of all keys; of the keys' type
+    int64_t begin, end;  // the keys, a key block; it begins with a whole key tile
+    KeyRows dk, dv;      // of all keys; of dkv_dtype
+    Dtype dq_dtype, dkv_dtype;
+    bool accumulates;      // gradients are added to what is there
     int64_t dbias_stride;  // from one key to the next
     void* query_sums;      // query_sums_bytes()
     bool alone;            // of a problem that is one row block and one key tile
@@ -177,6 +181,7 @@ struct ShortProblem {
     const void *mask, *bias;       // null: none
     int64_t begin, end;            // the keys that length and eviction leave; begin <= end
     int64_t offset;                // position of the first query
+    int64_t key_offset;            // as Dropout has it
     const double *slopes, *sinks;  // of each head of the group; null: none
     uint32_t head, batch;          // modulo 2**32, for dropout
 };

@@ -498,6 +498,7 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
     // out = sum / row_sum, and lse = log(row_sum) + max. A sink is one more term of the
     // denominator.
     void store(const T* sum, const V* sums, const V* maxima) const {
+        if (block.accumulates) return add_to_results(sum, sums, maxima);
         for (int c = 0; c < Columns; ++c) {
             T largest[lanes], denominator[lanes];
             const V sink = block.sinks ? sinks(c) : V(-kInfinity<T>);
@@ -509,8 +510,8 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
             const V factor = V(T(block.dropout.scale)) * share;
             maxima[c].store(largest);
             sums[c].store(denominator);
-            with_query<T>(block.query_dtype, [&]<class Element>(const Element*) {
-                store_out<Element>(sum + c * lanes, factor, c * lanes);
+            with_query<T>(block.out_dtype, [&]<class Out>(const Out*) {
+                store_out<Out>(sum + c * lanes, factor, c * lanes);
             });
             for (int i = 0; i < lanes && c * lanes + i < block.row_count; ++i) {
                 const Row& row = block.rows[c * lanes + i];
@@ -525,6 +526,23 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
         }
     }
 
+    [[gnu::noinline]] void add_to_results(const T* sum, const V* sums, const V* maxima) const {
+        for (int c = 0; c < Columns && c * lanes < block.row_count; ++c) {
+            const int first = c * lanes;
+            const Shares<T> shares =
+                join<T>(block, block.rows + first, block.row_count - first, maxima[c], sums[c]);
+            with_query<T>(block.out_dtype, [&]<class Out>(const Out*) {
+                transpose_rows(
+                    sum + first, first,
+                    [&](int row, int64_t d, V now) {
+                        Out* const out = static_cast<Out*>(block.rows[row].out);
+                        add_to_out(shares, row - first, now, value_head_dim - d, out + d);
+                    },
+                    [&](V x) { return fma(x, shares.now, V(T(0))); });
+            });
+        }
+    }
+
     V sinks(int c) const {
         T sink[lanes];
         for (int i = 0; i < lanes; ++i) {
@@ -534,13 +552,13 @@ class QueryTile : ScoreTile<T, InPairs, Columns> {
         return V::load(sink);
     }
 
-    template <class Element>
+    template <class Out>
     void store_out(const T* sum, V factor, int first_row) const {
         // Adding 0 turns -0 into 0: which one a sum of zeros is depends on skipped tiles.
         transpose_rows(
             sum, first_row,
             [&](int row, int64_t d, V x) {
-                Element* const out = static_cast<Element*>(block.rows[row].out);
+                Out* const out = static_cast<Out*>(block.rows[row].out);
                 store_some(x, value_head_dim - d, out + d);
             },
             [&](V x) { return fma(x, factor, V(T(0))); });

@@ -63,11 +63,85 @@ class Partials {
     }
 };
 
+// What rows get of what their out holds, which is attention over other keys, and of the sum of the
+// values over these.
+template <class T>
+struct Shares {
+    Vec<T> before, now;
+    bool begins[Vec<T>::lanes];  // no key was seen before, and out holds nothing
+};
+
+// Of `count` rows that accumulate, with the maximum and the sum of each. Makes of their lse, which
+// is over the other keys, that over both; of a row that sees no key now, it stays as it is.
+template <class T>
+[[gnu::noinline]] Shares<T> join(const Block& block, const Row* rows, int64_t count, Vec<T> row_max,
+                                 Vec<T> row_sum) {
+    using V = Vec<T>;
+    constexpr int lanes = V::lanes;
+    double offset[lanes] = {};
+    T before[lanes] = {}, now[lanes] = {};
+    Shares<T> shares{};
+    for (int i = 0; i < lanes && i < count; ++i) {
+        const double lse = double(*static_cast<const T*>(rows[i].lse));
+        const double others = lse * kLog2e, mine = double(row_max.v[i]);
+        const double peak = others > mine ? others : mine;
+        offset[i] = peak == -__builtin_inf() ? 0 : peak;
+        before[i] = T(others - offset[i]);
+        now[i] = T(mine - offset[i]);
+        shares.begins[i] = lse == -__builtin_inf();
+    }
+    const V old_weight = exp2(V::load(before)), new_weight = exp2(V::load(now));
+    const V all = fma(row_sum, new_weight, old_weight), zero = T(0);
+    const auto empty = all == zero;
+    shares.before = select<T>(empty, zero, old_weight / all);
+    shares.now = V(T(block.dropout.scale)) * select<T>(empty, zero, new_weight / all);
+    for (int i = 0; i < lanes && i < count; ++i) {
+        if (row_sum.v[i] == T(0)) continue;
+        *static_cast<T*>(rows[i].lse) = T(offset[i] * kLn2 + __builtin_log(double(all.v[i])));
+    }
+    return shares;
+}
+
+// Some columns of a row of out, which begin at `to`, after what they hold: row i of the shares;
+// now: what the row gets of these keys.
+template <class T, class Out>
+void add_to_out(const Shares<T>& shares, int64_t i, Vec<T> now, int64_t count, Out* to) {
+    const Vec<T> before = shares.begins[i] ? Vec<T>(T(0)) : load_some<T>(to, count);
+    store_some(fma(before, Vec<T>(shares.before.v[i]), now), count, to);
+}
+
+// As finish_partials(), of rows that accumulate.
+template <class T>
+[[gnu::noinline]] void join_partials(const Block& block, const Partials<T>& partials) {
+    using V = Vec<T>;
+    for (int64_t first = 0; first < partials.rows; first += V::lanes) {
+        const int64_t left = partials.rows - first, count = left < V::lanes ? left : V::lanes;
+        T largest[V::lanes] = {}, sum[V::lanes] = {};
+        for (int64_t i = 0; i < count; ++i) {
+            largest[i] = partials.row_max(first + i);
+            sum[i] = partials.row_sum(first + i);
+        }
+        const Shares<T> shares =
+            join<T>(block, block.rows + first, count, V::load(largest), V::load(sum));
+        with_query<T>(block.out_dtype, [&]<class Out>(const Out*) {
+            for (int64_t i = 0; i < count; ++i) {
+                const T* const acc = partials.acc(first + i);
+                Out* const out = static_cast<Out*>(block.rows[first + i].out);
+                for (int64_t d = 0; d < block.value_head_dim; d += V::lanes) {
+                    const V now = fma(V::load(acc + d), V(shares.now.v[i]), V(T(0)));
+                    add_to_out(shares, i, now, block.value_head_dim - d, out + d);
+                }
+            }
+        });
+    }
+}
+
 // Stores out and lse of a block's rows, whose partials are about all of their keys.
 template <class T>
 void finish_partials(const Block& block, void* memory) {
     using V = Vec<T>;
     const Partials<T> partials(block, memory);
+    if (block.accumulates) return join_partials(block, partials);
     for (int64_t r = 0; r < partials.rows; ++r) {
         const Row& row = block.rows[r];
         const T largest = partials.row_max(r), sum = partials.row_sum(r);
@@ -78,7 +152,7 @@ void finish_partials(const Block& block, void* memory) {
         const V all = fma(V(sum), rescale, exp2(V(sink) - offset));
         const V share = select<T>(all == V(T(0)), V(T(0)), rescale / all);
         const V factor = V(T(block.dropout.scale)) * share;
-        with_query<T>(block.query_dtype, [&]<class Out>(const Out*) {
+        with_query<T>(block.out_dtype, [&]<class Out>(const Out*) {
             for (int64_t d = 0; d < block.value_head_dim; d += V::lanes) {
                 const V result = fma(V::load(partials.acc(r) + d), factor, V(T(0)));
                 store_some(result, block.value_head_dim - d, static_cast<Out*>(row.out) + d);

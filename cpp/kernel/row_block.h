@@ -65,11 +65,12 @@ template <class T>
 void look_ahead(const Block& block, bool stores, int64_t times, Ahead& ahead) {
     const int64_t size = with_query<T>(block.query_dtype, [](auto* x) { return sizeof *x; });
     const int64_t key_size = with_key<T>(block.kv_dtype, [](auto* x) { return sizeof *x; });
-    const int64_t bytes = block.head_dim * size, value_bytes = block.value_head_dim * size;
+    const int64_t out_size = with_query<T>(block.out_dtype, [](auto* x) { return sizeof *x; });
+    const int64_t bytes = block.head_dim * size, out_bytes = block.value_head_dim * out_size;
     if (stores && block.row_count > 1) {
         const auto* const out = static_cast<const char*>(block.rows[0].out);
         const int64_t stride = static_cast<const char*>(block.rows[1].out) - out;
-        ahead.add(out, block.row_count, stride, value_bytes);
+        ahead.add(out, block.row_count, stride, out_bytes);
     }
     ahead.add(block.next_query, block.next_rows, block.next_query_stride * size, bytes);
     ahead.add(block.next_key, block.next_keys, block.key.stride * key_size,

@@ -202,6 +202,7 @@ class ShortProblems {
         if (next == nullptr) return;
         const int64_t size = block.query_dtype == kDtype<T> ? sizeof(T) : sizeof(T) / 2;
         const int64_t key_size = block.kv_dtype == kDtype<T> ? sizeof(T) : sizeof(T) / 2;
+        const int64_t out_size = block.out_dtype == kDtype<T> ? sizeof(T) : sizeof(T) / 2;
         const auto set = [&](int part, const void* data, const int64_t* places, int64_t stride,
                              int64_t bytes, int64_t count) {
             if (stride == bytes && (places == nullptr || shape.group == 1)) {
@@ -213,7 +214,7 @@ class ShortProblems {
         set(1, next->key, nullptr, block.key.stride * key_size, head_dim * key_size, next->end);
         set(2, next->value, nullptr, block.value.stride * key_size, value_head_dim * key_size,
             next->end);
-        set(3, next->out, out_at, shape.out.query, value_head_dim * size, rows);
+        set(3, next->out, out_at, shape.out.query, value_head_dim * out_size, rows);
         ahead.begin(fetching_steps());
     }
 
@@ -278,7 +279,7 @@ class ShortProblems {
                 }
                 apply_passes(problem);
                 for (int c = 0; c < width; c += lanes) softmax(problem, c);
-                weigh_values<Element>(static_cast<char*>(problem.out));
+                weigh_values(static_cast<char*>(problem.out));
             }
         });
         return all_finite(check);
@@ -600,11 +601,17 @@ class ShortProblems {
             of[i].head = p.head + uint32_t(r % shape.group);
             of[i].batch = p.batch;
         }
+        Dropout dropout = block.dropout;
+        dropout.key_offset = p.key_offset;
         drop<false>(scores + first * width + c, width, Span{first, last},
-                    KeptOfRows<T>(block.dropout, of, lanes));
+                    KeptOfRows<T>(dropout, of, lanes));
     }
 
-    template <class Element>
+    void weigh_values(char* out) {
+        with_query<T>(block.out_dtype, [&]<class Out>(const Out*) { weigh_values<Out>(out); });
+    }
+
+    template <class Out>
     void weigh_values(char* out) {
         constexpr int64_t most = most_vectors * lanes;
         for (int64_t d = 0; d < value_head_dim; d += most) {
@@ -630,7 +637,7 @@ class ShortProblems {
                     for (int i = 0; i < Rows; ++i) {
                         const V times = factor[r + i], zero = T(0);
                         auto* const to =
-                            reinterpret_cast<Element*>(out + out_at[first_row + r + i]) + d;
+                            reinterpret_cast<Out*>(out + out_at[first_row + r + i]) + d;
 #pragma GCC unroll 4
                         for (int c = 0; c < Vectors; ++c) {
                             const V x = fma(sum[i][c], times, zero);

@@ -113,6 +113,9 @@ def check_options(
         kv_lengths,
         dropout_p,
         seed,
+        key_offset,
+        head_offset,
+        batch_offset,
     ) = options
     left = right = UNLIMITED
     if mask is not None:
@@ -139,6 +142,12 @@ def check_options(
             "(0: the first query stands at the first key; kv_len - q_len: the last at the last), "
             f"got {shapes.unequal}"
         )
+    if type(key_offset) is int and key_offset == 0:
+        key_offset = None
+    else:
+        key_offset = per_batch("key_offset", key_offset, shapes, -FARTHEST, FARTHEST, 0)
+        if key_offset is not None:
+            query_offset = between(query_offset, key_offset)
     if softcap is not None:
         softcap = min(positive_number("softcap", softcap), largest_safe(dtype))
     if alibi_slopes is not None:
@@ -154,6 +163,10 @@ def check_options(
         seed = 0
     else:
         dropout_p, seed = dropout(dropout_p, seed)
+    if type(head_offset) is not int or head_offset != 0:
+        head_offset = counter("head_offset", head_offset)
+    if type(batch_offset) is not int or batch_offset != 0:
+        batch_offset = counter("batch_offset", batch_offset)
     checked = (
         mask,
         bias,
@@ -167,6 +180,9 @@ def check_options(
         right,
         dropout_p,
         seed,
+        key_offset if dropout_p != 0 else None,
+        head_offset,
+        batch_offset,
     )
     return tuple.__new__(CallOptions, checked)  # calling the class is slow
 
@@ -301,7 +317,7 @@ def sizes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) 
         pairs_shape=(*batch_shape, q_heads, q_len, kv_len),
         unequal="" if q_len == kv_len else f"q_len={q_len}, kv_len={kv_len}",
         default=CallOptions(
-            *(None,) * 6, 1 / math.sqrt(head_dim), 0.0, UNLIMITED, UNLIMITED, 0.0, 0
+            *(None,) * 6, 1 / math.sqrt(head_dim), 0.0, UNLIMITED, UNLIMITED, 0.0, 0, None, 0, 0
         ),
     )
 
@@ -454,6 +470,25 @@ def per_batch(name: str, x: Any, shapes: Sizes, low: int, high: int, default: in
     return np.array(np.broadcast_to(array, shapes.batch_shape), dtype=np.int64, order="C")
 
 
+def between(query_offset: Array | None, key_offset: Array) -> Array | None:
+    """Return the positions of first queries, counted from the first key on; None if each is 0."""
+    distance = np.asarray((0 if query_offset is None else query_offset) - key_offset)
+    far = distance[(distance < -FARTHEST) | (distance > FARTHEST)]
+    if far.size:
+        raise ValueError(
+            f"query_offset - key_offset must be within -2**61..2**61, got {far.flat[0]}"
+        )
+    return distance if distance.any() else None
+
+
+def counter(name: str, x: Any) -> int:
+    """Return x as a number that dropout may count from."""
+    number = whole_number(name, x)
+    if not 0 <= number < 2**32:
+        raise ValueError(f"{name} must be within 0..2**32 - 1, got {name}={number}")
+    return number
+
+
 def integers(name: str, x: Any, batch_shape: tuple[int, ...], default: int) -> tuple[Any, int, int]:
     """Return integers that broadcast to the batch shape, the least and the most of them."""
     if is_integer(x):
@@ -594,16 +629,20 @@ def dropout(dropout_p: Any, seed: Any) -> tuple[float, int]:
 
 
 def result_array(
+    name: str,
     out: Any,
     library: Library,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     inputs: tuple[Any, ...],
 ) -> Array:
-    """Return where a result goes: out, if it can be written while the inputs are read, or new."""
+    """Return where a result goes: out, if it can be written while the inputs are read, or new.
+
+    out may have the dtype that a result of half precision is computed in.
+    """
     if out is None:
         return library.empty(shape, dtype)
-    out = library.destination(out)
+    out = library.destination(name, out)
     if (
         type(out) is ndarray
         and out.flags.carray
@@ -613,27 +652,49 @@ def result_array(
     ):
         return out
     if type(out) is not ndarray and not (isinstance(out, ndarray) and is_numbers(out)):
-        raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
-    if out.dtype != dtype:
-        raise TypeError(f"out must have the dtype of the result, {dtype}, not {out.dtype}")
+        raise TypeError(f"{name} must be a NumPy array, not {type(out).__name__}")
+    wide = arithmetic(dtype)
+    if out.dtype not in (dtype, wide):
+        kinds = f"{dtype}" if dtype == wide else f"{dtype}, or {wide}"
+        raise TypeError(f"{name} must have the dtype of the result, {kinds}, not {out.dtype}")
     if out.shape != shape:
         raise ValueError(
-            f"out must have the shape of the result, {shape}, got out.shape={out.shape}"
+            f"{name} must have the shape of the result, {shape}, got {name}.shape={out.shape}"
         )
     if not out.flags.writeable:
-        raise ValueError("out must be writeable, got a read-only array")
+        raise ValueError(f"{name} must be writeable, got a read-only array")
     if not out.flags.aligned:
-        raise ValueError("out must be aligned, got a misaligned array")
+        raise ValueError(f"{name} must be aligned, got a misaligned array")
     if out.size and shape[-1] > 1 and out.strides[-1] != out.itemsize:
         raise ValueError(
-            f"out must be contiguous along its last axis, got out.strides={out.strides}"
+            f"{name} must be contiguous along its last axis, got {name}.strides={out.strides}"
         )
     if out.size and overlaps_itself(out):
-        raise ValueError(f"out must not overlap itself, got out.strides={out.strides}")
+        raise ValueError(f"{name} must not overlap itself, got {name}.strides={out.strides}")
     for x in inputs:
         if isinstance(x, ndarray) and may_share_memory(out, x):
-            raise ValueError("out must not overlap an input, got an array that shares its memory")
+            raise ValueError(
+                f"{name} must not overlap an input, got an array that shares its memory"
+            )
     return out
+
+
+def accumulates(accumulate: Any, sinks: Any, **given: Any) -> bool:
+    """Tell whether a call adds to what arrays hold; all of these must then be given."""
+    if accumulate is False or not boolean("accumulate", accumulate):
+        return False
+    for name, x in given.items():
+        if x is None:
+            raise ValueError(
+                f"{name} must be given with accumulate=True, which adds to what it holds, "
+                f"got {name}=None"
+            )
+    if sinks is not None:
+        raise ValueError(
+            "sinks must not be given with accumulate=True: they count once, at the end, in "
+            "fastattn.merge((out, lse), sinks=sinks)"
+        )
+    return True
 
 
 def overlaps_itself(array: Array) -> bool:

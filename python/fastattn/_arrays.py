@@ -112,7 +112,7 @@ class Library:
         """Return an array for a result."""
         return np.empty(shape, dtype)
 
-    def destination(self, out: Any) -> Any:
+    def destination(self, name: str, out: Any) -> Any:
         """Return a view of the out that was given."""
         return out
 
@@ -134,8 +134,8 @@ class Library:
 class _Other(Library):
     """A library that nobody here knows, or none: a list, a number."""
 
-    def destination(self, out: Any) -> Any:
-        return _of_dlpack("out", out, to_write=True) if _exports(out) else out
+    def destination(self, name: str, out: Any) -> Any:
+        return _of_dlpack(name, out, to_write=True) if _exports(out) else out
 
     def converted(self, x: Array) -> Any:
         namespace = _namespace(self.query)
@@ -158,11 +158,11 @@ class _Torch(Library):
         check_tensor(self.module, name, x)
         return _named(array_of_tensor(self.module, name, x))
 
-    def destination(self, out: Any) -> Array:
+    def destination(self, name: str, out: Any) -> Array:
         if framework(out) is not self.module:
-            raise TypeError(f"out must be a tensor, as query is, not {type(out).__name__}")
-        check_written(out)
-        return self.array("out", out)
+            raise TypeError(f"{name} must be a tensor, as query is, not {type(out).__name__}")
+        check_written(out, name)
+        return self.array(name, out)
 
     def compute(self, call: Any, *arguments: Any, **named: Any) -> Any:
         with pool_of_caller:
@@ -214,8 +214,10 @@ class _Jax(Library):
         start = -space.ctypes.data % JAX_ALIGNMENT
         return space[start : start + size].view(dtype).reshape(shape)
 
-    def destination(self, out: Any) -> Array:
-        raise TypeError("out must not be given if query is a JAX array: these are never written")
+    def destination(self, name: str, out: Any) -> Array:
+        raise TypeError(
+            f"{name} must not be given if query is a JAX array: these are never written"
+        )
 
     def converted(self, x: Array) -> Any:
         if x.dtype == np.float64:
@@ -256,10 +258,10 @@ def check_no_gradient(torch: Any, name: str, x: Any) -> None:
         )
 
 
-def check_written(out: Any) -> None:
+def check_written(out: Any, name: str = "out") -> None:
     """Accept a tensor that holds the numbers that its memory does."""
     if out.is_neg():
-        raise ValueError("out must be written as it is, got a tensor whose negative bit is set")
+        raise ValueError(f"{name} must be written as it is, got a tensor whose negative bit is set")
 
 
 def check_tensor(torch: Any, name: str, x: Any, on_gpu: bool = False) -> None:

@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 import numpy as np
 
 from fastattn import _core
-from fastattn._arguments import arithmetic, boolean, check, check_packed, result_array
+from fastattn._arguments import (
+    accumulates,
+    arithmetic,
+    boolean,
+    check,
+    check_packed,
+    result_array,
+)
 from fastattn._arrays import NUMPY, library_of
 from fastattn._options import AttentionOptions, options_of, takes
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+
+    from fastattn._arrays import Library
 
 
 @overload
@@ -28,6 +37,8 @@ def attention(
     *,
     return_lse: Literal[False] = False,
     out: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    accumulate: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> NDArray[Any]: ...
 @overload
@@ -38,6 +49,8 @@ def attention(
     *,
     return_lse: Literal[True],
     out: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    accumulate: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> tuple[NDArray[Any], NDArray[Any]]: ...
 @takes(AttentionOptions)
@@ -48,6 +61,8 @@ def attention(
     *,
     return_lse: bool = False,
     out: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    accumulate: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     """Compute exact softmax attention, ``softmax(scale * query @ key.T + ...) @ value``.
@@ -111,12 +126,27 @@ def attention(
         is what the probabilities that are left give. lse is as without dropout.
     seed : int, optional
         Within 0..2**64 - 1; must be given with dropout_p > 0. Which pairs are dropped depends on
-        nothing but seed and, of each pair, the key, the query's position ``i + query_offset``, the
-        query head, and the index in the batch; `dropout_mask` says which.
+        nothing but seed and, of each pair, the positions ``j + key_offset`` of the key and
+        ``i + query_offset`` of the query, the query head, and the index in the batch;
+        `dropout_mask` says which.
+    key_offset : int, or array of int broadcastable to the batch shape
+        Position of the first key, where key and value are a part of more: key j stands at
+        ``j + key_offset``, and is_causal, window, alibi_slopes and dropout compare positions.
+        kv_lengths, mask and bias count the keys that are given.
+    head_offset, batch_offset : int
+        What dropout counts query heads, and elements of the batch, from, where query is a part of
+        more; within 0..2**32 - 1.
     return_lse : bool
         Return (out, lse).
     out : ndarray of the result's shape and dtype, optional
-        Where to write the result; it must not overlap an input.
+        Where to write the result; it must not overlap an input. If it is float32, so is the result
+        of half precision, which is then not rounded.
+    lse : ndarray of the shape and dtype of lse, optional
+        Where to write that; likewise.
+    accumulate : bool
+        out and lse, which must be given, hold attention over other keys before the call, and over
+        both after it: what `merge` gives, without a second array of that size. Where lse is -inf,
+        out is not read. sinks count once, in `merge`, and must not be given.
 
     Returns
     -------
@@ -180,6 +210,8 @@ def attention(
         if library.on_gpu:
             from fastattn import cuda
 
+            if lse is not None or accumulate is not False:
+                raise NotImplementedError("lse, accumulate have no kernel for GPUs")
             return cuda.attention(  # type: ignore[no-any-return]
                 query, key, value, return_lse=return_lse, out=out, **options
             )
@@ -187,17 +219,43 @@ def attention(
     q, k, v, shapes, checked = check(query, key, value, asked)
     if return_lse is not False:
         return_lse = boolean("return_lse", return_lse)
-    if out is None and library is NUMPY:
+    adds = accumulate is not False and accumulates(accumulate, asked.sinks, out=out, lse=lse)
+    if out is None and lse is None and library is NUMPY:
         result = np.empty(shapes.out_shape, q.dtype)
+        sums = np.empty(shapes.lse_shape, arithmetic(q.dtype)) if return_lse else None
     else:
         inputs = (q, k, v, checked.mask, checked.bias)
-        result = result_array(out, library, shapes.out_shape, q.dtype, inputs)
-    lse = np.empty(shapes.lse_shape, arithmetic(q.dtype)) if return_lse else None
-    if result.size or lse is not None:
-        library.compute(_core.attention, q, k, v, result, lse, shapes.batch_shape, checked)
+        result = result_array("out", out, library, shapes.out_shape, q.dtype, inputs)
+        sums = sums_array(lse, library, shapes.lse_shape, return_lse, (result, *inputs))
+    if result.size or sums is not None:
+        library.compute(_core.attention, q, k, v, result, sums, shapes.batch_shape, checked, adds)
+    return returned(library, out, result, lse, sums, return_lse)  # type: ignore[no-any-return]
+
+
+def sums_array(
+    lse: Any, library: Library, shape: tuple[int, ...], return_lse: bool, arrays: tuple[Any, ...]
+) -> NDArray[Any] | None:
+    """Return where the sums of rows go: lse, if it is given, or new, if it is asked for."""
+    wide = arithmetic(arrays[1].dtype)
+    if lse is not None:
+        return result_array("lse", lse, library, shape, wide, arrays)
+    return np.empty(shape, wide) if return_lse else None
+
+
+def returned(
+    library: Library,
+    out: Any,
+    result: NDArray[Any],
+    lse: Any,
+    sums: NDArray[Any] | None,
+    return_lse: bool,
+) -> Any:
+    """Return out, or out and lse, as the caller has arrays."""
     if library is not NUMPY:
-        result, lse = library.to_caller(out, result, lse)
-    return result if lse is None else (result, lse)
+        (result,) = library.to_caller(out, result)
+        if sums is not None:
+            (sums,) = library.to_caller(lse, sums)
+    return (result, sums) if return_lse else result
 
 
 @overload
@@ -210,6 +268,8 @@ def varlen_attention(
     *,
     return_lse: Literal[False] = False,
     out: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    accumulate: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> NDArray[Any]: ...
 @overload
@@ -222,6 +282,8 @@ def varlen_attention(
     *,
     return_lse: Literal[True],
     out: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    accumulate: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> tuple[NDArray[Any], NDArray[Any]]: ...
 @overload
@@ -234,6 +296,8 @@ def varlen_attention(
     *,
     return_lse: bool,
     out: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    accumulate: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
 @takes(AttentionOptions)
@@ -246,6 +310,8 @@ def varlen_attention(
     *,
     return_lse: bool = False,
     out: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    accumulate: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     """Compute attention over sequences of different lengths, packed one after the other.
@@ -266,14 +332,17 @@ def varlen_attention(
         Where each sequence starts, and the last one ends: ascending, within the rows there are.
     mask, bias : array, broadcastable to (q_heads, total_q, longest kv_len), optional
         Column j is key j of the row's own sequence.
-    query_offset, kv_lengths : int, or array of int of shape (sequences,), optional
+    query_offset, kv_lengths, key_offset : int, or array of int of shape (sequences,), optional
         One per sequence. query_offset must be given with is_causal, window or alibi_slopes if a
         sequence has not as many queries as keys.
     alibi_slopes : array of shape (q_heads,) or (sequences, q_heads), optional
-    scale, is_causal, window, softcap, sinks, dropout_p, seed, return_lse
+    scale, is_causal, window, softcap, sinks, dropout_p, seed, head_offset, batch_offset, return_lse
         As for `attention`.
     out : ndarray of shape (total_q, q_heads, value_head_dim) and the result's dtype, optional
-        Where to write the result; it must not overlap an input.
+        Where to write the result; it must not overlap an input. If it is float32, so is the result
+        of half precision.
+    lse, accumulate
+        As for `attention`; rows of no sequence then stay as they are.
 
     Returns
     -------
@@ -300,17 +369,19 @@ def varlen_attention(
         library.array("query", query), key, value, cu_seqlens_q, cu_seqlens_kv, asked
     )
     return_lse = boolean("return_lse", return_lse)
+    adds = accumulates(accumulate, asked.sinks, out=out, lse=lse)
     inputs = (q, k, v, checked.mask, checked.bias)
-    result = result_array(out, library, shapes.out_shape, q.dtype, inputs)
-    lse = np.empty(shapes.lse_shape, arithmetic(q.dtype)) if return_lse else None
+    result = result_array("out", out, library, shapes.out_shape, q.dtype, inputs)
+    sums = sums_array(lse, library, shapes.lse_shape, return_lse, (result, *inputs))
     q_starts, _ = starts
     for rows in (slice(q_starts[0]), slice(q_starts[-1], None)):
+        if adds:  # what these rows hold stays
+            break
         result[rows] = np.zeros((), result.dtype)  # of bits, too
-        if lse is not None:
-            lse[:, rows] = -np.inf
-    if lse is not None or result.size:
+        if sums is not None:
+            sums[:, rows] = -np.inf
+    if sums is not None or result.size:
         q, k, v, heads_first = (x.swapaxes(0, 1) for x in (q, k, v, result))
-        where = (heads_first, lse, shapes.batch_shape)
-        library.compute(_core.varlen_attention, q, k, v, *where, checked, *starts)
-    result, lse = library.to_caller(out, result, lse)
-    return result if lse is None else (result, lse)
+        where = (heads_first, sums, shapes.batch_shape)
+        library.compute(_core.varlen_attention, q, k, v, *where, checked, adds, *starts)
+    return returned(library, out, result, lse, sums, return_lse)  # type: ignore[no-any-return]

@@ -7,17 +7,29 @@ As in `_attention.py`, the rules are in `_arguments.py`, the meaning in `referen
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
 from fastattn import _core
-from fastattn._arguments import arithmetic, check, check_like, check_packed, floats, wants_gradient
+from fastattn._arguments import (
+    accumulates,
+    arithmetic,
+    check,
+    check_like,
+    check_packed,
+    floats,
+    result_array,
+    wants_gradient,
+)
 from fastattn._arrays import as_numpy, library_of, rounded_to, widened
 from fastattn._options import AttentionOptions, options_of, takes
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    from fastattn._arrays import Library
 
     Array = NDArray[Any]
 
@@ -29,10 +41,10 @@ class GradientArrays(NamedTuple):
     lse: Array
     grad_out: Array
     grad_lse: Array | None
-    dq: Array  # this and those below come as zeros
+    dq: Array  # this and those below come as zeros, or with what they accumulate on
     dk: Array
     dv: Array
-    dbias: Array | None
+    dbias: Array | None  # as zeros
     delta: Array | None  # of each row, the sum over its keys of its scores' gradients
 
 
@@ -50,6 +62,8 @@ def attention_backward(
     grad_lse: ArrayLike | None = None,
     return_dbias: bool = False,
     return_dsinks: bool = False,
+    grads: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+    accumulate: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, ...]:
     """Compute the gradients of `attention`, or of `varlen_attention` if cu_seqlens_* are given.
@@ -64,9 +78,10 @@ def attention_backward(
     query, key, value
         Those of the call.
     out, lse
-        What the call returned.
+        What the call returned. If key and value are a part of more, those over all keys: the
+        gradients of the parts then add up to those of the whole.
     mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, sinks, \
-kv_lengths, dropout_p, seed
+kv_lengths, dropout_p, seed, key_offset, head_offset, batch_offset
         Those of the call.
     cu_seqlens_q, cu_seqlens_kv : array of int, shape (sequences + 1,), optional
         Those of a call of `varlen_attention`; both or neither.
@@ -75,13 +90,19 @@ kv_lengths, dropout_p, seed
     return_dbias : bool
         Return the gradient of bias, which must be given.
     return_dsinks : bool
-        Return the gradient of sinks, which must be given.
+        Return the gradient of sinks, which must be given. Of a part of the keys it is that of all
+        of them, and so is the gradient of a bias of one column.
+    grads : (dq, dk, dv), optional
+        Where to write these: of the shapes of query, key and value, and of their dtypes, or
+        float32 for half precision, whose gradients are then not rounded.
+    accumulate : bool
+        Add to what grads hold, which must be given, and be float32 (float64 for float64).
 
     Returns
     -------
     dq, dk, dv : ndarray
         Of the shapes and dtypes of query, key and value: summed over the query heads that share a
-        key head, and over batch axes that were broadcast.
+        key head, and over batch axes that were broadcast. Those of grads, if given.
     dbias : ndarray, only if return_dbias
         Of the shape and dtype of bias, summed over the axes that were broadcast.
     dsinks : ndarray, only if return_dsinks
@@ -126,6 +147,8 @@ kv_lengths, dropout_p, seed
 
         if cu_seqlens_q is not None or cu_seqlens_kv is not None:
             raise NotImplementedError("cu_seqlens_q, cu_seqlens_kv have no kernel for GPUs")
+        if grads is not None or accumulate is not False:
+            raise NotImplementedError("grads, accumulate have no kernel for GPUs")
         return cuda.attention_backward(
             grad_out,
             query,
@@ -150,8 +173,10 @@ kv_lengths, dropout_p, seed
             q, key, value, cu_seqlens_q, cu_seqlens_kv, asked
         )
     wide = arithmetic(q.dtype)
-    grad_out = _like("grad_out", grad_out, shapes.out_shape, q.dtype)
-    out = _like("out", out, shapes.out_shape, q.dtype)
+    out = floats("out", out)
+    of_out = wide if out.dtype == wide else q.dtype
+    check_like("out", out, shapes.out_shape, of_out)
+    grad_out = _like("grad_out", grad_out, shapes.out_shape, of_out)
     lse = _like("lse", lse, shapes.lse_shape, wide)
     if grad_lse is not None:
         grad_lse = _like("grad_lse", grad_lse, shapes.lse_shape, wide)
@@ -169,10 +194,23 @@ kv_lengths, dropout_p, seed
     one_column = dbias is not None and dbias.shape[-1:] in ((), (1,)) and shapes.kv_len > 1
     delta = np.zeros(shapes.lse_shape, wide) if one_column or return_dsinks else None
     inputs = [_heads_first(x, starts) for x in (q, k, v)]
-    wholes = [
-        np.zeros(packed.shape if starts else shapes.batch_shape + x.shape[-3:], x.dtype)
+    adds = accumulates(accumulate, None, grads=grads)
+    beside = (out, lse, grad_out, grad_lse, checked.mask, checked.bias)
+    given = _places(grads, (q, k, v), library, adds, beside)
+    whole_shapes = [
+        packed.shape if starts else shapes.batch_shape + x.shape[-3:]
         for packed, x in zip((q, k, v), inputs, strict=True)
     ]
+    in_place = bool(given) and all(
+        math.prod(shape) == x.size for shape, x in zip(whole_shapes, given, strict=True)
+    )
+    if in_place:
+        wholes = given
+        for x in wholes if not adds else ():
+            x[...] = np.zeros((), x.dtype)  # of bits, too
+    else:
+        dtypes = [x.dtype for x in given or (q, k, v)]
+        wholes = [np.zeros(*each) for each in zip(whole_shapes, dtypes, strict=True)]
     dq, dk, dv = (_heads_first(x, starts) for x in wholes)
     if shapes.has_pairs and dq.size + dv.size:
         call: Any = _core.varlen_attention_backward if starts else _core.attention_backward
@@ -187,11 +225,15 @@ kv_lengths, dropout_p, seed
             dbias=None if one_column else dbias,
             delta=delta,
         )
-        library.compute(call, *inputs, shapes.batch_shape, checked, *starts, arrays)
-    grads: list[Array] = []
+        where = (shapes.batch_shape, checked, *starts, arrays, adds and in_place)
+        library.compute(call, *inputs, *where)
+    results: list[Array] = []
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is passed on
         for whole, x in zip(wholes, (q, k, v), strict=True):
-            grads.append(_summed_to(whole, x.shape, x.dtype))
+            results.append(_summed_to(whole, x.shape, whole.dtype))
+        for array, result in zip(given, results, strict=False):
+            if not in_place:
+                array[...] = array + result if adds else result
         of_sinks = None
         if delta is not None:
             share = _share_of_sinks(lse, sinks if asked.sinks is not None else None)
@@ -201,11 +243,44 @@ kv_lengths, dropout_p, seed
                 of_rows = of_sinks if grad_lse is None else of_sinks + grad_lse
                 of_rows = np.where(lse == -np.inf, 0, of_rows)[..., None]
                 dbias = _summed_to(of_rows, dbias.shape, wide)
-            grads.append(rounded_to(bias.dtype, dbias))
+            results.append(rounded_to(bias.dtype, dbias))
         if return_dsinks and of_sinks is not None:
             heads = _summed_to(of_sinks[..., None], (len(sinks), 1, 1), wide)
-            grads.append(rounded_to(sinks.dtype, -heads[:, 0, 0]))
-    return library.to_caller(None, *grads)
+            results.append(rounded_to(sinks.dtype, -heads[:, 0, 0]))
+    if grads is None:
+        return library.to_caller(None, *results)
+    own = (library.to_caller(*pair)[0] for pair in zip(grads, results[:3], strict=True))
+    return *own, *library.to_caller(None, *results[3:])
+
+
+def _places(
+    grads: Any,
+    of: tuple[Array, Array, Array],
+    library: Library,
+    adds: bool,
+    inputs: tuple[Any, ...],
+) -> list[Array]:
+    """Return the arrays that were given for dq, dk and dv: none, or three."""
+    if grads is None:
+        return []
+    if not isinstance(grads, tuple | list) or len(grads) != 3:
+        got = f"{len(grads)} of them" if isinstance(grads, tuple | list) else type(grads).__name__
+        raise TypeError(f"grads must be three arrays (dq, dk, dv), not {got}")
+    arrays: list[Array] = []
+    for name, array, x in zip(("dq", "dk", "dv"), grads, of, strict=True):
+        if array is None:
+            raise TypeError(f"{name} must be a NumPy array, not NoneType")
+        others = (*of, *inputs, *arrays)
+        arrays.append(result_array(name, array, library, x.shape, x.dtype, others))
+        wide = arithmetic(x.dtype)
+        if adds and arrays[-1].dtype != wide:
+            raise TypeError(
+                f"{name} must have dtype {wide} with accumulate=True, not {arrays[-1].dtype}"
+            )
+    _, dk, dv = arrays
+    if dv.dtype != dk.dtype:
+        raise TypeError(f"dv must have the dtype of dk, {dk.dtype}, not {dv.dtype}")
+    return arrays
 
 
 def _like(name: str, x: ArrayLike, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

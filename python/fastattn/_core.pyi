@@ -21,6 +21,7 @@ def attention(
     lse: Array | None,
     batch_shape: tuple[int, ...],
     options: CallOptions,
+    accumulates: bool,
     /,
 ) -> None: ...
 def varlen_attention(
@@ -31,6 +32,7 @@ def varlen_attention(
     lse: Array | None,
     batch_shape: tuple[int, ...],
     options: CallOptions,
+    accumulates: bool,
     q_starts: Array,
     kv_starts: Array,
     /,
@@ -61,6 +63,7 @@ def attention_backward(
     batch_shape: tuple[int, ...],
     options: CallOptions,
     arrays: GradientArrays,
+    accumulates: bool,
     /,
 ) -> None: ...
 def varlen_attention_backward(
@@ -72,6 +75,7 @@ def varlen_attention_backward(
     q_starts: Array,
     kv_starts: Array,
     arrays: GradientArrays,
+    accumulates: bool,
     /,
 ) -> None: ...
 def attention_statistics(

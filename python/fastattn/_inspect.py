@@ -12,12 +12,12 @@ from fastattn._arguments import (
     FARTHEST,
     check,
     countable,
+    counter,
     dropout,
     floats,
     number_of_threads,
     per_batch,
     sizes,
-    whole_number,
 )
 from fastattn._arrays import as_numpy, library_of
 from fastattn._options import ARRAYS, AttentionOptions, WeightOptions, options_of, takes
@@ -39,7 +39,7 @@ def attention_weights(
     Parameters
     ----------
     query, key, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, sinks, \
-kv_lengths
+kv_lengths, key_offset
         As for `attention`.
 
     Returns
@@ -77,6 +77,9 @@ def dropout_mask(
     dropout_p: float,
     seed: int | None,
     query_offset: ArrayLike | None = None,
+    key_offset: ArrayLike = 0,
+    head_offset: int = 0,
+    batch_offset: int = 0,
     batch_index: int = 0,
 ) -> NDArray[np.bool_]:
     """Return which pairs `attention` keeps, for looking at or for another implementation.
@@ -88,7 +91,7 @@ def dropout_mask(
     query : array of shape (batch, q_heads, q_len, head_dim)
         Only the shapes matter; axes of the batch that only value has are not there.
     key : array of shape (batch, kv_heads, kv_len, head_dim)
-    dropout_p, seed, query_offset
+    dropout_p, seed, query_offset, key_offset, head_offset, batch_offset
         As for `attention`.
     batch_index : int
         The index of the first element of the batch: for sequence b of `varlen_attention`, whose
@@ -106,9 +109,10 @@ def dropout_mask(
 
     Notes
     -----
-    A pair is kept iff its number is at least ``round(dropout_p * 2**32)``. The numbers of keys 4 n
-    to 4 n + 3 are the four words that Philox4x32 with 7 rounds [1]_ gives for the key seed and the
-    counter ``(n, i + query_offset, query head, batch index)``, each modulo 2**32.
+    A pair is kept iff its number is at least ``round(dropout_p * 2**32)``. The numbers of the keys
+    at positions 4 n to 4 n + 3, where key j stands at ``j + key_offset``, are the four words that
+    Philox4x32 with 7 rounds [1]_ gives for the key seed and the counter ``(n, i + query_offset,
+    query head + head_offset, batch index + batch_offset)``, each modulo 2**32.
 
     References
     ----------
@@ -128,15 +132,19 @@ def dropout_mask(
     dropout_p, seed = dropout(dropout_p, seed)
     if query_offset is not None:
         query_offset = per_batch("query_offset", query_offset, shapes, -FARTHEST, FARTHEST, 0)
-    batch_index = whole_number("batch_index", batch_index)
-    if not 0 <= batch_index < 2**32:
-        raise ValueError(f"batch_index must be within 0..2**32 - 1, got batch_index={batch_index}")
+    first_key = per_batch("key_offset", key_offset, shapes, -FARTHEST, FARTHEST, 0)
+    head_offset = counter("head_offset", head_offset)
+    batch_offset = counter("batch_offset", batch_offset)
+    batch_index = counter("batch_index", batch_index)
     kept: NDArray[np.bool_] = reference.dropout_mask(
         q,
         k,
         dropout_p=dropout_p,
         seed=seed,
         query_offset=query_offset,
+        key_offset=0 if first_key is None else first_key,
+        head_offset=head_offset,
+        batch_offset=batch_offset,
         batch_index=batch_index,
     )
     (kept,) = library.to_caller(None, kept)
@@ -157,7 +165,7 @@ def explain(
     Parameters
     ----------
     query, key, value, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, \
-sinks, kv_lengths, dropout_p, seed
+sinks, kv_lengths, dropout_p, seed, key_offset, head_offset, batch_offset
         As for `attention`.
     threads : int, optional
         How the call would run with so many threads, which this machine need not have; with those

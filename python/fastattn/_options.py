@@ -39,6 +39,7 @@ class WeightOptions(ScoreOptions, total=False):
 
     query_offset: ArrayLike | None
     kv_lengths: ArrayLike | None
+    key_offset: ArrayLike
 
 
 class AttentionOptions(WeightOptions, total=False):
@@ -46,6 +47,8 @@ class AttentionOptions(WeightOptions, total=False):
 
     dropout_p: float
     seed: int | None
+    head_offset: int
+    batch_offset: int
 
 
 class Options(NamedTuple):
@@ -63,6 +66,9 @@ class Options(NamedTuple):
     kv_lengths: Any = None
     dropout_p: Any = 0.0
     seed: Any = None
+    key_offset: Any = 0
+    head_offset: Any = 0
+    batch_offset: Any = 0
 
 
 class CallOptions(NamedTuple):
@@ -72,7 +78,7 @@ class CallOptions(NamedTuple):
     bias: Array | None
     alibi_slopes: Array | None  # float64, of shape (batch, q_heads)
     sinks: Array | None  # float64
-    query_offset: Array | None  # int64, of the batch shape; None: 0
+    query_offset: Array | None  # from the first key on; int64, of the batch shape; None: 0
     kv_lengths: Array | None  # int64, of the batch shape; None: kv_len
     scale: float
     softcap: float  # 0: none
@@ -80,10 +86,14 @@ class CallOptions(NamedTuple):
     right: int
     dropout_p: float
     seed: int
+    key_offset: Array | None  # likewise, for dropout, whose counters have positions; None: 0
+    head_offset: int
+    batch_offset: int
 
 
 NO_OPTIONS = Options()
-ARRAYS = ("mask", "bias", "query_offset", "alibi_slopes", "sinks", "kv_lengths")  # or numbers
+OFFSETS = ("query_offset", "key_offset")
+ARRAYS = ("mask", "bias", *OFFSETS, "alibi_slopes", "sinks", "kv_lengths")  # or numbers
 
 
 def takes(table: type, **defaults: Any) -> Callable[[Call], Call]:

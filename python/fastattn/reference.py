@@ -48,6 +48,8 @@ def attention(
     *,
     return_lse: bool = False,
     out: NDArray[Any] | None = None,
+    lse: NDArray[Any] | None = None,
+    accumulate: bool = False,
     compute_dtype: DTypeLike | None = None,
     batch_index: int = 0,
     **options: Unpack[AttentionOptions],
@@ -56,11 +58,11 @@ def attention(
 
     Parameters
     ----------
-    query, key, value, return_lse, out, **options
+    query, key, value, return_lse, out, lse, accumulate, **options
         As for `fastattn.attention`; query, key and value may also be float16 or bfloat16.
     compute_dtype : dtype, optional
         Compute everything in this dtype, as a plain program would: a yardstick for rounding errors.
-        None: compute in float64. The result has the query's dtype either way.
+        None: compute in float64. The result has the query's dtype, or that of out, either way.
     batch_index : int
         As for `fastattn.dropout_mask`.
 
@@ -74,23 +76,48 @@ def attention(
     asked = options_of(attention, options)
     query, key, value = _array("query", query), _array("key", key), _array("value", value)
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
-    probs, seen, lse = _softmax(query, key, dtype, asked)
+    probs, seen, sums = _softmax(query, key, dtype, asked)
     if asked.dropout_p != 0:
         batch_shape = np.broadcast_shapes(probs.shape[:-3], value.shape[:-3])
         kept = _kept((*batch_shape, *probs.shape[-3:]), asked, batch_index)
         seen = seen & kept
         probs = probs * kept / (1 - float(asked.dropout_p) if asked.dropout_p < 1 else 1)
     result = _weighted_sum(probs, seen, _repeat_heads(value.astype(dtype), probs.shape[-3]))
+    into, sums_into = (
+        None if x is None else library_of(given).destination(name, x)
+        for name, x in (("out", out), ("lse", lse))
+    )
     with np.errstate(all="ignore"):
-        lse = np.broadcast_to(lse, result.shape[:-1])
+        sums = np.broadcast_to(sums, result.shape[:-1])
         if max(query.ndim, key.ndim, value.ndim) == 2:
-            result, lse = result[0], lse[0]
-        result = result.astype(query.dtype)
-        lse = lse.astype(np.float64 if query.dtype == np.float64 else np.float32)
-    if out is not None:
-        library_of(given).destination(out)[...] = result
-        result = out
-    return (result, lse) if return_lse else result
+            result, sums = result[0], sums[0]
+        if accumulate:
+            others = _array("out", into).astype(dtype), _array("lse", sums_into).astype(dtype)
+            result, sums = _joined(others, (result, sums))
+        result = result.astype(query.dtype if into is None else into.dtype)
+        sums = sums.astype(np.float64 if query.dtype == np.float64 else np.float32)
+    if into is not None:
+        into[...] = result
+    if sums_into is not None:
+        sums_into[...] = sums
+    result, sums = result if out is None else out, sums if lse is None else lse
+    return (result, sums) if return_lse else result
+
+
+def _joined(
+    *parts: tuple[NDArray[Any], NDArray[Any]],
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return (out, lse) over the keys of all parts, each of which is over some of them."""
+    top = np.maximum(*(lse for _, lse in parts))
+    top = np.where(top == -np.inf, 0, top)
+    weights = [np.exp(lse - top) for _, lse in parts]
+    total = sum(weights, np.zeros(()))
+    share = 1 / np.where(total == 0, 1, total)
+    terms = (
+        (weight * share)[..., None] * np.where((lse == -np.inf)[..., None], 0, out)
+        for (out, lse), weight in zip(parts, weights, strict=True)
+    )
+    return sum(terms, np.zeros(())), np.log(total) + top
 
 
 @takes(AttentionOptions)
@@ -102,6 +129,9 @@ def varlen_attention(
     cu_seqlens_kv: ArrayLike,
     *,
     return_lse: bool = False,
+    out: NDArray[Any] | None = None,
+    lse: NDArray[Any] | None = None,
+    accumulate: bool = False,
     compute_dtype: DTypeLike | None = None,
     **options: Unpack[AttentionOptions],
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
@@ -109,7 +139,7 @@ def varlen_attention(
 
     Parameters
     ----------
-    query, key, value, cu_seqlens_q, cu_seqlens_kv, return_lse, **options
+    query, key, value, cu_seqlens_q, cu_seqlens_kv, return_lse, out, lse, accumulate, **options
         As for `fastattn.varlen_attention`.
     compute_dtype : dtype, optional
         As for `attention`.
@@ -122,14 +152,16 @@ def varlen_attention(
     query, key, value = _array("query", query), _array("key", key), _array("value", value)
     total, heads = query.shape[:2]
     wide = np.float64 if query.dtype == np.float64 else np.float32
-    out = np.zeros((total, heads, value.shape[2]), query.dtype)
-    lse = np.full((heads, total), -np.inf, wide)
+    out = np.empty((total, heads, value.shape[2]), query.dtype) if out is None else out
+    lse = np.empty((heads, total), wide) if lse is None else lse
+    if not accumulate:
+        out[...], lse[...] = out.dtype.type(0), -np.inf
     asked = options_of(varlen_attention, options)
     for b, rows, keys, own in _sequences(cu_seqlens_q, cu_seqlens_kv, total, heads, asked):
         q, k, v = (x.swapaxes(0, 1) for x in (query[rows], key[keys], value[keys]))
         how: dict[str, Any] = {"compute_dtype": compute_dtype, "batch_index": b, **own._asdict()}
-        result = attention(q, k, v, return_lse=True, **how)
-        out[rows], lse[:, rows] = result[0].swapaxes(0, 1), result[1]
+        how |= {"out": out[rows].swapaxes(0, 1), "lse": lse[:, rows], "accumulate": accumulate}
+        attention(q, k, v, **how)
     return (out, lse) if return_lse else out
 
 
@@ -147,6 +179,8 @@ def attention_backward(
     grad_lse: ArrayLike | None = None,
     return_dbias: bool = False,
     return_dsinks: bool = False,
+    grads: tuple[NDArray[Any], ...] | None = None,
+    accumulate: bool = False,
     compute_dtype: DTypeLike | None = None,
     **options: Unpack[AttentionOptions],
 ) -> tuple[NDArray[Any], ...]:
@@ -166,6 +200,8 @@ def attention_backward(
         The gradient by lse, where the loss depends on it.
     return_dbias, return_dsinks : bool
         Return the gradients of bias, or of sinks, too.
+    grads, accumulate
+        As for `fastattn.attention_backward`.
     compute_dtype : dtype, optional
         As for `attention`.
 
@@ -197,9 +233,9 @@ def attention_backward(
     dtype = np.dtype(np.float64 if compute_dtype is None else compute_dtype)
     asked = options_of(attention_backward, options)
     if cu_seqlens_q is None or cu_seqlens_kv is None:
-        *grads, pairs, dsinks = _gradients(grad_out, query, key, value, grad_lse, dtype, asked)
+        *found, pairs, dsinks = _gradients(grad_out, query, key, value, grad_lse, dtype, asked)
     else:
-        grads = [np.zeros(x.shape, dtype) for x in (query, key, value)]
+        found = [np.zeros(x.shape, dtype) for x in (query, key, value)]
         total, heads = query.shape[:2]
         longest = int(np.diff(_array("cu_seqlens_kv", cu_seqlens_kv)).max(initial=0))
         pairs, dsinks = np.zeros((heads, total, longest), dtype), np.zeros(heads, dtype)
@@ -209,12 +245,17 @@ def attention_backward(
             )
             dlse = None if grad_lse is None else _array("grad_lse", grad_lse)[:, rows]
             dq, dk, dv, pairs_here, dsinks_here = _gradients(do, q, k, v, dlse, dtype, own, b)
-            for grad, where, part in zip(grads, (rows, keys, keys), (dq, dk, dv), strict=True):
+            for grad, where, part in zip(found, (rows, keys, keys), (dq, dk, dv), strict=True):
                 grad[where] += part.swapaxes(0, 1)
             pairs[:, rows, : keys.stop - keys.start] += pairs_here
             dsinks = dsinks + dsinks_here
     with np.errstate(all="ignore"):
-        results = [g.astype(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)]
+        into = (query, key, value) if grads is None else grads
+        if accumulate:
+            found = [g + x.astype(dtype) for g, x in zip(found, into, strict=True)]
+        results = [g.astype(x.dtype) for g, x in zip(found, into, strict=True)]
+        for given, result in zip(grads or (), results, strict=False):
+            given[...] = result
         if return_dbias:
             bias = _array("bias", asked.bias)
             results.append(_summed_to(pairs, bias.shape).astype(bias.dtype))
@@ -377,13 +418,16 @@ def dropout_mask(
     dropout_p: float,
     seed: int | None,
     query_offset: ArrayLike | None = None,
+    key_offset: ArrayLike = 0,
+    head_offset: int = 0,
+    batch_offset: int = 0,
     batch_index: int = 0,
 ) -> NDArray[np.bool_]:
     """Return which pairs `attention` keeps.
 
     Parameters
     ----------
-    query, key, dropout_p, seed, query_offset, batch_index
+    query, key, dropout_p, seed, query_offset, key_offset, head_offset, batch_offset, batch_index
         As for `fastattn.dropout_mask`.
 
     Returns
@@ -394,7 +438,14 @@ def dropout_mask(
     queries, keys = _with_heads(query), _with_heads(key)
     batch_shape = np.broadcast_shapes(queries.shape[:-3], keys.shape[:-3])
     shape = (*batch_shape, *queries.shape[-3:-1], keys.shape[-2])
-    options = NO_OPTIONS._replace(dropout_p=dropout_p, seed=seed, query_offset=query_offset)
+    options = NO_OPTIONS._replace(
+        dropout_p=dropout_p,
+        seed=seed,
+        query_offset=query_offset,
+        key_offset=key_offset,
+        head_offset=head_offset,
+        batch_offset=batch_offset,
+    )
     kept = _kept(shape, options, batch_index)
     return kept[0] if max(query.ndim, key.ndim) == 2 else kept
 
@@ -445,18 +496,19 @@ def _kept(shape: tuple[int, ...], options: Options, batch_index: int) -> NDArray
             raise ValueError(f"seed must be given with dropout_p > 0, got dropout_p={dropout_p}")
         return np.ones(shape, bool)
     *batch_shape, q_heads, q_len, kv_len = shape
-    offsets = _offsets(options).astype(np.int64)
-    fours = -(-kv_len // 4)
-    batch = batch_index + np.arange(math.prod(batch_shape)).reshape(batch_shape)
+    queries, keys = (x.astype(np.int64)[..., None, None, None] for x in _offsets(options))
+    batch = batch_index + options.batch_offset + np.arange(math.prod(batch_shape))
+    fours = (kv_len + 6) // 4  # that hold the keys, wherever the first one stands
     counter = (
-        np.arange(fours),
-        np.arange(q_len)[:, None] + offsets[..., None, None, None],
-        np.arange(q_heads)[:, None, None],
-        batch[..., None, None, None],
+        np.arange(fours) + keys // 4,
+        np.arange(q_len)[:, None] + queries,
+        options.head_offset + np.arange(q_heads)[:, None, None],
+        batch.reshape(batch_shape)[..., None, None, None],
     )
     words = np.stack(philox4x32(counter, divmod(int(seed), 2**32)[::-1]), axis=-1)
     kept: NDArray[np.bool_] = words >= round(float(dropout_p) * 2**32)
-    return kept.reshape(*shape[:-1], 4 * fours)[..., :kv_len]
+    places = np.broadcast_to(np.arange(kv_len) + keys % 4, shape)
+    return np.take_along_axis(kept.reshape(*shape[:-1], 4 * fours), places, axis=-1)
 
 
 def _softmax(
@@ -490,10 +542,10 @@ def _scores(
             "query_offset must be given with is_causal, window or alibi_slopes if q_len differs "
             f"from kv_len, got q_len={q_len}, kv_len={kv_len}"
         )
-    offsets = _offsets(options)
+    queries, keys = (x[..., None, None, None] for x in _offsets(options))
     positions = np.arange(kv_len)
-    own = np.arange(q_len)[:, None] + offsets[..., None, None, None]
-    distance = positions - own  # > 0: the key is in the future
+    # > 0: the key is in the future.
+    distance = positions - np.arange(q_len)[:, None] + (keys - queries)
 
     with np.errstate(all="ignore"):
         scores = _products(query, key, dtype, options.scale)
@@ -527,9 +579,10 @@ def _scores(
     return scores, np.broadcast_to(seen, scores.shape)
 
 
-def _offsets(options: Options) -> NDArray[Any]:
-    """Return the position of the first query, or one for each element of the batch."""
-    return _array("query_offset", 0 if options.query_offset is None else options.query_offset)
+def _offsets(options: Options) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the positions of the first query and key, or one for each element of the batch."""
+    query_offset = 0 if options.query_offset is None else options.query_offset
+    return _array("query_offset", query_offset), _array("key_offset", options.key_offset)
 
 
 def _scale(query: NDArray[Any], scale: float | None) -> float:
@@ -582,7 +635,7 @@ def _sequences(
                 pairs = _array(name, getattr(options, name))
                 whole = np.broadcast_to(pairs, (heads, total, longest))
                 own[name] = whole[:, rows, : keys.stop - keys.start]
-        for name in ("query_offset", "kv_lengths"):
+        for name in ("query_offset", "key_offset", "kv_lengths"):
             if getattr(options, name) is not None:
                 numbers = _array(name, getattr(options, name))
                 own[name] = np.broadcast_to(numbers, len(q_starts) - 1)[b]

@@ -14,7 +14,16 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.testing import assert_allclose
 
 import fastattn
-from fastattn import _arguments, _inspect, _machine, _merge, _options, _sdpa, attention
+from fastattn import (
+    _arguments,
+    _attention,
+    _backward,
+    _machine,
+    _merge,
+    _options,
+    _sdpa,
+    attention,
+)
 from tests.support.child import run
 from tests.support.correctness import assert_same_bits
 from tests.support.problems import make_problem
@@ -88,6 +97,7 @@ def inside(x, shape, offset):
 
 
 MEMORY = zeros(1000)
+LSE = zeros(2, 4, 5)
 OUT = (2, 4, 5, 3)
 NEEDS_OFFSET = (
     "query_offset must be given with {} if q_len differs from kv_len (0: the first query stands at the "
@@ -237,6 +247,25 @@ CASES = [
     ({"dropout_p": 0.5, "seed": 2**64}, ValueError, f"seed must be within 0..2**64 - 1, got seed={2**64}"),
     # the result
     ({"return_lse": 1}, TypeError, "return_lse must be a bool, not int"),
+    # the parts of a whole
+    ({"key_offset": 0.5}, TypeError, "key_offset must be an array of integers, or an int, not float64"),
+    ({"key_offset": None}, TypeError, "key_offset must be an array of integers, or an int, not NoneType"),
+    ({"key_offset": 2**62}, ValueError, f"key_offset must be within -2**61..2**61, got {2**62}"),
+    ({"key_offset": [1, 2, 3]}, ValueError, "key_offset must broadcast to the batch shape (2,), got key_offset.shape=(3,)"),
+    ({"head_offset": -1}, ValueError, "head_offset must be within 0..2**32 - 1, got head_offset=-1"),
+    ({"head_offset": True}, TypeError, "head_offset must be an int, not bool"),
+    ({"batch_offset": 2**32}, ValueError, f"batch_offset must be within 0..2**32 - 1, got batch_offset={2**32}"),
+    ({"batch_offset": [1]}, TypeError, "batch_offset must be an int, not list"),
+    ({"accumulate": 1}, TypeError, "accumulate must be a bool, not int"),
+    ({"accumulate": True}, ValueError, "lse must be given with accumulate=True, which adds to what it holds, got lse=None"),
+    ({"accumulate": True, "out": None}, ValueError, "out must be given with accumulate=True, which adds to what it holds, got out=None"),
+    ({"accumulate": True, "lse": LSE, "sinks": zeros(4)}, ValueError, "sinks must not be given with accumulate=True: they count once, at the end, in fastattn.merge((out, lse), sinks=sinks)"),
+    ({"lse": LSE.tolist()}, TypeError, "lse must be a NumPy array, not list"),
+    ({"lse": LSE[:1]}, ValueError, "lse must have the shape of the result, (2, 4, 5), got lse.shape=(1, 4, 5)"),
+    ({"lse": LSE.astype(float)}, TypeError, "lse must have the dtype of the result, float32, not float64"),
+    ({"lse": read_only(LSE.copy())}, ValueError, "lse must be writeable, got a read-only array"),
+    ({"lse": MEMORY[:40].reshape(2, 4, 5), "out": inside(MEMORY, OUT, 39)}, ValueError, "lse must not overlap an input, got an array that shares its memory"),
+    # out
     ({"out": [0.0]}, TypeError, "out must be a NumPy array, not list"),
     ({"out": np.ma.array(zeros(*OUT))}, TypeError, "out must be a NumPy array, not MaskedArray"),
     ({"out": zeros(*OUT, dtype=float)}, TypeError, "out must have the dtype of the result, float32, not float64"),
@@ -261,6 +290,8 @@ CASES = [
 
 OUT_0, LSE_0 = zeros(2, 3, 4), zeros(2, 3)
 PAIR = (OUT_0, LSE_0)
+GRADS = tuple(zeros(2, 3, 4) for _ in range(3))
+HALF_GRADS = tuple(x.astype(np.float16) for x in GRADS)
 SHAPES_OF_A_PART = (
     "must have an out of shape (..., q_len, value_head_dim) and an lse of shape (..., q_len), got"
 )
@@ -269,6 +300,15 @@ SHAPES_OF_A_PART = (
 # (a call, the error's type, its text)
 def backward(grad_out, **options):
     return fastattn.attention_backward(grad_out, *[OUT_0] * 4, LSE_0, **options)
+
+
+def on_gpu(**options):
+    return fastattn.attention_backward(OUT_0, OnGPU(), *[OUT_0] * 3, LSE_0, **options)
+
+
+def half_backward(*grads, **options):
+    arrays = [x.astype(np.float16) for x in (OUT_0,) * 5]
+    return fastattn.attention_backward(*arrays, LSE_0, grads=grads, **options)
 
 
 OTHER_CASES = [
@@ -328,6 +368,28 @@ OTHER_CASES = [
     (lambda: backward(OUT_0.astype(float)), TypeError, "grad_out must have dtype float32, not float64"),
     (lambda: backward(OUT_0[:1]), ValueError, "grad_out must have shape (2, 3, 4), got grad_out.shape=(1, 3, 4)"),
     (lambda: backward(OUT_0, return_dbias=True), ValueError, "return_dbias needs bias, got bias=None"),
+    (lambda: backward(OUT_0.astype(float), grads=(OUT_0,) * 3), TypeError, "grad_out must have dtype float32, not float64"),
+    (lambda: backward(OUT_0, grads=(OUT_0,) * 2), TypeError, "grads must be three arrays (dq, dk, dv), not 2 of them"),
+    (lambda: backward(OUT_0, grads=7), TypeError, "grads must be three arrays (dq, dk, dv), not int"),
+    (lambda: backward(OUT_0, grads=(None, *GRADS[1:])), TypeError, "dq must be a NumPy array, not NoneType"),
+    (lambda: backward(OUT_0, grads=(*GRADS[:2], GRADS[2][:1])), ValueError, "dv must have the shape of the result, (2, 3, 4), got dv.shape=(1, 3, 4)"),
+    (lambda: backward(OUT_0, grads=(*GRADS[:2], GRADS[1])), ValueError, "dv must not overlap an input, got an array that shares its memory"),
+    (lambda: backward(OUT_0, grads=(*GRADS[:2], OUT_0)), ValueError, "dv must not overlap an input, got an array that shares its memory"),
+    (lambda: backward(OUT_0, grads=GRADS, accumulate=1), TypeError, "accumulate must be a bool, not int"),
+    (lambda: backward(OUT_0, accumulate=True), ValueError, "grads must be given with accumulate=True, which adds to what it holds, got grads=None"),
+    (lambda: on_gpu(cu_seqlens_q=[0, 3]), NotImplementedError, "cu_seqlens_q, cu_seqlens_kv have no kernel for GPUs"),
+    (lambda: on_gpu(grads=GRADS), NotImplementedError, "grads, accumulate have no kernel for GPUs"),
+    (lambda: on_gpu(accumulate=True), NotImplementedError, "grads, accumulate have no kernel for GPUs"),
+    (lambda: attention(OnGPU(), KEY, VALUE, accumulate=True), NotImplementedError, "lse, accumulate have no kernel for GPUs"),
+    (lambda: attention(OnGPU(), KEY, VALUE, lse=LSE), NotImplementedError, "lse, accumulate have no kernel for GPUs"),
+    (lambda: backward(OUT_0, cu_seqlens_q=[0, 3]), ValueError, "cu_seqlens_kv must be given with the other of cu_seqlens_q, cu_seqlens_kv"),
+    (lambda: half_backward(GRADS[0], HALF_GRADS[1], GRADS[2]), TypeError, "dv must have the dtype of dk, float16, not float32"),
+    (lambda: half_backward(GRADS[0], *HALF_GRADS[1:], accumulate=True), TypeError, "dk must have dtype float32 with accumulate=True, not float16"),
+    (lambda: half_backward(*(x.astype(float) for x in GRADS)), TypeError, "dq must have the dtype of the result, float16, or float32, not float64"),
+    (lambda: call(query_offset=2**61, key_offset=-1), ValueError, f"query_offset - key_offset must be within -2**61..2**61, got {2**61 + 1}"),
+    (lambda: fastattn.dropout_mask(QUERY, KEY, dropout_p=0.1, seed=1, key_offset=[1, 2, 3]), ValueError, "key_offset must broadcast to the batch shape (2,), got key_offset.shape=(3,)"),
+    (lambda: fastattn.dropout_mask(QUERY, KEY, dropout_p=0.1, seed=1, head_offset=2**32), ValueError, "head_offset must be within 0..2**32 - 1, got head_offset=4294967296"),
+    (lambda: varlen(accumulate=True, out=zeros(9, 4, 3)), ValueError, "lse must be given with accumulate=True, which adds to what it holds, got lse=None"),
     (lambda: fastattn.set_num_threads(0), ValueError, "n must be within 1..1024, got n=0"),
     (lambda: fastattn.set_num_threads(-(2**70)), ValueError, f"n must be within 1..1024, got n={-(2**70)}"),
     (lambda: fastattn.set_num_threads(1025), ValueError, "n must be within 1..1024, got n=1025"),
@@ -369,7 +431,7 @@ def test_errors(number):
 
 
 @pytest.mark.promise("error-says-which-rule-and-what")
-@pytest.mark.parametrize("module", [_arguments, _inspect, _merge, _options, _sdpa])
+@pytest.mark.parametrize("module", [_arguments, _attention, _backward, _merge, _options, _sdpa])
 def test_every_error_is_tested(module):
     source = inspect.getsource(module)
     raises = {

@@ -13,31 +13,40 @@ import fastattn
 from fastattn._options import NO_OPTIONS, AttentionOptions, Options, ScoreOptions, WeightOptions
 
 ALL = tuple(Options._fields)
-OF_WEIGHTS = tuple(name for name in ALL if name not in ("dropout_p", "seed"))
-OF_CACHES = tuple(name for name in OF_WEIGHTS if name not in ("query_offset", "kv_lengths"))
+OF_DROPOUT = ("dropout_p", "seed", "head_offset", "batch_offset")
+OF_WEIGHTS = tuple(name for name in ALL if name not in OF_DROPOUT)
+KNOWN_TO_CACHES = ("query_offset", "kv_lengths", "key_offset")
+OF_CACHES = tuple(name for name in OF_WEIGHTS if name not in KNOWN_TO_CACHES)
 PACKED = ("cu_seqlens_q", "cu_seqlens_kv")
 OPERANDS = ("query", "key", "value")
 SAVED = ("grad_out", *OPERANDS, "out", "lse")
 OF_GRADIENTS = ("grad_lse", "return_dbias", "return_dsinks")
 RESULTS = ("return_lse", "out")
-OF_CACHE_CALLS = ("return_lse", "return_column_sums", "out")
+MORE_RESULTS = (*RESULTS, "lse", "accumulate")
+GRADIENTS = (*OF_GRADIENTS, "grads", "accumulate")
+OF_CACHE_CALLS = ("query_offset", "return_lse", "return_column_sums", "out")
 STATISTICS = ("entropy", "column_sums", "row_weights", "top", "blocks", "maximum")
 CAUSAL = {"is_causal": True}
 # By name, what stands before the options, the options, what stands after them, and the defaults
 # that differ from those of `attention`.
 DOORS = {
-    "attention": (OPERANDS, ALL, RESULTS, {}),
-    "varlen_attention": ((*OPERANDS, *PACKED), ALL, RESULTS, {}),
-    "attention_backward": (SAVED, ALL, (*PACKED, *OF_GRADIENTS), {}),
+    "attention": (OPERANDS, ALL, MORE_RESULTS, {}),
+    "varlen_attention": ((*OPERANDS, *PACKED), ALL, MORE_RESULTS, {}),
+    "attention_backward": (SAVED, ALL, (*PACKED, *GRADIENTS), {}),
     "attention_weights": (("query", "key"), OF_WEIGHTS, (), {}),
     "attention_statistics": (("query", "key"), OF_WEIGHTS, STATISTICS, {}),
     "maps.rollout": (("layers",), OF_WEIGHTS, ("tokens", "direction"), {"is_causal": None}),
     "explain": (OPERANDS, ALL, ("threads",), {}),
     "KVCache.attend": (("self", "query"), OF_CACHES, OF_CACHE_CALLS, CAUSAL),
     "PagedKVCache.attend": (("self", "query"), OF_CACHES, ("sequences", *OF_CACHE_CALLS), CAUSAL),
-    "reference.attention": (OPERANDS, ALL, (*RESULTS, "compute_dtype", "batch_index"), {}),
-    "reference.varlen_attention": ((*OPERANDS, *PACKED), ALL, ("return_lse", "compute_dtype"), {}),
-    "reference.attention_backward": (SAVED, ALL, (*PACKED, *OF_GRADIENTS, "compute_dtype"), {}),
+    "reference.attention": (OPERANDS, ALL, (*MORE_RESULTS, "compute_dtype", "batch_index"), {}),
+    "reference.varlen_attention": (
+        (*OPERANDS, *PACKED),
+        ALL,
+        (*MORE_RESULTS, "compute_dtype"),
+        {},
+    ),
+    "reference.attention_backward": (SAVED, ALL, (*PACKED, *GRADIENTS, "compute_dtype"), {}),
     "reference.attention_weights": (("query", "key"), OF_WEIGHTS, ("compute_dtype",), {}),
     "reference.attention_statistics": (("query", "key"), OF_WEIGHTS, STATISTICS, {}),
     "torch.attention": (OPERANDS, ALL, RESULTS, {}),
@@ -142,8 +151,8 @@ def test_unknown_option(name):
     """It is refused in the words of Python, under the name of the call."""
     call, arguments = arguments_of(name)
     called = re.sub("^(reference|torch|cuda|maps)\\.", "", name)
-    options = DOORS[name][1]
-    for wrong in ("causal", *(x for x in ALL if x not in options)):
+    _, options, after, _ = DOORS[name]
+    for wrong in ("causal", *(x for x in ALL if x not in (*options, *after))):
         with pytest.raises(TypeError) as error:
             call(*arguments, **{wrong: None})
         words = f"{called}() got an unexpected keyword argument {wrong!r}"

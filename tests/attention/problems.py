@@ -56,6 +56,8 @@ LEVELS = {
     "sinks": (None, "heads", "some"),
     "kv_lengths": (None, "one", "each"),
     "dropout_p": (0.0, 0.1, 0.6),
+    "key_offset": (0, "shifted", "before", "each"),
+    "counters": ((0, 0), (3, 2**32 - 1)),
 }
 CASES = covering_cases(LEVELS)
 
@@ -124,6 +126,12 @@ def arguments_of(case, rng):
         "beyond": kv_len + 3,
         "each": rng.integers(-q_len, kv_len + 2, batch),
     }
+    key_offsets = {
+        0: 0,
+        "shifted": 2**34 + 3,
+        "before": -5,
+        "each": rng.integers(-9, 9, batch),
+    }
     sinks = rng.normal(size=heads)
     per_argument = {
         "alibi_slopes": {"heads": rng.random(heads), "each": rng.random((*batch, heads))},
@@ -138,6 +146,11 @@ def arguments_of(case, rng):
     }
     options["seed"] = int(rng.integers(0, 2**64, dtype=np.uint64))
     options["query_offset"] = offsets[case["query_offset"]]
+    options["key_offset"] = key_offsets[case["key_offset"]]
+    if options["query_offset"] is not None:
+        options["query_offset"] = options["query_offset"] + options["key_offset"]
+    if case["dropout_p"]:
+        options["head_offset"], options["batch_offset"] = case["counters"]
     options["mask"] = masks[case["mask"]]() if case["mask"] else None
     options["bias"] = biases[case["bias"]]() if case["bias"] else None
     for name, levels in per_argument.items():

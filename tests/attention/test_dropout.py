@@ -286,3 +286,56 @@ def test_statistics():
                 assert np.abs(share).max() < 5.5 * np.sqrt(variance / count)
         for other in draws[1:]:
             assert abs((draws[0] * other).mean()) < 5 * variance / np.sqrt(other.size)
+
+
+@pytest.mark.promise("dropout-of-parts-is-the-wholes")
+@every_arithmetic
+@pytest.mark.parametrize("q_len", [1, 5, 16, 17, 60])
+@pytest.mark.parametrize("kv_len", [40, 1100])
+def test_parts_of_a_whole(q_len, kv_len, dtype):
+    """Keys may be cut anywhere, not at multiples of 4 alone, and so may queries and heads."""
+    query, key, _ = make_problem(q_len, kv_len, 16, heads=4, kv_heads=2, batch=(3,), dtype=dtype)
+    query *= dtype(0.1)
+    dropout = {"dropout_p": 0.4, "seed": SEED}
+    whole = dropout_mask(query, key, **dropout, query_offset=-7, key_offset=-2)
+    for begin, end in ((0, 9), (9, 10), (10, 39), (3, kv_len), (kv_len - 7, kv_len)):
+        part = key[..., begin:end, :]
+        options = dropout | {"query_offset": -7, "key_offset": begin - 2}
+        out = attention(query, part, identity(part), **options)
+        assert_array_equal(out != 0, whole[..., begin:end])
+        assert_array_equal(dropout_mask(query, part, **options), whole[..., begin:end])
+    rows, heads, batch = slice(q_len // 2, None), slice(2, 4), slice(1, 3)
+    options = dropout | {"query_offset": q_len // 2 - 7, "key_offset": -2}
+    options |= {"head_offset": 2, "batch_offset": 1}
+    parts = query[batch, heads, rows], key[batch, 1:]
+    out = attention(*parts, identity(parts[1]), **options)
+    assert_array_equal(out != 0, whole[batch, heads, rows])
+    assert_array_equal(dropout_mask(*parts, **options), whole[batch, heads, rows])
+
+
+@pytest.mark.promise("dropout-of-parts-is-the-wholes", "bitwise-batch-neighbours")
+@every_arithmetic
+@pytest.mark.parametrize("q_len", [2, 16, 30])
+def test_an_offset_for_each_element(q_len, dtype):
+    """Elements that share keys in memory are attended to together: each has its own positions."""
+    query, key, _ = make_problem(q_len, 700, 16, heads=8, kv_heads=1, batch=(5,), dtype=dtype)
+    key = np.broadcast_to(key[:1], key.shape)
+    offsets = {"key_offset": np.array([0, 1, 2, 2, 2**34 - 3]), "query_offset": np.arange(5) * 90}
+    dropout = {"dropout_p": 0.4, "seed": SEED}
+    together = attention(query, key, identity(key), **dropout, **offsets)
+    for b in range(5):
+        own = {name: int(x[b]) for name, x in offsets.items()} | {"batch_offset": b}
+        alone = attention(query[b], key[b], identity(key[b]), **dropout, **own)
+        assert_same_bits(together[b], alone)
+
+
+@pytest.mark.promise("dropout-of-parts-is-the-wholes")
+def test_packed_documents_from_some_number_on():
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(40, 2, 8)).astype(np.float32)
+    starts = np.array([0, 5, 5, 30, 40])
+    dropout = {"dropout_p": 0.5, "seed": 5}
+    whole = varlen_attention(query, query, query, starts, starts, **dropout)
+    some = starts[2:] - 5
+    part = varlen_attention(*[query[5:]] * 3, some, some, batch_offset=2, **dropout)
+    assert_same_bits(part, whole[5:])

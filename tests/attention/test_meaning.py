@@ -309,3 +309,27 @@ def test_one_key(dtype):
         {"bias": np.where(np.arange(300) == 200, 5, -INF)},
     ):
         assert_same_bits(attention(query, key, value, **options), expected)
+
+
+@pytest.mark.promise("keys-have-an-offset")
+@both_dtypes
+@pytest.mark.parametrize("q_len", [3, 30])
+def test_positions_of_keys(q_len, dtype):
+    """Only the distance from key to query counts, for all but dropout."""
+    operands = make_problem(q_len, 50, heads=2, batch=(3,), dtype=dtype)
+    slopes, lengths = np.array([0.1, 1]), np.array([50, 20, 0])
+    for options in (
+        {"is_causal": True},
+        {"window": (7, 3)},
+        {"alibi_slopes": slopes},
+        {"is_causal": True, "window": (20, 0), "alibi_slopes": slopes, "kv_lengths": lengths},
+    ):
+        expected = with_lse(*operands, query_offset=11, **options)
+        for first in (1, -9, 2**61 - 20, -(2**61)):
+            moved = {"query_offset": 11 + first, "key_offset": first}
+            assert_same_bits(with_lse(*operands, **moved, **options), expected)
+        each = np.array([5, 0, 2**40])
+        moved = {"query_offset": 11 + each, "key_offset": each}
+        assert_same_bits(with_lse(*operands, **moved, **options), expected)
+        each = np.array([[9], [0], [-3]])[:, 0]
+        attend_within_gate(*operands, key_offset=each, query_offset=0, **options)

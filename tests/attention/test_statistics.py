@@ -39,6 +39,7 @@ STATISTICS = LEVELS | {
     "batch": (None, (), (2,), (2, 1, 2)),
     "value_head_dim": (1,),
     "dropout_p": (0.0,),
+    "counters": ((0, 0),),
     "entropy": (False, True),
     "column_sums": (False, True),
     "row_weights": (None, "normal", "of each row", "one", "zero", "bfloat16"),

@@ -116,7 +116,11 @@ class Problem:
         left, right = (UNLIMITED if side is None else side for side in sides)
         self.window = (left, min(right, 0) if options.is_causal else right)
         self.lengths, self.length = self.each_or_all(options.kv_lengths, self.kv_len)
-        self.offsets, self.offset = self.each_or_all(options.query_offset, 0)
+        first_keys, first_queries = options.key_offset, options.query_offset
+        relative = np.asarray(first_queries or 0 if np.ndim(first_queries) == 0 else first_queries)
+        self.offsets, self.offset = self.each_or_all(relative - first_keys, 0)
+        self.key_offsets, self.key_offset = self.each_or_all(first_keys, 0)
+        self.counters = options.head_offset, options.batch_offset
         self.dropout = options.dropout_p != 0
         self.dropped = round(options.dropout_p * 2**32)
         self.seed = (options.seed % 2**32, options.seed >> 32)
@@ -146,6 +150,7 @@ class Problem:
             dropout=self.dropout,
             lengths=self.lengths is not None,
             offsets=self.offsets is not None,
+            key_offsets=self.key_offsets is not None,
         )
 
     @property
@@ -159,15 +164,17 @@ class Problem:
             self.slopes,
             self.lengths,
             self.offsets,
+            self.key_offsets,
             self.length,
             self.offset,
+            self.key_offset,
             *self.window,
             self.scale,
             self.softcap,
             self.dropped,
             *self.seed,
             self.kept_scale,
-            0,
+            *self.counters,
         )
 
 

@@ -69,6 +69,10 @@ OPTIONS = {
     "alibi": {"alibi_slopes": np.array([0.3, 0.1], np.float32), "query_offset": 20},
     "sinks": {"sinks": np.array([0.5, -1.0], np.float16)},
     "dropout": {"dropout_p": 0.3, "seed": 2**40 + 7},
+    "keys of a part": {
+        **{"dropout_p": 0.3, "seed": 2**40 + 7, "is_causal": True, "query_offset": 35},
+        **{"key_offset": np.array([15, 2]), "head_offset": 3, "batch_offset": 9},
+    },
 }
 TENSOR_CORE_OPTIONS = list(OPTIONS)[:7]
 

@@ -141,6 +141,8 @@ LEVELS = {
     "sinks": (None, "heads", "some"),
     "kv_lengths": (None, "one", "each"),
     "dropout_p": (0.0, 0.4),
+    "key_offset": (0, -3, "each"),
+    "counters": ((0, 0), (3, 2**32 - 1)),
 }
 
 # Gradients take longer, and read their arguments by the same functions.
@@ -202,8 +204,13 @@ def problem_of(case, seed):
     }
     options = {name: x for name, x in options.items() if x is not None}
     options["is_causal"] = case["is_causal"]
+    first = rng.integers(-9, 9, batch) if case["key_offset"] == "each" else case["key_offset"]
+    options["key_offset"] = first
+    if "query_offset" in options:
+        options["query_offset"] = options["query_offset"] + first
     if case["dropout_p"]:
         options |= {"dropout_p": case["dropout_p"], "seed": 2**63 + seed}
+        options["head_offset"], options["batch_offset"] = case["counters"]
     return operands, options
 
 
@@ -477,6 +484,7 @@ EVERY_ARGUMENT = {
     "dropout": True,
     "lengths": True,
     "offsets": True,
+    "key_offsets": True,
 }
 SHARED_BYTES = 48 * 1024  # that a block may have without asking for more
 

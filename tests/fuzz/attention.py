@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastattn.attention`: every argument with every other, and what changes no bit."""
 
+import itertools
+
 import numpy as np
 
 import fastattn
@@ -10,7 +12,10 @@ from tests.fuzz.definition import folded, summed
 from tests.fuzz.problem import Problem, choice, number
 
 MORE_THAN_FEW = 16  # queries of a chunk: fewer may take another form
-CHECKS = ("threads", "layout", "out", "chunks", "element", "hidden", "poison", "padding", "others")
+CHECKS = (
+    *("threads", "layout", "out", "chunks", "element", "hidden", "poison", "padding", "others"),
+    *("wide", "accumulate"),
+)
 
 
 def draw(rng):
@@ -77,6 +82,45 @@ def check_out(p, result, truth, rng):
     same("into out", np.array(into), result[0])
     into[...] = 7
     same("around out", whole, usual)
+
+
+def check_wide(p, result, truth, rng):
+    """Write a result of half precision as float32: rounded, it has the same bits."""
+    dtype = arithmetic(p.dtype)
+    into, whole, usual = room_for(np.empty(result[0].shape, dtype), rng)
+    sums, all_sums, usual_sums = room_for(result[1], rng)
+    fastattn.attention(*p.operands, out=into, lse=sums, **p.options)
+    same("rounded later", (into.astype(p.dtype), np.array(sums)), result)
+    into[...], sums[...] = 7, 7
+    same("around float32 results", (whole, all_sums), (usual, usual_sums))
+
+
+def check_accumulate(p, result, truth, rng):
+    """Attend to some keys and then to the others, with nothing and everything between."""
+    options = {name: x for name, x in p.options.items() if name != "sinks"}
+    dtype, kv_len = arithmetic(p.dtype), p.pairs[-1]
+    out, lse = np.full(result[0].shape, np.nan, dtype), np.full(result[1].shape, -np.inf, dtype)
+    cuts = sorted(int(rng.integers(0, kv_len + 1)) for _ in range(2))
+    query, key, value = p.operands
+    for begin, end in itertools.pairwise((0, *cuts, kv_len)):
+        own = options | {"key_offset": options.get("key_offset", 0) + begin}
+        own.setdefault("query_offset", 0)
+        for name in ("mask", "bias"):
+            if name in own and own[name].shape[-1:] not in ((), (1,)):
+                own[name] = own[name][..., begin:end]
+        if "kv_lengths" in own:
+            own["kv_lengths"] = np.clip(np.asarray(own["kv_lengths"]) - begin, 0, end - begin)
+        parts = key[..., begin:end, :], value[..., begin:end, :]
+        fastattn.attention(query, *parts, out=out, lse=lse, accumulate=True, **own)
+    truth, plain = formulas(*p.operands, options)
+    if truth.sees.size == 0:
+        return
+    for name, got, wanted, bound, rough in (
+        ("out", out, truth.out, truth.out_bound, plain.out),
+        ("lse", lse, truth.lse, truth.lse_bound, plain.lse),
+    ):
+        got = got[None] if truth.flat else got
+        near(f"accumulated {name}", got, wanted, 4 * bound, rough, truth.eps)
 
 
 def room_for(x, rng):
@@ -195,7 +239,8 @@ def check_others(p, result, truth, rng):
         same("scaled_dot_product_attention", torch_like, result[0])
     if truth.seen.size > 30_000:
         return
-    weights = {name: x for name, x in p.options.items() if name not in ("dropout_p", "seed")}
+    dropout = ("dropout_p", "seed", "head_offset", "batch_offset")
+    weights = {name: x for name, x in p.options.items() if name not in dropout}
     largest = np.broadcast_shapes(*(x.shape[:-3] for x in p.operands[:2]))
     if largest == p.batch and p.dtype == np.float64:
         probs = fastattn.attention_weights(*p.operands[:2], **weights)

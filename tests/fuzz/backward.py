@@ -6,10 +6,10 @@ import numpy as np
 import fastattn
 from tests.fuzz import problem
 from tests.fuzz.attention import hidden_from_all
-from tests.fuzz.compare import finfo, formulas, in_pairs, near, same
+from tests.fuzz.compare import arithmetic, finfo, formulas, in_pairs, near, same
 from tests.fuzz.problem import LAYOUTS, Problem, chance, choice, generator, laid_out, number
 
-CHECKS = ("threads", "layout", "element", "hidden", "reference")
+CHECKS = ("threads", "layout", "element", "hidden", "reference", "accumulate")
 
 
 def draw(rng):
@@ -146,6 +146,22 @@ def check_element(call, got, truth, rng):
         changes["grad_lse"] = call.grad_lse[index]
     alone = call.gradients(operands, options, **changes)
     same(f"element {index} alone", tuple(alone[:3]), tuple(x[index] for x in got[:3]))
+
+
+def check_accumulate(call, got, truth, rng):
+    """Write gradients where `grads` says, as float32 too, and add to what they hold."""
+    dtype = arithmetic(call.p.dtype)
+    fresh = tuple(np.full(x.shape, np.nan, dtype) for x in call.p.operands)
+    call.gradients(grads=fresh)
+    dtypes = [x.dtype.newbyteorder("=") for x in call.p.operands]
+    shared = any(x.shape[:-3] != call.p.batch for x in call.p.operands)
+    if not shared:  # else what was rounded is summed
+        rounded = tuple(x.astype(y) for x, y in zip(fresh, dtypes, strict=True))
+        same("gradients rounded later", rounded, tuple(got[:3]))
+    more = tuple(np.full(x.shape, 3, dtype) for x in fresh)
+    fastattn.set_num_threads(call.p.spec["threads"] % 5 + 1)
+    call.gradients(grads=more, accumulate=True)
+    same("gradients added", more, tuple(x + dtype.type(3) for x in fresh))
 
 
 def check_hidden(call, got, truth, rng):

@@ -55,6 +55,12 @@ def summed(x, shape):
     return x.sum(axis=axes, keepdims=True)
 
 
+def of_dropout(options):
+    """Return the options that decide which pairs are dropped."""
+    names = ("dropout_p", "seed", "query_offset", "key_offset", "head_offset", "batch_offset")
+    return {name: options[name] for name in names if name in options}
+
+
 class Formula:
     """One call, computed step by step.
 
@@ -104,7 +110,7 @@ class Formula:
             size = size + abs(added) + abs(scores)
         offset = np.asarray(
             0 if options.get("query_offset") is None else options["query_offset"], np.int64
-        )
+        ) - np.asarray(options.get("key_offset", 0), np.int64)
         ahead = np.arange(kv_len) - np.arange(q_len)[:, None] - offset[..., None, None, None]
         if options.get("alibi_slopes") is not None:
             slopes = wide(options["alibi_slopes"], dtype)[..., None, None]
@@ -166,8 +172,7 @@ class Formula:
         query, key = (
             np.broadcast_to(np.float32(0), (*batch, heads, n, 1)) for n in (q_len, kv_len)
         )
-        names = ("dropout_p", "seed", "query_offset")
-        return fastattn.dropout_mask(query, key, **{n: self.options.get(n) for n in names})
+        return fastattn.dropout_mask(query, key, **of_dropout(self.options))
 
     def gradients(self, grad_out, grad_lse=None, out=None, out_info=None, pairs_eps=0.0):
         """Return [(gradient, bound, size of what is rounded)] of query, key and value.

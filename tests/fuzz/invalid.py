@@ -135,6 +135,13 @@ def offset_wrong(r):
     }
 
 
+def more_offsets_wrong(r):
+    """Give a key_offset, or what dropout counts from, that is none."""
+    name = r.one("key_offset", "head_offset", "batch_offset")
+    wrong = r.one(1.5, "2", True, None, 2**62, -(2**62), np.zeros((5, 5, 5, 5), int), 1j)
+    return {name: wrong}
+
+
 def offset_missing(r):
     """Leave out query_offset where a positional option needs it."""
     if r.q_len == r.kv_len:
@@ -234,6 +241,7 @@ OPTIONS = (
     option_is("scale", *NO_NUMBERS),
     option_is("is_causal", *NO_FLAGS),
     offset_wrong,
+    more_offsets_wrong,
     offset_missing,
     option_is(
         "window", (1,), (-1, 2), (1.5, 2), 5, "ab", (1, 2, 3), (True, 1), (None, -1), [], ("1", 2)

@@ -13,7 +13,7 @@ from tests.fuzz.problem import INF, LAYOUTS, Problem, choice, generator, laid_ou
 
 def draw(rng):
     """Draw a problem, and where its keys are cut."""
-    spec = problem.draw(rng, dropout=False)
+    spec = problem.draw(rng)
     spec["cuts"] = sorted(int(rng.integers(0, spec["kv_len"] + 1)) for _ in range(rng.integers(4)))
     spec["part_layout"] = choice(rng, LAYOUTS)
     return spec
@@ -33,8 +33,8 @@ def check(spec):
         for name in ("mask", "bias"):
             if name in own and own[name].shape[-1:] not in ((), (1,)):
                 own[name] = own[name][..., begin:end]
-        offset = own.get("query_offset")
-        own["query_offset"] = (0 if offset is None else offset) - begin
+        own.setdefault("query_offset", 0)
+        own["key_offset"] = own.get("key_offset", 0) + begin
         if "kv_lengths" in own:
             own["kv_lengths"] = np.clip(np.asarray(own["kv_lengths"]) - begin, 0, end - begin)
         part = fastattn.attention(

@@ -37,7 +37,7 @@ PAIRS = ((40_000, 93), (400_000, 6.5), (3_000_000, 0.5))  # the most pairs of a 
 WORK = 40  # multiplications of a definition, for each pair that a case may have
 OPTIONS = (
     *("mask", "bias", "scale", "is_causal", "query_offset", "window", "softcap", "alibi_slopes"),
-    *("sinks", "kv_lengths", "dropout_p"),
+    *("sinks", "kv_lengths", "dropout_p", "key_offset"),
 )
 
 
@@ -153,6 +153,10 @@ def draw_options(rng, spec, dropout=True):
     if "dropout_p" in chosen and dropout:
         options["dropout_p"] = choice(rng, (0.1, 0.1, 0.5, 0.9, 0.0, 1.0))
         options["seed"] = int(rng.integers(2**64, dtype=np.uint64))
+        if chance(rng, 0.3):
+            options["head_offset"], options["batch_offset"] = (number(rng) for _ in range(2))
+    if "key_offset" in chosen:
+        options["key_offset"] = choice(rng, ("each", int(rng.integers(-150, 150)), 4, 2**40 + 1))
     return options
 
 
@@ -284,7 +288,7 @@ class Problem:
         for name in ("mask", "bias"):
             if name in options:
                 options[name] = np.broadcast_to(options[name], self.pairs)[index]
-        for name in ("query_offset", "kv_lengths"):
+        for name in ("query_offset", "key_offset", "kv_lengths"):
             if name in options:
                 options[name] = int(np.broadcast_to(options[name], self.batch)[index])
         if "alibi_slopes" in options and options["alibi_slopes"].ndim > 1:
@@ -318,6 +322,8 @@ def arguments(spec, batch, heads, q_len, kv_len):
                 options[name] = rng.integers(-q_len - 1, kv_len + 3, batch)
             elif given == "end":
                 options[name] = kv_len - q_len
+        elif name == "key_offset":
+            options[name] = rng.integers(-99, 99, batch) if given == "each" else given
         elif name == "window":
             options[name] = tuple(given)
         elif name == "alibi_slopes":
@@ -335,8 +341,11 @@ def arguments(spec, batch, heads, q_len, kv_len):
         else:
             options[name] = given
     positional = {"is_causal", "window", "alibi_slopes"} & {*options}
-    if positional and options.get("query_offset") is None and q_len != kv_len:
+    moves = "key_offset" in options
+    if positional and options.get("query_offset") is None and (q_len != kv_len or moves):
         options["query_offset"] = kv_len - q_len
+    if moves and "query_offset" in options:  # positions, which both count from the same place
+        options["query_offset"] = options["query_offset"] + options["key_offset"]
     return options
 
 

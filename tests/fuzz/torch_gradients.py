@@ -16,6 +16,8 @@ LAYOUTS = ("plain", "plain", "plain", "heads inside", "columns outside", "steppe
 def draw(rng):
     """Draw a problem that torch can hold."""
     spec = problem.draw(rng)
+    for name in ("key_offset", "head_offset", "batch_offset"):
+        spec["options"].pop(name, None)
     for operand in spec["operands"]:
         operand["layout"] = choice(rng, LAYOUTS)
     for name in ("mask", "bias"):

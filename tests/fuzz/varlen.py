@@ -8,6 +8,7 @@ import numpy as np
 import fastattn
 from tests.fuzz import attention, backward, problem
 from tests.fuzz.compare import arithmetic, dtype_of, same
+from tests.fuzz.definition import of_dropout
 from tests.fuzz.problem import chance, choice, generator, laid_out, number, numbers_of, often
 
 Q_LENS = (0, 1, 1, 2, 3, 5, 15, 16, 17, 24, 25, 40)
@@ -81,10 +82,10 @@ class Packed:
         if given.get("query_offset") == "end" or (
             options.get("query_offset") is not None and "query_offset" not in given
         ):
-            options["query_offset"] = kv_lens - q_lens
+            options["query_offset"] = kv_lens - q_lens + options.get("key_offset", 0)
         positional = {"is_causal", "window", "alibi_slopes"} & {*options}
         if positional and "query_offset" not in options:
-            options["query_offset"] = kv_lens - q_lens
+            options["query_offset"] = kv_lens - q_lens + options.get("key_offset", 0)
         for name, how in pairs.items():
             options[name] = problem.pair_array(generator(spec["data"], name), how, self.pairs)
         return options
@@ -101,7 +102,7 @@ class Packed:
             if name in options:
                 whole = np.broadcast_to(options[name], self.pairs)
                 options[name] = whole[:, rows, : keys.stop - keys.start]
-        for name in ("query_offset", "kv_lengths"):
+        for name in ("query_offset", "key_offset", "kv_lengths"):
             if name in options:
                 options[name] = int(np.broadcast_to(options[name], len(self.lens))[b])
         if "alibi_slopes" in options and options["alibi_slopes"].ndim > 1:
@@ -148,10 +149,8 @@ def kept_in(operands, options, b):
     """Return which pairs dropout keeps in sequence b, if there is any."""
     if not options.get("dropout_p"):
         return None
-    names = ("dropout_p", "seed", "query_offset")
     query, key = (x.astype(np.float32) for x in operands[:2])
-    options = {name: options.get(name) for name in names}
-    return fastattn.dropout_mask(query, key, batch_index=b, **options)
+    return fastattn.dropout_mask(query, key, batch_index=b, **of_dropout(options))
 
 
 def check_gradients(p, out, lse):

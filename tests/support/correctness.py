@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """When is a result right? By the definition to FlashAttention's rule, or to the bit."""
 
+import inspect
+
 import ml_dtypes
 import numpy as np
 
 import fastattn
 from fastattn import _core, reference
-from fastattn._options import Options
+from fastattn._options import AttentionOptions, Options, WeightOptions
 from tests.support.problems import HALVES
 
 EXTRA_ULPS = 4  # of the largest result: what rounding the result itself may cost
@@ -14,7 +16,14 @@ EXTRA_ULPS = 4  # of the largest result: what rounding the result itself may cos
 
 def without_dropout(options):
     """Return the options that decide the probabilities, before some are dropped."""
-    return {name: x for name, x in options.items() if name not in ("dropout_p", "seed")}
+    dropout = AttentionOptions.__annotations__.keys() - WeightOptions.__annotations__.keys()
+    return {name: x for name, x in options.items() if name not in dropout}
+
+
+def of_dropout(options):
+    """Return the options that decide which pairs are dropped."""
+    names = inspect.signature(reference.dropout_mask).parameters
+    return {name: x for name, x in options.items() if name in names}
 
 
 def truth_of(query, key, value, **options):
@@ -52,8 +61,7 @@ def plain_of(query, key, value, **options):
         values = values.repeat(probs.shape[-3] // values.shape[-3], axis=-3)
     rounded = probs.astype(query.dtype).astype(np.float32)
     if options.get("dropout_p"):
-        names = ("dropout_p", "seed", "query_offset")
-        kept = reference.dropout_mask(query, key, **{name: options.get(name) for name in names})
+        kept = reference.dropout_mask(query, key, **of_dropout(options))
         rounded = rounded * kept / (1 - options["dropout_p"])
     return (rounded @ values).astype(query.dtype), plain[1]
 

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 
 from fastattn import attention, attention_backward, reference
-from tests.support.correctness import EXTRA_ULPS, without_dropout
+from tests.support.correctness import EXTRA_ULPS, of_dropout, without_dropout
 
 
 def grads_of(operands, options, seed=1, backward=attention_backward, **more):
@@ -40,8 +40,7 @@ class Formula:
         self.scale = self.query.shape[-1] ** -0.5 if scale is None else scale
         self.kept = np.ones((), dtype)
         if options.get("dropout_p"):
-            names = ("dropout_p", "seed", "query_offset")
-            kept = reference.dropout_mask(self.query, key, **{n: options.get(n) for n in names})
+            kept = reference.dropout_mask(self.query, key, **of_dropout(options))
             self.kept = kept / (1 - dtype.type(options["dropout_p"]))
         weights, rest = reference.attention_weights, without_dropout(options)
         self.probs = weights(self.query, key, compute_dtype=dtype, **rest)

@@ -165,7 +165,7 @@ def test_export_of_packed_sequences(fresh_compiler):
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_of_packed_sequences(grad):
     leaves = packed(grad=grad)
-    options = (*[None] * 7, *STARTS, 0.3, False, False, None, None, 2.0, 0.0)
+    options = (*[None] * 7, *STARTS, 0.3, False, False, None, None, 2.0, 0.0, None, 0, 0)
     torch.library.opcheck(torch.ops.fastattn.attention.default, (*leaves, *options))
     views = [x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in leaves]
     torch.library.opcheck(torch.ops.fastattn.attention.default, (*views, *options))
@@ -180,11 +180,11 @@ def test_opcheck_of_packed_sequences(grad):
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad):
     leaves = operands(kv_heads=2, grad=grad)
-    plain = (None, False, False, None, None, None, 0.0)
+    plain = (None, False, False, None, None, None, 0.0, None, 0, 0)
     torch.library.opcheck(torch.ops.fastattn.attention.default, (*leaves, *[None] * 9, *plain))
     bias, sinks = rand(4, 5, 7, grad=grad), rand(4, grad=grad, seed=9)
     some = (None, bias, sinks, None, torch.tensor(2), torch.tensor([7, 5]), *[None] * 3)
-    numbers = (0.3, True, True, 3, None, 2.0, 0.0)
+    numbers = (0.3, True, True, 3, None, 2.0, 0.0, torch.tensor(1), 2, 3)
     torch.library.opcheck(torch.ops.fastattn.attention.default, (*leaves, *some, *numbers))
     out, lse = ft.attention(*leaves, return_lse=True)
     saved = [x.detach() for x in (out, *leaves, out, lse)]

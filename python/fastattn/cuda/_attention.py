@@ -62,7 +62,8 @@ def attention(
     alibi_slopes, sinks, kv_lengths, query_offset : optional
         On that GPU, or of the host. On the GPU they are not looked at before the kernel runs, which
         clamps kv_lengths to 0..kv_len and query_offset to -2**29..2**29.
-    scale, is_causal, window, softcap, dropout_p, seed, return_lse
+    scale, is_causal, window, softcap, dropout_p, seed, key_offset, head_offset, batch_offset, \
+return_lse
         As for `fastattn.attention`.
     out : array of the result's shape and dtype, optional
         Of the library that query is of; it must not overlap an input.
@@ -195,7 +196,7 @@ def attention_backward(
         On one GPU: the gradient of a loss with respect to out, and the call's arguments and
         results.
     mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, sinks, \
-kv_lengths, dropout_p, seed
+kv_lengths, dropout_p, seed, key_offset, head_offset, batch_offset
         Those of the call.
     grad_lse : array of the shape and dtype of lse, optional
         The gradient with respect to lse; 0 unless given.
@@ -272,7 +273,7 @@ def explain(query: Any, key: Any, value: Any, **options: Unpack[AttentionOptions
     Parameters
     ----------
     query, key, value, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, \
-sinks, kv_lengths, dropout_p, seed
+sinks, kv_lengths, dropout_p, seed, key_offset, head_offset, batch_offset
         As for `attention`.
 
     Returns

@@ -122,10 +122,13 @@ def problems_on(
         sinks=moved(options.sinks),
         lengths=moved(options.lengths),
         offsets=moved(options.offsets),
+        key_offsets=moved(options.key_offsets),
     )
     for problem in problems(query, key, value, out, lse, on_device, more):
         yield problem._replace(
-            lengths=as_int64(place, problem.lengths), offsets=as_int64(place, problem.offsets)
+            lengths=as_int64(place, problem.lengths),
+            offsets=as_int64(place, problem.offsets),
+            key_offsets=as_int64(place, problem.key_offsets),
         )
 
 

@@ -38,6 +38,7 @@ def given(problem: Problem) -> Any:
         dropout=p.options.dropout_p > 0,
         lengths=p.lengths is not None,
         offsets=p.offsets is not None,
+        key_offsets=p.key_offsets is not None,
     )
 
 
@@ -52,8 +53,10 @@ def simt_call(problem: Problem) -> Any:
         alibi_slopes=p.alibi_slopes,
         lengths=p.lengths,
         offsets=p.offsets,
+        key_offsets=p.key_offsets,
         length=options.length,
         offset=options.offset,
+        key_offset=options.key_offset,
         left=options.left,
         right=options.right,
         scale=options.scale,
@@ -62,7 +65,8 @@ def simt_call(problem: Problem) -> Any:
         seed_low=options.seed % 2**32,
         seed_high=options.seed >> 32,
         kept_scale=1 / (1 - options.dropout_p) if options.dropout_p < 1 else 1.0,
-        first_batch=p.first_batch,
+        first_head=options.head_offset,
+        first_batch=options.batch_offset + p.first_batch,
     )
 
 

@@ -16,9 +16,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn._arguments import FLOAT_NAMES, MASK_NAMES, WIDEST, Sizes, check, dropout
+from fastattn._arguments import (
+    FARTHEST,
+    FLOAT_NAMES,
+    MASK_NAMES,
+    WIDEST,
+    Sizes,
+    check,
+    dropout,
+    per_batch,
+)
 from fastattn._arrays import BFLOAT16_BITS, library_of
-from fastattn._options import CallOptions, Options
+from fastattn._options import OFFSETS, CallOptions, Options
 from fastattn.cuda import _choose
 from fastattn.cuda._arrays import DeviceArray, device_array, item_bytes
 from fastattn.cuda.kernels import MOST_LENGTH
@@ -45,15 +54,19 @@ class DeviceOptions(NamedTuple):
     alibi_slopes: Any  # from here: on the GPU, or NumPy arrays of the host's, or None
     sinks: Any
     lengths: Any  # one per batch element
-    offsets: Any
+    offsets: Any  # from the first key on
+    key_offsets: Any  # for dropout
     length: int  # of all, where not one per batch element
     offset: int
+    key_offset: int
     left: int  # WIDEST if unlimited
     right: int
     scale: float
     softcap: float  # 0: none
     dropout_p: float
     seed: int
+    head_offset: int
+    batch_offset: int
 
     @property
     def only_simt(self) -> tuple[str, ...]:
@@ -82,9 +95,8 @@ def device_options(
     facts = tuple((name, x.shape, x.dtype) for name, x in arrays.items())
     host = options._replace(dropout_p=0.0, seed=None, **dict.fromkeys(on_gpu))
     # An array of the host's may hold other numbers at the next call; in a pair, True is like 1.
-    are_constant = all(
-        x is None or isinstance(x, int | float) for x in (getattr(host, y) for y in SMALL_ARRAYS)
-    ) and (
+    small = (getattr(host, name) for name in (*SMALL_ARRAYS, *OFFSETS))
+    are_constant = all(x is None or isinstance(x, int | float) for x in small) and (
         not isinstance(host.window, tuple) or all(x is None or type(x) is int for x in host.window)
     )
     try:
@@ -99,6 +111,13 @@ def device_options(
             )
     dropout_p, seed = dropout(options.dropout_p, options.seed)
     lengths, offsets = checked.kv_lengths, checked.query_offset
+    first_keys = per_batch("key_offset", options.key_offset, shapes, -FARTHEST, FARTHEST, 0)
+    if first_keys is not None and "query_offset" in on_gpu:
+        raise NotImplementedError(
+            "key_offset beside a query_offset that is on the GPU has no kernel: subtract it there"
+        )
+    if dropout_p == 0:  # only its counters have positions, and not distances alone
+        first_keys = None
     scale, softcap = checked.scale, checked.softcap
     if query.dtype != "float64":
         scale = within_float32(scale)
@@ -111,14 +130,18 @@ def device_options(
         on_gpu.get("sinks", checked.sinks),
         on_gpu.get("kv_lengths", _unlike(lengths)),
         on_gpu.get("query_offset", _unlike(offsets)),
+        _unlike(first_keys),
         shapes.kv_len if lengths is None or not lengths.size else int(lengths.flat[0]),
         0 if offsets is None or not offsets.size else int(offsets.flat[0]),
+        0 if first_keys is None or not first_keys.size else int(first_keys.flat[0]),
         WIDEST if checked.left < 0 else checked.left,
         WIDEST if checked.right < 0 else checked.right,
         scale,
         softcap,
         dropout_p,
         seed,
+        checked.head_offset,
+        checked.batch_offset,
     )
 
 
@@ -203,6 +226,7 @@ class Problem(NamedTuple):
     sinks: DeviceArray | None  # (heads,)
     lengths: DeviceArray | None  # (batch,), of any integers
     offsets: DeviceArray | None
+    key_offsets: DeviceArray | None
     options: DeviceOptions
     first_batch: int  # the number of element 0 in the whole batch
     more: Any = ()  # a named tuple of a gradient's arrays: as out, or as lse
@@ -244,6 +268,7 @@ def problems(
             (options.alibi_slopes, 1),
             (options.lengths, 0),
             (options.offsets, 0),
+            (options.key_offsets, 0),
             *((x, 0 if x is None else len(x.shape) - ndim) for x in more),
         )
     ]
@@ -252,10 +277,10 @@ def problems(
         views: list[Any] = [
             None if x is None else view_at(x, batch_shape, axes, place) for x in spread
         ]
-        q, k, v, o, stats, mask, bias, slopes, lengths, offsets, *others = views
+        q, k, v, o, stats, mask, bias, slopes, lengths, offsets, first_keys, *others = views
         yield Problem(
-            q, k, v, o, stats, mask, bias, slopes, options.sinks, lengths, offsets, options, first,
-            more._make(others) if more else (),
+            q, k, v, o, stats, mask, bias, slopes, options.sinks, lengths, offsets, first_keys,
+            options, first, more._make(others) if more else (),
         )  # fmt: skip
 
 

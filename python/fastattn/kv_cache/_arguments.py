@@ -56,6 +56,15 @@ def per_sequence(name: str, x: Any, n: int, low: Any, high: Any, rule: str) -> N
     raise ValueError(f"{name} must be within {rule} = {low}..{high}, got {x}")
 
 
+def positions_of(query_offset: Any, n: int) -> NDArray[np.int64]:
+    """Return the positions of n sequences' first queries, as they were given."""
+    array, least, most = integers("query_offset", query_offset, (n,), 0)
+    if least < -FARTHEST or most > FARTHEST:
+        far = least if least < -FARTHEST else most
+        raise ValueError(f"query_offset must be within -2**61..2**61, got {far}")
+    return np.array(np.broadcast_to(array, (n,)), dtype=np.int64)
+
+
 def rows_of_tables(
     pool: PagePool, tables: Any, lengths: Any, begins: Any = 0, parts: Any = None
 ) -> tuple[Array, Array, Array, Array, Array]:

@@ -152,6 +152,7 @@ class KVCache(StoredCache):
         self,
         query: ArrayLike,
         *,
+        query_offset: ArrayLike | None = None,
         return_lse: Literal[False] = False,
         return_column_sums: Literal[False] = False,
         out: ArrayLike | None = None,
@@ -162,6 +163,7 @@ class KVCache(StoredCache):
         self,
         query: ArrayLike,
         *,
+        query_offset: ArrayLike | None = None,
         return_lse: Literal[True],
         return_column_sums: Literal[False] = False,
         out: ArrayLike | None = None,
@@ -172,6 +174,7 @@ class KVCache(StoredCache):
         self,
         query: ArrayLike,
         *,
+        query_offset: ArrayLike | None = None,
         return_lse: Literal[False] = False,
         return_column_sums: Literal[True],
         out: ArrayLike | None = None,
@@ -182,6 +185,7 @@ class KVCache(StoredCache):
         self,
         query: ArrayLike,
         *,
+        query_offset: ArrayLike | None = None,
         return_lse: Literal[True],
         return_column_sums: Literal[True],
         out: ArrayLike | None = None,
@@ -192,6 +196,7 @@ class KVCache(StoredCache):
         self,
         query: ArrayLike,
         *,
+        query_offset: ArrayLike | None = None,
         return_lse: bool = False,
         return_column_sums: bool = False,
         out: ArrayLike | None = None,
@@ -202,6 +207,7 @@ class KVCache(StoredCache):
         self,
         query: ArrayLike,
         *,
+        query_offset: ArrayLike | None = None,
         return_lse: bool = False,
         return_column_sums: bool = False,
         out: ArrayLike | None = None,
@@ -212,9 +218,10 @@ class KVCache(StoredCache):
         Parameters
         ----------
         query : array of shape (batch, q_heads, q_len, head_dim)
-            Query i stands at position ``length - q_len + i``: append first, then attend.
-        mask, bias, scale, is_causal, window, softcap, alibi_slopes, sinks, return_lse, \
-return_column_sums, out
+            Query i stands at position ``length - q_len + i`` unless query_offset is given: append
+            first, then attend.
+        query_offset, mask, bias, scale, is_causal, window, softcap, alibi_slopes, sinks, \
+return_lse, return_column_sums, out
             As for `PagedKVCache.attend`.
 
         Returns
@@ -224,7 +231,9 @@ return_column_sums, out
         column_sums : ndarray of shape (batch, q_heads, kv_len), float32, only if asked for
         """
         asked = options_of(KVCache.attend, options)
-        return self._cache._attend(query, None, asked, return_lse, return_column_sums, out)
+        return self._cache._attend(
+            query, None, query_offset, asked, return_lse, return_column_sums, out
+        )
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Forget the last tokens, as if they had never been appended.

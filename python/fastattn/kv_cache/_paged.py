@@ -30,6 +30,7 @@ from fastattn.kv_cache._arguments import (
     given_arrays,
     new_arrays,
     per_sequence,
+    positions_of,
     rows_of_tables,
 )
 from fastattn.kv_cache._evict import Left, evicted
@@ -342,6 +343,7 @@ class PagedKVCache(StoredCache):
         query: ArrayLike,
         *,
         sequences: Iterable[int] | None = None,
+        query_offset: ArrayLike | None = None,
         return_lse: Literal[False] = False,
         return_column_sums: Literal[False] = False,
         out: ArrayLike | None = None,
@@ -353,6 +355,7 @@ class PagedKVCache(StoredCache):
         query: ArrayLike,
         *,
         sequences: Iterable[int] | None = None,
+        query_offset: ArrayLike | None = None,
         return_lse: Literal[True],
         return_column_sums: Literal[False] = False,
         out: ArrayLike | None = None,
@@ -364,6 +367,7 @@ class PagedKVCache(StoredCache):
         query: ArrayLike,
         *,
         sequences: Iterable[int] | None = None,
+        query_offset: ArrayLike | None = None,
         return_lse: Literal[False] = False,
         return_column_sums: Literal[True],
         out: ArrayLike | None = None,
@@ -375,6 +379,7 @@ class PagedKVCache(StoredCache):
         query: ArrayLike,
         *,
         sequences: Iterable[int] | None = None,
+        query_offset: ArrayLike | None = None,
         return_lse: Literal[True],
         return_column_sums: Literal[True],
         out: ArrayLike | None = None,
@@ -386,6 +391,7 @@ class PagedKVCache(StoredCache):
         query: ArrayLike,
         *,
         sequences: Iterable[int] | None = None,
+        query_offset: ArrayLike | None = None,
         return_lse: bool = False,
         return_column_sums: bool = False,
         out: ArrayLike | None = None,
@@ -397,6 +403,7 @@ class PagedKVCache(StoredCache):
         query: ArrayLike,
         *,
         sequences: Iterable[int] | None = None,
+        query_offset: ArrayLike | None = None,
         return_lse: bool = False,
         return_column_sums: bool = False,
         out: ArrayLike | None = None,
@@ -408,10 +415,13 @@ class PagedKVCache(StoredCache):
         ----------
         query : array of shape (batch, q_heads, q_len, head_dim)
             Of the cache's dtype or float32; for int8 float32, float16 or bfloat16. q_heads is a
-            multiple of kv_heads. Query i stands at position ``length - q_len + i`` of its sequence:
-            append first, then attend.
+            multiple of kv_heads. Query i stands at position ``length - q_len + i`` of its sequence
+            unless query_offset is given: append first, then attend.
         sequences : ids, optional
             One for each of the batch, distinct. None: all, in the order they were added.
+        query_offset : int, or array of int broadcastable to (batch,), optional
+            Position of the first query in its sequence, ``length - q_len`` unless given; negative,
+            or beyond the length, where other caches have what the query also sees.
         mask, bias : array, broadcastable to (batch, q_heads, q_len, kv_len), optional
             As for `attention`. kv_len is the largest of the lengths, and column j is position j,
             which may have been evicted.
@@ -426,7 +436,7 @@ class PagedKVCache(StoredCache):
         Returns
         -------
         out : ndarray of shape (batch, q_heads, q_len, value_head_dim)
-            Of the query's dtype. A query that sees no key gives 0.
+            Of the query's dtype, or float32 if out is. A query that sees no key gives 0.
         lse : ndarray of shape (batch, q_heads, q_len), float32, only if return_lse
         column_sums : ndarray of shape (batch, q_heads, kv_len), float32, only if asked for
             The probabilities with which the values are weighed, summed over the queries: 0 where
@@ -445,12 +455,15 @@ class PagedKVCache(StoredCache):
            Large Language Models", 2023, https://arxiv.org/abs/2306.14048
         """
         asked = options_of(PagedKVCache.attend, options)
-        return self._attend(query, sequences, asked, return_lse, return_column_sums, out)
+        return self._attend(
+            query, sequences, query_offset, asked, return_lse, return_column_sums, out
+        )
 
     def _attend(
         self,
         query: Any,
         sequences: Any,
+        query_offset: Any,
         options: Options,
         return_lse: Any,
         return_column_sums: Any,
@@ -478,10 +491,13 @@ class PagedKVCache(StoredCache):
             if kv_len > 0:
                 self._shapes, self._query_shape = shapes, q.shape
         checked = check_options(shapes, q.dtype, options, is_placed=True)
+        positions = lengths - shapes.q_len
+        if query_offset is not None:
+            positions = positions_of(query_offset, n)
         if return_lse is not False:
             return_lse = boolean("return_lse", return_lse)
         inputs = (q, *pool.arrays, checked.mask, checked.bias)
-        result: Array = result_array(out, library, shapes.out_shape, q.dtype, inputs)
+        result: Array = result_array("out", out, library, shapes.out_shape, q.dtype, inputs)
         lse = np.empty(shapes.lse_shape, np.float32) if return_lse else None
         sums = None
         if return_column_sums is not False and boolean("return_column_sums", return_column_sums):
@@ -493,7 +509,7 @@ class PagedKVCache(StoredCache):
         elif result.size:
             key, value, *scales = pool.arrays
             parts = pool.parts[rows] if pool.has_parts else None
-            where = (lengths - shapes.q_len, lengths, begins, parts, pool.table[rows])
+            where = (positions, lengths, begins, parts, pool.table[rows])
             how = (shapes.batch_shape, checked, kv_len, *where, *(scales or (None, None)), sums)
             library.compute(_core.cache_attention, q, key, value, result, lse, *how)
         result, lse, sums = library.to_caller(out, result, lse, sums)

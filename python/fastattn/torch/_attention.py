@@ -68,9 +68,9 @@ def attention(
         `fastattn.cuda`).
     mask, bias : Tensor, optional
         Likewise. A float mask that requires grad is taken for a bias, or added to it.
-    query_offset, alibi_slopes, sinks, kv_lengths : Tensor, array or number, optional
+    query_offset, key_offset, alibi_slopes, sinks, kv_lengths : Tensor, array or number, optional
         Likewise. Of them, sinks alone may require grad.
-    scale, is_causal, window, softcap, dropout_p, seed, return_lse
+    scale, is_causal, window, softcap, dropout_p, seed, head_offset, batch_offset, return_lse
         Likewise.
     out : Tensor of the result's shape and dtype, optional
         Where to write the result, which then has no gradient. It must not overlap an input.
@@ -143,10 +143,11 @@ def varlen_attention(
         Where each sequence starts, and the last one ends.
     mask, bias : Tensor, optional
         Broadcastable to (q_heads, total_q, longest kv_len).
-    query_offset, kv_lengths : Tensor, array or number, optional
+    query_offset, key_offset, kv_lengths : Tensor, array or number, optional
         One per sequence.
     alibi_slopes : Tensor or array of shape (q_heads,) or (sequences, q_heads), optional
-    scale, is_causal, window, softcap, sinks, dropout_p, seed, return_lse, out
+    scale, is_causal, window, softcap, sinks, dropout_p, seed, head_offset, batch_offset, \
+return_lse, out
         As for `attention`, and so is what may require grad.
 
     Returns
@@ -185,7 +186,7 @@ def _called(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute a call of `function`: of `attention`, or of `varlen_attention` with starts."""
     mask, bias, slopes, sinks = options.mask, options.bias, options.alibi_slopes, options.sinks
-    offset, lengths = options.query_offset, options.kv_lengths
+    offset, lengths, first_key = options.query_offset, options.kv_lengths, options.key_offset
     ordinary = (  # as most calls are: a small one must not spend its time on questions
         type(query) in PLAIN
         and type(key) in PLAIN
@@ -193,8 +194,9 @@ def _called(
         and len(starts) == 0
         and mask is bias is slopes is sinks is lengths is out is None
         and (offset is None or type(offset) is int)
+        and type(first_key) is int
     )
-    seen = (query, key, value, *starts, mask, bias, offset, slopes, sinks, lengths, out)
+    seen = (query, key, value, *starts, mask, bias, offset, first_key, slopes, sinks, lengths, out)
     ordinary = ordinary or _tensors.ORDINARY.issuperset(map(type, seen))
     if not torch.compiler.is_compiling() and (
         _is_torch_function_mode_enabled() if ordinary else has_torch_function(seen)

@@ -11,6 +11,7 @@ import fastattn
 from fastattn import _core
 from fastattn._arguments import boolean, finite_number, packed_sizes, sizes
 from fastattn._arrays import check_written, pool_of_caller, written
+from fastattn._options import NO_OPTIONS
 from fastattn.torch._options import STARTS, BackwardCall, Gradients, keywords
 from fastattn.torch._tensors import (
     array_of,
@@ -126,12 +127,11 @@ def plain_backward(
 
 def _is_plain(options: Options, starts: Starts, query: Tensor, key: Tensor) -> bool:
     """Tell whether only scale and is_causal are given, and query 0 stands at key 0."""
-    mask, bias, _, is_causal, offset, window, softcap, slopes, sinks, lengths, dropout_p, seed = (
-        options
-    )
+    mask, bias, _, is_causal, offset, window, softcap, slopes, sinks, lengths, *more = options
+    dropout_p, seed, *offsets = more  # of a part among the keys, heads or batch elements of a whole
     if not mask is bias is window is softcap is slopes is sinks is lengths is seed is None:
         return False
-    if starts or dropout_p != 0.0:
+    if starts or dropout_p != 0.0 or any(x is not NO_OPTIONS.key_offset for x in offsets):
         return False
     if offset is None:
         return not is_causal or query.shape[-2:-1] == key.shape[-2:-1]

@@ -30,6 +30,9 @@ ARGUMENTS = dict.fromkeys(TENSORS, "Tensor?") | {
     "right": "SymInt?",
     "softcap": "float?",
     "dropout_p": "float",
+    "key_offset": "Tensor?",
+    "head_offset": "SymInt",
+    "batch_offset": "SymInt",
 }
 OPTIONS = ", ".join(f"{kind} {name}" for name, kind in ARGUMENTS.items())
 OPERANDS = "Tensor query, Tensor key, Tensor value"
@@ -65,6 +68,9 @@ def _arguments(options: Options, starts: Starts) -> list[Any]:
     named |= {"has_window": options.window is not None, "left": left, "right": right}
     if isinstance(options.seed, int) and options.seed >= SIGNED:
         named["seed"] = options.seed - 2 * SIGNED
+    if type(named["key_offset"]) is int and named["key_offset"] == 0:
+        named["key_offset"] = None
+    named["key_offset"] = _as_tensor(named["key_offset"])
     tensors = [_as_tensor(named[name]) for name in TENSORS]
     return tensors + [named[name] for name in ARGUMENTS if name not in TENSORS]
 
@@ -74,6 +80,8 @@ def _named(arguments: tuple[Any, ...]) -> tuple[Options, Starts]:
     named = dict(zip(ARGUMENTS, arguments, strict=True))
     starts = tuple(named.pop(name) for name in STARTS)
     has_window, left, right = (named.pop(name) for name in ("has_window", "left", "right"))
+    if named["key_offset"] is None:
+        named["key_offset"] = 0
     options = Options(**named, window=(left, right) if has_window else None)
     return options, starts if any(x is not None for x in starts) else ()
 

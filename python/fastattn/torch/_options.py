@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 Starts = tuple[Any, ...]
 Converted = Callable[[str, Any], Any]  # what a tensor of that name is converted to
 STARTS = ("cu_seqlens_q", "cu_seqlens_kv")
-NUMBERS = ("query_offset", "alibi_slopes", "sinks", "kv_lengths")  # a tensor, array or number each
+# A tensor, array or number each.
+NUMBERS = ("query_offset", "key_offset", "alibi_slopes", "sinks", "kv_lengths")
 SEEDS = 2**64
 
 
@@ -41,6 +42,9 @@ class TensorOptions(TypedDict, total=False):
     kv_lengths: Tensor | ArrayLike | None
     dropout_p: float
     seed: int | None
+    key_offset: Tensor | ArrayLike
+    head_offset: int
+    batch_offset: int
 
 
 class Gradients(NamedTuple):

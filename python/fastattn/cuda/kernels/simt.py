@@ -245,8 +245,7 @@ def _forward(
                     shift = top
                     if top == minus_inf:
                         shift = zero
-                    position = first + row0 + i + window.offset
-                    words = random_words(call, batch, head, position, (start + key0) // EACH)
+                    words = random_words(call, batch, head, first + row0 + i, start + key0, window)
                     partial = hidden
                     for j in range(EACH):
                         n = i * EACH + j

@@ -280,8 +280,7 @@ def _tile_gradients(given: Given, to_bias: bool) -> Any:
         for i in range(rows_each):
             row = first + row0 + i
             low, high = keys_of_row(row, window)
-            position = row + window.offset
-            words = random_words(call, batch, head, position, (start + key0) // EACH)
+            words = random_words(call, batch, head, row, start + key0, window)
             for j in range(EACH):
                 key_index = start + key0 + j
                 state = UNSEEN

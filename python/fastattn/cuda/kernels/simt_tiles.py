@@ -43,8 +43,10 @@ Call = namedtuple(
         "alibi_slopes",  # (batch, heads)
         "lengths",  # int64 (batch,): kv_lengths and query_offset, one for each batch element
         "offsets",
-        "length",  # int64, one for all. Both are clamped to what is possible
+        "key_offsets",  # likewise, of the first key, for dropout
+        "length",  # int64, one for all. All are clamped to what is possible
         "offset",
+        "key_offset",
         "left",  # int64: the window, 2**62 if unlimited; causal is right = 0
         "right",
         "scale",  # float32, or float64 for float64
@@ -53,11 +55,12 @@ Call = namedtuple(
         "seed_low",  # int64: the halves of the seed, each below 2**32
         "seed_high",
         "kept_scale",  # as scale: 1 / (1 - dropout_p), or 1 if nothing is kept
-        "first_batch",  # int64: what is added to batch for dropout
+        "first_head",  # int64: what is added to head and batch for dropout
+        "first_batch",
     ],
 )
-# Which keys the rows of a batch element see.
-Window = namedtuple("Window", "left right length offset")
+# Which keys the rows of a batch element see; and, for dropout, what is added to positions.
+Window = namedtuple("Window", "left right length offset first_key")
 
 
 def bucket(head_dim: int) -> int:
@@ -82,6 +85,7 @@ class Given(NamedTuple):
     dropout: bool = False
     lengths: bool = False
     offsets: bool = False
+    key_offsets: bool = False
 
     @property
     def hides_pairs(self) -> bool:
@@ -98,12 +102,13 @@ class Given(NamedTuple):
             array(self.alibi_slopes, 2),
             integers(self.lengths, 1),
             integers(self.offsets, 1),
-            *(whole,) * 4,
+            integers(self.key_offsets, 1),
+            *(whole,) * 5,
             number,
             number if self.softcap else types.none,
             *(whole,) * 3,
             number,
-            whole,
+            *(whole,) * 2,
         )
         return types.NamedTuple(kinds, Call)
 
@@ -129,7 +134,8 @@ def window_of(call, batch, kv_len):
     """Return what the rows of a batch element see."""
     length = one_within(call.lengths, call.length, batch, 0, kv_len)
     offset = one_within(call.offsets, call.offset, batch, -FARTHEST, FARTHEST)
-    return Window(call.left, call.right, length, offset)
+    first_key = one_within(call.key_offsets, call.key_offset, batch, -FARTHEST, FARTHEST)
+    return Window(call.left, call.right, length, offset, first_key)
 
 
 @device
@@ -158,10 +164,27 @@ def is_flagged(flags, rows_per_flag, first, end):
 
 
 @device
-def random_words(call, batch, head, position, fours):
+def random_words(call, batch, head, row, key, window):
+    """Return the random words of a row with a key and the three behind it."""
+    position, first = row + window.offset + window.first_key, key + window.first_key
+    w0, w1, w2, w3 = philox(call, batch, head, position, first >> 2)
+    within = first & 3
+    if within == 0:
+        return w0, w1, w2, w3
+    more0, more1, more2, _ = philox(call, batch, head, position, (first >> 2) + 1)
+    if within == 1:
+        return w1, w2, w3, more0
+    if within == 2:
+        return w2, w3, more0, more1
+    return w3, more0, more1, more2
+
+
+@device
+def philox(call, batch, head, position, fours):
     """Return the random words of four keys: Philox4x32 with 7 rounds, as in reference.py."""
-    x0, x1 = types.uint64(fours), types.uint64(position & 0xFFFFFFFF)
-    x2, x3 = types.uint64(head), types.uint64(batch + call.first_batch)
+    x0, x1 = types.uint64(fours & 0xFFFFFFFF), types.uint64(position & 0xFFFFFFFF)
+    x2 = types.uint64((head + call.first_head) & 0xFFFFFFFF)
+    x3 = types.uint64((batch + call.first_batch) & 0xFFFFFFFF)
     key0, key1 = types.uint64(call.seed_low), types.uint64(call.seed_high)
     for _ in range(7):
         first = x0 * np.uint64(0xD2511F53)

@@ -25,8 +25,18 @@ OPTIONS = {
     "alibi": {"is_causal": True, "alibi_slopes": SLOPES},
     "sinks": {"is_causal": True, "sinks": SINKS},
     "softcap": {"softcap": 5.0, "scale": 0.5},
+    "dropout": {"is_causal": True, "dropout_p": 0.3, "seed": 7},
     "lengths": {"kv_lengths": np.array([90, 41])},
     "offsets": {"is_causal": True, "query_offset": np.array([-60, 30])},
+    "offsets of keys": {
+        "window": (20, 3),
+        "query_offset": 40,
+        "key_offset": np.array([30, -2]),
+        "dropout_p": 0.2,
+        "seed": 2**40,
+        "head_offset": 3,
+        "batch_offset": 9,
+    },
     "slopes of batch": {"alibi_slopes": np.stack([SLOPES, 2 * SLOPES])},
 }
 

@@ -48,8 +48,8 @@ def test_one_process(method, name, options):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "options",
-    [{}, *(OPTIONS[name] for name in ("causal", "causal window", "alibi", "sinks"))],
-    ids=["full", "causal", "causal window", "alibi", "sinks"],
+    [{}, *(OPTIONS[name] for name in ("causal", "causal window", "alibi", "sinks", "dropout"))],
+    ids=["full", "causal", "causal window", "alibi", "sinks", "dropout"],
 )
 def test_documents(method, options):
     case = Case(options, TOTAL, batch=(1,), documents=DOCUMENTS)

@@ -179,11 +179,6 @@ def test_a_bad_argument_on_one_rank(change, error):
             {"query": np.ones((1, 2, 32, 8), np.int32)},
             "TypeError: query must be an array of float16, bfloat16, float32 or float64, not int32",
         ),
-        (
-            {"dropout_p": 0.5, "seed": 1},
-            "NotImplementedError: dropout_p must be 0: attention over ranks has no dropout yet, "
-            "got dropout_p=0.5",
-        ),
     ],
 )
 def test_errors_of_other_kinds(change, error):

@@ -10,6 +10,7 @@ cost. Neither package is needed to import this one.
 from fastattn.distributed._calls import attention, attention_backward
 from fastattn.distributed._combine import combine
 from fastattn.distributed._layout import Layout, contiguous, zigzag
+from fastattn.distributed._plan import plan
 
 __all__ = [
     "Layout",
@@ -17,5 +18,6 @@ __all__ = [
     "attention_backward",
     "combine",
     "contiguous",
+    "plan",
     "zigzag",
 ]

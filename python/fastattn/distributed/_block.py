@@ -2,7 +2,7 @@
 """One block of keys: added to attention so far, and its gradients to gradients so far.
 
 Both are in the dtype of the arithmetic, float32 for half precision: rounding each part would make
-errors that grow with the number of ranks.
+errors that grow with the number of ranks. The kernel adds as it goes, without other arrays.
 """
 
 from __future__ import annotations
@@ -65,8 +65,14 @@ def add_keys(
     out: Array, lse: Array, query: Array, key: Array, value: Array, options: Options, starts: Starts
 ) -> None:
     """Make attention over some keys, out and lse, that over these keys too; without sinks."""
-    options = options._replace(sinks=None)
-    add(out, lse, *attend(wide(query), key, value, options, starts))
+    named: dict[str, Any] = options._asdict() | {"sinks": None, "accumulate": True}
+    call: Any = fastattn.attention
+    if starts is None:
+        call(query, key, value, out=out, lse=lse, **named)
+        return
+    call = fastattn.varlen_attention
+    packed = (_rows_first(query), _rows_first(key), _rows_first(value), *starts)
+    call(*packed, out=_rows_first(out), lse=_by_head(lse), **named)
 
 
 def add(out: Array, lse: Array, more_out: Array, more_lse: Array) -> None:
@@ -100,10 +106,10 @@ def add_gradients(
     starts: Starts,
 ) -> None:
     """Add the gradients of a block of keys; out and lse are those over all keys."""
-    operands = (wide(query), wide(key), wide(value))
-    grads = gradients(wide(grad_out), *operands, wide(out), lse, grad_lse, options, starts)
-    for total, grad in zip(sums, grads, strict=True):
-        total += grad
+    named: dict[str, Any] = {"grads": tuple(sums), "accumulate": True}
+    if starts is not None:
+        named["grads"] = tuple(map(_rows_first, sums))
+    _backward(grad_out, query, key, value, out, lse, grad_lse, options, starts, named)
 
 
 def gradients(
@@ -118,19 +124,40 @@ def gradients(
     starts: Starts,
 ) -> Gradients:
     """Return the gradients of a call, in the dtypes of the operands."""
-    named: dict[str, Any] = options._asdict() | {"grad_lse": grad_lse}
-    call: Any = fastattn.attention_backward
     operands = (query, key, value)
+    grads = _backward(grad_out, *operands, out, lse, grad_lse, options, starts, {})
     if starts is None:
-        return Gradients(*call(grad_out, *operands, out, lse, **named))
-    named |= dict(zip(("cu_seqlens_q", "cu_seqlens_kv"), starts, strict=True))
-    by_head = lse.shape[-2:] if lse.ndim > 1 else (1, *lse.shape)
-    if grad_lse is not None:
-        named["grad_lse"] = grad_lse.reshape(by_head)
-    packed = [_rows_first(x) for x in (grad_out, *operands, out)]
-    grads = call(*packed, lse.reshape(by_head), **named)
+        return Gradients(*grads)
     pairs = zip(grads, operands, strict=True)
     return Gradients(*(grad.swapaxes(0, 1).reshape(x.shape) for grad, x in pairs))
+
+
+def _backward(
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    out: Array,
+    lse: Array,
+    grad_lse: Array | None,
+    options: Options,
+    starts: Starts,
+    named: dict[str, Any],
+) -> tuple[Array, ...]:
+    arrays = [grad_out, query, key, value, out]
+    if starts is not None:
+        arrays, lse = [_rows_first(x) for x in arrays], _by_head(lse)
+        grad_lse = None if grad_lse is None else _by_head(grad_lse)
+        named |= dict(zip(("cu_seqlens_q", "cu_seqlens_kv"), starts, strict=True))
+    named |= options._asdict() | {"grad_lse": grad_lse}
+    call: Any = fastattn.attention_backward
+    grads: tuple[Array, ...] = call(*arrays, lse, **named)
+    return grads
+
+
+def _by_head(lse: Array) -> Array:
+    """Return the sums of packed rows."""
+    return lse.reshape(lse.shape[-2:] if lse.ndim > 1 else (1, *lse.shape))
 
 
 def _rows_first(x: Array) -> Array:

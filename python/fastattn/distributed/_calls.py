@@ -123,11 +123,10 @@ def attention(
         This rank's rows; keys by position.
     scale, is_causal, window, softcap, alibi_slopes, sinks
         As for `fastattn.attention`; positions count over all ranks.
-    query_offset, kv_lengths : int, or array of int broadcastable to the batch shape, optional
-        Likewise: where position 0 of the queries stands among the keys, and how many of all keys
-        there are.
-    dropout_p, seed
-        Must be left out: there is no dropout over ranks yet.
+    query_offset, key_offset, kv_lengths : int, or array of int broadcastable to the batch shape
+        Likewise: of position 0 of the queries and of the keys, and how many of all keys there are.
+    dropout_p, seed, head_offset, batch_offset
+        Likewise: the pairs that are dropped are those of one process.
     return_lse : bool
         Return (out, lse).
     out : ndarray of the result's shape and dtype, optional
@@ -165,7 +164,7 @@ def attention(
         wants_lse = boolean("return_lse", return_lse)
         inputs = (problem.query, problem.key, problem.value, asked.mask, asked.bias)
         shape, dtype = problem.shapes.out_shape, problem.query.dtype
-        result = result_array(out, problem.library, shape, dtype, inputs)
+        result = result_array("out", out, problem.library, shape, dtype, inputs)
         in_grid = boolean("reproducible", reproducible) and method == "ring"
         if in_grid and problem.documents is not None:
             raise ValueError("reproducible must be False with documents and method='ring'")
@@ -211,7 +210,7 @@ def attention_backward(
     comm, layout, kv_layout, documents, method, timeout
         As for `attention`; method need not be that of the call.
     mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, sinks, \
-kv_lengths, dropout_p, seed
+kv_lengths, dropout_p, seed, key_offset, head_offset, batch_offset
         Those of the call.
     grad_lse : array of the shape and dtype of lse, optional
         The gradient with respect to lse; 0 unless given, and then by all ranks.

@@ -176,6 +176,7 @@ def _call(exchange: _Exchange, problem: Problem) -> tuple[Array, Array, Array, O
         mask=exchange.pairs(options.mask, layout),
         bias=exchange.pairs(options.bias, layout),
         sinks=None if options.sinks is None else options.sinks[heads],
+        head_offset=options.head_offset + heads.start,
         alibi_slopes=None if options.alibi_slopes is None else options.alibi_slopes[..., heads],
     )
     documents = problem.documents

@@ -23,6 +23,7 @@ from fastattn._arguments import (
     window_sides,
 )
 from fastattn._arrays import as_numpy, library_of
+from fastattn._options import NO_OPTIONS, OFFSETS
 from fastattn.distributed._layout import Layout
 
 if TYPE_CHECKING:
@@ -64,11 +65,22 @@ class Reach:
             right = 0
         self._left = FAR if left == UNLIMITED else left
         self._right = FAR if right == UNLIMITED else right
-        offsets = np.asarray(0 if options.query_offset is None else options.query_offset)
+        first_query = 0 if options.query_offset is None else options.query_offset
+        offsets = np.asarray(first_query - options.key_offset)
         self._least, self._most = int(offsets.min(initial=FAR)), int(offsets.max(initial=-FAR))
         lengths = kv_total if options.kv_lengths is None else options.kv_lengths
         self._end = min(kv_total, int(np.max(lengths, initial=0)))
         self._documents = documents
+
+    @property
+    def first(self) -> int:
+        """How far the first key that a query sees is from position query, if offsets are equal."""
+        return self._least - self._left
+
+    @property
+    def last(self) -> int:
+        """How far the last one is."""
+        return self._most + self._right
 
     def keys(self, start: Any, stop: Any) -> tuple[Any, Any]:
         """Return the first key, and the end of the keys, that queries start:stop can see.
@@ -86,8 +98,8 @@ class Reach:
 
     def between(self, layout: Layout, kv_layout: Layout) -> NDArray[np.bool_]:
         """Return which ranks' queries can see which ranks' keys, of shape (ranks, ranks)."""
-        rank_q, start_q, stop_q = _spans_of(layout)
-        rank_k, start_k, stop_k = _spans_of(kv_layout)
+        rank_q, start_q, stop_q = spans_of(layout)
+        rank_k, start_k, stop_k = spans_of(kv_layout)
         seen = np.zeros((layout.ranks, kv_layout.ranks), bool)
         if len(rank_q) and len(rank_k):
             first, end = self.keys(start_q, stop_q)
@@ -137,7 +149,8 @@ class Problem(NamedTuple):
         offset = 0 if options.query_offset is None else options.query_offset
         lengths = options.kv_lengths
         options = options._replace(
-            query_offset=offset + (start - k_start),
+            query_offset=offset + start,
+            key_offset=options.key_offset + k_start,
             kv_lengths=None if lengths is None else np.clip(lengths, k_start, k_stop) - k_start,
             mask=_part(options.mask, rows, slice(k_start, k_stop)),
             bias=_part(options.bias, rows, slice(k_start, k_stop)),
@@ -146,7 +159,10 @@ class Problem(NamedTuple):
             return Block(rows, columns, options, None)
         of_queries = np.clip(self.documents, start, stop)
         of_keys = np.clip(self.documents, k_start, k_stop)
-        options = options._replace(query_offset=(of_queries - of_keys)[:-1])
+        options = options._replace(
+            query_offset=(of_queries - self.documents)[:-1],
+            key_offset=(of_keys - self.documents)[:-1],
+        )
         return Block(rows, columns, options, (of_queries - start, of_keys - k_start))
 
 
@@ -193,7 +209,7 @@ def checked(
     total, kv_total = layout.total, kv_layout.total
     key_shape, value_shape = ((*x.shape[:-2], kv_total, x.shape[-1]) for x in (key, value))
     shapes = sizes(query.shape, key_shape, value_shape)
-    call = check_options(shapes, query.dtype, options, is_placed=True)
+    check_options(shapes, query.dtype, options, is_placed=True)
     options = _as_arrays(options)
     if total != kv_total and options.query_offset is None:
         placed = (
@@ -208,11 +224,6 @@ def checked(
                     "(0: the first query stands at the first key; kv_total - total: the last at "
                     f"the last), got {total} and {kv_total}"
                 )
-    if call.dropout_p:
-        raise NotImplementedError(
-            "dropout_p must be 0: attention over ranks has no dropout yet, got "
-            f"dropout_p={call.dropout_p}"
-        )
     if documents is not None:
         documents = _documents(documents, total, shapes, options, layout == kv_layout)
         if options.alibi_slopes is not None:
@@ -266,8 +277,8 @@ def _documents(documents: Any, total: int, shapes: Sizes, options: Options, is_s
     checked = starts("documents", documents, total)
     if not is_self:
         raise ValueError("kv_layout must not be given with documents, whose keys lie as queries do")
-    for name in ("mask", "bias", "query_offset", "kv_lengths"):
-        if getattr(options, name) is not None:
+    for name in ("mask", "bias", *OFFSETS, "kv_lengths"):
+        if getattr(options, name) is not getattr(NO_OPTIONS, name):
             raise ValueError(f"{name} must not be given with documents")
     if int(np.prod(shapes.batch_shape)) != 1:
         raise ValueError(
@@ -280,9 +291,9 @@ def _documents(documents: Any, total: int, shapes: Sizes, options: Options, is_s
 def _as_arrays(options: Options) -> Options:
     """Return options with NumPy's arrays, or numbers, in the place of those of other libraries."""
     kept = {}
-    for name in ("mask", "bias", "alibi_slopes", "sinks", "query_offset", "kv_lengths"):
+    for name in ("mask", "bias", "alibi_slopes", "sinks", *OFFSETS, "kv_lengths"):
         x = getattr(options, name)
-        if x is not None:
+        if x is not getattr(NO_OPTIONS, name):
             kept[name] = np.asarray(as_numpy(name, x))
     return options._replace(**kept)
 
@@ -308,7 +319,7 @@ def _part(array: Array | None, rows: slice, columns: slice) -> Array | None:
     return array
 
 
-def _spans_of(layout: Layout) -> tuple[Array, Array, Array]:
+def spans_of(layout: Layout) -> tuple[Array, Array, Array]:
     """Return the rank, start and stop of each span."""
     spans = [(r, *span) for r, of_rank in enumerate(layout.spans) for span in of_rank]
     rank, start, stop = np.array(spans, np.int64).reshape(-1, 3).T

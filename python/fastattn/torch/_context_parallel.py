@@ -6,16 +6,17 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fastattn._sdpa import with_equal_heads
 from fastattn.distributed import zigzag
-from fastattn.distributed._comm import engine_of
+from fastattn.distributed._comm import engine_of, peers_of
 from fastattn.torch import distributed
 from fastattn.torch._attention import autocast_to
-from fastattn.torch._tensors import check
+from fastattn.torch._tensors import check, drawn_dropout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +76,8 @@ def context_parallel(
 
     A mask has this rank's rows, and a column for each key of the whole sequence. Where the torch of
     PyTorch replaces a mask or refuses to be causal on the CPU, this computes what was asked.
+
+    Dropout takes the seed that the first rank draws from torch's default generator.
 
     The patch holds for all threads of the process until the with statement ends. A backward pass
     after it is over ranks too.
@@ -168,11 +171,20 @@ class _Attention:
             scale=scale,
             is_causal=is_causal,
             query_offset=0 if is_causal else None,
-            dropout_p=dropout_p,
+            **self._dropout(dropout_p),
             **self._how,
         )
         assert isinstance(out, Tensor)
         return out
+
+    def _dropout(self, dropout_p: float) -> dict[str, Any]:
+        """Return the options of dropout, with the seed that the first rank has drawn."""
+        drawn = drawn_dropout(dropout_p)
+        if drawn["seed"] is not None:
+            mine = np.array([drawn["seed"]], np.int64).view(np.uint8)
+            peers = peers_of(self._comm, "scaled_dot_product_attention", self._how["timeout"])
+            drawn["seed"] = int(peers.all_gather("sharing a seed", mine).view(np.int64)[0, 0])
+        return drawn
 
     def _layout(self, name: str, x: Tensor) -> Layout:
         """Return the layout by which this rank has so many rows."""

@@ -56,7 +56,7 @@ def attention(
     sinks : Tensor, optional
         May require grad; its gradient is the part of this rank's queries.
     scale, is_causal, query_offset, window, softcap, alibi_slopes, kv_lengths, dropout_p, seed, \
-return_lse
+key_offset, head_offset, batch_offset, return_lse
         As for `fastattn.distributed.attention`.
 
     Returns

@@ -27,6 +27,7 @@ def assert_close(got, expected, tolerance=3e-6):
     assert max(errors.values()) < tolerance, errors
 
 
+@pytest.mark.promise("ranks-are-one-process", "gather-and-heads-have-one-process-s-bits")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -45,6 +46,7 @@ def test_one_process(method, name, options):
                 np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.promise("ranks-are-one-process")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "options",
@@ -60,6 +62,7 @@ def test_documents(method, options):
             assert_close(over_ranks(case, ranks, layout, method=method), expected)
 
 
+@pytest.mark.promise("ranks-are-one-process")
 @pytest.mark.parametrize("method", METHODS)
 def test_masks_and_biases(method):
     rng = np.random.default_rng(1)
@@ -94,6 +97,7 @@ def test_other_lengths_of_keys(method):
             assert_close(over_ranks(case, ranks, layout, kv_layout, method=method), expected)
 
 
+@pytest.mark.promise("ranks-are-one-process")
 @pytest.mark.parametrize("method", METHODS)
 def test_fewer_tokens_than_ranks(method):
     case = Case({"is_causal": True}, 2)
@@ -121,6 +125,7 @@ def test_float64_and_heads_of_two_kinds(method):
             assert_close(over_ranks(case, ranks, layout, method=method), expected)
 
 
+@pytest.mark.promise("ranks-round-once")
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_is_rounded_once(dtype, method):
@@ -191,6 +196,7 @@ def test_a_ring_is_repeatable():
             np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.promise("gather-and-heads-have-one-process-s-bits")
 def test_a_gather_has_the_bits_of_few_rows():
     """Ranks with fewer than 17 rows, a form of its own, have the bits of one process too."""
     for total in (5, 16, 40):
@@ -207,6 +213,7 @@ def test_more_queries_than_one_call_takes():
     assert_close(over_ranks(case, 2, fd.contiguous(5000, 2)), case.one_process())
 
 
+@pytest.mark.promise("windows-need-neighbours")
 @pytest.mark.parametrize(
     ("options", "layout_of", "neighbours"),
     [

@@ -105,6 +105,7 @@ def chunked(comm, layout, dtype=np.float32):
     return fd.combine(*map(list, zip(*own, strict=True)), comm=comm, reproducible=True)
 
 
+@pytest.mark.promise("reproducible-over-any-ranks")
 def test_decoding_over_any_number_of_ranks():
     query, key, value = problem()
     results = []
@@ -121,6 +122,7 @@ def test_decoding_over_any_number_of_ranks():
     assert max(worst(results[0], expected).values()) < 1e-6
 
 
+@pytest.mark.promise("reproducible-over-any-ranks")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_ring_over_any_number_of_ranks(options):
     """Also with keys that end within a chunk, and layouts that cut it anywhere."""
@@ -150,6 +152,7 @@ def reproducible(comm):
     return found, chunked(comm, fd.Layout([spans[i::size] for i in range(size)]))
 
 
+@pytest.mark.promise("reproducible-over-any-ranks")
 @pytest.mark.parametrize(("engine", "ranks"), [("mpi", 2), ("mpi", 3), ("gloo", 2)])
 def test_bits_of_engines(engine, ranks, tmp_path):
     ((alone, _), decoded) = World(1).run(reproducible)[0]

@@ -48,12 +48,14 @@ def matrix(comm):
     return found
 
 
+@pytest.mark.promise("ranks-are-one-process")
 @pytest.mark.parametrize(("engine", "ranks"), STARTS)
 def test_one_process(engine, ranks, tmp_path):
     for found in values(engine, ranks, matrix, folder=tmp_path, timeout=120):
         assert max(error for _, error in found.values()) < 3e-6
 
 
+@pytest.mark.promise("ring-is-repeatable")
 def test_bits_of_engines(tmp_path):
     """A ring has the same bits on every engine."""
     on_threads = World(2).run(matrix)
@@ -101,6 +103,7 @@ def many_calls(comm):
     return len({digest(case.rank(comm, layout)) for _ in range(20)})
 
 
+@pytest.mark.promise("ring-is-repeatable")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_ring_is_repeatable(engine, tmp_path):
     """Three ranks on fewer cores, so that they come in many orders."""

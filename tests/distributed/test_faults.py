@@ -52,6 +52,7 @@ LONGER = np.ones((1, 2, 22, 9), np.float32)
 MORE_HEADS = np.ones((1, 4, 22, 8), np.float32)
 
 
+@pytest.mark.promise("ranks-agree-first")
 @pytest.mark.parametrize(
     ("change", "name", "first", "last"),
     [
@@ -101,6 +102,7 @@ def test_ranks_that_differ(change, name, first, last):
     assert errors[0].endswith(f"{last} on rank 2")
 
 
+@pytest.mark.promise("ranks-agree-first")
 def test_ranks_that_make_other_calls():
     def rank(comm):
         given = operands(comm.rank, comm=comm)
@@ -115,6 +117,7 @@ def test_ranks_that_make_other_calls():
     ]
 
 
+@pytest.mark.promise("ranks-agree-first")
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -227,6 +230,7 @@ def test_an_array_on_a_gpu():
     )
 
 
+@pytest.mark.promise("waits-for-ranks-end")
 def test_a_late_rank_and_what_comes_after():
     """Every rank has its timeout, and says so; the communicator is not used again."""
 
@@ -278,6 +282,7 @@ def fail(comm, how):
 LATE = "was not done after timeout=2"
 
 
+@pytest.mark.promise("waits-for-ranks-end")
 @pytest.mark.parametrize(
     ("engine", "how", "first", "second"),
     [

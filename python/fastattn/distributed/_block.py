@@ -31,22 +31,43 @@ def as_of_many(total: int) -> int:
     return min(total, MANY_ROWS)
 
 
-class Gradients(NamedTuple):
-    """What gradients are added to, by rows of queries or of keys."""
+class Operands(NamedTuple):
+    """Queries, keys and values, or their gradients."""
 
     query: Array
     key: Array
     value: Array
 
+    def at(self, rows: slice, columns: slice) -> Operands:
+        """Return those of some queries and some keys."""
+        query, key, value = self
+        return Operands(query[..., rows, :], key[..., columns, :], value[..., columns, :])
+
+
+class Results(NamedTuple):
+    """What queries have got over all keys, and the gradients by it."""
+
+    out: Array
+    lse: Array
+    grad_out: Array
+    grad_lse: Array | None
+
+    def at(self, rows: slice) -> Results:
+        """Return those of some queries."""
+        out, lse, grad_out, grad_lse = self
+        of_lse = None if grad_lse is None else grad_lse[..., rows]
+        return Results(out[..., rows, :], lse[..., rows], grad_out[..., rows, :], of_lse)
+
 
 def attend(
-    query: Array, key: Array, value: Array, options: Options, starts: Starts, least: int = 0
+    operands: Operands, options: Options, starts: Starts, least: int = 0
 ) -> tuple[Array, Array]:
     """Return out and lse of a call; of packed documents, if starts are given.
 
     least: fewer queries than these are computed as if they were so many. A row's bits depend on
     whether it is one of few.
     """
+    query, key, value = operands
     rows = query.shape[-2]
     if rows < least and starts is None:
         query, options = _padded(query, least), _padded_pairs(options, rows, least)
@@ -56,22 +77,20 @@ def attend(
         out, lse = call(query, key, value, **named)
         return out[..., :rows, :], lse[..., :rows]
     call = fastattn.varlen_attention
-    out, lse = call(_rows_first(query), _rows_first(key), _rows_first(value), *starts, **named)
+    out, lse = call(*map(_rows_first, operands), *starts, **named)
     shape = (*query.shape[:-1], value.shape[-1])
     return out.swapaxes(0, 1).reshape(shape), lse.reshape(shape[:-1])
 
 
-def add_keys(
-    out: Array, lse: Array, query: Array, key: Array, value: Array, options: Options, starts: Starts
-) -> None:
+def add_keys(out: Array, lse: Array, operands: Operands, options: Options, starts: Starts) -> None:
     """Make attention over some keys, out and lse, that over these keys too; without sinks."""
     named: dict[str, Any] = options._asdict() | {"sinks": None, "accumulate": True}
     call: Any = fastattn.attention
     if starts is None:
-        call(query, key, value, out=out, lse=lse, **named)
+        call(*operands, out=out, lse=lse, **named)
         return
     call = fastattn.varlen_attention
-    packed = (_rows_first(query), _rows_first(key), _rows_first(value), *starts)
+    packed = (*map(_rows_first, operands), *starts)
     call(*packed, out=_rows_first(out), lse=_by_head(lse), **named)
 
 
@@ -94,57 +113,29 @@ def add_sinks(out: Array, lse: Array, sinks: Array) -> None:
 
 
 def add_gradients(
-    sums: Gradients,
-    grad_out: Array,
-    query: Array,
-    key: Array,
-    value: Array,
-    out: Array,
-    lse: Array,
-    grad_lse: Array | None,
-    options: Options,
-    starts: Starts,
+    sums: Operands, operands: Operands, results: Results, options: Options, starts: Starts
 ) -> None:
-    """Add the gradients of a block of keys; out and lse are those over all keys."""
+    """Add the gradients of a block of keys; the results are those over all keys."""
     named: dict[str, Any] = {"grads": tuple(sums), "accumulate": True}
     if starts is not None:
         named["grads"] = tuple(map(_rows_first, sums))
-    _backward(grad_out, query, key, value, out, lse, grad_lse, options, starts, named)
+    _backward(operands, results, options, starts, named)
 
 
-def gradients(
-    grad_out: Array,
-    query: Array,
-    key: Array,
-    value: Array,
-    out: Array,
-    lse: Array,
-    grad_lse: Array | None,
-    options: Options,
-    starts: Starts,
-) -> Gradients:
+def gradients(operands: Operands, results: Results, options: Options, starts: Starts) -> Operands:
     """Return the gradients of a call, in the dtypes of the operands."""
-    operands = (query, key, value)
-    grads = _backward(grad_out, *operands, out, lse, grad_lse, options, starts, {})
+    grads = _backward(operands, results, options, starts, {})
     if starts is None:
-        return Gradients(*grads)
+        return Operands(*grads)
     pairs = zip(grads, operands, strict=True)
-    return Gradients(*(grad.swapaxes(0, 1).reshape(x.shape) for grad, x in pairs))
+    return Operands(*(grad.swapaxes(0, 1).reshape(x.shape) for grad, x in pairs))
 
 
 def _backward(
-    grad_out: Array,
-    query: Array,
-    key: Array,
-    value: Array,
-    out: Array,
-    lse: Array,
-    grad_lse: Array | None,
-    options: Options,
-    starts: Starts,
-    named: dict[str, Any],
+    operands: Operands, results: Results, options: Options, starts: Starts, named: dict[str, Any]
 ) -> tuple[Array, ...]:
-    arrays = [grad_out, query, key, value, out]
+    out, lse, grad_out, grad_lse = results
+    arrays = [grad_out, *operands, out]
     if starts is not None:
         arrays, lse = [_rows_first(x) for x in arrays], _by_head(lse)
         grad_lse = None if grad_lse is None else _by_head(grad_lse)

@@ -18,6 +18,7 @@ from fastattn._arrays import rounded_to, widened
 from fastattn._options import AttentionOptions, options_of, takes
 from fastattn.distributed import _gather, _heads, _reproducible, _ring
 from fastattn.distributed._agree import agreed
+from fastattn.distributed._block import Results
 from fastattn.distributed._comm import peers_of, seconds
 from fastattn.distributed._problem import checked
 
@@ -240,42 +241,44 @@ kv_lengths, dropout_p, seed, key_offset, head_offset, batch_offset
             peers.engine, query, key, value, layout, kv_layout, documents, method, asked
         )
         shapes, dtype, wide = problem.shapes, problem.query.dtype, problem.wide
-        arrays = []
+        arrays: dict[str, Any] = {}
         for name, x, shape, of in (
             ("grad_out", grad_out, shapes.out_shape, dtype),
             ("out", out, shapes.out_shape, dtype),
             ("lse", lse, shapes.lse_shape, wide),
             ("grad_lse", grad_lse, shapes.lse_shape, wide),
         ):
-            array = None if x is None and name == "grad_lse" else floats(name, x)
-            if array is not None:
-                check_like(name, array, shape, of)
-            arrays.append(array)
+            arrays[name] = None if x is None and name == "grad_lse" else floats(name, x)
+            if arrays[name] is not None:
+                check_like(name, arrays[name], shape, of)
         wants = wants_gradient("return_dsinks", return_dsinks, "sinks", asked.sinks)
-        return (problem, arrays, wants), {**terms, "grad_lse given": grad_lse is not None}
+        return (problem, Results(**arrays), wants), {
+            **terms,
+            "grad_lse given": grad_lse is not None,
+        }
 
-    problem, arrays, wants = agreed(peers, check)
-    grads = problem.library.compute(METHODS[method].backward, peers, problem, *arrays)
+    problem, results, wants = agreed(peers, check)
+    grads = problem.library.compute(METHODS[method].backward, peers, problem, results)
     operands = (problem.query, problem.key, problem.value)
     rounded = [rounded_to(x.dtype, grad) for grad, x in zip(grads, operands, strict=True)]
     if wants:
-        rounded.append(_of_sinks(problem, *arrays[:3]))
-    results: tuple[Array, ...] = problem.library.to_caller(None, *rounded)
-    return results
+        rounded.append(_of_sinks(problem, results))
+    returned: tuple[Array, ...] = problem.library.to_caller(None, *rounded)
+    return returned
 
 
-def _of_sinks(problem: Problem, grad_out: Array, out: Array, lse: Array) -> Array:
+def _of_sinks(problem: Problem, results: Results) -> Array:
     """Return the gradient of sinks by this rank's rows.
 
     A sink takes its share of a row's probabilities, and gives nothing to its result.
     """
     sinks = problem.options.sinks
     logits = widened(sinks).astype(np.float64)[:, None]
-    lse = np.atleast_2d(lse.astype(np.float64))
+    out, lse = widened(results.out), np.atleast_2d(results.lse.astype(np.float64))
     with np.errstate(all="ignore"):
         share = np.where(lse == -np.inf, 0, np.exp(logits - np.logaddexp(lse, logits)))
         share = np.where(logits == -np.inf, 0, share)
-        by_row = np.einsum("...d,...d->...", widened(grad_out), widened(out), dtype=np.float64)
+        by_row = np.einsum("...d,...d->...", widened(results.grad_out), out, dtype=np.float64)
         whole = -(share * np.atleast_2d(by_row))
     of_heads = whole.sum(axis=tuple(i for i in range(whole.ndim) if i != whole.ndim - 2))
     return rounded_to(sinks.dtype, of_heads)

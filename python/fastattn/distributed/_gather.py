@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn.distributed._block import Gradients, add_gradients, as_of_many, attend
+from fastattn.distributed._block import Operands, add_gradients, as_of_many, attend
 from fastattn.distributed._blocks import blocks, homeward, sources
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from fastattn.distributed._block import Results
     from fastattn.distributed._engine import Peers
     from fastattn.distributed._problem import Problem
 
@@ -31,47 +32,29 @@ def forward(peers: Peers, problem: Problem) -> tuple[Array, Array]:
     whole = slice(0, problem.kv_layout.total)
     for rows, start, stop in problem.layout.pieces(problem.rank):
         _, _, options, starts = problem.block(rows, (start, stop), whole, (0, whole.stop))
-        query = problem.query[..., rows, :]
         least = as_of_many(problem.layout.total)
-        of_rows = attend(query, key, value, options, starts, least)
+        here = Operands(problem.query, key, value).at(rows, whole)
+        of_rows = attend(here, options, starts, least)
         out[..., rows, :], lse[..., rows] = of_rows
     return out, lse
 
 
-def backward(
-    peers: Peers,
-    problem: Problem,
-    grad_out: Array,
-    out: Array,
-    lse: Array,
-    grad_lse: Array | None,
-) -> Gradients:
-    """Return the gradients of this rank's rows; out and lse are those over all keys."""
-    query = problem.query
-    key, value = _all_keys(peers, problem)
+def backward(peers: Peers, problem: Problem, results: Results) -> Operands:
+    """Return the gradients of this rank's rows."""
+    operands = Operands(problem.query, *_all_keys(peers, problem))
     whole = slice(0, problem.kv_layout.total)
-    sums = Gradients(*(np.zeros(x.shape, problem.wide) for x in (query, key, value)))
+    sums = Operands(*(np.zeros(x.shape, problem.wide) for x in operands))
     for rows, start, stop in problem.layout.pieces(problem.rank):
         _, _, options, starts = problem.block(rows, (start, stop), whole, (0, whole.stop))
-        add_gradients(
-            Gradients(sums.query[..., rows, :], sums.key, sums.value),
-            grad_out[..., rows, :],
-            query[..., rows, :],
-            key,
-            value,
-            out[..., rows, :],
-            lse[..., rows],
-            None if grad_lse is None else grad_lse[..., rows],
-            options,
-            starts,
-        )
+        here = operands.at(rows, whole)
+        add_gradients(sums.at(rows, whole), here, results.at(rows), options, starts)
     home = homeward(peers, problem)
     for source in sources(problem):
         for of_source, of_all in zip(home.sums(source), sums[1:], strict=True):
             for rows, start, stop in problem.kv_layout.pieces(source):
                 of_source[..., rows, :] = of_all[..., start:stop, :]
         home.send(source)
-    return Gradients(sums.query, *home.arrived())
+    return Operands(sums.query, *home.arrived())
 
 
 def _all_keys(peers: Peers, problem: Problem) -> tuple[Array, Array]:

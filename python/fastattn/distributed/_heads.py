@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastattn.distributed._block import Gradients, add_gradients, attend, gradients
+from fastattn.distributed._block import Operands, Results, add_gradients, attend, gradients
 from fastattn.distributed._layout import Layout
 
 if TYPE_CHECKING:
@@ -122,8 +122,7 @@ def forward(peers: Peers, problem: Problem) -> tuple[Array, Array]:
     """Return out and lse of this rank's queries over all keys, sinks included."""
     exchange = _Exchange(peers, problem)
     layout, shapes = problem.layout, problem.shapes
-    query, key, value, options, starts = _call(exchange, problem)
-    out, lse = attend(query, key, value, options, starts)
+    out, lse = attend(*_call(exchange, problem))
     results = [
         np.concatenate(exchange.to_rows(x, layout, exchange.queries()), axis=-3)
         for x in (out, lse[..., None])
@@ -131,27 +130,24 @@ def forward(peers: Peers, problem: Problem) -> tuple[Array, Array]:
     return results[0].reshape(shapes.out_shape), results[1].reshape(shapes.lse_shape)
 
 
-def backward(
-    peers: Peers,
-    problem: Problem,
-    grad_out: Array,
-    out: Array,
-    lse: Array,
-    grad_lse: Array | None,
-) -> Gradients:
-    """Return the gradients of this rank's rows; out and lse are those over all keys."""
+def backward(peers: Peers, problem: Problem, results: Results) -> Operands:
+    """Return the gradients of this rank's rows."""
     exchange = _Exchange(peers, problem)
     layout = problem.layout
-    query, key, value, options, starts = _call(exchange, problem)
-    grad_out, out = (exchange.to_heads(x, layout, exchange.queries()) for x in (grad_out, out))
-    lse = exchange.to_heads(lse[..., None], layout, exchange.queries())[..., 0]
+    operands, options, starts = _call(exchange, problem)
+
+    def to_heads(x: Array) -> Array:
+        return exchange.to_heads(x, layout, exchange.queries())
+
+    out, lse, grad_out, grad_lse = results
+    lse = to_heads(lse[..., None])[..., 0]
     if grad_lse is not None:
-        grad_lse = exchange.to_heads(grad_lse[..., None], layout, exchange.queries())[..., 0]
-    call = (grad_out, query, key, value, out, lse, grad_lse, options, starts)
+        grad_lse = to_heads(grad_lse[..., None])[..., 0]
+    call = (operands, Results(to_heads(out), lse, to_heads(grad_out), grad_lse), options, starts)
     if len({share.key.start for share in exchange.shares}) == len(exchange.shares):
         of_heads = gradients(*call)
     else:  # sums over ranks, of numbers that are not rounded yet
-        of_heads = Gradients(*(np.zeros(x.shape, problem.wide) for x in (query, key, value)))
+        of_heads = Operands(*(np.zeros(x.shape, problem.wide) for x in operands))
         add_gradients(of_heads, *call)
     dq = exchange.to_rows(of_heads.query, layout, exchange.queries())
     whole = [np.concatenate(dq, axis=-3).reshape(problem.query.shape)]
@@ -161,10 +157,10 @@ def backward(
         for heads, part in zip(exchange.keys(), parts, strict=True):
             total[..., heads, :, :] += part
         whole.append(total.reshape(like.shape))
-    return Gradients(*whole)
+    return Operands(*whole)
 
 
-def _call(exchange: _Exchange, problem: Problem) -> tuple[Array, Array, Array, Options, Starts]:
+def _call(exchange: _Exchange, problem: Problem) -> tuple[Operands, Options, Starts]:
     """Return the operands of this rank's heads, the options, and where documents start."""
     layout, kv_layout = problem.layout, problem.kv_layout
     query = exchange.to_heads(problem.query, layout, exchange.queries())
@@ -180,7 +176,8 @@ def _call(exchange: _Exchange, problem: Problem) -> tuple[Array, Array, Array, O
         alibi_slopes=None if options.alibi_slopes is None else options.alibi_slopes[..., heads],
     )
     documents = problem.documents
-    return query, key, value, options, None if documents is None else (documents, documents)
+    starts = None if documents is None else (documents, documents)
+    return Operands(query, key, value), options, starts
 
 
 def _with_heads(x: Array) -> Array:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattn.distributed import _exact_merge
-from fastattn.distributed._block import add_sinks, as_of_many, attend, wide
+from fastattn.distributed._block import Operands, add_sinks, as_of_many, attend, wide
 from fastattn.distributed._blocks import blocks
 from fastattn.distributed._problem import chunks_of
 
@@ -98,7 +98,7 @@ def _parts(problem: Problem, start: int, key: Array, value: Array) -> Iterator[t
             columns = slice(0, stop - start)
             block = problem.block(rows, (first, last), columns, (start, stop))
             options = block.options._replace(sinks=None)
-            query = wide(problem.query[..., rows, :])
-            out, lse = attend(query, key, value, options, None, least)
+            operands = Operands(wide(problem.query[..., rows, :]), key, value)
+            out, lse = attend(operands, options, None, least)
             flat = _exact_merge.of_part(out.reshape(-1, out.shape[-1]), lse.reshape(-1))
             yield rows, flat.reshape(-1, last - first, flat.shape[1])

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn.distributed._block import Gradients, add_gradients, add_keys, add_sinks
+from fastattn.distributed._block import Operands, add_gradients, add_keys, add_sinks
 from fastattn.distributed._blocks import blocks, homeward
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from fastattn.distributed._block import Results
     from fastattn.distributed._engine import Peers
     from fastattn.distributed._problem import Problem
 
@@ -25,50 +26,27 @@ def forward(peers: Peers, problem: Problem) -> tuple[Array, Array]:
     out = np.zeros(shapes.out_shape, problem.wide)
     lse = np.full(shapes.lse_shape, -np.inf, problem.wide)
     for source, key, value, poll in blocks(peers, problem):
+        operands = Operands(problem.query, key, value)
         for rows, columns, options, starts in problem.blocks(source):
-            add_keys(
-                out[..., rows, :],
-                lse[..., rows],
-                problem.query[..., rows, :],
-                key[..., columns, :],
-                value[..., columns, :],
-                options,
-                starts,
-            )
+            here = operands.at(rows, columns)
+            add_keys(out[..., rows, :], lse[..., rows], here, options, starts)
             poll()
     if problem.options.sinks is not None:
         add_sinks(out, lse, problem.options.sinks)
     return out, lse
 
 
-def backward(
-    peers: Peers,
-    problem: Problem,
-    grad_out: Array,
-    out: Array,
-    lse: Array,
-    grad_lse: Array | None,
-) -> Gradients:
-    """Return the gradients of this rank's rows; out and lse are those over all keys."""
-    query = problem.query
-    dq = np.zeros(query.shape, problem.wide)
+def backward(peers: Peers, problem: Problem, results: Results) -> Operands:
+    """Return the gradients of this rank's rows."""
+    dq = np.zeros(problem.query.shape, problem.wide)
     home = homeward(peers, problem)
     for source, key, value, poll in blocks(peers, problem):
-        dk, dv = home.sums(source)
+        operands = Operands(problem.query, key, value)
+        sums = Operands(dq, *home.sums(source))
         for rows, columns, options, starts in problem.blocks(source):
-            add_gradients(
-                Gradients(dq[..., rows, :], dk[..., columns, :], dv[..., columns, :]),
-                grad_out[..., rows, :],
-                query[..., rows, :],
-                key[..., columns, :],
-                value[..., columns, :],
-                out[..., rows, :],
-                lse[..., rows],
-                None if grad_lse is None else grad_lse[..., rows],
-                options,
-                starts,
-            )
+            here = operands.at(rows, columns)
+            add_gradients(sums.at(rows, columns), here, results.at(rows), options, starts)
             poll()
             home.poll()
         home.send(source)
-    return Gradients(dq, *home.arrived())
+    return Operands(dq, *home.arrived())

@@ -2,6 +2,7 @@
 """The engines: ranks that are processes, many cases in each start."""
 
 import hashlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -94,6 +95,24 @@ def subgroups(comm):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_subgroups(engine, tmp_path):
     assert max(values(engine, 4, subgroups, folder=tmp_path)) < 3e-6
+
+
+def peak(comm):
+    """Return this rank's peak memory beside its arrays and result, in blocks of keys and values."""
+    rank, size = engine_of(comm).rank, engine_of(comm).size
+    layout = fd.zigzag(8192, size)
+    rng = np.random.default_rng(rank)
+    query, key, value = rng.standard_normal((3, 1, 4, layout.lengths[rank], 64), np.float32)
+    how = {"comm": comm, "layout": layout, "is_causal": True}
+    fd.attention(query, key, value, **how)
+    tracemalloc.start()
+    out = fd.attention(query, key, value, **how)
+    found = tracemalloc.get_traced_memory()[1]
+    return (found - 2 * out.nbytes) / (key.nbytes + value.nbytes)  # as summed, and as returned
+
+
+def test_three_blocks_of_keys_at_a_time(tmp_path):
+    assert max(values("mpi", 4, peak, folder=tmp_path)) < 3.1
 
 
 def many_calls(comm):

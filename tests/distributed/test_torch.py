@@ -158,6 +158,30 @@ def test_context_parallel(torch, tmp_path):
     assert max(values("gloo", 3, attended, folder=tmp_path)) < 1e-4
 
 
+def dropped(comm):
+    """Return this rank's rows under dropout, and what one process gives for the first seed."""
+    import torch
+    from torch.nn import functional
+
+    import fastattn.torch
+
+    rank, size = engine_of(comm).rank, engine_of(comm).size
+    x = torch.randn(1, 2, TOTAL, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(rank)  # ranks draw other numbers
+    seed = int(torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(0)))
+    whole = fastattn.attention(x, x, x, dropout_p=0.4, seed=seed, is_causal=True)
+    own = x.clone()
+    with fastattn.torch.context_parallel(comm, buffers=[own], buffer_seq_dims=[2]):
+        out = functional.scaled_dot_product_attention(own, own, own, dropout_p=0.4, is_causal=True)
+    positions = fd.zigzag(TOTAL, size).positions(rank)
+    return (out - whole[:, :, positions]).abs().max().item()
+
+
+def test_dropout(torch, tmp_path):
+    """All ranks take the seed that the first one draws."""
+    assert max(values("gloo", 2, dropped, folder=tmp_path)) < 1e-5
+
+
 def test_buffers(torch):
     """Views of one tensor are cut each for itself; some stay cut; an error restores them too."""
     import fastattn.torch

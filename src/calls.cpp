@@ -63,11 +63,12 @@ struct Options {
           left(item(options, 8).cast<int64_t>()),
           right(item(options, 9).cast<int64_t>()),
           dropout_p(item(options, 10).cast<double>()),
-          seed(item(options, 11).cast<uint64_t>()),
-          key_offset(item(options, 12)),
-          head_offset(item(options, 13).cast<uint32_t>()),
-          batch_offset(item(options, 14).cast<uint32_t>()) {
+          seed(item(options, 11).cast<uint64_t>()) {
         require(options.size() == 15, "there are fifteen options");
+        if (dropout_p == 0) return;
+        key_offset = item(options, 12);
+        head_offset = item(options, 13).cast<uint32_t>();
+        batch_offset = item(options, 14).cast<uint32_t>();
     }
 
     py::handle mask, bias, alibi_slopes, sinks, query_offset, kv_lengths;
@@ -75,8 +76,8 @@ struct Options {
     int64_t left, right;
     double dropout_p;
     uint64_t seed;
-    py::handle key_offset;
-    uint32_t head_offset, batch_offset;
+    py::handle key_offset = Py_None;  // this and those below are for dropout
+    uint32_t head_offset = 0, batch_offset = 0;
 
    private:
     static py::handle item(const py::tuple& options, size_t i) {

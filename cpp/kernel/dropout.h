@@ -120,14 +120,9 @@ class KeptOfKeys {
 
     // kept: of the keys first, first + 1, ...
     [[gnu::always_inline]] void find(int64_t first, Mask (&kept)[4]) const {
-        const int64_t position = first + dropout.key_offset, within = position & 3;
-        find_fours(position >> 2, kept);
-        if (within == 0) return;
-        Mask masks[2][4];  // of as many positions, and of those behind
-        __builtin_memcpy(masks[0], kept, sizeof kept);
-        find_fours((position >> 2) + lanes, masks[1]);
-        const auto* const from = reinterpret_cast<const char*>(masks);
-        __builtin_memcpy(kept, from + size_t(within) * sizeof(Mask) / lanes, sizeof kept);
+        const int64_t position = first + dropout.key_offset;
+        if (position % 4 == 0) return find_fours(position >> 2, kept);
+        find_between(position, kept);
     }
 
     bool keeps(int64_t key) const {
@@ -139,6 +134,15 @@ class KeptOfKeys {
     }
 
    private:
+    // The same where the first position is amid four.
+    [[gnu::noinline]] void find_between(int64_t position, Mask (&kept)[4]) const {
+        Mask masks[2][4];  // of as many positions, and of those behind
+        find_fours(position >> 2, masks[0]);
+        find_fours((position >> 2) + lanes, masks[1]);
+        const auto* const from = reinterpret_cast<const char*>(masks);
+        __builtin_memcpy(kept, from + size_t(position & 3) * sizeof(Mask) / lanes, sizeof kept);
+    }
+
     // kept: of the positions 4 * first, 4 * first + 1, ...
     [[gnu::always_inline]] void find_fours(int64_t first, Mask (&kept)[4]) const {
         uint32_t fours[lanes];

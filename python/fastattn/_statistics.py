@@ -70,7 +70,7 @@ def attention_statistics(
     Parameters
     ----------
     query, key, mask, bias, scale, is_causal, query_offset, window, softcap, alibi_slopes, sinks, \
-kv_lengths
+kv_lengths, key_offset
         As for `attention`.
     entropy : bool
         Return each row's entropy.

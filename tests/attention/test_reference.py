@@ -11,6 +11,7 @@ from fastattn.reference import (
     attention_weights,
     dropout_mask,
     philox4x32,
+    varlen_attention,
 )
 from tests.support.correctness import assert_same_bits
 from tests.support.problems import make_problem
@@ -422,3 +423,48 @@ def test_a_visible_nan_reaches_the_gradients_that_depend_on_it():
     assert_array_equal(np.isnan(dq).any(-1), [[False, True]])
     assert np.isnan(dk).any(-1).all()  # query 1 sees both keys
     assert np.isnan(dv).any(-1).all()
+
+
+@pytest.mark.promise("accumulate-is-the-whole", "accumulate-of-nothing", "keys-have-an-offset")
+def test_parts_are_the_whole():
+    query, key, value = make_problem(6, 9, 4, heads=2, batch=(2,), dtype=np.float64)
+    options = {"is_causal": True, "query_offset": 1, "dropout_p": 0.5, "seed": 3}
+    expected = attention(query, key, value, return_lse=True, **options)
+    out, lse = np.full(query.shape, np.nan), np.full(query.shape[:-1], -np.inf)
+    grads = [np.ones_like(x) for x in (query, key, value)]
+    for keys in (slice(3, 9), slice(0, 3), slice(0, 0)):
+        part = key[..., keys, :], value[..., keys, :]
+        more = {"out": out, "lse": lse, "accumulate": True, "key_offset": keys.start}
+        got = attention(query, *part, return_lse=True, **more, **options)
+        assert got[0] is out
+        assert got[1] is lse
+    assert_allclose(out, expected[0], rtol=1e-12)
+    assert_allclose(lse, expected[1], rtol=1e-12)
+    got = attention_backward(
+        out, query, key, value, None, None, grads=grads, accumulate=True, **options
+    )
+    wanted = attention_backward(out, query, key, value, None, None, **options)
+    for x, y, into in zip(got, wanted, grads, strict=True):
+        assert_allclose(x, y + 1, rtol=1e-12)
+        assert_array_equal(into, x)
+
+
+@pytest.mark.promise("float32-of-half-precision")
+def test_float32_results():
+    query, key, value = make_problem(6, 9, 4, heads=2, dtype=np.float16)
+    exact = attention(*(x.astype(np.float64) for x in (query, key, value)))
+    out = np.empty(query.shape, np.float32)
+    assert attention(query, key, value, out=out) is out
+    assert_array_equal(out, exact.astype(np.float32))
+    starts = [0, 4, 6], [0, 5, 9]
+    packed = [x.swapaxes(0, 1) for x in (query, key, value)]
+    whole = np.empty(packed[0].shape, np.float32)
+    lse = np.empty((2, 6), np.float32)
+    varlen_attention(*packed, *starts, out=whole, lse=lse)
+    assert_array_equal(
+        whole.astype(np.float16), varlen_attention(*packed, *starts, return_lse=True)[0]
+    )
+    before = whole.copy(), lse.copy()
+    varlen_attention(*packed, *starts, out=whole, lse=lse, accumulate=True)
+    assert_allclose(whole, before[0], rtol=1e-6)
+    assert_allclose(lse, before[1] + np.log(2), rtol=1e-6)

@@ -21,7 +21,7 @@ from tests.cache.problems import (
     pages_of,
     problem,
 )
-from tests.support.correctness import assert_same_bits
+from tests.support.correctness import assert_same_bits, assert_within_gate
 
 # What is attended to is what was appended.
 
@@ -236,3 +236,35 @@ def test_int8_error(outlier, most, mean):
     error = np.abs(out - exact)
     assert error.max() < most
     assert error.mean() < mean
+
+
+@pytest.mark.promise("cache-queries-stand-where-told")
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("q_len", [1, 3, 20])
+def test_queries_that_stand_elsewhere(dtype, q_len):
+    query, key, value = problem(dtype, 290, q_len, batch=3)
+    cache = KVCache(3, 2, 16, value_head_dim=24, dtype=dtype)
+    cache.append(key, value)
+    usual = cache.attend(query, return_lse=True)
+    assert_same_bits(cache.attend(query, return_lse=True, query_offset=290 - q_len), usual)
+    slopes = np.array([0.5, 0.1, 0.0, 0.01])
+    offsets = np.array([-5, 100, 400])
+    for options in ({}, {"window": (30, 0)}, {"alibi_slopes": slopes, "is_causal": False}):
+        together = cache.attend(query, query_offset=offsets, return_lse=True, **options)
+        for b, offset in enumerate(offsets):
+            own = {"is_causal": True, "query_offset": int(offset)} | options
+            parts = (held(x, dtype)[b] for x in (key, value))
+            assert_within_gate(tuple(x[b] for x in together), query[b], *parts, **own)
+    # A cache of some of the keys, and one of the others: each counts from its own first key.
+    first, second = (KVCache(3, 2, 16, value_head_dim=24, dtype=dtype) for _ in range(2))
+    first.append(key[:, :, :200], value[:, :, :200])
+    second.append(key[:, :, 200:], value[:, :, 200:])
+    offset = 290 - q_len
+    parts = (
+        first.attend(query, query_offset=offset, return_lse=True),
+        second.attend(query, query_offset=offset - 200, return_lse=True),
+    )
+    got = fastattn.merge(*parts)
+    assert_allclose(*(x[0].astype(float) for x in (got, usual)), atol=2e-2)
+    assert_allclose(got[1], usual[1], atol=1e-2)

@@ -144,6 +144,9 @@ BAD_FILE = "file must hold a PagedKVCache that save wrote: "
 BAD_BATCH = "file must hold a KVCache that save wrote: it must be of a batch >= 1, and no more tokens than capacity, got batch={}, {} tokens, capacity={}"
 # (what is done to usual(), the error's type, its text)
 CALLS = [
+    (attend(query_offset=0.5), TypeError, "query_offset must be an array of integers, or an int, not float64"),
+    (attend(query_offset=[1, 2, 3]), ValueError, "query_offset must broadcast to the batch shape (2,), got query_offset.shape=(3,)"),
+    (attend(query_offset=-(2**62)), ValueError, f"query_offset must be within -2**61..2**61, got {-(2**62)}"),
     (append(np.ma.array(ZEROS)), TypeError, "key must be an array of numbers and nothing beside, not MaskedArray, whose mask, unit, labels or rules would be lost: numpy.asarray(key) is the numbers alone"),
     (append(ZEROS.astype(float)), TypeError, "key must be an array of float32, not float64"),
     (append(ZEROS, VALUES.astype(np.float16)), TypeError, "value must be an array of float32, not float16"),

@@ -63,6 +63,7 @@ def draw_attend(rng):
         "layout": choice(rng, LAYOUTS),
         "options": options,
         "sums": chance(rng, 0.3),
+        "placed": chance(rng, 0.2),
         "number": number(rng),
     }
 
@@ -382,6 +383,10 @@ class Run:
         options = self.options(
             rng, operation["options"], heads, (len(ids), heads, q_len, max([0, *lengths]))
         )
+        offsets = [n - q_len for n in lengths]
+        if operation.get("placed"):
+            offsets = rng.integers(-40, 300, len(ids))
+            which = which | {"query_offset": offsets}
         fastattn.set_num_threads(spec["threads"])
         result = self.cache.attend(
             laid_out(query.copy(), layout), return_lse=True, **which, **options
@@ -402,7 +407,7 @@ class Run:
             key, value = tokens.arrays(spec)
             own = {"is_causal": True} | options
             start = tokens.start()
-            own["query_offset"] = len(tokens) - q_len - start
+            own["query_offset"] = int(offsets[b]) - start
             for name in ("mask", "bias"):
                 if name in own:
                     whole = np.broadcast_to(own[name], (len(ids), heads, q_len, max(lengths)))

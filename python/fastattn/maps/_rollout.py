@@ -48,7 +48,7 @@ def rollout(
         "forward": how much of the token is in each one behind the top layer.
     is_causal : bool
         Must be given with pairs: True for a decoder, False for an encoder.
-    mask, bias, scale, query_offset, window, softcap, alibi_slopes, sinks, kv_lengths
+    mask, bias, scale, query_offset, window, softcap, alibi_slopes, sinks, kv_lengths, key_offset
         As for `fastattn.attention`, the same in each layer. None may be given with a capture, which
         knows those of each layer.
 

@@ -5,6 +5,7 @@ api           arguments, arrays of other libraries, errors, what is said of call
 attention     results, gradients, dropout, merging, packed sequences: against the definition
 cache         the key-value caches
 torch, flash_attn, transformers, jax    the drop-ins, each in the folder of its name
+distributed   attention over ranks: of threads, of mpi4py and of torch.distributed
 adoptions     packages of others in which ours is a line or two
 cuda          the kernels of GPUs, in emulators and compiled, and a GPU that is none
 models        models, and the readers of their checkpoints

@@ -213,8 +213,7 @@ def _called(
         for name in NUMBERS:
             if isinstance(getattr(options, name), Tensor):
                 _tensors.check_class(name, getattr(options, name))
-    if is_autocast_enabled(query.device.type):
-        query, key, value = _autocast(query, key, value)
+    query, key, value = autocast_to(query, key, value)
     if mask is not None and mask.requires_grad:
         options = options._replace(mask=None, bias=mask if bias is None else bias + mask)
     if isinstance(slopes, Tensor) and slopes.requires_grad:
@@ -234,9 +233,12 @@ def _called(
     return (result, lse) if return_lse else result
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors in autocast's dtype, as for torch's function; float64 stays."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    device = tensors[0].device.type
+    if not is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         x.to(dtype) if x.dtype in _tensors.FLOATS and x.dtype != torch.float64 else x
         for x in tensors

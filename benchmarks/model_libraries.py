@@ -47,9 +47,7 @@ class Fastattn:
         from fastattn import nn
 
         owners = [x for name, x in sys.modules.items() if name.startswith("fastattn.")]
-        functions = [x for x in vars(nn).values() if getattr(x, "__module__", "") == nn.__name__]
-        public = (x for x in functions if inspect.isfunction(x) and not x.__name__.startswith("_"))
-        functions = list(public)
+        functions = [x for name in nn.__all__ if inspect.isfunction(x := vars(nn)[name])]
         functions.append(encoder.Encoder._tokenize)
         owners.append(encoder.Encoder)
         if (context := sys.modules.get("fastattn.models._context")) is not None:

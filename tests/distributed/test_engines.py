@@ -15,7 +15,7 @@ from tests.distributed.threads import World
 
 TOTAL = 333
 METHODS = ("ring", "gather", "heads")
-STARTS = [("mpi", 1), ("mpi", 2), ("mpi", 3), ("mpi", 4), ("gloo", 2), ("gloo", 4)]
+STARTS = [("mpi", 1), ("mpi", 3), ("mpi", 4), ("gloo", 4)]  # 2: test_bits_of_engines
 
 
 def case_of(options):
@@ -36,7 +36,7 @@ def matrix(comm):
     for option, options in OPTIONS.items():
         case = case_of(options)
         expected = case.one_process()
-        for name in ("contiguous", "zigzag", "uneven"):
+        for name in ("zigzag", "uneven"):
             layout = LAYOUTS[name](TOTAL, engine.size)
             for method in METHODS:
                 got = case.rank(comm, layout, method=method)
@@ -60,6 +60,7 @@ def test_one_process(engine, ranks, tmp_path):
 def test_bits_of_engines(tmp_path):
     """A ring has the same bits on every engine."""
     on_threads = World(2).run(matrix)
+    assert max(error for found in on_threads for _, error in found.values()) < 3e-6
     for engine in ENGINES:
         folder = tmp_path / engine
         folder.mkdir()

@@ -81,7 +81,7 @@ class _Transfer(Transfer):
             if not self._engine.is_ready():
                 return False
             self._requests = self._engine.requests(*self._messages)
-        return MPI.Request.Testall(self._requests)
+        return bool(MPI.Request.Testall(self._requests))
 
     def wait(self, seconds: float | None) -> bool:
         return polled(self.poll, seconds)

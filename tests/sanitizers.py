@@ -128,8 +128,8 @@ ADDRESS = Sanitizer(
         Fault(
             "an overrun from one part of scratch memory into the next, of a linear layer",
             "cpp/kernel/linear.h",
-            "for (int64_t k = 0; k == 0 || k < in_features; k += kStep) {",
-            "for (int64_t k = 0; k <= in_features; k += kStep) {",
+            "for (int64_t k = begin; k < end; k += kStep) {",
+            "for (int64_t k = begin; k <= end; k += kStep) {",
             "from fastattn import nn; nn.linear(ones(9, 32), ones(3, 32))",
             r"use-after-poison(.|\n)*WRITE of size(.|\n)*kernel/linear\.h",
         ),

@@ -10,6 +10,7 @@ import fastattn
 from fastattn import _core, reference
 from fastattn._options import AttentionOptions, Options, WeightOptions
 from tests.support.problems import HALVES
+from tests.support.remembering import remembering
 
 EXTRA_ULPS = 4  # of the largest result: what rounding the result itself may cost
 
@@ -26,6 +27,7 @@ def of_dropout(options):
     return {name: x for name, x in options.items() if name in names}
 
 
+@remembering
 def truth_of(query, key, value, **options):
     """Return out and lse by definition, in more precision than the query has."""
     wide = np.longdouble if query.dtype == np.float64 else np.float64
@@ -42,7 +44,8 @@ def in_pairs(query, key):
     return bfloat16 and _core.isa() == "avx512_bf16" and query.shape[-1] % 2 == 0
 
 
-def plain_of(query, key, value, **options):
+@remembering
+def plain_of(query, key, value, pairs, **options):
     """Return out and lse of the plain formula, as a program in the query's precision computes it.
 
     Half precision is computed in float32, and the result rounded. Where the kernel multiplies
@@ -52,7 +55,7 @@ def plain_of(query, key, value, **options):
     plain = reference.attention(
         query, key, value, compute_dtype=arithmetic, return_lse=True, **options
     )
-    if not in_pairs(query, key):
+    if not pairs:
         return plain
     wide = [x.astype(np.float32) for x in (query, key)]
     probs = reference.attention_weights(*wide, compute_dtype=np.float32, **without_dropout(options))
@@ -74,13 +77,13 @@ def assert_within_gate(actual, query, key, value, **options):
     score once causes, or a probability, where these are: in a small problem it may escape that.
     What is not finite is the same.
     """
-    pair = isinstance(actual, tuple)
+    pair, pairs = isinstance(actual, tuple), in_pairs(query, key)
     arithmetic = np.promote_types(query.dtype, np.float32)
-    plain = plain_of(query, key, value, **options)
+    plain = plain_of(query, key, value, pairs, **options)
     truth = truth_of(query, key, value, **options)
     eps = np.finfo(arithmetic).eps
     score = np.abs(truth[1][np.isfinite(truth[1])]).max(initial=0)
-    if in_pairs(query, key):
+    if pairs:
         score = max(score, ml_dtypes.finfo(query.dtype).eps / eps)
     for got, rough, expected, relative, dtype in zip(
         actual if pair else (actual,),

@@ -131,7 +131,8 @@ def smaller(spec):
 
 KEYS_TO_DROP = (
     *("scale", "is_causal", "query_offset", "window", "softcap", "kv_lengths", "sinks", "mask"),
-    *("bias", "alibi_slopes", "lacks", "kv_dtype", "capacity"),
+    *("bias", "alibi_slopes", "dropout_p", "seed", "key_offset", "head_offset", "batch_offset"),
+    *("lacks", "kv_dtype", "capacity"),
 )
 
 

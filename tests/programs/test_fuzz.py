@@ -209,7 +209,6 @@ def test_a_planted_fault_is_seen(name, monkeypatch, capsys):
 
 def test_a_failure_is_made_smaller(monkeypatch, capsys):
     Plant(monkeypatch).function("attention", no_softcap)
-    monkeypatch.setattr(command, "SHRINKING", 200)  # a slow machine gets as far as a fast one
     numbers = (n for n in range(150) if not command.run("attention", 1, n, shrink=False))
     spec = command.spec_of("attention", 1, next(numbers))
     small = command.shrunk("attention", spec, command.attempt("attention", spec))

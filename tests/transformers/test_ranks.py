@@ -6,14 +6,16 @@ of processes.
 """
 # ruff: noqa: E501 - the tables have a line per case
 
+import re
 import traceback
 
 import pytest
 
-from tests.distributed.launch import values
+from tests.distributed.launch import ROOT, values
 
 pytest.importorskip("transformers", exc_type=ImportError)
 
+PAGE = ROOT / "docs" / "distributed.md"
 LENGTH = 46  # the ranks' rows are not equally many
 RANKS = 2
 STARTS = [0, 5, 24, 24, 40, LENGTH]
@@ -29,6 +31,7 @@ CASES = {
     "packed, without a cache": ("llama", {}, {"cu_seq_lens_q": STARTS, "use_cache": False}),
     "packed, positions of the row": ("mistral", WINDOW, {"cu_seq_lens_q": STARTS, "position_ids": "row"}),
     "checkpoints": ("llama", {}, {"checkpoints": True}),
+    "dropout": ("llama", {"attention_dropout": 0.4}, {"training": True}),
     "windows": ("mistral", WINDOW, {"batch": 2}),
     "windows, without a cache": ("mistral", WINDOW, {"use_cache": False}),
     "windows and softcap": ("gemma2", WINDOW, {}),
@@ -91,9 +94,13 @@ def targets_of(tokens):
 
 def loss_and_gradients(model, whole, targets, given):
     """Return what the rows that are here add to the mean over all of them."""
+    import torch
+
     from tests.transformers.models import gradients
 
     given = dict(given)
+    torch.manual_seed(0)  # of dropout
+    model.train(given.pop("training", False))
     if given.pop("checkpoints", False):
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -183,6 +190,7 @@ def refused_by(comm):
     return raised
 
 
+@pytest.mark.promise("ranks-are-one-process")
 def test_loss_and_gradients_are_those_of_one_process(tmp_path):
     for found in values("gloo", RANKS, found_by, folder=tmp_path, timeout=200):
         for case, each in found.items():
@@ -190,9 +198,43 @@ def test_loss_and_gradients_are_those_of_one_process(tmp_path):
             assert each < 1e-5, (case, each)
 
 
+@pytest.mark.promise("ranks-agree-first")
 def test_what_would_be_wrong_over_ranks_is_refused(tmp_path):
     found = values("gloo", RANKS, refused_by, folder=tmp_path, timeout=200)
     for case, (*_, message) in REFUSED.items():
         told = [each[case] for each in found]
         assert any(x.startswith(message) for x in told), (case, told)
         assert all(x.startswith(message) or message[:60] in x for x in told), (case, told)
+
+
+def differences_of_the_page(comm, folder):
+    """Return how far the gradients of the page's lines, which are run here, are from the whole."""
+    import torch
+    import transformers
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import fastattn.torch
+    from tests.transformers.models import gradients, model_of, tokens
+
+    model_of("llama", "fastattn").save_pretrained(folder)  # the first rank alone writes
+    torch.distributed.barrier()
+    names = {
+        "torch": torch,
+        "fastattn": fastattn,
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
+        "folder": folder,
+        "tokens": tokens(1, LENGTH),
+        "mesh": {"cp": init_device_mesh("cpu", (RANKS,))},
+    }
+    lines = re.search(r"## Models of transformers\n.*?```\n(.*?)```", PAGE.read_text(), re.S)[1]
+    exec(lines, names)
+    model = model_of("llama", "eager")
+    model(input_ids=tokens(1, LENGTH), labels=tokens(1, LENGTH)).loss.backward()
+    found, expected = gradients(names["model"]), gradients(model)
+    return max(float((found[x] - y).abs().max() / y.abs().max()) for x, y in expected.items())
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="no pages beside the tests")
+def test_the_lines_of_the_page(tmp_path):
+    found = values("gloo", RANKS, differences_of_the_page, str(tmp_path), folder=tmp_path)
+    assert max(found) < 1e-5

@@ -78,6 +78,9 @@ def context_parallel(
     A mask has this rank's rows, and a column for each key of the whole sequence. Where the torch of
     PyTorch replaces a mask or refuses to be causal on the CPU, this computes what was asked.
 
+    Models of transformers need ``attn_implementation="fastattn"``, and their position_ids among the
+    buffers: with another implementation, transformers takes a rank's rows for the whole sequence.
+
     Dropout takes the seed that the first rank draws from torch's default generator.
 
     The patch holds for all threads of the process until the with statement ends. A backward pass

@@ -12,6 +12,7 @@ Differences from jax.nn, and what a call costs: docs/jax.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 import warnings
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["dot_product_attention"]
+__all__ = ["dot_product_attention", "dot_product_attention_backward"]
 
 IMPLEMENTATIONS = (None, "xla", "cudnn")  # of jax.nn: accepted, and all the same here
 
@@ -145,6 +146,7 @@ return_residual
     See Also
     --------
     fastattn.attention : takes arrays of JAX too, outside of transformations.
+    dot_product_attention_backward : the gradients, from an lse that is given.
 
     References
     ----------
@@ -160,6 +162,129 @@ return_residual
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None, 'xla' or 'cudnn', got {implementation!r}")
     shape = jnp.shape(query)
+    call, arrays = _checked(
+        query, key, value, bias, mask, scale, is_causal, key_value_seq_lengths, local_window_size
+    )
+    query, key, value, bias, mask, kv_lengths = arrays
+    q_len = query.shape[1]
+    q_lengths = _lengths("query_seq_lengths", query_seq_lengths, query.shape[0], q_len)
+
+    rows = None
+    if q_lengths is not None:
+        rows = (jnp.arange(q_len) < q_lengths[:, None])[:, None, :, None]
+        if mask is None:  # it is never expanded, and the rows are not computed
+            mask, rows = rows, None
+    out, lse = _attend(call, *_varying(query, key, value, bias, mask, kv_lengths))
+    if rows is not None:
+        rows = rows.swapaxes(1, 2)
+        out = jnp.where(rows, out, 0)
+    if not return_residual:
+        return out.reshape(shape)
+    if rows is not None:
+        lse = jnp.where(rows[..., 0], lse, -jnp.inf)
+    residual = jax.lax.stop_gradient(lse.astype(key.dtype))
+    return out.reshape(shape), residual.reshape(shape[:-1])
+
+
+def dot_product_attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute the gradients of `dot_product_attention` from what it returned.
+
+    `jax.grad` needs no call of this. It is for keys that are a part of more, as on one of several
+    devices: out and lse are then those over all keys, and the gradients of the parts add up.
+
+    Parameters
+    ----------
+    grad_out : array of the shape and dtype of out
+        The gradient of a loss with respect to out.
+    query, key, value
+        Those of the call.
+    out, lse
+        What the call returned with ``return_residual=True``, or over all keys.
+    bias, mask, scale, is_causal, key_value_seq_lengths, local_window_size
+        Those of the call. bias has no gradient here.
+
+    Returns
+    -------
+    dq, dk, dv : arrays of the shapes and dtypes of query, key and value
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument breaks a rule.
+
+    Warns
+    -----
+    UserWarning
+        As `dot_product_attention`.
+
+    See Also
+    --------
+    fastattn.attention_backward : with every argument, on arrays outside of transformations.
+
+    Examples
+    --------
+    >>> import jax, fastattn.jax
+    >>> x = jax.numpy.eye(3)[:, None]
+    >>> out, lse = fastattn.jax.dot_product_attention(x, x, x, return_residual=True)
+    >>> _, dk, _ = fastattn.jax.dot_product_attention_backward(out, x, x, x, out, lse)
+    >>> dk.shape
+    (3, 1, 3)
+    """
+    shapes = [jnp.shape(x) for x in (query, key, value)]
+    factor = scale if isinstance(scale, jax.core.Tracer) else None
+    call, arrays = _checked(
+        query, key, value, bias, mask, scale, is_causal, key_value_seq_lengths, local_window_size
+    )
+    query = arrays[0]
+    for name, x, shape in (("grad_out", grad_out, shapes[0]), ("out", out, shapes[0])):
+        if jnp.shape(x) != shape:
+            raise ValueError(
+                f"{name} must have query's shape, {shape}, got {name}.shape={jnp.shape(x)}"
+            )
+        if jnp.result_type(x) != query.dtype:
+            raise TypeError(
+                f"{name} must have query's dtype, {query.dtype}, not {jnp.result_type(x)}"
+            )
+    if jnp.shape(lse) != shapes[0][:-1]:
+        raise ValueError(
+            f"lse must have query's shape without head_dim, {shapes[0][:-1]}, "
+            f"got lse.shape={jnp.shape(lse)}"
+        )
+    if not jnp.issubdtype(jnp.result_type(lse), jnp.floating):
+        raise TypeError(f"lse must be an array of floats, not {jnp.result_type(lse)}")
+    grad_out, out = (jnp.reshape(x, query.shape) for x in (grad_out, out))
+    lse = jnp.reshape(lse, query.shape[:-1]).astype(jnp.promote_types(query.dtype, jnp.float32))
+    results = _gradients(call, *_varying(grad_out, *arrays[:3], out, lse, *arrays[3:]))
+    dq, dk, dv = (x.reshape(shape) for x, shape in zip(results, shapes, strict=True))
+    return dq if factor is None else dq * factor.astype(dq.dtype), dk, dv
+
+
+def _checked(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    mask: Any,
+    scale: Any,
+    is_causal: bool,
+    key_value_seq_lengths: Any,
+    local_window_size: Any,
+) -> tuple[_Attention, tuple[Any, ...]]:
+    """Return a call's static part, and its arrays: with batch, and in the dtypes of the kernel."""
     inputs = {"query": query, "key": key, "value": value}
     query, key, value = (_four_axes(name, x) for name, x in inputs.items())
     batch, q_len, q_heads, _ = query.shape
@@ -186,25 +311,9 @@ return_residual
     elif scale is not None:
         scale = finite_number("scale", np.asarray(scale).item() if np.ndim(scale) == 0 else scale)
     window = None if local_window_size is None else _window(local_window_size)
-    q_lengths = _lengths("query_seq_lengths", query_seq_lengths, batch, q_len)
     kv_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, batch, kv_len)
-
-    rows = None
-    if q_lengths is not None:
-        rows = (jnp.arange(q_len) < q_lengths[:, None])[:, None, :, None]
-        if mask is None:  # it is never expanded, and the rows are not computed
-            mask, rows = rows, None
     call = _Attention(scale, bool(is_causal), window)
-    out, lse = _attend(call, *_varying(query, key, value, bias, mask, kv_lengths))
-    if rows is not None:
-        rows = rows.swapaxes(1, 2)
-        out = jnp.where(rows, out, 0)
-    if not return_residual:
-        return out.reshape(shape)
-    if rows is not None:
-        lse = jnp.where(rows[..., 0], lse, -jnp.inf)
-    residual = jax.lax.stop_gradient(lse.astype(key.dtype))
-    return out.reshape(shape), residual.reshape(shape[:-1])
+    return call, (query, key, value, bias, mask, kv_lengths)
 
 
 def _four_axes(name: str, x: Any) -> Any:
@@ -687,3 +796,9 @@ def _backward(call: _Attention, residuals: tuple[Any, ...], grads: list[Any]) ->
 _differentiable = jax.custom_vjp(_results, nondiff_argnums=(0,))
 _differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 _attend = jax.jit(_differentiable, static_argnums=0)  # so that a call outside of jit is quick
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(call: _Attention, *arguments: Any) -> list[Any]:
+    """Return dq, dk and dv."""
+    return _run(_Backward(call, return_dbias=False), *arguments)

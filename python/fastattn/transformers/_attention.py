@@ -2,7 +2,7 @@
 """The attention of one layer: what transformers calls in every one.
 
 The call itself is `fastattn.torch.attention`; `varlen_attention` where sequences are packed in a
-row (`_packed.py`).
+row (`_packed.py`); under `context_parallel`, attention over ranks (`_ranks.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from transformers.utils import output_capturing
 
 import fastattn
 import fastattn.torch
+from fastattn.torch._context_parallel import active
 from fastattn.torch._tensors import drawn_dropout
-from fastattn.transformers import _packed
+from fastattn.transformers import _packed, _ranks
 from fastattn.transformers._mask import Pattern
 
 
@@ -65,6 +66,18 @@ def attention(
     weights : Tensor of shape (batch, q_heads, q_len, kv_len), or None
         Without dropout, and without a gradient.
     """
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", False)
+    options: dict[str, Any] = {"bias": position_bias, "scale": scaling}
+    options |= {"softcap": softcap, "sinks": s_aux}
+    weighed = bool(output_attentions) or _collected()
+    ranks = getattr(attention_mask, "ranks", None) or active()
+    if ranks is not None:
+        _refuse(module, attention_mask, s_aux, others)
+        operands = (query, key, value, attention_mask, bool(is_causal))
+        dropout_p = dropout if module.training else 0.0
+        out = _ranks.attention(ranks, module, *operands, options, dropout_p, others, weighed)
+        return out.contiguous(), None
     chunk_size = getattr(attention_mask, "chunk_size", None)
     if type(attention_mask) is Pattern and attention_mask.is_made:
         attention_mask = attention_mask.whole()
@@ -76,13 +89,8 @@ def attention(
     elif attention_mask is not None:
         seen = {"mask": attention_mask}
     else:
-        if is_causal is None:
-            is_causal = getattr(module, "is_causal", False)
         seen = {"is_causal": True, "query_offset": 0} if is_causal and query.shape[2] > 1 else {}
-    options: dict[str, Any] = {"bias": position_bias, "scale": scaling}
-    options |= {"softcap": softcap, "sinks": s_aux}
     dropped = drawn_dropout(dropout) if dropout > 0 and module.training else {}
-    weighed = bool(output_attentions) or _collected()
     if "starts" in seen or _packed.are_told(others):
         out, seen = _packed.attention(
             query, key, value, seen, options | dropped, others, weighed, chunk_size

@@ -18,10 +18,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
+from fastattn.torch._context_parallel import active
 from fastattn.transformers import _packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from fastattn.torch._context_parallel import OverRanks
 
 # What models ask of a mask without its numbers; `to` returns it where it is already.
 DESCRIPTIONS = {
@@ -41,6 +44,8 @@ class Pattern(Tensor):
 
     _seen: dict[str, Any]
     _whole: Tensor | None
+    ranks: OverRanks | None  # under context_parallel: what is seen is said of the whole sequence
+    refusal: str | None  # what is not there over ranks; a layer tells it, when all of them are met
 
     @staticmethod
     def __new__(cls: type[Self], shape: tuple[int, ...], seen: dict[str, Any]) -> Self:
@@ -51,7 +56,7 @@ class Pattern(Tensor):
         self: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device="cpu")
         torch._C._set_throw_on_mutable_data_ptr(self)  # an error for extensions, not a crash
         self._seen = seen
-        self._whole = None
+        self._whole = self.ranks = self.refusal = None
         return self
 
     @classmethod
@@ -77,6 +82,11 @@ class Pattern(Tensor):
 
     def whole(self) -> Tensor:
         """Return the mask itself, with its numbers also where torch traces with fake tensors."""
+        if self.ranks is not None:
+            raise NotImplementedError(
+                "attn_implementation='fastattn' has no masks that a model reads or changes under "
+                "fastattn.torch.context_parallel"
+            )
         if self._whole is None:
             with torch.inference_mode(False), _disable_current_modes():
                 self._whole = _whole(tuple(self.shape), **self._seen)
@@ -86,7 +96,9 @@ class Pattern(Tensor):
         """Return another pattern, with a copy of the mask if there is one."""
         if self._whole is not None:
             return Pattern.of(copy.deepcopy(self._whole, memo))
-        return Pattern(tuple(self.shape), copy.deepcopy(self._seen, memo))
+        copied = Pattern(tuple(self.shape), copy.deepcopy(self._seen, memo))
+        copied.ranks, copied.refusal = self.ranks, self.refusal
+        return copied
 
     @classmethod
     def __torch_function__(
@@ -216,6 +228,10 @@ def mask(
     -------
     Tensor of bool, shape (batch, 1, q_len, kv_len), or None
     """
+    ranks = active()
+    if ranks is not None:
+        shape = (batch_size, 1, q_length, kv_length)
+        return _over_ranks(ranks, shape, q_offset, kv_offset, mask_function, attention_mask)
 
     def make() -> Tensor:
         made: Tensor = masking_utils.sdpa_mask(
@@ -279,6 +295,39 @@ def mask(
         may_skip = allow_is_causal_skip if causal_layer else allow_is_bidirectional_skip
         return None if may_skip and not seen else make()
     return Pattern((batch_size, 1, q_length, kv_length), seen)
+
+
+def _over_ranks(
+    ranks: OverRanks,
+    shape: tuple[int, ...],
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None,
+) -> Pattern:
+    """Return the pattern of what queries see among the keys of all ranks, of which some are here.
+
+    Packed sequences are no matter of it: that the positions of these rows leap says nothing.
+    """
+    if is_tracing(attention_mask):
+        raise NotImplementedError(
+            "attn_implementation='fastattn' has no torch.compile or torch.export under "
+            "fastattn.torch.context_parallel"
+        )
+    known = _known(mask_function, sys.maxsize)
+    causal, left, right = known or (False, None, None)
+    seen: dict[str, Any] = {"is_causal": causal, "query_offset": 0}
+    if left is not None or right is not None:
+        seen["window"] = (left, right)
+    pattern = Pattern(shape, seen)
+    pattern.ranks = ranks
+    if known is None:
+        pattern.refusal = "mask beside causal ones and sliding windows"
+    elif int(q_offset) != 0 or kv_offset != 0:
+        pattern.refusal = "cache of earlier tokens"
+    elif attention_mask is not None and not bool((attention_mask != 0).all()):
+        pattern.refusal = "padding (an attention_mask that hides tokens)"
+    return pattern
 
 
 def _keys_seen(

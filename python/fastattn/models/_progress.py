@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 
 PATIENCE = 1.0  # seconds before a line appears by itself
 PAUSE = 0.1  # seconds between two lines: a terminal is slow
+Advance = Callable[[int], None]
 
 
 @contextlib.contextmanager
-def progress_line(what: str, total: int, shown: bool | None) -> Iterator[Callable[[int], None]]:
+def progress_line(what: str, total: int, shown: bool | None) -> Iterator[Advance]:
     """Give the function that is told how much of the total is done; the line vanishes at the end.
 
     Where `shown` is None, it is shown if stderr is a terminal and the work takes long.

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model that ranks run together says what it says in one process, or why not, on every rank."""
 
+import re
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fastattn import models
-from fastattn.models import _family
+from fastattn.models import _family, _progress
 from fastattn.models._generation import READ_TOKENS
 from tests.distributed.threads import World
 from tests.models import test_bert, test_gpt2, test_llama
@@ -191,9 +193,22 @@ def test_who_looks_on(llama, made):
     assert (without != llama.score(text).log_probabilities).any()
 
 
-def test_the_first_rank_shows_progress(llama, capsys):
+def test_the_first_rank_shows_progress(llama, made, monkeypatch, capsys):
+    """In lines that stay, now and then: ranks have no terminal."""
     text = text_of(600)
-    World(3).run(lambda comm: llama.score(text, comm=comm, progress=True, method="gather"))
-    lines = capsys.readouterr().err.split("\r\x1b[K")
-    assert lines[1].startswith("600 tokens: ")
-    assert lines[-1] == ""
+    encoder = models.load(made)
+
+    def lines():
+        World(3).run(lambda comm: llama.score(text, comm=comm, progress=True))
+        World(3).run(lambda comm: encoder.encode(["a", "b"], comm=comm, progress=True))
+        return capsys.readouterr().err.splitlines()
+
+    assert lines() == []
+    monkeypatch.setattr(_progress, "LINE_PAUSE", 0)
+    *scored, encoded = lines()
+    assert encoded == "2 texts: 100%, 0 s left"
+    shares = [int(re.fullmatch(r"600 tokens: (\d+)%, \d+ s left", x)[1]) for x in scored]
+    assert shares[:3] == [25, 50, 75]  # three layers, and the head
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+    assert len(shares) > 4

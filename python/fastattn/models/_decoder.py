@@ -376,7 +376,8 @@ class Decoder(Observed):
         shard = ranks.shard(len(tokens) - 1, self.config.num_hidden_layers)
         work = len(shard.positions) * (shard.layers + 1)  # the head is as good as a layer
         shown = progress if ranks.rank == 0 else False
-        with progress_line(f"{len(tokens)} tokens", work, shown) as shard.advance:
+        what = f"{len(tokens)} tokens"
+        with progress_line(what, work, shown, stays=True) as shard.advance:
             states = self._model(tokens[shard.positions], shard)
             finite = np.isfinite(states).all(axis=1)
             known = self._log_probabilities(states, tokens[1:][shard.positions], shard.advance)

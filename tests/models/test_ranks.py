@@ -230,6 +230,10 @@ def test_the_first_rank_shows_progress(llama, made, monkeypatch, capsys):
         return capsys.readouterr().err.splitlines()
 
     assert lines() == []
+    llama.score(text, progress=True)  # in one process, a line that vanishes
+    assert re.fullmatch(
+        r"(\r\x1b\[K600 tokens: \d+%, \d+ s left)+\r\x1b\[K", capsys.readouterr().err
+    )
     monkeypatch.setattr(_progress, "LINE_PAUSE", 0)
     *scored, encoded = lines()
     assert encoded == "2 texts: 100%, 0 s left"

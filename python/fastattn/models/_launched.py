@@ -60,9 +60,9 @@ class World:
             return
         if isinstance(error, ERRORS):
             complain(f"rank {self._comm.rank}: {said(error)}")
-        else:
+        elif not isinstance(error, KeyboardInterrupt):
             traceback.print_exception(error)
-        sys.stderr.flush()
+            sys.stderr.flush()
         self._comm.Abort(FAILED)
 
     def first(self, do: Callable[[], T]) -> T:

@@ -17,6 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from fastattn import models
 from fastattn.models import bert, llama
 from fastattn.models._checkpoint import from_folder
+from fastattn.models._context import Texts
 from fastattn.models._load import FAMILIES
 from tests.support.gguf import file_of
 from tests.support.gguf_models import EMBEDDINGS, bytes_metadata, small
@@ -207,7 +208,7 @@ def test_poolings(encoder, name):
     write(encoder, modules=steps("Transformer", "Pooling"))
     model = models.load(write(encoder, **{"1_Pooling__config": {"pooling_mode": name}}))
     ids = model.tokenize("a b c b")
-    states = model._model(np.int64(ids), np.int64([0, 4]))
+    states = model._model(np.int64(ids), Texts(np.int64([0, 4])))
     found = model.encode(["a b c b"])
     assert_allclose(found[0], POOLED[name](states), rtol=0, atol=1e-5)
     for stated in ({"pooling_mode": [name]}, {f"pooling_mode_{OLD.get(name, name)}": True}):

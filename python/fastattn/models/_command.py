@@ -23,6 +23,7 @@ import numpy as np
 from fastattn import models
 from fastattn.models import _wav
 from fastattn.models._file import within
+from fastattn.models._launched import ERRORS, FAILED, complain, world
 
 if TYPE_CHECKING:
     from fastattn.models import Decoder
@@ -106,21 +107,28 @@ def main(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit.
         return 128 + signal.SIGPIPE
-    except (ImportError, OSError, ValueError) as error:
-        _complain(error)
-        return 2
-    except MemoryError as error:
-        _complain(f"the memory is too small for it: {error}")
-        return 2
+    except ERRORS as error:
+        complain(error)
+        return FAILED
     return 0
 
 
 def _embed(options: argparse.Namespace) -> None:
     """Print a JSON array for each text, or what else is asked for."""
-    texts = _texts(options)
-    if options.output is not None:
-        options.output.open("ab").close()  # An error comes before the work.
-    vectors = _model(options, models.Encoder).encode(texts, prompt_name=options.prompt_name)
+
+    def given() -> list[str]:
+        texts = _texts(options, ranks.has_stdin)
+        if options.output is not None:
+            options.output.open("ab").close()  # An error comes before the work.
+        return texts
+
+    with world() as ranks:
+        texts = ranks.first(given)
+        model = ranks.each(lambda: _model(options, models.Encoder))
+        how = {"prompt_name": options.prompt_name, **ranks.over}
+        vectors = ranks.each(lambda: model.encode(texts, **how), ValueError)
+    if not ranks.is_first:
+        return
     if options.output is not None:
         with options.output.open("wb") as file:
             np.save(file, vectors)
@@ -176,7 +184,7 @@ def _chat(options: argparse.Namespace) -> None:
         except ValueError as error:
             if not talking:
                 raise
-            _complain(f"{error}; {NEW} forgets the conversation")
+            complain(f"{error}; {NEW} forgets the conversation")
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": text})
@@ -230,9 +238,12 @@ def _answer(model: Decoder, pieces: Iterator[str], options: argparse.Namespace) 
 
 def _score(options: argparse.Namespace) -> None:
     """Print a text's perplexity, after its tokens if they are asked for."""
-    text = _read(options.file, "a FILE")
-    model = _model(options, models.Decoder)
-    score = model.score(text)
+    with world() as ranks:
+        text = ranks.first(lambda: _read(options.file, "a FILE", ranks.has_stdin))
+        model = ranks.each(lambda: _model(options, models.Decoder))
+        score = ranks.each(lambda: model.score(text, **ranks.over), ValueError)
+    if not ranks.is_first:
+        return
     if options.tokens:
         known = ["-", *(f"{x:.4f}" for x in score.log_probabilities)]
         for token, x in zip(score.ids, known, strict=True):
@@ -296,18 +307,20 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: x for name in names if (x := getattr(options, name)) is not None}
 
 
-def _texts(options: argparse.Namespace) -> list[str]:
+def _texts(options: argparse.Namespace, has_stdin: bool = True) -> list[str]:
     """Return the texts that are given as arguments, or as lines of a file."""
     if options.texts and options.file is not None:
         raise ValueError("TEXT and --file must not be given together")
     if options.texts in ([], ["-"]):
-        return _lines(_read("-" if options.texts else options.file, "a TEXT"))
+        return _lines(_read("-" if options.texts else options.file, "a TEXT", has_stdin))
     texts: list[str] = options.texts
     return texts
 
 
-def _read(name: str | None, what: str) -> str:
+def _read(name: str | None, what: str, has_stdin: bool = True) -> str:
     """Return the text of a file in UTF-8; of stdin, if the name is -, or none and it is piped."""
+    if name in (None, "-") and not has_stdin:
+        raise ValueError(f"there must be {what} over ranks, whose stdin may have no end")
     if name is None and sys.stdin.isatty():
         raise ValueError(f"there must be {what}, or text on stdin")
     if name in (None, "-"):
@@ -342,8 +355,3 @@ def _tell(text: str) -> None:
     """Write a line to stderr."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
-
-
-def _complain(error: Exception | str) -> None:
-    """Write a line to stderr that says what is wrong."""
-    _tell(f"fastattn: error: {error}".replace("\n", " "))

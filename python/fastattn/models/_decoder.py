@@ -14,16 +14,20 @@ from fastattn._arguments import whole_number
 from fastattn.models._capture import Observed
 from fastattn.models._chat import checked_messages, render
 from fastattn.models._generation import READ_TOKENS, Generation
+from fastattn.models._progress import Advance, progress_line
 from fastattn.models._sampling import Options, Sampling, takes
 from fastattn.models._streaming import StoppedText, TextStream, pieces_of
 from fastattn.models._tokens import encoded, fitting, tokens_of, unicode_text
 from fastattn.nn import Floats, Integers
 
 if TYPE_CHECKING:
+    from fastattn.distributed._calls import Method
     from fastattn.models._checkpoint import Checkpoint
     from fastattn.models._family import DecoderModel
+    from fastattn.models._ranks import Ranks
 
 SCORE_ROWS = 128  # whose logits are there at once when a text is scored
+NOT_FINITE = "hidden states must be finite: weights are not, or are too large"
 SEEN_TOKENS = 16  # of a prompt, which decide how its text goes on
 
 
@@ -253,14 +257,35 @@ class Decoder(Observed):
         pieces = self._pieces([prompt], Sampling(**options), seen=0)
         return (x[0] for x in pieces)
 
-    def score(self, text: str) -> Score:
+    def score(
+        self,
+        text: str,
+        *,
+        comm: Any = None,
+        method: Method = "ring",
+        timeout: float | None = None,
+        progress: bool | None = None,
+    ) -> Score:
         """Return how likely a text is, token by token.
+
+        With `comm`, ranks read one text together, for contexts that are too long for one process:
+        all call it, each has a share of the tokens, and each gets the whole score.
 
         Parameters
         ----------
         text : str
             Of at least two tokens, with those that the tokenizer adds, and at most
-            `max_position_embeddings`.
+            `max_position_embeddings`. All ranks give the same.
+        comm : communicator of mpi4py, or ProcessGroup or DeviceMesh of torch.distributed, optional
+            The ranks, as for `fastattn.distributed.attention`.
+        method : "ring", "gather" or "heads"
+            How keys travel, likewise. By a ring, probabilities are those of one process to
+            rounding; by the others they have the same bits over any number of ranks.
+        timeout : float, optional
+            Seconds to wait for other ranks in one step, likewise.
+        progress : bool, optional
+            Whether stderr is told how far it is, of ranks by the first one; by default where it is
+            a terminal and it takes more than a second.
 
         Returns
         -------
@@ -269,20 +294,31 @@ class Decoder(Observed):
         Raises
         ------
         TypeError, ValueError
-            The text is no such str.
+            The text is no such str. Or with comm: an argument is refused on another rank, ranks
+            give different ones, or a capture is on.
+        TimeoutError, ConnectionError
+            Another rank was late or is gone, as in `fastattn.distributed.attention`.
         """
-        ids = self.tokenize(text)
-        if len(ids) < 2:
-            raise ValueError(f"text must be at least 2 tokens, got {len(ids)}")
-        tokens = self._fitting("text", ids)
-        found = np.empty(len(tokens) - 1, np.float32)
-        for first, states in self._states(tokens[:-1]):
-            for begin in range(0, len(states), SCORE_ROWS):
-                rows = nn.log_softmax(self._model.head(states[begin : begin + SCORE_ROWS]))
-                place = slice(first + begin, first + begin + len(rows))
-                found[place] = rows[np.arange(len(rows)), tokens[1:][place]]
+
+        def check() -> tuple[Integers, dict[str, Any]]:
+            ids = self.tokenize(text)
+            if len(ids) < 2:
+                raise ValueError(f"text must be at least 2 tokens, got {len(ids)}")
+            tokens = self._fitting("text", ids)
+            return tokens, {"text": tokens}
+
+        if comm is None:
+            tokens, _ = check()
+            found = self._scored(tokens, progress)
+        else:
+            from fastattn.models._ranks import Ranks
+
+            ranks = Ranks(comm, "score", method, timeout)
+            tokens = ranks.agreed(self._model, check)
+            found = self._scored_over(ranks, tokens, progress)
         with np.errstate(over="ignore"):  # of a text that cannot be: infinite
-            return Score(ids, found, float(np.exp(-found.mean(dtype=np.float64))))
+            perplexity = float(np.exp(-found.mean(dtype=np.float64)))
+        return Score(tokens.tolist(), found, perplexity)
 
     def logit_lens(self, text: str | ArrayLike, token: str | int, *, row: int = -1) -> Floats:
         """Return what the model would say of a token behind each layer, if it were the last one.
@@ -325,6 +361,41 @@ class Decoder(Observed):
         states = self._model.norm(self._model.last_norm, captured.hidden[:, 0])
         return nn.log_softmax(self._model.head(states))[:, column].copy()
 
+    def _scored(self, tokens: Integers, progress: bool | None) -> Floats:
+        """Return the log-probability of each token but the first."""
+        rows = len(tokens) - 1
+        found = np.empty(rows, np.float32)
+        with progress_line(f"{len(tokens)} tokens", rows, progress) as advance:
+            for begin, states in self._states(tokens[:-1]):
+                place = slice(begin, begin + len(states))
+                found[place] = self._log_probabilities(states, tokens[1:][place], advance)
+        return found
+
+    def _scored_over(self, ranks: Ranks, tokens: Integers, progress: bool | None) -> Floats:
+        """Do what `_scored` does, over ranks."""
+        shard = ranks.shard(len(tokens) - 1, self.config.num_hidden_layers)
+        work = len(shard.positions) * (shard.layers + 1)  # the head is as good as a layer
+        shown = progress if ranks.rank == 0 else False
+        what = f"{len(tokens)} tokens"
+        with progress_line(what, work, shown, stays=True) as shard.advance:
+            states = self._model(tokens[shard.positions], shard)
+            finite = np.isfinite(states).all(axis=1)
+            known = self._log_probabilities(states, tokens[1:][shard.positions], shard.advance)
+        told = ranks.whole(shard.layout, np.stack([finite.astype(np.float32), known], axis=1))
+        if not told[:, 0].all():
+            raise ValueError(NOT_FINITE)
+        return told[:, 1].copy()
+
+    def _log_probabilities(self, states: Floats, ids: Integers, advance: Advance) -> Floats:
+        """Return the log-probability of the token behind each state."""
+        found = np.empty(len(ids), np.float32)
+        for begin in range(0, len(ids), SCORE_ROWS):
+            place = slice(begin, begin + SCORE_ROWS)
+            rows = nn.log_softmax(self._model.head(states[place]))
+            found[place] = rows[np.arange(len(rows)), ids[place]]
+            advance(len(rows))
+        return found
+
     def _states(self, tokens: Integers) -> Iterator[tuple[int, Floats]]:
         """Yield the last hidden states of READ_TOKENS tokens, and where they begin, until all."""
         context = self._model.context(1)
@@ -333,7 +404,7 @@ class Decoder(Observed):
             context.feed([len(part)])
             states = self._model(part, context)
             if not np.isfinite(states).all():
-                raise ValueError("hidden states must be finite: weights are not, or are too large")
+                raise ValueError(NOT_FINITE)
             yield begin, states
 
     def _generation(self, prompts: list[Integers], sampling: Sampling) -> Generation:

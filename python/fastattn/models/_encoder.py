@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastattn.models._capture import Observed
+from fastattn.models._context import Texts
 from fastattn.models._family import EncoderModel
 from fastattn.models._progress import progress_line
 from fastattn.models._tokens import encoded, unicode_text, unicode_texts
-from fastattn.nn import Floats, linear
+from fastattn.nn import Floats, Integers, linear
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from fastattn.distributed._calls import Method
+    from fastattn.models._ranks import Ranks
 
 CHUNK_CHARACTERS = 2**19  # that become tokens at once: within half a second
 TEXT_CHARACTERS = 100  # what a text costs beside its own characters
@@ -101,6 +105,9 @@ class Encoder(Observed):
         texts: Sequence[str],
         *,
         prompt_name: str | None = None,
+        comm: Any = None,
+        method: Method = "ring",
+        timeout: float | None = None,
         progress: bool | None = None,
     ) -> Floats:
         """Return the embeddings of texts.
@@ -109,14 +116,25 @@ class Encoder(Observed):
         beside the texts and the result stays bounded, but for a long text: all of it becomes tokens
         before it is cut, in a second and 100 MB for each million characters.
 
+        With `comm`, ranks read the texts together: all call it, each has a share of the tokens,
+        also of one long text, and each gets all embeddings.
+
         Parameters
         ----------
         texts : sequence of str
+            All ranks give the same.
         prompt_name : str, optional
             Which of `prompts` goes before each text; by default the one that the checkpoint says.
+        comm : communicator of mpi4py, or ProcessGroup or DeviceMesh of torch.distributed, optional
+            The ranks, as for `fastattn.distributed.attention`.
+        method : "ring", "gather" or "heads"
+            How keys travel, likewise. By "heads", embeddings have the bits of one process; by the
+            others, they are the same to rounding.
+        timeout : float, optional
+            Seconds to wait for other ranks in one step, likewise.
         progress : bool, optional
-            Whether a line of stderr says how far it is; by default where stderr is a terminal and
-            it takes more than a second.
+            Whether stderr is told how far it is, of ranks by the first one; by default where it is
+            a terminal and it takes more than a second.
 
         Returns
         -------
@@ -126,24 +144,50 @@ class Encoder(Observed):
         ------
         TypeError, ValueError
             A text is no str, or holds half of a surrogate pair; the prompt is unknown; the
-            tokenizer fails; weights are not finite.
+            tokenizer fails; weights are not finite. Or with comm: an argument is refused on another
+            rank, ranks give different ones, or a capture is on.
+        TimeoutError, ConnectionError
+            Another rank was late or is gone, as in `fastattn.distributed.attention`.
         """
-        texts = unicode_texts("texts", texts)
-        prompt = self._prompt(self._default_prompt if prompt_name is None else prompt_name)
-        sizes = [TEXT_CHARACTERS + len(prompt) + len(x) for x in texts]
-        out = np.empty((len(texts), self._width), np.float32)
-        with progress_line(f"{len(texts)} texts", sum(sizes), progress) as advance:
+
+        def check() -> tuple[tuple[list[str], str], dict[str, Any]]:
+            given = unicode_texts("texts", texts)
+            prompt = self._prompt(self._default_prompt if prompt_name is None else prompt_name)
+            return (given, prompt), {"texts": given, "prompt": prompt}
+
+        ranks: Ranks | None = None
+        if comm is None:
+            (given, prompt), _ = check()
+        else:
+            from fastattn.models._ranks import Ranks
+
+            ranks = Ranks(comm, "encode", method, timeout)
+            given, prompt = ranks.agreed(self._model, check)
+        most = BATCH_TOKENS * (1 if ranks is None else ranks.size)
+        shown = progress if ranks is None or ranks.rank == 0 else False
+        sizes = [TEXT_CHARACTERS + len(prompt) + len(x) for x in given]
+        out = np.empty((len(given), self._width), np.float32)
+        stays = ranks is not None
+        with progress_line(f"{len(given)} texts", sum(sizes), shown, stays=stays) as advance:
             for chunk in batches(sizes, CHUNK_CHARACTERS):
-                tokens = self._tokenize([prompt + texts[i] for i in chunk])
+                tokens = self._tokenize([prompt + given[i] for i in chunk])
                 pooled = np.zeros((len(chunk), self._model.config.hidden_size), np.float32)
-                for batch in batches([len(x) for x in tokens], BATCH_TOKENS):
+                for batch in batches([len(x) for x in tokens], most):
                     starts = np.cumsum([0, *(len(tokens[i]) for i in batch)], dtype=np.int64)
-                    states = self._model(np.concatenate([tokens[i] for i in batch]), starts)
+                    ids = np.concatenate([tokens[i] for i in batch])
+                    states = self._states(ids, starts, ranks)
                     for i, (begin, end) in zip(batch, pairwise(starts), strict=True):
                         pooled[i] = POOLINGS[self._pooling](states[begin:end])
                     advance(sum(sizes[chunk[i]] for i in batch))
                 out[chunk] = self._projected(pooled)
         return out
+
+    def _states(self, ids: Integers, starts: Integers, ranks: Ranks | None) -> Floats:
+        """Return the last hidden states of packed texts: all of them, also over ranks."""
+        if ranks is None:
+            return self._model(ids, Texts(starts))
+        shard = ranks.texts(starts)
+        return ranks.whole(shard.layout, self._model(ids[shard.places], shard))
 
     def _projected(self, x: Floats) -> Floats:
         """Return what follows the pooling: projections, and a length of 1."""

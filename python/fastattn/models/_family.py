@@ -19,11 +19,12 @@ import numpy as np
 
 from fastattn import nn
 from fastattn.models._capture import Attention, Watched
-from fastattn.models._context import Context
+from fastattn.models._context import Context, Reading, Texts
 from fastattn.models._file import KINDS, check, shown
 from fastattn.nn import Floats, Integers
 
 MOST_LAYERS = 1000  # so that a wrong file does not fill the memory with names
+NETWORK_ROWS = 4096  # that a feed-forward network is given at once
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -198,7 +199,7 @@ class Model(Watched, ABC, Generic[C]):
     ) -> Floats:
         """Return x after a feed-forward network, whose layers up and down have these names."""
         up, up_bias, down, down_bias = self._layers(*names)
-        return nn.feed_forward(x, up, down, up_bias, down_bias, activation)
+        return by_rows(lambda x: nn.feed_forward(x, up, down, up_bias, down_bias, activation), x)
 
     def gated_feed_forward(
         self,
@@ -208,8 +209,8 @@ class Model(Watched, ABC, Generic[C]):
     ) -> Floats:
         """Return x after a feed-forward network with the layers gate, up and down."""
         gate, gate_bias, up, up_bias, down, down_bias = self._layers(*names)
-        biases = gate_bias, up_bias, down_bias
-        return nn.gated_feed_forward(x, gate, up, down, *biases, activation)
+        rest = gate, up, down, gate_bias, up_bias, down_bias, activation
+        return by_rows(lambda x: nn.gated_feed_forward(x, *rest), x)
 
     def _layers(self, *names: str) -> list[Any]:
         """Return the weight of each linear layer, and behind it its bias, or None."""
@@ -242,7 +243,7 @@ class DecoderModel(Model[C]):
         """Return what has been read of so many sequences: nothing yet."""
 
     @abstractmethod
-    def __call__(self, ids: Integers, context: Context) -> Floats:
+    def __call__(self, ids: Integers, context: Reading) -> Floats:
         """Return the hidden states of the tokens that the context was told of, (total, hidden)."""
 
     @abstractmethod
@@ -253,7 +254,7 @@ class DecoderModel(Model[C]):
     def norm(self, name: str, x: Floats) -> Floats:
         """Return x, normalised by the weights of that name."""
 
-    def layers(self, ids: Integers, x: Floats, context: Context) -> Iterator[int]:
+    def layers(self, ids: Integers, x: Floats, context: Reading) -> Iterator[int]:
         """Yield the number of each layer, which changes the states x in place.
 
         The observers are told the tokens, x before each layer and behind all, and, by the context,
@@ -271,22 +272,26 @@ class EncoderModel(Model[C]):
     """A model that reads whole texts. Its configuration has `hidden_size`."""
 
     @abstractmethod
-    def __call__(self, ids: Integers, cu_seqlens: Integers) -> Floats:
-        """Return the last hidden states of packed texts, of shape (tokens, hidden_size)."""
+    def __call__(self, ids: Integers, texts: Texts) -> Floats:
+        """Return the last hidden states of the texts' tokens, of shape (tokens, hidden_size)."""
 
     def attend(
-        self,
-        layer: int,
-        query: Floats,
-        key: Floats,
-        value: Floats,
-        heads: int,
-        cu_seqlens: Integers,
+        self, layer: int, query: Floats, key: Floats, value: Floats, heads: int, texts: Texts
     ) -> Floats:
-        """Do what `nn.multi_head_attention` does, of which the observers are told."""
-        seen = nn.multi_head_attention(query, key, value, heads, cu_seqlens)
+        """Return what the tokens see of their texts in a layer, of which the observers are told."""
+        seen = texts.attend(query, key, value, heads)
         q, k, v = (x.reshape(len(x), heads, -1) for x in (query, key, value))
         return self.attended(layer, Attention(q, k, v, {"is_causal": False}), seen)
+
+
+def by_rows(network: Callable[[Floats], Floats], x: Floats) -> Floats:
+    """Return what a feed-forward network gives: of many rows in parts, whose memory is small."""
+    if len(x) <= NETWORK_ROWS:
+        return network(x)
+    out = np.empty_like(x)
+    for begin in range(0, len(x), NETWORK_ROWS):
+        out[begin : begin + NETWORK_ROWS] = network(x[begin : begin + NETWORK_ROWS])
+    return out
 
 
 def parameters(weights: Mapping[str, tuple[int, ...]], *, bias: bool = True) -> Shapes:

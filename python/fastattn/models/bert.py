@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.models._context import Texts
 from fastattn.models._family import BaseConfig, EncoderModel, Shapes, of_layers, parameters
 from fastattn.nn import Floats, Integers, gelu
 
@@ -71,31 +72,30 @@ class BertModel(EncoderModel[Config]):
         found = parameters(tables, bias=False) | parameters({"embeddings.LayerNorm": (hidden,)})
         return found | of_layers("encoder.layer", config.num_hidden_layers, parameters(layer))
 
-    def __call__(self, ids: Integers, cu_seqlens: Integers) -> Floats:
-        """Return the last hidden states of packed texts, of shape (tokens, hidden_size)."""
-        self.begin(ids, np.diff(cu_seqlens))
-        x = self.states(0, self.embeddings(ids, cu_seqlens))
+    def __call__(self, ids: Integers, texts: Texts) -> Floats:
+        """Return the last hidden states of the texts' tokens, of shape (tokens, hidden_size)."""
+        self.begin(ids, texts.lengths)
+        x = self.states(0, self.embeddings(ids, texts))
         for i in range(self.config.num_hidden_layers):
             layer = f"encoder.layer.{i}"
-            x = self.attention(i, x, cu_seqlens)
+            x = self.attention(i, x, texts)
             network = f"{layer}.intermediate.dense", f"{layer}.output.dense"
             inner = self.feed_forward(network, x, gelu)
             x = self.states(i + 1, self.norm(f"{layer}.output.LayerNorm", x + inner))
         return x
 
-    def embeddings(self, ids: Integers, cu_seqlens: Integers) -> Floats:
+    def embeddings(self, ids: Integers, texts: Texts) -> Floats:
         """Return what the first layer is given: of each token its word, place and type 0."""
-        place = np.arange(len(ids)) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
         x = self.embedding("embeddings.word_embeddings", ids)
         x += self.embedding("embeddings.token_type_embeddings", np.zeros(1, np.int64))
-        x += self.embedding("embeddings.position_embeddings", place)
+        x += self.embedding("embeddings.position_embeddings", texts.positions)
         return self.norm("embeddings.LayerNorm", x)
 
-    def attention(self, layer: int, x: Floats, cu_seqlens: Integers) -> Floats:
+    def attention(self, layer: int, x: Floats, texts: Texts) -> Floats:
         """Return x after a layer's attention."""
         name = f"encoder.layer.{layer}.attention"
         q, k, v = self.linears([f"{name}.self.{part}" for part in ("query", "key", "value")], x)
-        seen = self.attend(layer, q, k, v, self.config.num_attention_heads, cu_seqlens)
+        seen = self.attend(layer, q, k, v, self.config.num_attention_heads, texts)
         return self.norm(f"{name}.output.LayerNorm", x + self.linear(f"{name}.output.dense", seen))
 
     def norm(self, name: str, x: Floats) -> Floats:

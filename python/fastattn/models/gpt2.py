@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.models._context import Context
+from fastattn.models._context import Context, Reading
 from fastattn.models._family import BaseConfig, DecoderModel, Shapes, of_layers, parameters
 from fastattn.nn import Floats, Integers, gelu
 
@@ -102,7 +102,7 @@ class GPT2Model(DecoderModel[Config]):
         heads = self.config.n_head
         return Context(sequences, self.config.n_layer, heads, self.config.n_embd // heads)
 
-    def __call__(self, ids: Integers, context: Context) -> Floats:
+    def __call__(self, ids: Integers, context: Reading) -> Floats:
         """Return the last hidden states of the tokens that the context is fed."""
         x = self.embedding("wte", ids)
         x += self.embedding("wpe", context.positions)
@@ -116,7 +116,7 @@ class GPT2Model(DecoderModel[Config]):
         """Return the logits of the token that follows each state."""
         return self.linear("wte" if self.config.tie_word_embeddings else "lm_head", states)
 
-    def attention(self, layer: int, x: Floats, context: Context) -> Floats:
+    def attention(self, layer: int, x: Floats, context: Reading) -> Floats:
         """Return what a layer's attention adds."""
         name, heads = f"h.{layer}.attn", self.config.n_head
         both = self.linear(f"{name}.c_attn", x).reshape(len(x), 3, heads, -1)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.models._context import Context
+from fastattn.models._context import Context, Reading
 from fastattn.models._family import DecoderModel, RotaryConfig, Shapes, of_layers, parameters
 from fastattn.models._file import Natural
 from fastattn.nn import Floats, Integers, rotary, rotary_tables
@@ -112,7 +112,7 @@ class LlamaModel(DecoderModel[Config]):
         config = self.config
         return Context(sequences, config.num_hidden_layers, config.kv_heads, config.head_size)
 
-    def __call__(self, ids: Integers, context: Context) -> Floats:
+    def __call__(self, ids: Integers, context: Reading) -> Floats:
         """Return the last hidden states of the tokens that the context is fed."""
         x = self.embedding("model.embed_tokens", ids)
         turns = rotary_tables(context.positions, self.frequencies)
@@ -129,7 +129,7 @@ class LlamaModel(DecoderModel[Config]):
         return self.linear("model.embed_tokens" if tied else "lm_head", states)
 
     def attention(
-        self, layer: int, x: Floats, turns: tuple[Floats, Floats], context: Context
+        self, layer: int, x: Floats, turns: tuple[Floats, Floats], context: Reading
     ) -> Floats:
         """Return what a layer's attention adds."""
         name, config = f"model.layers.{layer}.self_attn", self.config

@@ -4,6 +4,7 @@
 What fails here hangs or kills the process, so each check runs in a process of its own (child.py).
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -389,7 +390,10 @@ def cpus_of_the_team(pinned, every):
     in_thread(call)
     end = time.monotonic() + 20
     while True:  # until the thread that called is gone, and the others have fallen asleep
-        found = [sorted(os.sched_getaffinity(thread)) for thread in task_ids() - before]
+        found = []
+        for thread in task_ids() - before:
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                found.append(sorted(os.sched_getaffinity(thread)))
         if found == [every] * 2 or time.monotonic() > end:
             return found
         time.sleep(0.01)

@@ -132,6 +132,15 @@ def test_empty(shape):
     )
 
 
+@every_storage
+@pytest.mark.parametrize("rows", [1, 4, 5, 70])
+def test_without_features_the_bias_is_left(isa, storage, rows):
+    x, bias = given(rows, 0, 30)
+    weight, _ = weight_of(storage, 30, 0)
+    assert_same_bits(linear(x, weight, bias), np.tile(bias, (rows, 1)))
+    assert_same_bits(linear(x, weight), np.zeros((rows, 30), np.float32))
+
+
 X, WEIGHT, BIAS = np.ones((2, 32), np.float32), np.ones((3, 32), np.float32), np.ones(3, np.float32)
 
 

@@ -216,6 +216,10 @@ def test_layers_of_the_same_x_at_once(isa, threads, rows):
     assert nn.linears(x) == []
     with pytest.raises(ValueError, match=r"^x must have shape \(total, in\), got \(1024,\)$"):
         nn.linears(x[0], *layers)
+    rule = "a layer must be a pair of a weight and a bias or None"
+    for wrong, got in ((layers[0][0], "Quantised"), (layers[0][:1], "a tuple of 1")):
+        with pytest.raises(TypeError, match=f"^{rule}, got {got}$"):
+            nn.linears(x, layers[0], wrong)
 
 
 def test_float16_of_every_kind_as_scales():
@@ -257,6 +261,35 @@ def test_blocks_of_bytes():
             Quantised.from_bytes(*arguments)
     with pytest.raises(TypeError, match=r"^blocks must be an array of \[.*\], not float32$"):
         Quantised("Q4_1", numbers)
+    with pytest.raises(TypeError, match=r"^blocks must be an array of numbers and nothing beside,"):
+        Quantised("Q4_1", weight.blocks.view(np.matrix))
+
+
+@pytest.mark.parametrize(
+    ("data", "shape", "error", "message"),
+    [
+        (bytes(34), 32, TypeError, "shape must be a tuple of int, got 32"),
+        (bytes(34), (1, 32.0), TypeError, "shape must be a tuple of int, got (1, 32.0)"),
+        (None, (1, 32), TypeError, "data must have a buffer, not NoneType"),
+        (
+            np.zeros(68, np.uint8)[::2],
+            (1, 32),
+            ValueError,
+            "data must be contiguous, got strides (2,)",
+        ),
+    ],
+)
+def test_bytes_that_are_no_blocks(data, shape, error, message):
+    with pytest.raises(error, match=rf"^{re.escape(message)}$"):
+        Quantised.from_bytes("Q8_0", data, shape)
+
+
+def test_blocks_of_a_mapped_file(tmp_path):
+    x, bias = given(6, 96, 5)
+    weight, _ = weight_of("Q4_0", 5, 96)
+    weight.blocks.tofile(tmp_path / "blocks")
+    mapped = np.memmap(tmp_path / "blocks", BLOCKS["Q4_0"], "r").reshape(5, 3)
+    assert_same_bits(linear(x, Quantised("Q4_0", mapped), bias), linear(x, weight, bias))
 
 
 @pytest.mark.parametrize(

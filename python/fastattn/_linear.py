@@ -31,7 +31,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
     The weight is read as it lies in memory, or in a mapped file, and each of its numbers is exact:
     x is not rounded. One to four rows take the time to read the weight once. What a row gives does
-    not depend on other rows, or on the number of threads, by a bit.
+    not depend on other rows, or on the number of threads, by a bit, sign and payload of NaN aside.
 
     Parameters
     ----------

@@ -81,6 +81,7 @@ def test_any_number_of_columns(isa, storage, rows):
         assert_right(linear(x, weight, bias), x, numbers, bias)
 
 
+@pytest.mark.promise("linear-rows-are-alone")
 @every_storage
 @pytest.mark.parametrize("columns", [64, 1600])
 def test_other_rows_threads_and_storage_change_no_bit(isa, threads, storage, columns):

@@ -245,6 +245,26 @@ def test_tensors_give_tensors():
     )
 
 
+@pytest.mark.promise("nothing-is-detached-silently", "more-than-numbers-is-refused")
+def test_what_would_be_lost_is_refused():
+    torch = pytest.importorskip("torch")
+    x, bias = given(6, 32, 5)
+    weight, _ = weight_of("float32", 5, 32)
+    parameter = torch.nn.Parameter(torch.from_numpy(weight))
+    masked = np.ma.masked_array(weight, weight > 0)
+    for arguments, name in (
+        ((x, parameter), "weight"),
+        ((torch.from_numpy(x).requires_grad_(), weight), "x"),
+        ((x, weight, torch.from_numpy(bias).requires_grad_()), "bias"),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} requires grad, and this call has no"):
+            linear(*arguments)
+    with pytest.raises(TypeError, match=r"^weight must be an array of numbers and nothing beside"):
+        linear(x, masked)
+    with torch.no_grad():
+        assert_same_bits(linear(x, parameter), linear(x, weight))
+
+
 def test_blocks_of_bytes():
     weight, numbers = weight_of("Q4_1", 6, 96)
     data = weight.blocks.tobytes()

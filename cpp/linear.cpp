@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <memory>
 
@@ -26,23 +27,27 @@ constexpr double kBytes = 1e10;     // a second, of one thread; roughly
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What each float16 is, by its bits. No number on the way is subnormal, which a process may have
-// set to count as 0.
+// What each float16 is, by its bits. Leaked on purpose: a call may still run while the process
+// exits. No lock, which a fork in another thread would leave behind. No number on the way is
+// subnormal, which a process may have set to count as 0.
 const float* halves() {
-    static const auto table = [] {
-        auto numbers = std::make_unique<std::array<float, 1 << 16>>();
-        for (uint32_t bits = 0; bits < numbers->size(); ++bits) {
-            const uint32_t sign = bits >> 15 << 31, exponent = bits >> 10 & 31;
-            const uint32_t fraction = bits & 1023;
-            const uint32_t whole = exponent == 0
-                                       ? std::bit_cast<uint32_t>(float(fraction) * 0x1p-24f)
-                                   : exponent == 31 ? 0x7f800000 | fraction << 13
-                                                    : (exponent + 112) << 23 | fraction << 13;
-            (*numbers)[bits] = std::bit_cast<float>(sign | whole);
-        }
-        return numbers;
-    }();
-    return table->data();
+    using Table = std::array<float, 1 << 16>;
+    static std::atomic<const Table*> all{nullptr};
+    const Table* found = all.load(std::memory_order_acquire);
+    if (found != nullptr) return found->data();
+    auto fresh = std::make_unique<Table>();
+    for (uint32_t bits = 0; bits < fresh->size(); ++bits) {
+        const uint32_t sign = bits >> 15 << 31, exponent = bits >> 10 & 31;
+        const uint32_t fraction = bits & 1023;
+        const uint32_t whole = exponent == 0 ? std::bit_cast<uint32_t>(float(fraction) * 0x1p-24f)
+                               : exponent == 31 ? 0x7f800000 | fraction << 13
+                                                : (exponent + 112) << 23 | fraction << 13;
+        (*fresh)[bits] = std::bit_cast<float>(sign | whole);
+    }
+    if (all.compare_exchange_strong(found, fresh.get(), std::memory_order_acq_rel)) {
+        found = fresh.release();
+    }
+    return found->data();
 }
 
 double bytes_of(const LinearArgs& args) {
@@ -118,7 +123,7 @@ bool linear(const std::vector<LinearArgs>& layers, Interrupt interrupt) {
         ends.push_back((ends.empty() ? 0 : ends.back()) + cut.items());
         scratch_bytes = std::max(scratch_bytes, functions.scratch_bytes(cut.block(0, nullptr)));
     }
-    const int64_t items = ends.empty() ? 0 : ends.back();
+    const int64_t items = ends.back();
     const int threads = team_size(items, seconds, threads_at_hand);
     const Memory memory = allocate(scratch_bytes * size_t(threads));
     const auto multiply = [&](int64_t item, int worker, const Stop& stop) {

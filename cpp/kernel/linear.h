@@ -120,12 +120,13 @@ void with_storage(Storage storage, const Visit& visit) {
     }
 }
 
-// The last numbers of a row, with zeros behind them. Quantised rows end with a whole block.
+// The last numbers of a row, with zeros behind them. Quantised rows end with a whole block: of
+// them, those without features come here.
 template <class Stored>
-void widen_some(const char* row, int64_t step, int64_t count, Step& to) {
+void widen_some(const char* row, int64_t step, int64_t count, const float* halves, Step& to) {
     char some[size_t(Stored::bytes(kStep))] = {};
     __builtin_memcpy(some, row + Stored::bytes(step * kStep), size_t(Stored::bytes(count)));
-    Stored::widen(some, 0, nullptr, to);
+    Stored::widen(some, 0, halves, to);
 }
 
 // The sums of the lanes of `a` that are Apart from each other, in its half of the lanes, and of `b`
@@ -216,10 +217,10 @@ template <class Stored, int Rows, int Columns>
     const int64_t step = block.in_features / kStep, rest = block.in_features % kStep;
     for (int c = 0; c < Columns; ++c) {
         Step w, xs;
-        widen_some<Stored>(weight + c * block.weight_stride, step, rest, w);
+        widen_some<Stored>(weight + c * block.weight_stride, step, rest, block.halves, w);
         for (int r = 0; r < Rows; ++r) {
             const auto* const row = reinterpret_cast<const char*>(block.x + r * block.x_stride);
-            widen_some<Plain<float>>(row, step, rest, xs);
+            widen_some<Plain<float>>(row, step, rest, nullptr, xs);
             for (int v = 0; v < kStepVectors; ++v) {
                 sum[c * Rows + r] = fma(xs[v], w[v], sum[c * Rows + r]);
             }
@@ -301,7 +302,7 @@ void pack(const char* from, int64_t stride, int64_t rows, int64_t in_features, i
             if (r >= rows) {
                 for (Vec<float>& v : step) v = Vec<float>(0.0f);
             } else if (in_features - k < kStep) {
-                widen_some<Stored>(from, k / kStep, in_features - k, step);
+                widen_some<Stored>(from, k / kStep, in_features - k, halves, step);
             } else {
                 Stored::widen(from, k / kStep, halves, step);
             }

@@ -31,7 +31,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
     The weight is read as it lies in memory, or in a mapped file, and each of its numbers is exact:
     x is not rounded. One to four rows take the time to read the weight once. What a row gives does
-    not depend on other rows, or on the number of threads, by a bit.
+    not depend on other rows, or on the number of threads, by a bit, sign and payload of NaN aside.
 
     Parameters
     ----------
@@ -88,6 +88,10 @@ def linears(x: Floats, *layers: tuple[Weight, Floats | None]) -> list[Floats]:
     x = floats("x", x)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (total, in), got {x.shape}")
+    for layer in layers:
+        if not isinstance(layer, tuple) or len(layer) != 2:
+            got = f"a tuple of {len(layer)}" if isinstance(layer, tuple) else type(layer).__name__
+            raise TypeError(f"a layer must be a pair of a weight and a bias or None, got {got}")
     return _core.linear(x, *[_layer(x, *layer) for layer in layers])
 
 

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn._arguments import is_integer
+from fastattn._arrays import as_numpy
+
 BLOCK = 32  # columns that share a scale
 BLOCKS: dict[str, np.dtype[Any]] = {
     "Q8_0": np.dtype([("scale", "<f2"), ("quants", "i1", BLOCK)]),
@@ -36,6 +39,7 @@ class Quantised:
         dtype = getattr(self.blocks, "dtype", type(self.blocks).__name__)
         if not isinstance(self.blocks, np.ndarray) or dtype != BLOCKS[self.kind]:
             raise TypeError(f"blocks must be an array of {BLOCKS[self.kind]}, not {dtype}")
+        as_numpy("blocks", self.blocks)  # refuses what is more than its numbers
         if not self.blocks.ndim:
             raise ValueError("blocks must have shape (..., columns / 32), got ()")
         for field in BLOCKS[self.kind].names or ():
@@ -57,16 +61,26 @@ class Quantised:
 
         Raises
         ------
+        TypeError
+            The shape is no tuple of int, or data has no buffer.
         ValueError
-            The buffer has more or fewer bytes than the shape needs, a row is not whole blocks, or
-            a scale is not finite.
+            The buffer is not contiguous or has more or fewer bytes than the shape needs, a row is
+            not whole blocks, or a scale is not finite.
         """
         if kind not in BLOCKS:
             raise ValueError(f"kind must be {', '.join(BLOCKS)}, got {kind!r}")
+        if not isinstance(shape, tuple | list) or not all(map(is_integer, shape)):
+            raise TypeError(f"shape must be a tuple of int, got {shape!r}")
         if not shape or min(shape) < 0 or shape[-1] % BLOCK:
             rule = f"have rows of a multiple of {BLOCK} columns"
             raise ValueError(f"shape must {rule}, got {tuple(shape)}")
-        held, blocks = memoryview(data).nbytes, (*shape[:-1], shape[-1] // BLOCK)
+        try:
+            view = memoryview(data)
+        except TypeError:
+            raise TypeError(f"data must have a buffer, not {type(data).__name__}") from None
+        if not view.c_contiguous:
+            raise ValueError(f"data must be contiguous, got strides {view.strides}")
+        held, blocks = view.nbytes, (*shape[:-1], shape[-1] // BLOCK)
         if held != (needed := math.prod(blocks) * BLOCKS[kind].itemsize):
             raise ValueError(f"data must have the {needed} bytes of {shape} in {kind}, got {held}")
         return cls(kind, np.frombuffer(data, BLOCKS[kind]).reshape(blocks))
@@ -82,7 +96,8 @@ class Quantised:
 
     def rows(self, index: Any) -> NDArray[np.float32]:
         """Return the numbers of some rows; `index` is as NumPy takes it for the first axis."""
-        return self._numbers(self.blocks.reshape(-1, self.blocks.shape[-1])[index])
+        *axes, columns = self.blocks.shape
+        return self._numbers(self.blocks.reshape(math.prod(axes), columns)[index])
 
     def _numbers(self, blocks: NDArray[Any]) -> NDArray[np.float32]:
         """Return what blocks stand for. A scale times an integer is exact in float32."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fastattn import _core
 from fastattn._arguments import FLOAT32, as_array, finite_number
+from fastattn._arrays import widened
 from fastattn._attention import varlen_attention
 from fastattn._linear import Floats as Floats
 from fastattn._linear import Weight as Weight
@@ -63,7 +64,7 @@ def embedding(ids: Integers, weight: Weight) -> Floats:
     rows = weight.shape[0]
     if ids.size and not 0 <= (least := ids.min()) <= (most := ids.max()) < rows:
         raise ValueError(f"ids must be within 0..{rows - 1}, got {least if least < 0 else most}")
-    found = weight[ids] if isinstance(weight, np.ndarray) else weight.rows(ids)
+    found = widened(weight[ids]) if isinstance(weight, np.ndarray) else weight.rows(ids)
     return found.astype(np.float32, copy=False)
 
 

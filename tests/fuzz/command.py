@@ -21,7 +21,7 @@ from pathlib import Path
 
 KINDS = (
     *("attention", "backward", "varlen", "cache", "paged", "merge", "statistics"),
-    *("invalid", "gguf", "safetensors"),
+    *("linear", "invalid", "gguf", "safetensors"),
     *("checkpoint" for x in ["tokenizers"] if importlib.util.find_spec(x)),
 )
 OPTIONAL = ("torch",)

@@ -17,6 +17,7 @@ import pytest
 
 import fastattn
 from fastattn import _core
+from fastattn._quantised import BLOCKS, Quantised
 from tests.support.child import run
 from tests.support.memory import peak_so_far, status
 from tests.support.threads import tasks
@@ -123,6 +124,38 @@ def compute_between_guards(isa, dtype):
 @each_dtype
 def test_guard_pages(isa, dtype):
     run(compute_between_guards, isa, dtype, timeout=120)
+
+
+def multiply_between_guards(isa):
+    """Compute linear layers between guard pages, of every storage and around tiles and steps."""
+    _core.set_isa(isa)
+    fastattn.set_num_threads(2)
+    rng = np.random.default_rng(0)
+    storages = ("float32", "float16", "bfloat16", *BLOCKS)
+    for storage, features, out in itertools.product(storages, (1, 7, 31, 32, 800, 801), (1, 9, 26)):
+        if storage in BLOCKS:
+            if features % 32:
+                continue
+            weight = np.zeros((out, features // 32), BLOCKS[storage])
+            weight["scale"] = rng.normal(size=weight.shape)
+            weight["quants"] = rng.integers(0, 128, weight["quants"].shape)
+            numbers = Quantised(storage, weight).dequantised()
+        else:
+            weight = rng.normal(size=(out, features)).astype(storage)
+            numbers = weight.astype(np.float32)
+        bias = rng.random(out, np.float32)
+        for side, rows in itertools.product(("end", "start"), (1, 2, 3, 4, 5, 9)):
+            x = rng.random((rows, features), np.float32)
+            there, held = guarded(x, side), guarded(weight, side)
+            held = Quantised(storage, held) if storage in BLOCKS else held
+            found = fastattn.linear(there, held, guarded(bias, side))
+            np.testing.assert_allclose(found, x @ numbers.T + bias, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.promise("nothing-outside-the-arrays")
+@each_isa
+def test_guard_pages_of_linear_layers(isa):
+    run(multiply_between_guards, isa, timeout=120)
 
 
 def attend_pages_between_guards(isa, held):

@@ -24,6 +24,7 @@ import pytest
 
 import fastattn
 from fastattn import _core
+from fastattn._quantised import BLOCKS, Quantised
 from tests.support.child import run
 from tests.support.threads import (
     FORK_SECONDS,
@@ -45,6 +46,11 @@ def problem(heads=4, length=512):
 
 def attend(array):
     return fastattn.attention(array, array, array)
+
+
+def quantised(rows, columns):
+    """Return a weight whose scales a linear layer looks up in a table."""
+    return Quantised("Q8_0", np.zeros((rows, columns // 32), BLOCKS["Q8_0"]))
 
 
 def in_thread(function):
@@ -139,20 +145,27 @@ def test_forks(threads, imports):
     assert set(report.values()) == {"ok"}, report
 
 
-def fork_during_a_first_call(delay):
-    """Fork while another thread finds out how many threads there are; return what became of it."""
-    first = threading.Thread(target=attend, args=(problem(),))
+def fork_during_a_first_call(of, delay):
+    """Fork while another thread finds out what all calls then know; return what became of it."""
+    query, weight = problem(), quantised(8, 32)
+    rows = np.ones((1, 32), np.float32)
+
+    def call():
+        return attend(query) if of == "attention" else fastattn.linear(rows, weight)
+
+    first = threading.Thread(target=call)
     first.start()
     time.sleep(delay)
-    child = in_fork(lambda: np.isfinite(attend(problem())).all())
+    child = in_fork(lambda: np.isfinite(call()).all())
     first.join()
     return child
 
 
 @pytest.mark.promise("fork-never-hangs")
+@pytest.mark.parametrize("of", ["attention", "linear"])
 @pytest.mark.parametrize("delay", [0, 2e-4, 5e-4, 1e-3, 3e-3])
-def test_fork_during_a_first_call(delay):
-    assert run(fork_during_a_first_call, delay) == "ok"
+def test_fork_during_a_first_call(of, delay):
+    assert run(fork_during_a_first_call, of, delay) == "ok"
 
 
 def start_elsewhere(method):
@@ -746,6 +759,24 @@ def test_interpreter_exit_in_daemons(call):
         run(leave_daemons_behind, call, timeout=20)
 
 
+def leave_a_linear_layer_behind():
+    """End the process, which takes its time, while a daemon thread is inside a linear layer."""
+    fastattn.set_num_threads(1)
+    libc, milliseconds = ctypes.CDLL(None), 300
+    usleep = ctypes.cast(libc.usleep, ctypes.c_void_p)
+    # At exit, what calls have registered since goes before.
+    libc.__cxa_atexit(usleep, ctypes.c_void_p(1000 * milliseconds), None)
+    layer = np.ones((4000, 4096), np.float32), quantised(2048, 4096)
+    threading.Thread(target=fastattn.linear, args=layer, daemon=True).start()
+    time.sleep(0.2)
+
+
+@pytest.mark.promise("exit-never-hangs")
+def test_interpreter_exit_in_a_linear_layer():
+    # Memory of this size that is given back is gone.
+    run(leave_a_linear_layer_behind, env={"MALLOC_MMAP_THRESHOLD_": "131072"}, timeout=20)
+
+
 class AttendsAtTheEnd:
     """Once the interpreter ends, a call is right or raises, but does not hang."""
 
@@ -868,11 +899,13 @@ def keep_modes(isa):
     query = problem() * np.logspace(-42, 0, 4, dtype=np.float32)[:, None, None]
     usual = modes.get()
     results = []
+    weight = quantised(4, 64)
+    weight.blocks["scale"], weight.blocks["quants"] = [[2**-24], [2**-20], [1], [2]], 1
     for flush in (modes.FLUSH_TO_ZERO, 0):  # flushing first: the team's threads are made then
         for threads in (2, 1):
             fastattn.set_num_threads(threads)
             modes.set(usual | flush)
-            results.append(attend(query))
+            results.append(np.append(attend(query), fastattn.linear(query, weight)))
             assert modes.get() == usual | flush
     modes.set(usual)
     return [np.array_equal(result, results[-1]) for result in results]

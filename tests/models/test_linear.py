@@ -81,6 +81,7 @@ def test_any_number_of_columns(isa, storage, rows):
         assert_right(linear(x, weight, bias), x, numbers, bias)
 
 
+@pytest.mark.promise("linear-rows-are-alone")
 @every_storage
 @pytest.mark.parametrize("columns", [64, 1600])
 def test_other_rows_threads_and_storage_change_no_bit(isa, threads, storage, columns):
@@ -130,6 +131,15 @@ def test_empty(shape):
     assert_same_bits(
         linear(x[:, :0], np.ones((out, 0), np.float32), bias), bias + x[:, :0].sum(1)[:, None]
     )
+
+
+@every_storage
+@pytest.mark.parametrize("rows", [1, 4, 5, 70])
+def test_without_features_the_bias_is_left(isa, storage, rows):
+    x, bias = given(rows, 0, 30)
+    weight, _ = weight_of(storage, 30, 0)
+    assert_same_bits(linear(x, weight, bias), np.tile(bias, (rows, 1)))
+    assert_same_bits(linear(x, weight), np.zeros((rows, 30), np.float32))
 
 
 X, WEIGHT, BIAS = np.ones((2, 32), np.float32), np.ones((3, 32), np.float32), np.ones(3, np.float32)
@@ -207,6 +217,10 @@ def test_layers_of_the_same_x_at_once(isa, threads, rows):
     assert nn.linears(x) == []
     with pytest.raises(ValueError, match=r"^x must have shape \(total, in\), got \(1024,\)$"):
         nn.linears(x[0], *layers)
+    rule = "a layer must be a pair of a weight and a bias or None"
+    for wrong, got in ((layers[0][0], "Quantised"), (layers[0][:1], "a tuple of 1")):
+        with pytest.raises(TypeError, match=f"^{rule}, got {got}$"):
+            nn.linears(x, layers[0], wrong)
 
 
 def test_float16_of_every_kind_as_scales():
@@ -231,6 +245,26 @@ def test_tensors_give_tensors():
     )
 
 
+@pytest.mark.promise("nothing-is-detached-silently", "more-than-numbers-is-refused")
+def test_what_would_be_lost_is_refused():
+    torch = pytest.importorskip("torch")
+    x, bias = given(6, 32, 5)
+    weight, _ = weight_of("float32", 5, 32)
+    parameter = torch.nn.Parameter(torch.from_numpy(weight))
+    masked = np.ma.masked_array(weight, weight > 0)
+    for arguments, name in (
+        ((x, parameter), "weight"),
+        ((torch.from_numpy(x).requires_grad_(), weight), "x"),
+        ((x, weight, torch.from_numpy(bias).requires_grad_()), "bias"),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} requires grad, and this call has no"):
+            linear(*arguments)
+    with pytest.raises(TypeError, match=r"^weight must be an array of numbers and nothing beside"):
+        linear(x, masked)
+    with torch.no_grad():
+        assert_same_bits(linear(x, parameter), linear(x, weight))
+
+
 def test_blocks_of_bytes():
     weight, numbers = weight_of("Q4_1", 6, 96)
     data = weight.blocks.tobytes()
@@ -248,6 +282,35 @@ def test_blocks_of_bytes():
             Quantised.from_bytes(*arguments)
     with pytest.raises(TypeError, match=r"^blocks must be an array of \[.*\], not float32$"):
         Quantised("Q4_1", numbers)
+    with pytest.raises(TypeError, match=r"^blocks must be an array of numbers and nothing beside,"):
+        Quantised("Q4_1", weight.blocks.view(np.matrix))
+
+
+@pytest.mark.parametrize(
+    ("data", "shape", "error", "message"),
+    [
+        (bytes(34), 32, TypeError, "shape must be a tuple of int, got 32"),
+        (bytes(34), (1, 32.0), TypeError, "shape must be a tuple of int, got (1, 32.0)"),
+        (None, (1, 32), TypeError, "data must have a buffer, not NoneType"),
+        (
+            np.zeros(68, np.uint8)[::2],
+            (1, 32),
+            ValueError,
+            "data must be contiguous, got strides (2,)",
+        ),
+    ],
+)
+def test_bytes_that_are_no_blocks(data, shape, error, message):
+    with pytest.raises(error, match=rf"^{re.escape(message)}$"):
+        Quantised.from_bytes("Q8_0", data, shape)
+
+
+def test_blocks_of_a_mapped_file(tmp_path):
+    x, bias = given(6, 96, 5)
+    weight, _ = weight_of("Q4_0", 5, 96)
+    weight.blocks.tofile(tmp_path / "blocks")
+    mapped = np.memmap(tmp_path / "blocks", BLOCKS["Q4_0"], "r").reshape(5, 3)
+    assert_same_bits(linear(x, Quantised("Q4_0", mapped), bias), linear(x, weight, bias))
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,10 @@ def test_embedding():
     ):
         out = nn.embedding(ids, weight)
         assert_same_bits(out, expected[ids].astype(np.float32))
+    bits = table.astype(ml_dtypes.bfloat16).view("V2")  # what tensors are without ml_dtypes
+    assert_same_bits(nn.embedding(ids, bits), nn.embedding(ids, bits.view(ml_dtypes.bfloat16)))
     assert nn.embedding(ids[:0], table).shape == (0, 32)
+    assert nn.embedding(ids, Quantised("Q8_0", blocks[:, :0])).shape == (3, 0)
 
 
 def test_feed_forward():

@@ -9,6 +9,7 @@
 #include <array>
 #include <atomic>
 #include <bit>
+#include <cstdlib>
 #include <memory>
 
 #include "call.h"
@@ -18,12 +19,14 @@
 namespace fastattn {
 namespace {
 
+constexpr int64_t kLeast = 32;              // features that scratch memory is made for
 constexpr int64_t kColumns = 24;            // an item's rows of the weight: a multiple of these
 constexpr int64_t kRows = 64;               // an item's rows of x, at least, if they are cut
 constexpr int64_t kBlockBytes = 320 << 10;  // of weights as float, which stay near
 constexpr int64_t kItemsPerThread = 4;
 constexpr double kItemFlops = 2e9;  // at most, if rows can be cut: between two looks at Ctrl-C
-constexpr double kBytes = 1e10;     // a second, of one thread; roughly
+constexpr int64_t kItemBytes = 100 << 20;  // of weights at most, of few rows: likewise
+constexpr double kBytes = 1e10;            // a second, of one thread; roughly
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -64,9 +67,10 @@ class Cut {
     Cut(const LinearArgs& args, int64_t even, int64_t wanted) : args_(args) {
         const LinearFunctions& functions = kernel().linear;
         // Few rows leave no widened weights that should stay near.
-        const int64_t part = std::clamp<int64_t>(args.in_features, 1, functions.most_features);
+        const int64_t part = std::clamp<int64_t>(args.in_features, kLeast, functions.most_features);
         const int64_t near = kBlockBytes / (part * 4);
-        const int64_t most = args.rows <= functions.few_rows ? args.out_features : near;
+        const int64_t row_bytes = std::max<int64_t>(std::abs(args.weight_stride), 1);
+        const int64_t most = args.rows <= functions.few_rows ? kItemBytes / row_bytes : near;
         columns_ = ceil_div(std::clamp<int64_t>(even, 1, std::max<int64_t>(most, 1)), kColumns);
         columns_ *= kColumns;
         column_blocks_ = ceil_div(args.out_features, columns_);
@@ -92,7 +96,7 @@ class Cut {
         one.out_stride = args_.out_features;
         one.weight_stride = args_.weight_stride;
         one.storage = args_.storage;
-        one.halves = halves();
+        one.halves = args_.storage < Storage::kQ8_0 ? nullptr : halves();
         one.scratch = scratch;
         return one;
     }

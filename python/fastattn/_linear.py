@@ -7,7 +7,7 @@ Checks the arguments and calls src/linear.cpp, which cpp/linear.cpp does the wor
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,15 @@ from fastattn._quantised import Quantised
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 Floats: TypeAlias = NDArray[np.float32]
 Weight: TypeAlias = NDArray[Any] | Quantised  # of one of these dtypes, or small integers
+
+
+class Layer(NamedTuple):
+    """A layer that was checked, as the core takes it."""
+
+    numbers: NDArray[Any]  # in memory
+    kind: str
+    bias: Floats | None
+    in_features: int
 
 
 @overload
@@ -61,7 +70,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """
     library = NUMPY if type(x) is np.ndarray else library_of(x)
     rows = floats("x", x)
-    layer = _layer(rows, weight, bias)
+    layer = layer_of(weight, bias, rows.shape)
     table = rows
     if rows.ndim != 2:
         table = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
@@ -92,14 +101,23 @@ def linears(x: Floats, *layers: tuple[Weight, Floats | None]) -> list[Floats]:
         if not isinstance(layer, tuple) or len(layer) != 2:
             got = f"a tuple of {len(layer)}" if isinstance(layer, tuple) else type(layer).__name__
             raise TypeError(f"a layer must be a pair of a weight and a bias or None, got {got}")
-    return _core.linear(x, *[_layer(x, *layer) for layer in layers])
+    return _core.linear(x, *[layer_of(*layer, x.shape) for layer in layers])
 
 
-def _layer(rows: Floats, weight: Any, bias: Any) -> tuple[NDArray[Any], str, Floats | None]:
-    """Return what is in memory of a layer's weight, as which type, and the bias."""
+def through(x: Floats, *layers: Layer) -> list[Floats]:
+    """Return what layers give that were checked before: a step of a loop, which must be quick."""
+    x = floats("x", x)
+    for layer in layers:
+        if x.ndim != 2 or x.shape[1] != layer.in_features:
+            raise ValueError(f"x must have shape (total, {layer.in_features}), got {x.shape}")
+    return _core.linear(x, *layers)
+
+
+def layer_of(weight: Any, bias: Any, x_shape: tuple[int, ...] | None = None) -> Layer:
+    """Check a weight and a bias, which are for an x of that shape, if it is known."""
     weight, numbers, kind = stored(weight)
-    if not rows.ndim or len(weight.shape) != 2 or weight.shape[1] != rows.shape[-1]:
-        got = f"x.shape={rows.shape}, weight.shape={weight.shape}"
+    if len(weight.shape) != 2 or (x_shape is not None and x_shape[-1:] != weight.shape[1:]):
+        got = f"x.shape={x_shape}, weight.shape={weight.shape}"
         raise ValueError(f"x and weight must have shapes (..., in) and (out, in), got {got}")
     if bias is not None:
         bias = floats("bias", bias)
@@ -108,7 +126,7 @@ def _layer(rows: Floats, weight: Any, bias: Any) -> tuple[NDArray[Any], str, Flo
             raise ValueError(f"bias must have shape (out,), got {got}")
     if numbers.strides[1] != numbers.itemsize:
         numbers = np.ascontiguousarray(numbers)
-    return numbers, kind, bias
+    return Layer(numbers, kind, bias, weight.shape[1])
 
 
 def stored(weight: Any) -> tuple[Weight, NDArray[Any], str]:

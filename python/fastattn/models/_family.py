@@ -18,6 +18,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from fastattn import nn
+from fastattn._linear import Layer, layer_of, through
 from fastattn.models._capture import Attention, Watched
 from fastattn.models._context import Context, Reading, Texts
 from fastattn.models._file import KINDS, check, shown
@@ -174,6 +175,7 @@ class Model(Watched, ABC, Generic[C]):
 
     def __init__(self, config: C, weights: Mapping[str, Any]) -> None:
         self.config, self.weights = config, weights
+        self._checked: dict[str, Layer] = {}
 
     @staticmethod
     def sanitize(config: Any, weights: dict[str, Any]) -> dict[str, Any]:
@@ -187,19 +189,18 @@ class Model(Watched, ABC, Generic[C]):
 
     def linear(self, name: str, x: Floats) -> Floats:
         """Return x times the weight of that name, plus its bias, if there is one."""
-        return nn.linear(x, *self._layers(name))
+        return through(x, *self._layers((name,)))[0]
 
     def linears(self, names: Sequence[str], x: Floats) -> list[Floats]:
         """Return x times each weight, plus its bias: as `linear`, and all at once."""
-        layers = self._layers(*names)
-        return nn.linears(x, *zip(layers[::2], layers[1::2], strict=True))
+        return through(x, *self._layers(names))
 
     def feed_forward(
         self, names: Sequence[str], x: Floats, activation: Callable[[Floats], Floats]
     ) -> Floats:
         """Return x after a feed-forward network, whose layers up and down have these names."""
-        up, up_bias, down, down_bias = self._layers(*names)
-        return by_rows(lambda x: nn.feed_forward(x, up, down, up_bias, down_bias, activation), x)
+        up, down = self._layers(names)
+        return by_rows(lambda x: through(activation(through(x, up)[0]), down)[0], x)
 
     def gated_feed_forward(
         self,
@@ -208,14 +209,18 @@ class Model(Watched, ABC, Generic[C]):
         activation: Callable[[Floats, Floats], Floats] = nn.swiglu,
     ) -> Floats:
         """Return x after a feed-forward network with the layers gate, up and down."""
-        gate, gate_bias, up, up_bias, down, down_bias = self._layers(*names)
-        rest = gate, up, down, gate_bias, up_bias, down_bias, activation
-        return by_rows(lambda x: nn.gated_feed_forward(x, *rest), x)
+        gate, up, down = self._layers(names)
+        return by_rows(lambda x: through(activation(*through(x, gate, up)), down)[0], x)
 
-    def _layers(self, *names: str) -> list[Any]:
-        """Return the weight of each linear layer, and behind it its bias, or None."""
-        get, weights = self.weights.get, self.weights
-        return [x for name in names for x in (weights[f"{name}.weight"], get(f"{name}.bias"))]
+    def _layers(self, names: Sequence[str]) -> list[Layer]:
+        """Return linear layers, each checked when it is met first: a token has no time for it."""
+        found = []
+        for name in names:
+            if (layer := self._checked.get(name)) is None:
+                weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+                layer = self._checked[name] = layer_of(weight, bias)
+            found.append(layer)
+        return found
 
     def embedding(self, name: str, ids: Integers) -> Floats:
         """Return the rows of the table of that name."""

@@ -20,6 +20,7 @@ import numpy as np
 MOST_TOKENS = 512  # that MiniLM knows positions for
 OPSET = 23  # the first that has attention as one operator, which both runtimes make use of
 ENCODER, DECODER, TOKENIZER = "encoder.onnx", "decoder.onnx", "decoder_tokenizer.json"
+PRODUCTS = "linear", "linears", "through"
 ATTENTION = ("attend", "multi_head_attention")
 SETTLE_SECONDS, QUIET_SECONDS = 1.0, 0.02  # at most; how long a quiet process is watched
 WARM_SECONDS = 0.05  # a shorter call is not counted the first time of a turn
@@ -44,15 +45,15 @@ class Fastattn:
         A function's seconds are without those of the functions in it.
         """
         import fastattn.models._encoder as encoder
-        from fastattn import nn
+        from fastattn import _linear, nn
 
         owners = [x for name, x in sys.modules.items() if name.startswith("fastattn.")]
         functions = [x for name in nn.__all__ if inspect.isfunction(x := vars(nn)[name])]
-        functions.append(encoder.Encoder._tokenize)
+        functions += [_linear.through, encoder.Encoder._tokenize]
         owners.append(encoder.Encoder)
         if (context := sys.modules.get("fastattn.models._context")) is not None:
-            functions.append(context.Context.attend)
-            owners.append(context.Context)
+            functions.append(context.Reading.attend)
+            owners.append(context.Reading)
         seconds, inner = Counter(), [0.0]
 
         def timed(function):

@@ -37,7 +37,7 @@ from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import numpy as np
-from model_libraries import ATTENTION, DECODER, LIBRARIES, MOST_TOKENS
+from model_libraries import ATTENTION, DECODER, LIBRARIES, MOST_TOKENS, PRODUCTS
 
 from fastattn.bench import measure, report
 from fastattn.bench.libraries import thread_environment
@@ -493,7 +493,7 @@ def explained(run, profiles):
             for task, got in way["tasks"].items():
                 total, seconds = profiles[task]
                 shares = {name: 100 * x / total for name, x in seconds.items()}
-                products = shares.pop("linear", 0.0) + shares.pop("linears", 0.0)
+                products = sum(shares.pop(x, 0.0) for x in PRODUCTS)
                 attention = sum(shares.pop(x, 0.0) for x in ATTENTION)
                 shares["Python"] = 100 - products - attention - sum(shares.values())
                 most = sorted(shares.items(), key=lambda x: -x[1])

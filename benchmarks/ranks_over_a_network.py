@@ -33,7 +33,6 @@ import statistics
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -89,17 +88,15 @@ def address(number: int) -> str:
     return f"10.77.0.{number + 1}"
 
 
-def relay(sides: list[int], delay: float, ended: threading.Event) -> None:
+def relay(sides: list[int], delay: float) -> None:
     """Hand each packet to the cards that it is for, so many seconds after it was sent."""
     owner = {mac(number): side for number, side in enumerate(sides)}
-    poll, held, order = select.poll(), [], 0  # held: (when, order, side, packet)
-    for side in sides:
-        poll.register(side, select.POLLIN)
-    while not ended.is_set():
-        wait = max(held[0][0] - time.monotonic(), 0) if held else 0.1
-        # A wait is in whole milliseconds. What is due before is waited for without sleep.
-        ready = poll.poll(int(wait * 1e3))
-        for side, _ in ready:
+    held: list[tuple[float, int, int, bytes]] = []  # when, in which order, to whom, a packet
+    order = 0
+    while True:
+        wait = max(held[0][0] - time.monotonic(), 0) if held else None
+        ready, _, _ = select.select(sides, [], [], wait)
+        for side in ready:
             for _ in range(16):
                 try:
                     packet = os.read(side, LARGEST)
@@ -129,7 +126,7 @@ def network(ranks: int, rate: str, delay: float) -> Iterator[list[str]]:
         child = os.fork()
         if child == 0:  # a process of its own: threads of one would wait for each other
             try:
-                relay(sides, delay, threading.Event())
+                relay(sides, delay)
             finally:
                 os._exit(0)
         stack.callback(os.waitpid, child, 0)

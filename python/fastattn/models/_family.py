@@ -175,7 +175,7 @@ class Model(Watched, ABC, Generic[C]):
 
     def __init__(self, config: C, weights: Mapping[str, Any]) -> None:
         self.config, self.weights = config, weights
-        self._checked: dict[str, Layer] = {}
+        self._checked: dict[str, tuple[Layer, Any, Any]] = {}  # and the weight and bias it is of
 
     @staticmethod
     def sanitize(config: Any, weights: dict[str, Any]) -> dict[str, Any]:
@@ -213,12 +213,15 @@ class Model(Watched, ABC, Generic[C]):
         return by_rows(lambda x: through(activation(*through(x, gate, up)), down)[0], x)
 
     def _layers(self, names: Sequence[str]) -> list[Layer]:
-        """Return linear layers, each checked when it is met first: a token has no time for it."""
-        found = []
+        """Return linear layers. Each is checked once, and again if it is replaced."""
+        found, get, weights = [], self.weights.get, self.weights
         for name in names:
-            if (layer := self._checked.get(name)) is None:
-                weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
-                layer = self._checked[name] = layer_of(weight, bias)
+            given = weight, bias = weights[f"{name}.weight"], get(f"{name}.bias")
+            layer, of_weight, of_bias = self._checked.get(name, (None, None, None))
+            if layer is None or of_weight is not weight or of_bias is not bias:
+                layer = layer_of(*given)
+                if layer.numbers is getattr(weight, "blocks", weight):  # and no copy
+                    self._checked[name] = (layer, *given)
             found.append(layer)
         return found
 

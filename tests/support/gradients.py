@@ -21,21 +21,6 @@ def grads_of(operands, options, seed=1, backward=attention_backward, **more):
     return backward(grad_out, *operands, out, lse, grad_lse=grad_lse, **wanted, **options, **more)
 
 
-def chances(query, key, options):
-    """Return the scores before a softcap, the probabilities, and those that no sinks take from."""
-    scale = query.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
-    scores = scale * (query @ key.swapaxes(-1, -2))
-    probs = reference.attention_weights(query, key, compute_dtype=query.dtype, **options)
-    if options.get("sinks") is None:
-        return scores, probs, probs
-    options = options | {"sinks": None}
-    return (
-        scores,
-        probs,
-        reference.attention_weights(query, key, compute_dtype=query.dtype, **options),
-    )
-
-
 class Formula:
     """The steps of the plain formula in one dtype, for the problem of `grads_of`."""
 
@@ -57,9 +42,13 @@ class Formula:
         if options.get("dropout_p"):
             kept = reference.dropout_mask(self.query, key, **of_dropout(options))
             self.kept = kept / (1 - dtype.type(options["dropout_p"]))
-        scores, self.probs, self.pure = chances(self.query, key, without_dropout(options))
+        weights, rest = reference.attention_weights, without_dropout(options)
+        self.probs = self.pure = weights(self.query, key, compute_dtype=dtype, **rest)
+        if options.get("sinks") is not None:
+            self.pure = weights(self.query, key, compute_dtype=dtype, **(rest | {"sinks": None}))
         self.delta = (self.grad_out * out.astype(dtype)).sum(-1, keepdims=True)
         self.bias, self.sinks = options.get("bias"), options.get("sinks")
+        scores = self.scale * (self.query @ key.swapaxes(-1, -2))
         self.slope, cap = 1.0, options.get("softcap")
         if cap is not None:
             scores = cap * np.tanh(scores / cap)
